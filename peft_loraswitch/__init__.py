@@ -1,0 +1,22 @@
+"""LoRA-Switch for PEFT: several LoRA experts in one adapter, routed once per token (arXiv 2405.17741).
+
+Importing this package is all it takes: PEFT, Transformers and TRL then know the method.
+"""
+
+from .callback import RouterStatsCallback
+from .config import LoRASwitchConfig
+from .layer import LoRASwitchLinear
+from .model import LoRASwitchModel, record_routing, router_stats
+from .registration import register
+
+__version__ = "0.1.0"
+__all__ = [
+    "LoRASwitchConfig",
+    "LoRASwitchLinear",
+    "LoRASwitchModel",
+    "RouterStatsCallback",
+    "record_routing",
+    "router_stats",
+]
+
+register(LoRASwitchConfig, LoRASwitchModel)

@@ -1,0 +1,230 @@
+"""`LoRASwitchConfig`: `LoraConfig`'s words, and the few that routing needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft.config import PeftConfig
+
+from .registration import extend_peft_type
+from .routing import RoutingOptions
+
+BIAS_CHOICES = ("none", "all", "loraswitch_only")
+MAX_EXPERTS, MAX_RANK = 4096, 65536  # sanity bounds: beyond them a number is a typing mistake, not a choice
+
+
+@dataclass
+class LoRASwitchConfig(PeftConfig):
+    """Configuration of a LoRA-Switch adapter: `num_experts` LoRA experts on every adapted linear, one router that decides
+    once per token, all layers follow (arXiv 2405.17741).
+
+    For token t an adapted linear computes `y = W x + b + s * sum_j g_tj B[e_tj] A[e_tj] x` with `s = lora_alpha / r` (or
+    `lora_alpha / sqrt(r)` with `use_rslora`), the `top_k` experts `e_tj` and gates `g_tj` that the router picked for t.
+    Fields that `LoraConfig` has too mean the same here. Every field is validated when the config is made.
+
+    Raises:
+        ValueError: a field is out of range, or unknown (a file written by a newer version). The message names the field.
+
+    Example:
+        ```py
+        from peft import get_peft_model
+        from peft_loraswitch import LoRASwitchConfig
+
+        model = get_peft_model(model, LoRASwitchConfig(r=8, num_experts=8, top_k=2, target_modules="all-linear"))
+        ```
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of each expert, >= 1. Trainable parameters grow with num_experts * r."})
+    num_experts: int = field(
+        default=8,
+        metadata={"help": "Number of LoRA experts E on every adapted linear, >= 1. 1 with top_k=1 is plain LoRA."},
+    )
+    top_k: int = field(
+        default=2,
+        metadata={"help": "Experts used per token, 1 <= top_k <= num_experts. Cost at decode time grows with top_k * r."},
+    )
+    normalize_gates: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the gates of the chosen experts are rescaled to sum to 1. None (default) means True for "
+            "top_k > 1 and False for top_k = 1, where the rescaled gate is the constant 1 and the router gets no gradient."
+        },
+    )
+    router_module: str | None = field(
+        default=None,
+        metadata={
+            "help": "Full name, or unique ending of the name, of the adapted linear whose input is routed, for instance "
+            "'layers.8.self_attn.q_proj'. None (default): the adapted linear that runs first. With a deeper one the "
+            "router sees context, and linears before it (in the order of model.named_modules()) are not adapted."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Linears to adapt: list of names or name endings, a regex (str), or 'all-linear'. None (default): "
+            "PEFT's choice for this architecture's LoRA, or 'all-linear' where PEFT has none. All must see the same tokens."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Linears not to adapt: list of names or name endings, or a regex (str)."}
+    )
+    lora_alpha: float = field(default=8, metadata={"help": "Scale of the adapter, > 0: s = lora_alpha / r."})
+    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised scale: s = lora_alpha / sqrt(r)."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the input of the experts (not of the router), in [0, 1)."}
+    )
+    bias: str = field(
+        default="none",
+        metadata={"help": "Which biases of the backbone train: 'none', 'all' or 'loraswitch_only' (adapted linears)."},
+    )
+    init_weights: bool | str = field(
+        default=True,
+        metadata={
+            "help": "True: A Kaiming-uniform, B zero (a fresh adapter changes nothing). 'gaussian': A normal with std 1/r, "
+            "B zero. False: A and B random, for tests and benchmarks."
+        },
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Ranks that differ from r: {name ending or regex: rank}. Example: {'mlp.down_proj': 16}."},
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "lora_alpha values that differ: {name ending or regex: alpha}."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt (target_modules must be a list). None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the block list, if layers_to_transform is set and the name is unusual."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter, e.g. ['score']."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token ids whose embeddings train as well, as in LoraConfig."}
+    )
+    router_aux_loss_coef: float = field(
+        default=0.01,
+        metadata={
+            "help": "Weight of the load-balance loss (Switch/Mixtral form, smallest value top_k) in the training loss, >= 0."
+        },
+    )
+    router_z_loss_coef: float = field(
+        default=0.001, metadata={"help": "Weight of the router z-loss, mean of logsumexp(logits)^2 (ST-MoE), >= 0."}
+    )
+    router_jitter: float = field(
+        default=0.0,
+        metadata={"help": "In training the router's input is multiplied by noise from [1 - j, 1 + j]; j in [0, 1)."},
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LoRASwitchConfig:
+        # PEFT drops config fields it does not know with a warning. A field of ours that is dropped changes the maths.
+        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"LoRASwitchConfig does not know the field(s) {', '.join(unknown)}. Check the spelling; if they come from "
+                "adapter_config.json, the adapter was written by a newer version: pip install -U peft_loraswitch peft"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type()
+        for name, upper in (("r", MAX_RANK), ("num_experts", MAX_EXPERTS), ("top_k", MAX_EXPERTS)):
+            _require_int(name, getattr(self, name), upper)
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}: lower top_k.")
+        _require_bool("use_rslora", self.use_rslora)
+        if self.normalize_gates is None:
+            self.normalize_gates = self.top_k > 1
+        _require_bool("normalize_gates", self.normalize_gates)
+        if self.top_k == 1 and self.normalize_gates:
+            raise ValueError(
+                "normalize_gates=True with top_k=1 makes every gate the constant 1, so the router would get no gradient: "
+                "set normalize_gates=False (or leave it out), or top_k >= 2."
+            )
+        _require_float("lora_alpha", self.lora_alpha, low=0, low_open=True)
+        _require_float("lora_dropout", self.lora_dropout, low=0, high=1)
+        _require_float("router_jitter", self.router_jitter, low=0, high=1)
+        _require_float("router_aux_loss_coef", self.router_aux_loss_coef, low=0)
+        _require_float("router_z_loss_coef", self.router_z_loss_coef, low=0)
+        if self.bias not in BIAS_CHOICES:
+            raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS_CHOICES)}.")
+        if self.init_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_weights={self.init_weights!r} is not one of True, False, 'gaussian'.")
+        if self.router_module is not None and (not isinstance(self.router_module, str) or not self.router_module):
+            raise ValueError(f"router_module={self.router_module!r} must be the name of an adapted linear, or None.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            if pattern is None:
+                setattr(self, name, {})
+            elif not isinstance(pattern, dict):
+                raise ValueError(f"{name}={pattern!r} must be a dict of name (ending or regex) to number.")
+        for key, rank in self.rank_pattern.items():
+            _require_int(f"rank_pattern[{key!r}]", rank, MAX_RANK)
+        for key, alpha in self.alpha_pattern.items():
+            _require_float(f"alpha_pattern[{key!r}]", alpha, low=0, low_open=True)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+            elif value is not None and not isinstance(value, (str, set)):
+                raise ValueError(f"{name}={value!r} must be a list of names, a regex (str) or None.")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs target_modules as a list of names, not as the str {self.target_modules!r}.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform.")
+
+    def routing_options(self) -> RoutingOptions:
+        """The part of the configuration that routing itself needs."""
+        return RoutingOptions(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            normalize_gates=bool(self.normalize_gates),
+            jitter=self.router_jitter,
+            aux_loss_coef=self.router_aux_loss_coef,
+            z_loss_coef=self.router_z_loss_coef,
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and bring the model card beside it up to date."""
+        from .card import update_model_card
+
+        super().save_pretrained(save_directory, **kwargs)
+        update_model_card(save_directory, self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read adapter_config.json from a folder or the Hub, and check the weights file that lies beside it.
+
+        Raises:
+            ValueError: no adapter_config.json, an unknown field, a truncated or mismatching weights file, or weights
+                stored as a pickle only. Raised before any model is touched.
+        """
+        from .loading import check_weights_file
+
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        path = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        check_weights_file(path, config)
+        return config
+
+
+def _require_int(name: str, value: Any, upper: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= upper:
+        raise ValueError(f"{name}={value!r} must be a whole number from 1 to {upper}.")
+
+
+def _require_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")
+
+
+def _require_float(name: str, value: Any, low: float, high: float = float("inf"), low_open: bool = False) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not ok or not (low < value < high if low_open else low <= value < high):
+        bracket = "(" if low_open else "["
+        raise ValueError(f"{name}={value!r} must be a number in {bracket}{low}, {high}).")

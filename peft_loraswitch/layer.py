@@ -1,0 +1,225 @@
+"""The adapted linear, in plain PyTorch: the definition of the maths.
+
+    y = W x + b + s * sum_j g_tj B[e_tj] A[e_tj] x          for each token t, with the forward's one decision (e, g)
+
+No loop over experts and no wait for the device: A of all experts is one wide matrix, the hidden of experts that were not
+chosen is multiplied by the gate 0, and B of all experts is one wide matrix again: two dense products, whatever the routing.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import nn
+
+from .balance import RoutingRecord
+from .config import LoRASwitchConfig
+from .frame import NO_ADAPTER, RoutingFrame, RoutingState
+from .routing import Router, Routing, RoutingOptions
+
+
+class ExpertsA(nn.Module):
+    """Down-projections of all experts. `weight` [num_experts, r, in_features]."""
+
+    def __init__(self, num_experts: int, r: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, r, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> hidden [..., num_experts, r]"""
+        num_experts, r, _ = self.weight.shape
+        return F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (num_experts, r))
+
+
+class ExpertsB(nn.Module):
+    """Up-projections of all experts. `weight` [num_experts, out_features, r]."""
+
+    def __init__(self, num_experts: int, out_features: int, r: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, r))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., num_experts, r] -> sum over experts of B[e] hidden[e]: [..., out_features]"""
+        return F.linear(hidden.flatten(-2), self.weight.transpose(0, 1).flatten(1))
+
+
+class LoRASwitchLayer(BaseTunerLayer):
+    """State of one adapted linear: per adapter the experts, their settings, and on the layer that routes the router."""
+
+    adapter_layer_names = ("loraswitch_A", "loraswitch_B", "loraswitch_router")
+    other_param_names = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "top_k",
+        "num_experts",
+        "routing_options",
+        "router_is_named",
+        "loraswitch_dropout",
+        "loraswitch_record",
+    )
+
+    def __init__(self, base_layer: nn.Module, name: str, routing_state: RoutingState, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.name = name
+        self.routing_state = routing_state
+        self.quantization_backend = _quantization_backend(self.get_base_layer(), **kwargs)
+        self.loraswitch_A = nn.ModuleDict()
+        self.loraswitch_B = nn.ModuleDict()
+        self.loraswitch_router = nn.ModuleDict()
+        self.loraswitch_dropout = nn.ModuleDict()
+        self.loraswitch_record = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.top_k: dict[str, int] = {}
+        self.num_experts: dict[str, int] = {}
+        self.routing_options: dict[str, RoutingOptions] = {}
+        self.router_is_named: dict[str, bool] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: LoRASwitchConfig,
+        r: int,
+        lora_alpha: float,
+        is_router: bool,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter to this layer; with `is_router` also its router."""
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.top_k[adapter_name] = config.top_k
+        self.num_experts[adapter_name] = config.num_experts
+        self.loraswitch_dropout[adapter_name] = (
+            nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        )
+        self.loraswitch_A[adapter_name] = ExpertsA(config.num_experts, r, self.in_features)
+        self.loraswitch_B[adapter_name] = ExpertsB(config.num_experts, self.out_features, r)
+        if is_router:
+            self.routing_options[adapter_name] = config.routing_options()
+            self.router_is_named[adapter_name] = config.router_module is not None
+            self.loraswitch_router[adapter_name] = Router(self.in_features, config.num_experts)
+            self.loraswitch_record[adapter_name] = RoutingRecord(config.num_experts)
+            self.routing_state.router_layers[adapter_name] = self  # type: ignore[assignment]
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+        a, b = self.loraswitch_A[adapter_name].weight, self.loraswitch_B[adapter_name].weight
+        if a.device.type == "meta":
+            return
+        if init_weights == "gaussian":
+            nn.init.normal_(a, std=1 / self.r[adapter_name])
+        else:
+            # what kaiming_uniform_(a=sqrt(5)) gives each expert's [r, in] matrix, as in LoRA
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(a, -bound, bound)
+        if init_weights is False:
+            nn.init.normal_(b, std=0.02)
+        else:
+            nn.init.zeros_(b)
+        if adapter_name in self.loraswitch_router:
+            self.loraswitch_router[adapter_name].reset_parameters()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self.routing_state.router_layers.get(adapter_name) is self:
+            del self.routing_state.router_layers[adapter_name]
+            self.routing_state.pending.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        warnings.warn("Already unmerged. Nothing to do.")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+CANNOT_MERGE = (
+    "A LoRA-Switch adapter picks experts for every token, so no single weight matrix equals it and it cannot be merged. "
+    "For speed use model.fuse_for_inference(), to get the backbone back use model.unload(), to switch the adapter off for "
+    "a while use model.disable_adapter()."
+)
+
+
+class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
+    """A linear (`nn.Linear`, GPT-2's `Conv1D` or a quantised one that PEFT resolves) with routed LoRA experts."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        name: str,
+        routing_state: RoutingState,
+        config: LoRASwitchConfig,
+        r: int,
+        lora_alpha: float,
+        is_router: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoRASwitchLayer.__init__(self, base_layer, name, routing_state, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, r, lora_alpha, is_router)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., in_features] -> [..., out_features], in the dtype that the base layer returns."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        frame = self.routing_state.frame
+        if frame is not None and frame.adapter_names is not None:
+            return self._forward_mixed(x, result, frame)
+        for adapter in self.active_adapters:
+            if adapter in self.loraswitch_A:
+                routing = self.routing_state.require_frame(self.name).routing(adapter, self, x)
+                result = result + self.delta(adapter, x, routing).to(result.dtype)
+        return result
+
+    def delta(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """s * sum_j g_tj B[e_tj] A[e_tj] x for x [..., in_features]: [..., out_features], in the experts' dtype."""
+        experts_a, experts_b = self.loraswitch_A[adapter], self.loraswitch_B[adapter]
+        gates = routing.dense_gates_for(x, self.name) * self.scaling[adapter]  # [..., E]
+        x = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), experts_a.weight.dtype)
+        hidden = experts_a(x)  # [..., E, r]
+        return experts_b(hidden * gates.to(hidden.dtype).unsqueeze(-1))
+
+    def _forward_mixed(self, x: torch.Tensor, result: torch.Tensor, frame: RoutingFrame) -> torch.Tensor:
+        """Each sample with the adapter that `adapter_names` gives it."""
+        tokens = x.flatten(0, -2)  # [T, in]
+        shape, result = result.shape, result.flatten(0, -2)
+        assert frame.adapter_names is not None
+        for adapter in dict.fromkeys(frame.adapter_names):
+            if adapter == NO_ADAPTER or adapter not in self.loraswitch_A:
+                continue
+            rows = frame.rows(adapter, tokens.shape[0], tokens.device)
+            chosen = tokens[rows]
+            delta = self.delta(adapter, chosen, frame.routing(adapter, self, chosen))
+            result = result.index_add(0, rows, delta.to(result.dtype))
+        return result.view(shape)
+
+    def __repr__(self) -> str:
+        return "loraswitch." + super().__repr__()
+
+
+def _quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:
+    """PEFT's handle on a quantised linear, or None for a plain one (or where PEFT is too old to have such handles)."""
+    try:
+        from peft.utils import resolve_quantization_backend
+    except ImportError:
+        return None
+    return resolve_quantization_backend(base_layer, **kwargs)

@@ -1,0 +1,294 @@
+"""The tuner: which linears become `LoRASwitchLinear`, which of them routes, and PEFT's calls around that."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .config import LoRASwitchConfig
+from .frame import NO_ADAPTER, RoutingRecorder, RoutingState, summary_of
+from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear, _quantization_backend
+from .loading import check_adapter_state_dict
+from .streams import check_streams, is_pooler, is_supported_linear
+
+
+@dataclass
+class InjectionPlan:
+    """What an adapter will change, settled before the first module is replaced."""
+
+    adapted: list[str]  # full names, in module order
+    router: str  # the one of them that holds the router
+
+
+class LoRASwitchModel(BaseTuner):
+    """A backbone with LoRA-Switch adapters; made by `get_peft_model(model, LoRASwitchConfig(...))`.
+
+    Args:
+        model: the backbone, any `nn.Module`; adapted linears must all see the same tokens.
+        config: a `LoRASwitchConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: make the adapter's weights on the meta device (to be loaded afterwards).
+    """
+
+    prefix = "loraswitch_"
+    tuner_layer_cls = LoRASwitchLayer
+    # deberta-v2's query_proj sees position tables too (see streams.py); value_proj and dense see tokens only
+    target_module_mapping = {
+        **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+        "deberta-v2": ["value_proj", "dense"],
+    }
+
+    # ------------------------------------------------------------------------------------------ injection
+
+    def _prepare_adapter_config(self, peft_config: LoRASwitchConfig, model_config: dict) -> LoRASwitchConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = self.target_module_mapping.get(model_config.get("model_type"), "all-linear")
+            if not isinstance(peft_config.target_modules, str):
+                peft_config.target_modules = set(peft_config.target_modules)
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        try:
+            prepared = self._prepare_adapter_config(config, self.get_model_config(model))
+            self._plan = plan_injection(model, prepared, adapter_name, kwargs.get("state_dict"))
+        except Exception:
+            self.peft_config.pop(adapter_name)
+            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        state = routing_state(model)
+        assert state is not None
+        state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLayer)])
+
+    def _create_and_replace(
+        self,
+        config: LoRASwitchConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if current_key not in self._plan.adapted:  # runs before the router: see LoRASwitchConfig.router_module
+            return
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), current_key), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), current_key), config.lora_alpha)
+        settings: dict[str, Any] = {
+            "config": config,
+            "r": r,
+            "lora_alpha": alpha,
+            "is_router": current_key == self._plan.router,
+        }
+        if isinstance(target, LoRASwitchLinear):
+            target.update_layer(adapter_name, **settings)
+            return
+        state = routing_state(self.model)
+        if state is None:
+            state = getattr(self, "_new_state", None) or RoutingState()
+            self._new_state = state
+        layer = LoRASwitchLinear(
+            target, adapter_name, current_key, state, **settings, **_quantization_kwargs(self)
+        )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable by itself
+        self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: LoRASwitchConfig, key: str) -> Any:
+        return check_target_module_exists(peft_config, key)
+
+    # ---------------------------------------------------------------------------------------- statistics
+
+    def router_stats(self, adapter_name: str | None = None, reset: bool = False) -> dict[str, Any]:
+        """Routing statistics of the training forwards since the last reset: see `peft_loraswitch.router_stats`."""
+        return router_stats(self.model, adapter_name, reset)
+
+    def record_routing(self) -> Any:
+        """Context manager: statistics of every forward within it: see `peft_loraswitch.record_routing`."""
+        return record_routing(self.model)
+
+    # ------------------------------------------------------------------------------------- mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around forward and generate: takes `adapter_names`, one adapter per sample of the batch."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names cannot be used in training mode: call model.eval() first.")
+        state = routing_state(self.model)
+        assert state is not None
+        known = {*self.peft_config, NO_ADAPTER}
+        unknown = sorted(set(adapter_names) - known)
+        if unknown:
+            raise ValueError(f"adapter_names holds {unknown}, which are not loaded. Choose from {sorted(known)}.")
+        with state.sample_adapters(list(adapter_names)):
+            yield
+
+    # -------------------------------------------------------------------------------- merging, unloading
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def unload(self) -> nn.Module:
+        """Take every adapter off and return the backbone."""
+        state = routing_state(self.model)
+        if state is not None:
+            state.disconnect()
+        return super().unload()
+
+    # ------------------------------------------------------------------------------------------- loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoRASwitchConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_state_dict(model, config, adapter_name, remapped)
+        return remapped
+
+
+def plan_injection(
+    model: nn.Module, config: LoRASwitchConfig, adapter_name: str, state_dict: dict[str, torch.Tensor] | None = None
+) -> InjectionPlan:
+    """Settle which linears are adapted and which one routes; every refusal happens here, before any change.
+
+    Args:
+        state_dict: PEFT's alternative to `target_modules`: adapt what the keys name.
+
+    Raises:
+        ValueError: names the field (`target_modules`, `router_module`, the adapter's name) and what to do.
+    """
+    _check_adapter_name(model, adapter_name)
+    every_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+    inside = tuple(name + "." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    if state_dict is not None:
+        keys = {key.rsplit(".loraswitch_", 1)[0].removeprefix("base_model.model.") for key in state_dict if ".loraswitch_" in key}
+        names = [name for name in names if name in keys]
+    else:
+        names = [name for name in names if check_target_module_exists(config, name)]
+    if every_linear:
+        poolers = [name for name in names if is_pooler(name)]
+        if poolers:
+            names = [name for name in names if name not in poolers]
+            assert isinstance(config.target_modules, set)
+            config.target_modules -= set(poolers)
+            warnings.warn(f"'all-linear' leaves out {poolers}: one vector per sequence is not a token to route.")
+    if not names:
+        return InjectionPlan([], "")  # PEFT's own message is a good one: it says what was matched and excluded
+    for name in names:
+        module = model.get_submodule(name)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoRASwitchLayer):
+            raise ValueError(f"target_modules: '{name}' already carries another PEFT method ({type(module).__name__}).")
+        backend = None if is_supported_linear(base) else _quantization_backend(base)
+        if not is_supported_linear(base) and (backend is None or backend.layer_type != "linear"):
+            raise ValueError(
+                f"target_modules: '{name}' is a {type(base).__name__}; LoRA-Switch adapts linears (nn.Linear, Conv1D and "
+                "quantised linears). Leave it out, or add it to exclude_modules."
+            )
+    router = names[0]
+    if config.router_module is not None:
+        found = [n for n in names if n == config.router_module or n.endswith("." + config.router_module)]
+        if len(found) != 1:
+            raise ValueError(
+                f"router_module='{config.router_module}' must name exactly one adapted linear, but it names "
+                f"{len(found)}{': ' + ', '.join(found[:3]) if found else ''}. Adapted are for instance "
+                f"{', '.join(names[:3])}, ..., {names[-1]}."
+            )
+        router = found[0]
+        names = names[names.index(router) :]
+    check_streams(model, names)
+    return InjectionPlan(names, router)
+
+
+def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name={adapter_name!r} must not be empty or contain a dot: it becomes a module's name.")
+    if any(adapter_name in name.split(".") for name, _ in model.named_modules() if "loraswitch_" not in name):
+        warnings.warn(
+            f"The adapter name '{adapter_name}' is also part of a module's name in this model; PEFT may drop weights when it "
+            "saves such an adapter. Choose another name."
+        )
+
+
+def _quantization_kwargs(tuner: BaseTuner) -> dict[str, Any]:
+    try:
+        from peft.utils import get_quantization_kwargs
+    except ImportError:
+        return {}
+    return dict(get_quantization_kwargs(tuner))
+
+
+def routing_state(model: nn.Module) -> RoutingState | None:
+    """The state that the adapted layers of `model` share, or None if it has none."""
+    return next((m.routing_state for m in model.modules() if isinstance(m, LoRASwitchLayer)), None)
+
+
+def _require_state(model: nn.Module) -> RoutingState:
+    state = routing_state(model)
+    if state is None:
+        raise ValueError(f"{type(model).__name__} carries no LoRA-Switch adapter.")
+    return state
+
+
+def router_stats(model: nn.Module, adapter_name: str | None = None, reset: bool = False) -> dict[str, Any]:
+    """Routing statistics of the training forwards since the last reset, over real tokens.
+
+    Args:
+        model: a `PeftModel`, or any model with LoRA-Switch layers (`model.add_adapter` of transformers).
+        adapter_name: which adapter; may be left out if only one has been trained.
+        reset: start counting anew afterwards.
+
+    Returns:
+        dict: `tokens` (int); `load` (list of num_experts floats, share of the picks that went to each expert, sum 1);
+        `entropy` (nats, of the router's softmax, mean over tokens; at most log(num_experts)); `dropped_experts` (indices
+        of experts that no token picked); `balance_loss` and `z_loss` (unweighted).
+
+    Raises:
+        ValueError: the model has no LoRA-Switch adapter, or the name is unknown or ambiguous.
+    """
+    state = _require_state(model)
+    records = {name: layer.loraswitch_record[name] for name, layer in state.router_layers.items()}
+    stats = summary_of(records, adapter_name)
+    if reset:
+        for record in records.values():
+            record.reset()
+    return stats
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
+    """Count the routing of every forward of `model` within the block, also in eval mode and under `no_grad`.
+
+    Example:
+        ```py
+        with record_routing(model) as recorded:
+            model.generate(**batch)
+        print(recorded.summary()["load"])
+        ```
+    """
+    state = _require_state(model)
+    recorder = RoutingRecorder(state)
+    state.recorders.append(recorder)
+    try:
+        yield recorder
+    finally:
+        state.recorders.remove(recorder)

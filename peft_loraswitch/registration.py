@@ -1,0 +1,46 @@
+"""Registers LORASWITCH with PEFT. PEFT has no plug-in hook, so this is the one place that reaches into its closed enum."""
+
+from __future__ import annotations
+
+import enum
+
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+
+NAME = "LORASWITCH"
+
+
+def extend_peft_type(name: str = NAME) -> PeftType:
+    """Add a member to PEFT's closed `PeftType` enum, once, and return it.
+
+    `PeftType` is a `str` enum: members are strings, so JSON, comparisons and `PeftType("LORASWITCH")` work as for PEFT's
+    own methods. Python offers no public call for this; the maps written here exist in Python 3.10 to 3.13.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    # Python 3.12+ resolves members through class attributes as well; EnumType.__setattr__ only refuses *re*assignment
+    type.__setattr__(PeftType, name, member)
+    assert isinstance(PeftType, enum.EnumMeta) and PeftType(name) is member
+    return member
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Make PEFT know the method. Safe to call again (re-import, spawned worker, test runner)."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    peft_type = extend_peft_type()
+    if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
+        return
+    # A re-import (importlib.reload, a purged sys.modules) made new classes: point PEFT at those.
+    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix  # type: ignore[attr-defined]

@@ -1,0 +1,107 @@
+"""The routing decision: which experts a token uses, and with which gates.
+
+`Router` turns hidden states into logits; `route` turns logits into a `Routing`, taken once per token and followed by
+every adapted layer. LoRA-Switch, arXiv 2405.17741: linear, softmax, top-k on the input of the first adapted linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class RoutingOptions:
+    """What routing needs to know of a `LoRASwitchConfig`; same words, same meaning."""
+
+    num_experts: int
+    top_k: int
+    normalize_gates: bool
+    jitter: float = 0.0
+    aux_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0
+
+
+class Router(nn.Module):
+    """Linear router without bias. `weight` is [num_experts, in_features]; logits are computed in float32, whatever the
+    dtype of the weight, of the input or of autocast (a bf16 softmax changes which experts win)."""
+
+    def __init__(self, in_features: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
+
+    def reset_parameters(self) -> None:
+        # Not zero: equal logits would send every token to the first k experts, and nothing would ever break the tie.
+        # On inputs of unit RMS (after a norm) this gives logits with a standard deviation of 1/sqrt(3).
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features], any float dtype -> logits [..., num_experts], float32."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+@dataclass
+class Routing:
+    """One decision for the tokens in flight.
+
+    Attributes:
+        experts: int64 [*token_shape, top_k], indices of the chosen experts, best first.
+        gates: float32 [*token_shape, top_k], their weights.
+        dense_gates: float32 [*token_shape, num_experts], the gates scattered over all experts, 0 where not chosen. This
+            is what layers multiply with, and the one path by which gradients reach the router.
+        router_input: [*token_shape, in_features], detached; what the balance losses are computed from. None outside of
+            training, where nothing needs it.
+        relay: see `frame.py`, reentrant checkpointing.
+    """
+
+    experts: torch.Tensor
+    gates: torch.Tensor
+    dense_gates: torch.Tensor
+    router_input: torch.Tensor | None = None
+    relay: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def token_shape(self) -> torch.Size:
+        return self.experts.shape[:-1]
+
+    def dense_gates_for(self, x: torch.Tensor, layer_name: str) -> torch.Tensor:
+        """`dense_gates` in the token shape of a layer's input x [..., in_features], checked: [..., num_experts].
+
+        Raises:
+            RuntimeError: x does not hold the tokens that were routed.
+        """
+        shape = x.shape[:-1]
+        if shape == self.token_shape:
+            return self.dense_gates
+        # Some models flatten (batch, sequence) on the way (OPT's decoder); a same-rank difference is other tokens.
+        if len(shape) != len(self.token_shape) and shape.numel() == self.token_shape.numel():
+            return self.dense_gates.view(*shape, -1)
+        raise RuntimeError(
+            f"LoRA-Switch routed tokens of shape {tuple(self.token_shape)}, but the adapted layer '{layer_name}' sees "
+            f"{tuple(shape)}: it does not process the tokens that were routed (a pooler, cross-attention, a table of "
+            "positions or an expert of the backbone does not). Exclude it with exclude_modules."
+        )
+
+
+def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
+    """Pick experts and gates: softmax in float32, top-k, gates rescaled to sum 1 if `options.normalize_gates`.
+
+    Args:
+        logits: float32 [*token_shape, num_experts].
+    """
+    probabilities = torch.softmax(logits, dim=-1)
+    gates, experts = torch.topk(probabilities, options.top_k, dim=-1)
+    if options.normalize_gates:
+        gates = gates / gates.sum(dim=-1, keepdim=True)
+    dense_gates = torch.zeros_like(probabilities).scatter(-1, experts, gates)
+    return Routing(experts=experts, gates=gates, dense_gates=dense_gates)
+
+
+def jitter(x: torch.Tensor, amount: float) -> torch.Tensor:
+    """x times noise from [1 - amount, 1 + amount], element by element (Switch Transformer, arXiv 2101.03961)."""
+    return x * torch.empty_like(x).uniform_(1 - amount, 1 + amount)
