@@ -92,8 +92,10 @@ class RoutingFrame:
                 raise ValueError(
                     f"adapter_names has {samples} entries, but the batch holds {num_tokens} tokens: give one name per sample."
                 )
-            chosen = torch.tensor([name == adapter for name in self.adapter_names], device=device)
-            self._rows[key] = chosen.repeat_interleave(num_tokens // samples).nonzero().squeeze(-1)
+            chosen = [sample for sample, name in enumerate(self.adapter_names) if name == adapter]
+            each = num_tokens // samples  # tokens of one sample, beams included
+            first = torch.tensor(chosen, dtype=torch.int64, device=device) * each
+            self._rows[key] = (first.unsqueeze(-1) + torch.arange(each, device=device)).flatten()
         return self._rows[key]
 
 
