@@ -107,6 +107,10 @@ class LoRASwitchModel(BaseTuner):
     def _check_target_module_exists(peft_config: LoRASwitchConfig, key: str) -> Any:
         return check_target_module_exists(peft_config, key)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # PEFT 0.20 calls self.model.forward here, which would pass over the hooks that open and close the frame.
+        return self.model(*args, **kwargs)
+
     # ---------------------------------------------------------------------------------------- statistics
 
     def router_stats(self, adapter_name: str | None = None, reset: bool = False) -> dict[str, Any]:
