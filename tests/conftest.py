@@ -1,0 +1,30 @@
+"""What every test runs under: one thread (two xdist workers share two cores), no network, a fixed seed, no left-over state."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # before huggingface_hub is imported; tests/test_hub.py lifts it for its own server
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_gradient_state():
+    """accelerate keeps "are gradients being accumulated" in a process-wide singleton: no test inherits another's."""
+    from accelerate.state import GradientState
+
+    yield
+    GradientState._reset_state()
