@@ -14,12 +14,12 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
@@ -80,44 +80,57 @@ def refresh_model_card(folder: str | os.PathLike, repo_id: str | None = None, re
     """
     adapters = dict(_adapters_in(Path(folder)))
     if adapters:
-        _write_card(Path(folder), adapters, repo_id, revision)
+        # A pull request's ref is gone once it is merged, so it is no revision to load from.
+        lasting = revision if revision and not revision.startswith("refs/") else None
+        _write_card(Path(folder), adapters, repo_id, lasting)
 
 
 def keep_card_on_push() -> None:
-    """From now on, renew our section whenever a card is written into the folder of a LoRA-Switch adapter. Idempotent.
+    """From now on, renew our section when somebody writes or uploads the card of a LoRA-Switch adapter. Idempotent.
 
-    `push_to_hub` of transformers 5 saves the model and then overwrites its card with the repository's (or an empty
-    one that says "transformers"), and TRL's trainers overwrite it just before they upload: neither leaves a hook. All
-    of them call `ModelCard.save`, so that is where this looks again. `push_to_hub` also tells the repository's name,
-    in a private method; where a version has no such method the snippet names the folder instead.
+    `push_to_hub` of transformers 5 saves the model and then overwrites its card with the repository's (or an empty one
+    that says "transformers"), and TRL's trainers write theirs just before they upload: neither leaves a hook. So this
+    looks again after `ModelCard.save`, which writes them all, and before the two ways to upload a folder, which know the
+    repository's name; where a version lacks one of these methods the snippet names the folder instead.
 
     All of them save the adapter first. So the first save installs this, and a process that saves none is untouched.
     """
-    if getattr(ModelCard.save, "keeps_loraswitch_section", False):
-        return
-    original_save = ModelCard.save
+    from transformers.utils import PushToHubMixin
 
-    @functools.wraps(original_save)
-    def save(self: Any, filepath: Path | str) -> None:
-        original_save(self, filepath)
+    def card_saved(filepath: str | Path, *_: Any, **__: Any) -> None:
         if Path(filepath).name == "README.md":
             _refresh_or_warn(Path(filepath).parent)
 
-    save.keeps_loraswitch_section = True  # type: ignore[attr-defined]
-    ModelCard.save = save  # type: ignore[method-assign, assignment]
+    def model_pushed(working_dir: str, repo_id: str, *_: Any, revision: str | None = None, **__: Any) -> None:
+        _refresh_or_warn(working_dir, repo_id, revision)
 
-    from transformers.utils import PushToHubMixin
+    def folder_uploaded(
+        *, repo_id: str, folder_path: str, path_in_repo: str | None = None, revision: str | None = None, **__: Any
+    ) -> None:
+        if path_in_repo in (None, "", ".", "./"):
+            _refresh_or_warn(folder_path, repo_id, revision)
 
-    original_upload = getattr(PushToHubMixin, "_upload_modified_files", None)
-    if original_upload is None:
+    _wrap(ModelCard, "save", after=card_saved)
+    _wrap(PushToHubMixin, "_upload_modified_files", before=model_pushed)
+    _wrap(HfApi, "upload_folder", before=folder_uploaded)
+
+
+def _wrap(owner: type, name: str, before: Callable | None = None, after: Callable | None = None) -> None:
+    method = getattr(owner, name, None)
+    if method is None or getattr(method, "renews_loraswitch_card", False):
         return
 
-    @functools.wraps(original_upload)
-    def upload(self: Any, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        _refresh_or_warn(working_dir, repo_id, kwargs.get("revision"))
-        return original_upload(self, working_dir, repo_id, *args, **kwargs)
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if before:
+            before(*args, **kwargs)
+        result = method(self, *args, **kwargs)
+        if after:
+            after(*args, **kwargs)
+        return result
 
-    PushToHubMixin._upload_modified_files = upload  # type: ignore[method-assign]
+    wrapper.renews_loraswitch_card = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapper)
 
 
 def _refresh_or_warn(folder: str | os.PathLike, repo_id: str | None = None, revision: str | None = None) -> None:
@@ -290,7 +303,10 @@ def _settings(config: dict, shapes: dict[str, list[int]]) -> Iterator[tuple[str,
         if config.get(name):
             yield name, _code(json.dumps(config[name], sort_keys=True))
     targets = config.get("target_modules")
-    yield "adapted modules", _code(sorted(targets) if isinstance(targets, list) else targets)
+    if isinstance(targets, list):
+        # "all-linear" is saved as the full name of every layer: one line per kind of layer is enough to read.
+        targets = sorted(targets if len(targets) <= 12 else {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in targets})
+    yield "adapted modules", _code(targets)
     routers = [name.split(".loraswitch_router.")[0] for name in shapes if ".loraswitch_router." in name]
     if routers:
         yield "routing layer", _code([name.removeprefix("base_model.model.") for name in sorted(routers)])

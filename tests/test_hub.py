@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -202,3 +205,181 @@ def test_client_refuses_a_truncated_download(hub, tmp_path, monkeypatch):
     hub.truncate_downloads = False
     path = hf_hub_download("alice/adapter", "adapter_model.safetensors", **where)
     assert os.path.getsize(path) == 10000 and Path(path).read_bytes() == b"\0\1" * 5000
+
+
+# Adapters. The steps are in hub_process.py; each runs once, in a process of its own, and several tests look at it.
+
+TESTS = Path(__file__).parent
+OURS = {"loraswitch", "lora-switch", "mixture-of-lora-experts"}
+
+
+class Steps:
+    """Runs the steps of hub_process.py against one Hub, each at most once, and keeps what they returned."""
+
+    def __init__(self, folder: Path, hub: HubServer) -> None:
+        self.folder, self.hub, self.results = folder, hub, {}
+
+    def __call__(self, step: str, *arguments: str, token: str | None = None) -> dict:
+        if step not in self.results:
+            environment = {
+                name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
+            }
+            # Each step has its own cache: nothing can be loaded that did not come through the Hub.
+            environment |= self.hub.environment(token, home=f"home of {step}")
+            environment |= {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, str(TESTS / "hub_process.py"), step, str(self.folder / step), *arguments]
+            done = subprocess.run(
+                command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, f"{step}:\n{done.stdout[-1000:]}\n{done.stderr[-5000:]}"
+            self.results[step] = torch.load(self.folder / step)
+        return self.results[step]
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    with HubServer(TOKENS, folder / "hub") as server:
+        yield Steps(folder, server)
+        assert server.unknown == []
+
+
+@pytest.fixture(scope="module")
+def pushed(steps):
+    return steps("push", token="token-of-alice")
+
+
+@pytest.fixture(scope="module")
+def loaded(steps, pushed):
+    return steps("load", "token-of-alice")
+
+
+@pytest.fixture(scope="module")
+def read_cards(steps, pushed):
+    """The cards of three repositories, one of them a local folder, and what their snippets load."""
+    paths = {"local": steps.folder / "local" / "README.md"}
+    for name in ("adapter", "classifier", "secret"):
+        paths[name] = steps.folder / f"card of {name}" / "README.md"
+        paths[name].parent.mkdir()
+        revision = "next" if name == "secret" else "main"
+        paths[name].write_bytes(steps.hub.files(f"alice/{name}", revision)["README.md"])
+    result = steps("snippets", *map(str, paths.values()), token="token-of-alice")
+    return {"without import": result["without import"], **{name: result[str(path)] for name, path in paths.items()}}
+
+
+def card_on(hub: HubServer, repo_id: str, revision: str = "main") -> ModelCard:
+    return ModelCard(hub.files(repo_id, revision)["README.md"].decode())
+
+
+def test_what_is_pushed(steps, pushed):
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    files = steps.hub.files("alice/adapter")
+    assert set(files) == weights | {f"math/{name}" for name in weights} | {"README.md"}
+    assert all(file.lfs for path, file in _entries(steps.hub, "alice/adapter") if path.endswith(".safetensors"))
+    keys = json.loads(
+        files["adapter_model.safetensors"][8 : 8 + int.from_bytes(files["adapter_model.safetensors"][:8], "little")]
+    )
+    assert "base_model.model.model.layers.0.self_attn.q_proj.loraswitch_router.weight" in keys
+    assert set(steps.hub.files("alice/native")) >= weights | {"README.md"}
+
+
+def _entries(hub, repo_id):
+    repo = hub.store.repos[repo_id]
+    return repo.commits[repo.refs["main"]].items()
+
+
+@pytest.mark.parametrize("name", ["adapter default v2", "adapter math v2", "native"])
+def test_the_adapter_changes_the_logits(pushed, name):
+    assert not torch.equal(pushed[name], pushed["base"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base", "adapter default v1", "adapter default v2", "adapter math v1", "adapter math v2", "native"],
+)
+def test_fresh_process_computes_equal_logits(pushed, loaded, name):
+    assert torch.equal(loaded[name], pushed[name])
+
+
+def test_second_push_is_what_loads_by_default(pushed, loaded):
+    assert not torch.equal(pushed["adapter default v1"], pushed["adapter default v2"])
+    for name in ("AutoPeft latest", "transformers latest", "low memory"):
+        assert torch.equal(loaded[name], pushed["adapter default v2"]), name
+
+
+def test_native_transformers_adapter_loads_through_peft(pushed, loaded):
+    assert torch.equal(loaded["native by PEFT"], pushed["native"])
+
+
+def test_config_of_each_adapter(loaded):
+    assert loaded["config"] == {"class": "LoRASwitchConfig", "k": 2, "E": 4, "r": 2}
+    assert loaded["config math"] == {"class": "LoRASwitchConfig", "k": 1, "E": 5, "r": 3}
+
+
+def test_private_repository_needs_the_token(pushed, loaded):
+    # PEFT turns every failed download of the configuration into this message.
+    assert loaded["secret without token"] == "ValueError: Can't find 'adapter_config.json' at 'alice/secret'"
+    assert torch.equal(loaded["secret"], pushed["adapter default v2"])
+
+
+def test_missing_revision_and_missing_adapter(loaded):
+    for name in ("no such revision", "no such adapter"):
+        assert loaded[name] == "ValueError: Can't find 'adapter_config.json' at 'alice/adapter'"
+
+
+def test_without_import_peft_says_key_error_and_the_card_says_why(steps, read_cards):
+    assert set(read_cards["without import"]) == {"PeftModel", "PeftConfig", "AutoPeftModel", "transformers"}
+    assert set(read_cards["without import"].values()) == {"KeyError: 'LORASWITCH'"}
+    text = card_on(steps.hub, "alice/adapter").text
+    assert "without `import peft_loraswitch`" in text and "`KeyError: 'LORASWITCH'`" in text
+
+
+@pytest.mark.parametrize("card", ["adapter", "local", "secret"])
+def test_snippet_of_the_card_loads_both_adapters(pushed, read_cards, card):
+    for name in ("default", "math"):
+        assert torch.equal(read_cards[card][name], pushed[f"adapter {name} v2"])
+
+
+def test_snippet_of_a_classifier_knows_the_number_of_labels(pushed, read_cards):
+    assert pushed["classifier"].shape == (2, 3)
+    assert torch.equal(read_cards["classifier"]["default"], pushed["classifier"])
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "pipeline"),
+    [("adapter", "text-generation"), ("native", "text-generation"), ("classifier", "text-classification")],
+)
+def test_card_metadata_on_the_hub(steps, pushed, repo_id, pipeline):
+    data = card_on(steps.hub, f"alice/{repo_id}").data
+    assert (data.library_name, data.base_model, data.pipeline_tag) == ("peft", "alice/base", pipeline)
+    assert set(data.tags) >= OURS | {"base_model:adapter:alice/base"}
+
+
+def test_edits_made_on_the_hub_survive_the_next_push(steps, pushed):
+    card = card_on(steps.hub, "alice/adapter")
+    assert card.data.license == "apache-2.0" and "Written by hand." in card.text
+    assert card.text.count("loraswitch:begin") == 1
+    assert "Written by hand." not in card_on(steps.hub, "alice/adapter", "v1").text
+
+
+def test_card_names_the_repository_it_is_in(steps, pushed):
+    assert 'adapter = "alice/adapter"' in card_on(steps.hub, "alice/adapter").text
+    secret = card_on(steps.hub, "alice/secret", "next").text
+    assert 'from_pretrained(base, adapter, revision="next")' in secret
+
+
+@pytest.mark.parametrize(("run", "tags", "own_text"), [
+    ("plain", set(), "### Training hyperparameters"),
+    ("sft", {"trl", "sft"}, "It has been trained using [TRL]"),
+])  # fmt: skip
+def test_trainers_own_card_keeps_our_section(steps, run, tags, own_text):
+    trained = steps("trainers", token="token-of-alice")
+    on_hub = card_on(steps.hub, f"alice/trained-{run}")
+    assert f'adapter = "alice/trained-{run}"' in on_hub.text
+    for card in (on_hub, ModelCard(trained[f"{run}/README.md"])):
+        assert own_text in card.text and card.text.count("loraswitch:begin") == 1
+        assert card.data.library_name == "peft" and card.data.base_model == "alice/trainbase"
+        assert set(card.data.tags) >= OURS | tags | {"base_model:adapter:alice/trainbase"}
+    checkpoint = ModelCard(trained[f"{run}/checkpoint-1/README.md"])
+    assert set(checkpoint.data.tags) >= OURS and checkpoint.text.count("loraswitch:begin") == 1
+    assert not any(path.startswith("checkpoint-") for path in steps.hub.files(f"alice/trained-{run}"))
