@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -17,8 +22,9 @@ from torch import nn
 from .config import LoRASwitchConfig
 from .frame import NO_ADAPTER, RoutingRecorder, RoutingState, summary_of
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear, _quantization_backend
-from .loading import check_adapter_state_dict
-from .streams import check_streams, is_pooler, is_supported_linear
+from .loading import LIST_AT_MOST, check_adapter_state_dict
+from .streams import check_streams
+from .targets import is_supported_linear, left_out, refused
 
 
 @dataclass
@@ -41,10 +47,10 @@ class LoRASwitchModel(BaseTuner):
 
     prefix = "loraswitch_"
     tuner_layer_cls = LoRASwitchLayer
-    # deberta-v2's query_proj sees position tables too (see streams.py); value_proj and dense see tokens only
+    # deberta-v2's query_proj and pooler see something else than tokens (see targets.py)
     target_module_mapping = {
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-        "deberta-v2": ["value_proj", "dense"],
+        "deberta-v2": ["value_proj", "attention.output.dense", "intermediate.dense", "output.dense"],
     }
 
     # ------------------------------------------------------------------------------------------ injection
@@ -57,17 +63,17 @@ class LoRASwitchModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
-        try:
+        # PEFT has entered the configuration already: taken out, so that what a failure goes back to is the state without it
+        config = self.peft_config.pop(adapter_name)
+        with injecting(self, config):
+            self.peft_config[adapter_name] = config
             prepared = self._prepare_adapter_config(config, self.get_model_config(model))
             self._plan = plan_injection(model, prepared, adapter_name, kwargs.get("state_dict"))
-        except Exception:
-            self.peft_config.pop(adapter_name)
-            raise
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        state = routing_state(model)
-        assert state is not None
-        state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLayer)])
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            check_file_being_loaded(model, config, adapter_name)
+            state = routing_state(model)
+            assert state is not None
+            state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLayer)])
 
     def _create_and_replace(
         self,
@@ -81,8 +87,8 @@ class LoRASwitchModel(BaseTuner):
     ) -> None:
         if current_key not in self._plan.adapted:  # runs before the router: see LoRASwitchConfig.router_module
             return
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), current_key), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), current_key), config.lora_alpha)
+        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.lora_alpha)
         settings: dict[str, Any] = {
             "config": config,
             "r": r,
@@ -96,9 +102,7 @@ class LoRASwitchModel(BaseTuner):
         if state is None:
             state = getattr(self, "_new_state", None) or RoutingState()
             self._new_state = state
-        layer = LoRASwitchLinear(
-            target, adapter_name, current_key, state, **settings, **_quantization_kwargs(self)
-        )
+        layer = LoRASwitchLinear(target, adapter_name, current_key, state, **settings, **_quantization_kwargs(self))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
@@ -184,17 +188,21 @@ def plan_injection(
     inside = tuple(name + "." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
     if state_dict is not None:
-        keys = {key.rsplit(".loraswitch_", 1)[0].removeprefix("base_model.model.") for key in state_dict if ".loraswitch_" in key}
+        keys = {
+            key.rsplit(".loraswitch_", 1)[0].removeprefix("base_model.model.")
+            for key in state_dict
+            if ".loraswitch_" in key
+        }
         names = [name for name in names if name in keys]
     else:
         names = [name for name in names if check_target_module_exists(config, name)]
     if every_linear:
-        poolers = [name for name in names if is_pooler(name)]
-        if poolers:
-            names = [name for name in names if name not in poolers]
-            assert isinstance(config.target_modules, set)
-            config.target_modules -= set(poolers)
-            warnings.warn(f"'all-linear' leaves out {poolers}: one vector per sequence is not a token to route.")
+        outside = left_out(model, names)
+        names = [name for name in names if name not in outside]
+        assert isinstance(config.target_modules, set)
+        config.target_modules -= set(outside)
+        if outside:
+            warnings.warn(f"'all-linear' leaves out {_some_reasons(outside)}.")
     if not names:
         return InjectionPlan([], "")  # PEFT's own message is a good one: it says what was matched and excluded
     for name in names:
@@ -208,6 +216,12 @@ def plan_injection(
                 f"target_modules: '{name}' is a {type(base).__name__}; LoRA-Switch adapts linears (nn.Linear, Conv1D and "
                 "quantised linears). Leave it out, or add it to exclude_modules."
             )
+    unfit = refused(model, names)
+    if unfit:
+        raise ValueError(
+            f"target_modules: {_some_reasons(unfit)}; no routing decision fits that. Add exclude_modules="
+            f"{sorted(unfit) if len(unfit) <= LIST_AT_MOST else sorted({n.rpartition('.')[2] for n in unfit})}."
+        )
     router = names[0]
     if config.router_module is not None:
         found = [n for n in names if n == config.router_module or n.endswith("." + config.router_module)]
@@ -223,9 +237,22 @@ def plan_injection(
     return InjectionPlan(names, router)
 
 
+def _some_reasons(reasons: dict[str, str]) -> str:
+    """One name for each reason, and how many more have it."""
+    first: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        first.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"'{names[0]}'{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
+        for reason, names in first.items()
+    )
+
+
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name={adapter_name!r} must not be empty or contain a dot: it becomes a module's name.")
+        raise ValueError(
+            f"adapter_name={adapter_name!r} must not be empty or contain a dot: it becomes a module's name."
+        )
     if any(adapter_name in name.split(".") for name, _ in model.named_modules() if "loraswitch_" not in name):
         warnings.warn(
             f"The adapter name '{adapter_name}' is also part of a module's name in this model; PEFT may drop weights when it "
