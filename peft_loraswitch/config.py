@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -36,14 +35,18 @@ class LoRASwitchConfig(PeftConfig):
         ```
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of each expert, >= 1. Trainable parameters grow with num_experts * r."})
+    r: int = field(
+        default=8, metadata={"help": "Rank of each expert, >= 1. Trainable parameters grow with num_experts * r."}
+    )
     num_experts: int = field(
         default=8,
         metadata={"help": "Number of LoRA experts E on every adapted linear, >= 1. 1 with top_k=1 is plain LoRA."},
     )
     top_k: int = field(
         default=2,
-        metadata={"help": "Experts used per token, 1 <= top_k <= num_experts. Cost at decode time grows with top_k * r."},
+        metadata={
+            "help": "Experts used per token, 1 <= top_k <= num_experts. Cost at decode time grows with top_k * r."
+        },
     )
     normalize_gates: bool | None = field(
         default=None,
@@ -97,7 +100,8 @@ class LoRASwitchConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the blocks to adapt (target_modules must be a list). None: all."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the block list, if layers_to_transform is set and the name is unusual."}
+        default=None,
+        metadata={"help": "Name of the block list, if layers_to_transform is set and the name is unusual."},
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained in full and saved with the adapter, e.g. ['score']."}
@@ -175,7 +179,9 @@ class LoRASwitchConfig(PeftConfig):
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} needs target_modules as a list of names, not as the str {self.target_modules!r}.")
+                    raise ValueError(
+                        f"{name} needs target_modules as a list of names, not as the str {self.target_modules!r}."
+                    )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform.")
 
@@ -196,21 +202,6 @@ class LoRASwitchConfig(PeftConfig):
 
         super().save_pretrained(save_directory, **kwargs)
         update_model_card(save_directory, self)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read adapter_config.json from a folder or the Hub, and check the weights file that lies beside it.
-
-        Raises:
-            ValueError: no adapter_config.json, an unknown field, a truncated or mismatching weights file, or weights
-                stored as a pickle only. Raised before any model is touched.
-        """
-        from .loading import check_weights_file
-
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        path = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        check_weights_file(path, config)
-        return config
 
 
 def _require_int(name: str, value: Any, upper: int) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from .config import LoRASwitchConfig
 from .frame import NO_ADAPTER, RoutingRecorder, RoutingState, summary_of
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear, _quantization_backend
-from .loading import LIST_AT_MOST, check_adapter_state_dict
+from .loading import LIST_AT_MOST, check_adapter_state_dict, check_file_being_loaded, injecting
 from .streams import check_streams
 from .targets import is_supported_linear, left_out, refused
 

@@ -26,6 +26,8 @@ def extend_peft_type(name: str = NAME) -> PeftType:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
+    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13: what `name in PeftType` looks at
+        PeftType._hashable_values_.append(name)
     # Python 3.12+ resolves members through class attributes as well; EnumType.__setattr__ only refuses *re*assignment
     type.__setattr__(PeftType, name, member)
     assert isinstance(PeftType, enum.EnumMeta) and PeftType(name) is member
@@ -35,6 +37,10 @@ def extend_peft_type(name: str = NAME) -> PeftType:
 def register(config_cls: type, model_cls: type) -> None:
     """Make PEFT know the method. Safe to call again (re-import, spawned worker, test runner)."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    from .loading import watch_loads
+
+    watch_loads()
 
     peft_type = extend_peft_type()
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
