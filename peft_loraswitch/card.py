@@ -217,8 +217,9 @@ def _replace_file(path: Path, content: str) -> None:
     try:
         with open(handle, "w", encoding="utf-8", newline="") as file:
             file.write(content)
-        # mkstemp makes the file private; a card is as readable as any other file that is saved here.
-        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        # mkstemp makes the file private; a card is as readable as what lies beside it.
+        beside = next((file for file in (path, path.with_name("adapter_config.json")) if file.exists()), None)
+        os.chmod(name, beside.stat().st_mode & 0o777 if beside else 0o644)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
