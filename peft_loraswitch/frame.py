@@ -1,20 +1,16 @@
 """Where a routing decision lives: in a `RoutingFrame`, one per forward of the backbone, never longer.
 
-The first module of a forward that contains every adapted layer (usually the whole model) opens the frame and closes it,
-by hooks. Layers in between find it through `RoutingState.frame`. The frame is thread-local, so two threads do not see
-each other's routing; nothing is kept on a module, so nothing leaks into the next forward, into a compiled graph's
-outputs, or into `copy.deepcopy(model)`.
-
-Gradient checkpointing runs a block again during backward, long after its frame was closed, and on a GPU on autograd's own
-thread. So the checkpointing function of each block is wrapped (`CheckpointWithRouting`): the second run sees the
-decisions as they stood when the block first ran.
+Hooks on the modules that contain every adapted layer (the whole model, and those inside it down to the smallest: the
+owners) open the frame when the outermost is entered and close it when that is left. Layers in between find it through
+`RoutingState.frame`. The frame is thread-local, so two threads do not see each other's routing; nothing is kept on a
+module, so nothing leaks into the next forward, into a compiled graph's outputs, or into `copy.deepcopy(model)`.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +18,7 @@ import torch
 from torch import nn
 
 from .balance import PendingBatches, RoutingRecord, add_auxiliary_losses
+from .checkpointing import SECOND_RUN, CheckpointWithRouting, Relay
 from .routing import Routing, jitter, route
 
 if TYPE_CHECKING:
@@ -39,20 +36,26 @@ class RoutingFrame:
         num_items_in_batch: what the trainer passed, see `balance.py`.
         adapter_names: adapter of each sample (mixed batches), or None.
         training: whether a loss may follow: model in train mode and gradients enabled when the frame was opened.
+        earlier: finished passes of the same forward, if an owner below the outermost runs several times (a model that
+            encodes two sentences, one after the other): other tokens, so other decisions.
+        used: adapters whose decision was asked for; `relays`: see `checkpointing.py`.
     """
 
-    def __init__(self, owner: nn.Module | None, training: bool, adapter_names: Sequence[str] | None = None) -> None:
-        self.owner = owner
+    def __init__(self, training: bool, adapter_names: Sequence[str] | None = None) -> None:
         self.training = training
         self.adapter_names = adapter_names
         self.routings: dict[str, Routing] = {}
         self.attention_mask: torch.Tensor | None = None
         self.num_items_in_batch: Any = None
-        self.replayed: RoutingFrame | None = None
+        self.earlier: tuple[RoutingFrame, ...] = ()
+        self.opened_at = self.deepest = 0  # which owner opened it, which is the innermost entered since
+        self.used: set[str] = set()
+        self.relays: dict[str, Relay] = {}
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
 
     def routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
         """The decision of this forward for `adapter`; taken now, from x [..., in_features], if it is not there yet."""
+        self.used.add(adapter)
         routing = self.routings.get(adapter)
         if routing is None:
             routing = self._decide(adapter, layer, x)
@@ -74,8 +77,12 @@ class RoutingFrame:
         routing = route(logits, options)
         if recording:
             routing.router_input = x.detach()
-        if self.training and not torch.compiler.is_compiling():
-            _prepare_relay(routing, None if self.replayed is None else self.replayed.routings.get(adapter))
+        if self.training and router.weight.requires_grad and not torch.compiler.is_compiling():
+            relay = self.relays.setdefault(adapter, Relay())
+            if not torch.is_grad_enabled():  # the first, gradient-free run of a reentrant checkpoint
+                routing.dense_gates = relay.stand_in(routing.dense_gates)
+            elif routing.dense_gates.requires_grad:
+                routing.dense_gates.register_hook(relay.join)
         return routing
 
     def served_rows(self, adapter: str) -> tuple[int, torch.Tensor] | None:
@@ -97,30 +104,6 @@ class RoutingFrame:
             first = torch.tensor(chosen, dtype=torch.int64, device=device) * each
             self._rows[key] = (first.unsqueeze(-1) + torch.arange(each, device=device)).flatten()
         return self._rows[key]
-
-
-def _prepare_relay(routing: Routing, original: Routing | None) -> None:
-    """Carry gradients to the router across reentrant checkpointing.
-
-    Reentrant checkpointing runs blocks without gradients first and each again, on its own, in backward. Blocks after the
-    router's would hand their gradient to a decision that has no graph. So they all use one leaf tensor (`relay`), whose
-    `.grad` sums up what they send; the router's own block runs again last, and there the sum joins the gradient of the
-    recomputed gates.
-    """
-    if not torch.is_grad_enabled():  # inside the first, gradient-free run of a reentrant checkpoint
-        routing.relay = routing.dense_gates = routing.dense_gates.detach().requires_grad_()
-        return
-    source = original if original is not None else routing
-
-    def add_relayed(grad: torch.Tensor) -> torch.Tensor | None:
-        relay = source.relay
-        if relay is None or relay.grad is None:
-            return None
-        relayed, relay.grad = relay.grad, None
-        return grad + relayed
-
-    if routing.dense_gates.requires_grad:
-        routing.dense_gates.register_hook(add_relayed)
 
 
 class RoutingState:
@@ -150,8 +133,9 @@ class RoutingState:
         if frame is None:
             raise RuntimeError(
                 f"The adapted layer '{layer_name}' was reached before any routing: LoRA-Switch decides once per forward of "
-                "the model, and this layer was called outside of one. Call the model, not the layer; with FSDP's "
-                "activation_checkpointing use the model's gradient_checkpointing_enable() instead."
+                "the model, and this layer was called outside of one. Call the model, not the layer. In backward this means "
+                "gradient checkpointing that LoRA-Switch cannot follow (torch.utils.checkpoint called by the model itself, "
+                "FSDP's activation_checkpointing): use the model's gradient_checkpointing_enable() instead."
             )
         return frame
 
@@ -203,8 +187,8 @@ class RoutingState:
             module = next((child for child in module.children() if wanted <= set(child.modules())), None)
             if module in wanted:
                 break
-        for owner in owners:
-            hook = _OwnerHooks(self, owner)
+        for depth, owner in enumerate(owners):
+            hook = _OwnerHooks(self, owner, depth)
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
         self._blocks = [
@@ -223,9 +207,11 @@ class RoutingState:
                 block._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
         self._handles, self._blocks = [], []
 
-    def open_frame(self, owner: nn.Module) -> RoutingFrame:
-        training = owner.training and torch.is_grad_enabled()
-        frame = RoutingFrame(owner, training, getattr(self._local, "adapter_names", None))
+    def new_frame(self, training: bool, adapter_names: Sequence[str] | None) -> RoutingFrame:
+        return RoutingFrame(training, adapter_names)
+
+    def open_frame(self, training: bool) -> RoutingFrame:
+        frame = self.new_frame(training, getattr(self._local, "adapter_names", None))
         if training and not torch.compiler.is_compiling():
             self._wrap_checkpointing()
         self._local.frame = frame
@@ -270,18 +256,18 @@ def summary_of(records: dict[str, RoutingRecord], adapter_name: str | None) -> d
 
 
 class _OwnerHooks:
-    """The two hooks of one module that contains all adapted layers (bound methods, so that deepcopy rebinds them)."""
+    """The two hooks of one owner, at `depth` owners below the outermost (bound methods: `copy.deepcopy` rebinds them)."""
 
-    def __init__(self, state: RoutingState, owner: nn.Module) -> None:
+    def __init__(self, state: RoutingState, owner: nn.Module, depth: int) -> None:
         self.state = state
-        self.owner = owner
+        self.depth = depth
         names = list(inspect.signature(owner.forward).parameters)
         self.mask_position = names.index("attention_mask") if "attention_mask" in names else None
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        frame = self.state.frame
+        frame = self._frame(module)
         if frame is None:
-            frame = self.state.open_frame(self.owner)
+            return
         if frame.attention_mask is None:
             frame.attention_mask = kwargs.get("attention_mask", None)
             if frame.attention_mask is None and self.mask_position is not None and len(args) > self.mask_position:
@@ -289,54 +275,31 @@ class _OwnerHooks:
         if frame.num_items_in_batch is None:
             frame.num_items_in_batch = kwargs.get("num_items_in_batch", None)
 
+    def _frame(self, module: nn.Module) -> RoutingFrame | None:
+        """The frame that this forward of `module` belongs to; None in a checkpointed block's second run."""
+        frame = self.state.frame
+        if frame is not None and frame.opened_at == SECOND_RUN:
+            return None
+        # an open frame of this very owner was left behind by a KeyboardInterrupt, for which no hook runs
+        if frame is None or frame.opened_at >= self.depth:
+            frame = self.state.open_frame(module.training and torch.is_grad_enabled())
+            frame.opened_at = self.depth
+        elif frame.deepest >= self.depth:
+            earlier = frame
+            frame = self.state.open_frame(earlier.training)
+            frame.opened_at, frame.num_items_in_batch = earlier.opened_at, earlier.num_items_in_batch
+            frame.earlier = (*earlier.earlier, earlier)
+        frame.deepest = self.depth
+        return frame
+
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         frame = self.state.frame
-        if frame is None or frame.owner is not self.owner:
+        if frame is None or frame.opened_at != self.depth:
             return None
         self.state.close_frame()
-        if output is None or not frame.routings:  # an exception is on its way, or nothing was routed
+        if output is None:  # an exception is on its way
             return None
-        if frame.training or self.state.recorders:
-            return add_auxiliary_losses(self.state, frame, output)
-        return None
-
-
-class CheckpointWithRouting:
-    """Stands in for a block's `_gradient_checkpointing_func`; see the module's text."""
-
-    def __init__(self, state: RoutingState, checkpoint: Callable[..., Any]) -> None:
-        self.state = state
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        frame = self.state.frame
-        if frame is None or torch.compiler.is_compiling():
-            return self.checkpoint(function, *args, **kwargs)
-        return self.checkpoint(_RunAgain(self.state, frame, function), *args, **kwargs)
-
-
-class _RunAgain:
-    """Runs a block; from the second time on in a copy of the frame as it stood before the first."""
-
-    def __init__(self, state: RoutingState, frame: RoutingFrame, function: Callable[..., Any]) -> None:
-        self.state, self.frame, self.function = state, frame, function
-        self.routings_before = dict(frame.routings)
-        self.reentrant: bool | None = None  # None: has not run yet
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.reentrant is None:
-            self.reentrant = not torch.is_grad_enabled()
-            return self.function(*args, **kwargs)
-        replay = RoutingFrame(None, self.frame.training, self.frame.adapter_names)
-        replay.replayed = self.frame
-        for adapter, routing in self.routings_before.items():
-            replay.routings[adapter] = _for_reentrant_replay(routing) if self.reentrant else routing
-        with self.state.within(replay):
-            return self.function(*args, **kwargs)
-
-
-def _for_reentrant_replay(routing: Routing) -> Routing:
-    """The decision as blocks after the router's use it in their second run: with the relay instead of the graph."""
-    if routing.relay is None:  # decided outside of any checkpoint
-        routing.relay = routing.dense_gates.detach().requires_grad_()
-    return Routing(routing.experts, routing.gates, routing.relay, relay=routing.relay)
+        for each in (*frame.earlier, frame):
+            if each.routings and (each.training or self.state.recorders):
+                output = add_auxiliary_losses(self.state, each, output)
+        return output

@@ -6,7 +6,7 @@ every adapted layer. LoRA-Switch, arXiv 2405.17741: linear, softmax, top-k on th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -56,14 +56,12 @@ class Routing:
             is what layers multiply with, and the one path by which gradients reach the router.
         router_input: [*token_shape, in_features], detached; what the balance losses are computed from. None outside of
             training, where nothing needs it.
-        relay: see `frame.py`, reentrant checkpointing.
     """
 
     experts: torch.Tensor
     gates: torch.Tensor
     dense_gates: torch.Tensor
     router_input: torch.Tensor | None = None
-    relay: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def token_shape(self) -> torch.Size:

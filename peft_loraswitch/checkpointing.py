@@ -1,0 +1,116 @@
+"""Gradient checkpointing: a block that runs again in backward sees the decisions of its own forward.
+
+By then the forward's frame is closed, other forwards may have come and gone, and on a GPU backward has its own thread. So
+the checkpointing function of each block is wrapped (`CheckpointWithRouting`): the second run gets a frame of its own, with
+the decisions as they stood before the first.
+
+**Reentrant checkpointing** runs blocks without gradients first, and each again, on its own, in backward. Blocks after the
+router's would hand their gradient to a decision that has no graph, and the router would silently train on its own block
+alone. So they all use one leaf tensor in place of the gates, whose `.grad` sums up what they send (`Relay`); the router's
+own block runs again last, and there the sum joins the gradient of the recomputed gates.
+
+Nothing here may hold on to the frame of the first run: its gates lead to the autograd graph, whose checkpoints lead back
+here, and Python cannot collect a cycle through C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .frame import RoutingFrame, RoutingState
+    from .routing import Routing
+
+SECOND_RUN = -1  # what `RoutingFrame.opened_at` holds in a block's second run, instead of an owner's depth
+
+
+class Relay:
+    """Carries the gradient of the gates from blocks that run again on their own to where the router runs."""
+
+    def __init__(self) -> None:
+        self.leaf: torch.Tensor | None = None
+
+    def stand_in(self, dense_gates: torch.Tensor) -> torch.Tensor:
+        """The leaf that blocks multiply with instead of `dense_gates`, of the same value."""
+        if self.leaf is None:
+            self.leaf = dense_gates.detach().requires_grad_()
+        return self.leaf
+
+    def join(self, grad: torch.Tensor) -> torch.Tensor | None:
+        """Hook on the gates that have a graph: adds what the leaf has gathered."""
+        if self.leaf is None or self.leaf.grad is None:
+            return None
+        gathered, self.leaf.grad = self.leaf.grad, None
+        return grad + gathered
+
+
+class CheckpointWithRouting:
+    """Stands in for a block's `_gradient_checkpointing_func`."""
+
+    def __init__(self, state: RoutingState, checkpoint: Callable[..., Any]) -> None:
+        self.state = state
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        frame = self.state.frame
+        if frame is None or torch.compiler.is_compiling():
+            return self.checkpoint(function, *args, **kwargs)
+        return self.checkpoint(_Block(self.state, frame, function), *args, **kwargs)
+
+
+class _Block:
+    """A block's forward: first in the open frame, then, in backward, in one that equals it."""
+
+    def __init__(self, state: RoutingState, frame: RoutingFrame, function: Callable[..., Any]) -> None:
+        self.state, self.function = state, function
+        self.training, self.adapter_names, self.relays = frame.training, frame.adapter_names, frame.relays
+        self.routings_before = dict(frame.routings)
+        self.used: set[str] | None = None  # adapters that the first run used; None: it has not run yet
+        self.reentrant = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        frame = self.state.frame
+        if self.used is None and frame is not None:
+            return self._run(frame, *args, **kwargs)
+        return self._run_again(*args, **kwargs)
+
+    def _run(self, frame: RoutingFrame, *args: Any, **kwargs: Any) -> Any:
+        self.reentrant = not torch.is_grad_enabled()
+        before, frame.used = frame.used, set()
+        output = self.function(*args, **kwargs)
+        self.used, frame.used = frame.used, before | frame.used
+        if self.reentrant and self.used & self.relays.keys() and not any(map(_needs_gradient, args)):
+            raise RuntimeError(
+                "Reentrant gradient checkpointing passes no gradient through a block whose inputs need none, so the router "
+                "of LoRA-Switch would silently learn nothing from it: call model.enable_input_require_grads() before "
+                "training, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        return output
+
+    def _run_again(self, *args: Any, **kwargs: Any) -> Any:
+        again = self.state.new_frame(self.training, self.adapter_names)
+        again.opened_at, again.relays = SECOND_RUN, self.relays
+        for adapter, routing in self.routings_before.items():
+            again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing
+        with self.state.within(again):
+            output = self.function(*args, **kwargs)
+        if again.used != self.used:
+            raise RuntimeError(
+                f"A checkpointed block ran with the adapter(s) {sorted(self.used or ())} and runs again, in backward, with "
+                f"{sorted(again.used)}: its gradients would be wrong. Switch adapters (set_adapter, disable_adapter) after "
+                "backward."
+            )
+        return output
+
+    def _relayed(self, adapter: str, routing: Routing) -> Routing:
+        if adapter not in self.relays:
+            return routing
+        return replace(routing, dense_gates=self.relays[adapter].stand_in(routing.dense_gates))
+
+
+def _needs_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
