@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
+import tempfile
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import peft
+from packaging.version import Version
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from .registration import extend_peft_type
 from .routing import RoutingOptions
 
 BIAS_CHOICES = ("none", "all", "loraswitch_only")
+SAVES_BIASES = Version(peft.__version__) >= Version("0.21.0.dev0")  # of methods other than its own
 MAX_EXPERTS, MAX_RANK = 4096, 65536  # sanity bounds: beyond them a number is a typing mistake, not a choice
 
 
@@ -136,11 +143,24 @@ class LoRASwitchConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type()
-        for name, upper in (("r", MAX_RANK), ("num_experts", MAX_EXPERTS), ("top_k", MAX_EXPERTS)):
-            _require_int(name, getattr(self, name), upper)
+        self.check()
+
+    def check(self) -> None:
+        """Check every field; lists of names become sets. Runs at construction, and again before an adapter is injected,
+        because fields may be set on a configuration that was loaded.
+
+        Raises:
+            ValueError: names the field, its value and what it may be.
+        """
+        self._check_routing()
+        self._check_experts()
+        self._check_targets()
+
+    def _check_routing(self) -> None:
+        for name in ("num_experts", "top_k"):
+            _require_int(name, getattr(self, name), MAX_EXPERTS)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}: lower top_k.")
-        _require_bool("use_rslora", self.use_rslora)
         if self.normalize_gates is None:
             self.normalize_gates = self.top_k > 1
         _require_bool("normalize_gates", self.normalize_gates)
@@ -149,33 +169,53 @@ class LoRASwitchConfig(PeftConfig):
                 "normalize_gates=True with top_k=1 makes every gate the constant 1, so the router would get no gradient: "
                 "set normalize_gates=False (or leave it out), or top_k >= 2."
             )
-        _require_float("lora_alpha", self.lora_alpha, low=0, low_open=True)
-        _require_float("lora_dropout", self.lora_dropout, low=0, high=1)
+        if self.router_module is not None and (not isinstance(self.router_module, str) or not self.router_module):
+            raise ValueError(f"router_module={self.router_module!r} must be the name of an adapted linear, or None.")
         _require_float("router_jitter", self.router_jitter, low=0, high=1)
         _require_float("router_aux_loss_coef", self.router_aux_loss_coef, low=0)
         _require_float("router_z_loss_coef", self.router_z_loss_coef, low=0)
+
+    def _check_experts(self) -> None:
+        _require_int("r", self.r, MAX_RANK)
+        _require_float("lora_alpha", self.lora_alpha, low=0, low_open=True)
+        _require_float("lora_dropout", self.lora_dropout, low=0, high=1)
+        _require_bool("use_rslora", self.use_rslora)
+        if not (isinstance(self.init_weights, bool) or self.init_weights == "gaussian"):
+            raise ValueError(f"init_weights={self.init_weights!r} is not one of True, False, 'gaussian'.")
         if self.bias not in BIAS_CHOICES:
             raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS_CHOICES)}.")
-        if self.init_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_weights={self.init_weights!r} is not one of True, False, 'gaussian'.")
-        if self.router_module is not None and (not isinstance(self.router_module, str) or not self.router_module):
-            raise ValueError(f"router_module={self.router_module!r} must be the name of an adapted linear, or None.")
+        if self.bias != "none" and not SAVES_BIASES:
+            raise ValueError(
+                f"bias={self.bias!r} needs PEFT 0.21 or newer: PEFT {peft.__version__} would train the biases and not save "
+                "them. Use bias='none', or pip install -U peft."
+            )
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             if pattern is None:
                 setattr(self, name, {})
-            elif not isinstance(pattern, dict):
+            elif not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
                 raise ValueError(f"{name}={pattern!r} must be a dict of name (ending or regex) to number.")
         for key, rank in self.rank_pattern.items():
             _require_int(f"rank_pattern[{key!r}]", rank, MAX_RANK)
         for key, alpha in self.alpha_pattern.items():
             _require_float(f"alpha_pattern[{key!r}]", alpha, low=0, low_open=True)
+
+    def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, str):
+                _require_regex(name, value)
+            elif value is not None:
+                _require_names(name, value)
                 setattr(self, name, set(value))
-            elif value is not None and not isinstance(value, (str, set)):
-                raise ValueError(f"{name}={value!r} must be a list of names, a regex (str) or None.")
+        for name in ("modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            if value is not None and not (name == "layers_pattern" and isinstance(value, str)):
+                _require_names(name, value)
+        _require_indices("layers_to_transform", self.layers_to_transform)
+        tokens = self.trainable_token_indices
+        for name, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
+            _require_indices(f"trainable_token_indices{[name] if name else ''}", indices, lists_only=True)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -196,11 +236,24 @@ class LoRASwitchConfig(PeftConfig):
             z_loss_coef=self.router_z_loss_coef,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are saved: names in order, so that the same adapter is always the same file."""
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and bring the model card beside it up to date."""
+        """Write adapter_config.json, and bring the model card beside it up to date.
+
+        Raises:
+            OSError: it cannot be written (disk full); the adapter_config.json of before is then still complete.
+        """
         from .card import update_model_card
 
-        super().save_pretrained(save_directory, **kwargs)
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory={save_directory!r} is a file, not a folder.")
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".adapter_config-") as folder:
+            super().save_pretrained(folder, **kwargs)
+            os.replace(os.path.join(folder, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
         update_model_card(save_directory, self)
 
 
@@ -219,3 +272,24 @@ def _require_float(name: str, value: Any, low: float, high: float = float("inf")
     if not ok or not (low < value < high if low_open else low <= value < high):
         bracket = "(" if low_open else "["
         raise ValueError(f"{name}={value!r} must be a number in {bracket}{low}, {high}).")
+
+
+def _require_names(name: str, value: Any) -> None:
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{name}={value!r} must be a list of names.")
+
+
+def _require_regex(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"{name}={value!r} is a str, so a regex, but not a valid one ({error}). Names go into a list."
+        ) from error
+
+
+def _require_indices(name: str, value: Any, lists_only: bool = False) -> None:
+    indices = [value] if isinstance(value, int) and not lists_only else value
+    ok = indices is None or isinstance(indices, (list, tuple))
+    if not ok or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices or ()):
+        raise ValueError(f"{name}={value!r} must be a list of whole numbers from 0 on.")

@@ -68,6 +68,7 @@ class LoRASwitchModel(BaseTuner):
         with injecting(self, config):
             self.peft_config[adapter_name] = config
             prepared = self._prepare_adapter_config(config, self.get_model_config(model))
+            prepared.check()
             self._plan = plan_injection(model, prepared, adapter_name, kwargs.get("state_dict"))
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             check_file_being_loaded(model, config, adapter_name)
