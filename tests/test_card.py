@@ -322,3 +322,19 @@ def test_a_broken_config_elsewhere_in_the_folder_does_no_harm(tmp_path):
         warnings.simplefilter("error")
         config().save_pretrained(tmp_path)
     assert settings_of(section_of(tmp_path))["routing layer"] == "the first adapted linear that runs"
+
+
+def test_card_can_be_written_before_the_config(tmp_path):
+    update_model_card(tmp_path, config(num_experts=3))
+    assert settings_of(section_of(tmp_path))["experts"] == "3, of rank 8"
+    assert settings_of(section_of(tmp_path))["adapted modules"] == "`q_proj`, `v_proj`"
+
+
+@pytest.mark.parametrize(("revision", "loaded"), [(None, ""), ("exp/1", ', revision="exp/1"'), ("refs/pr/1", "")])
+def test_snippet_names_repository_and_branch(tmp_path, revision, loaded):
+    config().save_pretrained(tmp_path)
+    assert 'adapter = "."' in snippets_of(section_of(tmp_path))[0]
+    refresh_model_card(tmp_path, "someone/adapter", revision)
+    (snippet,) = snippets_of(section_of(tmp_path))
+    assert 'adapter = "someone/adapter"\n' in snippet
+    assert snippet.rstrip().endswith(f"PeftModel.from_pretrained(base, adapter{loaded})")
