@@ -9,16 +9,22 @@ With T real tokens (padding does not count), probabilities p = softmax(logits) a
 **Gradient accumulation.** `balance` is not a mean over tokens, so the sum over micro-batches of its values is not its
 value on the whole batch. While accelerate's `GradientState` says that gradients are being accumulated, only the sums that
 the gradient needs are kept (`PendingBatches`); the last micro-batch adds the loss of all tokens. The total is that of one
-large batch. Outside of accelerate each forward stands for itself.
+large batch. Outside of accelerate each forward stands for itself. With several processes each computes the losses of its
+own tokens, and the average over processes trains.
 
 **Joining.** If the output has a scalar loss, the losses are added to it. Trainers that compute the loss from other
 outputs (DPO, GRPO, TRL's fused head) get it by `AttachLoss`: the output is passed on unchanged, and its backward adds the
-gradient of the losses with weight 1.
+gradient of the losses with weight 1. That weight knows nothing of a factor that is put on the loss later, so where fp16
+training scales it (`torch.amp.GradScaler`), attached losses vanish: there is a warning, and bf16 needs no scaling.
+
+**torch.compile.** Everything that lasts from one forward to the next is a buffer that is updated in place: no guard on a
+value that changes from step to step, no additional output of the graph.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,43 +50,83 @@ class AttachLoss(torch.autograd.Function):
         return grad, torch.ones((), dtype=torch.float32, device=grad.device)
 
 
-@dataclass
-class PendingBatches:
+class PendingBatches(nn.Module):
     """Sums over the real tokens of the micro-batches accumulated so far, from which the exact gradient of both losses
     with respect to the router's weight follows once all tokens are known (T tokens, E experts, d inputs):
 
     probability_inputs[e] = sum_t p_te x_t   [E, d];   products[e, j] = sum_t p_te p_tj x_t   [E, E, d];
     z_inputs[e] = sum_t logsumexp_t p_te x_t [E, d].
+
+    The buffers take memory from the first accumulation on, and are zero unless one is in progress.
     """
 
-    weight_version: int
-    micro_batches: int = 0
-    tokens: torch.Tensor | float = 0.0
-    counts: torch.Tensor | float = 0.0
-    probabilities: torch.Tensor | float = 0.0
-    z: torch.Tensor | float = 0.0
-    probability_inputs: torch.Tensor | float = 0.0
-    products: torch.Tensor | float = 0.0
-    z_inputs: torch.Tensor | float = 0.0
+    micro_batches: torch.Tensor
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    probabilities: torch.Tensor
+    z: torch.Tensor
+    probability_inputs: torch.Tensor
+    products: torch.Tensor
+    z_inputs: torch.Tensor
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated = False
+        self.weight_version = 0
+
+    def allocate(self, num_experts: int, in_features: int, device: torch.device) -> None:
+        e, d = num_experts, in_features
+        shapes: dict[str, tuple[int, ...]] = {"micro_batches": (), "tokens": (), "counts": (e,), "probabilities": (e,)}
+        shapes |= {"z": (), "probability_inputs": (e, d), "products": (e, e, d), "z_inputs": (e, d)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
+        self.allocated = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PendingBatches:
+        return _apply_in_float32(self, super()._apply, fn, recurse)
+
+    def reset(self) -> None:
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def forget_if_stale(self, weight: torch.Tensor) -> None:
+        """Drop what an interrupted run left behind: those tokens were routed by other weights."""
+        if self.weight_version != weight._version:
+            self.reset()
+            self.weight_version = weight._version
+
+    @torch.no_grad()
     def add(self, batch: _Batch) -> None:
-        x, p = batch.x.float(), batch.probabilities.detach() * batch.real
-        logsumexp = batch.logsumexp.detach()
-        self.micro_batches += 1
-        self.tokens = self.tokens + batch.tokens
-        self.counts = self.counts + batch.counts
-        self.probabilities = self.probabilities + p.sum(0)
-        self.z = self.z + (logsumexp.square() * batch.real.squeeze(-1)).sum()
-        self.probability_inputs = self.probability_inputs + p.T @ x
-        pairs = (p.unsqueeze(2) * batch.probabilities.detach().unsqueeze(1)).flatten(1)  # [T, E * E]
-        self.products = self.products + (pairs.T @ x).unflatten(0, (p.shape[1], p.shape[1]))
-        self.z_inputs = self.z_inputs + (p * logsumexp.unsqueeze(-1)).T @ x
+        x, probabilities, logsumexp = batch.x.float(), batch.probabilities.detach(), batch.logsumexp.detach()
+        p = probabilities * batch.real
+        self.micro_batches.add_(1)
+        self.tokens.add_(batch.tokens)
+        self.counts.add_(batch.counts)
+        self.probabilities.add_(p.sum(0))
+        self.z.add_((logsumexp.square() * batch.real.squeeze(-1)).sum())
+        self.probability_inputs.add_(p.T @ x)
+        pairs = (p.unsqueeze(2) * probabilities.unsqueeze(1)).flatten(1)  # [T, E * E]
+        self.products.add_((pairs.T @ x).view_as(self.products))
+        self.z_inputs.add_((p * logsumexp.unsqueeze(-1)).T @ x)
+
+    def loss(self, load: torch.Tensor, tokens: torch.Tensor, options: RoutingOptions) -> torch.Tensor:
+        """Value of these tokens' share, for the load [E] = c_e / T and the token count T of all of them."""
+        balance = options.aux_loss_coef * options.num_experts * (load * self.probabilities).sum()
+        return (balance + options.z_loss_coef * self.z) / tokens
 
     def gradient(self, load: torch.Tensor, tokens: torch.Tensor, options: RoutingOptions) -> torch.Tensor:
-        """Gradient [E, d] of these tokens' share, for the load [E] = c_e / T and the token count T of all of them."""
+        """Its gradient with respect to the router's weight: [E, d]."""
         balance = load.unsqueeze(-1) * self.probability_inputs - torch.einsum("e,ejd->jd", load, self.products)
         scale = options.aux_loss_coef * options.num_experts / tokens
         return scale * balance + (2 * options.z_loss_coef / tokens) * self.z_inputs
+
+
+def _apply_in_float32(module: Any, apply: Any, fn: Any, recurse: bool) -> Any:
+    """`nn.Module._apply` (to, cuda, bfloat16, ...) that moves counters, but leaves them in float32."""
+    apply(fn, recurse)
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, buffer.float())
+    return module
 
 
 @dataclass
@@ -94,6 +140,11 @@ class _Batch:
     logsumexp: torch.Tensor = field(init=False)  # [T]
     counts: torch.Tensor = field(init=False)  # [E], how often each expert was chosen
     tokens: torch.Tensor = field(init=False)  # scalar, at least 1 so that an empty batch gives 0, not NaN
+
+    @staticmethod
+    def concatenate(batches: Sequence[_Batch]) -> _Batch:
+        fields = ([getattr(batch, name) for batch in batches] for name in ("x", "experts", "real"))
+        return _Batch(*map(torch.cat, fields))
 
     def route(self, router: nn.Module, num_experts: int) -> None:
         logits = router(self.x)
@@ -120,27 +171,33 @@ class RoutingRecord(nn.Module):
 
     def __init__(self, num_experts: int, device: torch.device | None = None) -> None:
         super().__init__()
-        for name, size in (("tokens", 1), ("counts", num_experts), ("probabilities", num_experts), ("entropy", 1), ("z", 1)):
-            self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device=device), persistent=False)
+        for name, size in (
+            ("tokens", 1),
+            ("counts", num_experts),
+            ("probabilities", num_experts),
+            ("entropy", 1),
+            ("z", 1),
+        ):
+            # float32 stops counting at 2**24, a few steps of a large run
+            dtype = torch.int64 if name in ("tokens", "counts") else torch.float32
+            self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutingRecord:
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():  # model.to(bfloat16) must not turn counters into bfloat16
-            setattr(self, name, buffer.float())
-        return self
+        return _apply_in_float32(self, super()._apply, fn, recurse)
 
     def reset(self) -> None:
         for buffer in self.buffers():
             buffer.zero_()
 
+    @torch.no_grad()
     def add(self, batch: _Batch) -> None:
         p = batch.probabilities.detach()
         real = batch.real.squeeze(-1)
-        self.tokens += batch.tokens
-        self.counts += batch.counts
-        self.probabilities += (p * batch.real).sum(0)
-        self.entropy += (torch.special.entr(p).sum(-1) * real).sum()
-        self.z += (batch.logsumexp.detach().square() * real).sum()
+        self.tokens.add_(batch.tokens)
+        self.counts.add_(batch.counts)
+        self.probabilities.add_((p * batch.real).sum(0))
+        self.entropy.add_((torch.special.entr(p).sum(-1) * real).sum())
+        self.z.add_((batch.logsumexp.detach().square() * real).sum())
 
     def summary(self) -> dict[str, Any]:
         """tokens (int), load (E floats, sum 1), entropy of the router's softmax (nats, mean over tokens), dropped_experts
@@ -161,17 +218,15 @@ class RoutingRecord(nn.Module):
 
 def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) -> Any:
     """At the end of a forward: count the routed tokens, and in training join the losses to `output` (returned)."""
-    for adapter, routing in frame.routings.items():
+    passes = (*frame.earlier, frame)
+    for adapter in dict.fromkeys(name for each in passes for name in each.routings):
         router_layer = state.router_layers.get(adapter)
-        if routing.router_input is None or router_layer is None:
+        batches = [_batch(each, adapter) for each in passes if adapter in each.routings]
+        if router_layer is None or not all(batches):
             continue
+        batch = batches[0] if len(batches) == 1 else _Batch.concatenate(batches)
         options = router_layer.routing_options[adapter]
         router = router_layer.loraswitch_router[adapter]
-        batch = _Batch(
-            x=routing.router_input.flatten(0, -2),
-            experts=routing.experts.flatten(0, -2),
-            real=_real_tokens(frame, adapter, routing),
-        )
         with torch.set_grad_enabled(frame.training and torch.is_grad_enabled()):
             batch.route(router, options.num_experts)
         for recorder in state.recorders:
@@ -180,71 +235,79 @@ def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) 
         if not frame.training:
             continue
         router_layer.loraswitch_record[adapter].add(batch)
-        if options.aux_loss_coef or options.z_loss_coef:
-            output = _join(state, adapter, frame, router, options, batch, output)
+        weight: torch.Tensor = router.weight
+        if weight.requires_grad and (options.aux_loss_coef or options.z_loss_coef):
+            loss = _loss(router_layer.loraswitch_pending[adapter], router, options, batch)
+            if loss is not None:
+                output = _add_to_output(output, *loss, frame)
     return output
 
 
-def _join(
-    state: RoutingState,
-    adapter: str,
-    frame: RoutingFrame,
-    router: nn.Module,
-    options: RoutingOptions,
-    batch: _Batch,
-    output: Any,
-) -> Any:
+def _batch(frame: RoutingFrame, adapter: str) -> _Batch | None:
+    routing = frame.routings[adapter]
+    if routing.router_input is None:  # decided before anybody wanted to know
+        return None
+    x, experts = routing.router_input.flatten(0, -2), routing.experts.flatten(0, -2)
+    return _Batch(x=x, experts=experts, real=_real_tokens(frame, adapter, routing))
+
+
+def _loss(
+    pending: PendingBatches, router: nn.Module, options: RoutingOptions, batch: _Batch
+) -> tuple[torch.Tensor, torch.Tensor | float] | None:
+    """(both losses, weighted by their coefficients, of all tokens since the last optimiser step; number of micro-batches)
+    or None while more micro-batches follow."""
     weight: torch.Tensor = router.weight  # type: ignore[assignment]
-    if not weight.requires_grad:
-        return output
-    pending = state.pending.get(adapter)
-    if pending is not None and pending.weight_version != weight._version:
-        pending = None  # left over from a run that stopped half-way: those tokens were routed by other weights
-    if not GradientState().sync_gradients:
-        if pending is None:
-            pending = state.pending[adapter] = PendingBatches(weight._version)
+    last = GradientState().sync_gradients
+    if not last and not pending.allocated:
+        pending.allocate(options.num_experts, batch.x.shape[-1], batch.x.device)
+    if pending.allocated and not torch.compiler.is_compiling():
+        pending.forget_if_stale(weight)
+    if not last:
         pending.add(batch)
-        return output
-    state.pending.pop(adapter, None)
-    tokens = batch.tokens if pending is None else batch.tokens + pending.tokens
+        return None
+    tokens, counts = batch.tokens, batch.counts
+    if pending.allocated:
+        tokens, counts = tokens + pending.tokens, counts + pending.counts
     tokens = tokens.clamp(min=1)
-    counts = batch.counts if pending is None else batch.counts + pending.counts
     load = counts / tokens
     probabilities = (batch.probabilities * batch.real).sum(0) / tokens
     z = (batch.logsumexp.square() * batch.real.squeeze(-1)).sum() / tokens
     loss = options.aux_loss_coef * options.num_experts * (load * probabilities).sum() + options.z_loss_coef * z
-    micro_batches = 1
-    if pending is not None:
-        micro_batches += pending.micro_batches
-        value = options.aux_loss_coef * options.num_experts * (load * pending.probabilities).sum() / tokens
-        value = value + options.z_loss_coef * pending.z / tokens
-        # the gradient of the earlier tokens is known in closed form; weight - weight.detach() is zero and carries it
-        gradient = pending.gradient(load, tokens, options)
-        loss = loss + value + ((weight - weight.detach()).float() * gradient).sum()
-    return _add_to_output(output, loss, _weight_in_loss(frame, micro_batches))
+    if not pending.allocated:
+        return loss, 1.0
+    # What the earlier tokens add has a gradient in closed form. The sum of weight * gradient carries it, computed by a
+    # forward of the router (row e of its input is the gradient of row e of its weight), because with FSDP only that
+    # sees the whole weight.
+    carrier = router(pending.gradient(load, tokens, options)).diagonal().sum()
+    loss = loss + pending.loss(load, tokens, options) + (carrier - carrier.detach())
+    micro_batches = pending.micro_batches + 1
+    with torch.no_grad():
+        pending.reset()
+    return loss, micro_batches
 
 
-def _weight_in_loss(frame: RoutingFrame, micro_batches: int) -> float:
+def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) -> torch.Tensor | float:
     """What the losses are multiplied with so that they count once in the trainer's total.
 
     Trainers that pass `num_items_in_batch` sum the micro-batches' losses, and multiply by the number of processes (which
     average gradients); the others divide each by the number of micro-batches.
     """
     if frame.num_items_in_batch is None:
-        return float(micro_batches)
+        return micro_batches
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return 1.0 / distributed.get_world_size()
     return 1.0
 
 
-def _add_to_output(output: Any, loss: torch.Tensor, weight: float) -> Any:
+def _add_to_output(output: Any, loss: torch.Tensor, micro_batches: torch.Tensor | float, frame: RoutingFrame) -> Any:
     """`output` with the loss joined: see the module's text."""
     joined = False
     for key, tensor in _candidates(output):
         if tensor.dim() == 0:
-            tensor = tensor + (weight * loss).to(device=tensor.device, dtype=tensor.dtype)
+            tensor = tensor + (_weight_in_loss(frame, micro_batches) * loss).to(device=tensor.device, dtype=tensor.dtype)
         else:
+            _warn_if_scaled(tensor.device.type)
             tensor = AttachLoss.apply(tensor, loss.to(tensor.device))
         output = _replace(output, key, tensor)
         joined = True
@@ -255,6 +318,17 @@ def _add_to_output(output: Any, loss: torch.Tensor, weight: float) -> Any:
             stacklevel=2,
         )
     return output
+
+
+def _warn_if_scaled(device_type: str) -> None:
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device_type):
+        return
+    if torch.get_autocast_dtype(device_type) == torch.float16:
+        warnings.warn(
+            "In fp16 training with a loss that is not the model's own (TRL's trainers) the router's load-balance and z-loss "
+            "have no effect: the loss is scaled up afterwards, and they are not. Use bf16.",
+            stacklevel=2,
+        )
 
 
 def _candidates(output: Any) -> list[tuple[Any, torch.Tensor]]:
@@ -297,9 +371,11 @@ def _real_tokens(frame: RoutingFrame, adapter: str, routing: Routing) -> torch.T
     rows = frame.served_rows(adapter)
     total = tokens if rows is None else rows[0]
     if isinstance(mask, torch.Tensor):
-        if mask.dim() == 4:  # [batch, 1 or heads, queries, keys], bool or additive: real if it may attend at all
+        if (
+            mask.dim() == 4
+        ):  # [batch, 1 or heads, 1 or queries, keys], bool or additive: real if anyone may attend to it
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            mask = allowed[:, 0].any(-1)
+            mask = allowed[:, 0].any(-2)
         if mask.dim() == 2 and mask.shape[0] > 0:
             per_sample = total // mask.shape[0]
             mask = mask[:, mask.shape[1] - per_sample :]  # cached decoding: the mask covers the past too

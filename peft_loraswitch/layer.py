@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
-from .balance import RoutingRecord
+from .balance import PendingBatches, RoutingRecord
 from .config import LoRASwitchConfig
 from .frame import NO_ADAPTER, RoutingFrame, RoutingState
 from .routing import Router, Routing, RoutingOptions
@@ -62,6 +62,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         "router_is_named",
         "loraswitch_dropout",
         "loraswitch_record",
+        "loraswitch_pending",
     )
 
     def __init__(self, base_layer: nn.Module, name: str, routing_state: RoutingState, **kwargs: Any) -> None:
@@ -74,6 +75,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.loraswitch_router = nn.ModuleDict()
         self.loraswitch_dropout = nn.ModuleDict()
         self.loraswitch_record = nn.ModuleDict()
+        self.loraswitch_pending = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -111,6 +113,7 @@ class LoRASwitchLayer(BaseTunerLayer):
             self.router_is_named[adapter_name] = config.router_module is not None
             self.loraswitch_router[adapter_name] = Router(self.in_features, config.num_experts)
             self.loraswitch_record[adapter_name] = RoutingRecord(config.num_experts)
+            self.loraswitch_pending[adapter_name] = PendingBatches()
             self.routing_state.router_layers[adapter_name] = self  # type: ignore[assignment]
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -136,7 +139,6 @@ class LoRASwitchLayer(BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         if self.routing_state.router_layers.get(adapter_name) is self:
             del self.routing_state.router_layers[adapter_name]
-            self.routing_state.pending.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -41,8 +41,11 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features], any float dtype -> logits [..., num_experts], float32."""
+        x, weight = x.float(), self.weight.float()
+        if not torch.amp.is_autocast_available(x.device.type):  # the meta device: shapes and costs without data
+            return F.linear(x, weight)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            return F.linear(x, weight)
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Routing:
             return self.dense_gates
         # Some models flatten (batch, sequence) on the way (OPT's decoder); a same-rank difference is other tokens.
         if len(shape) != len(self.token_shape) and shape.numel() == self.token_shape.numel():
-            return self.dense_gates.view(*shape, -1)
+            return self.dense_gates.reshape(*shape, self.dense_gates.shape[-1])
         raise RuntimeError(
             f"LoRA-Switch routed tokens of shape {tuple(self.token_shape)}, but the adapted layer '{layer_name}' sees "
             f"{tuple(shape)}: it does not process the tokens that were routed (a pooler, cross-attention, a table of "
