@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .balance import PendingBatches, RoutingRecord, add_auxiliary_losses
+from .balance import RoutingRecord, add_auxiliary_losses
 from .checkpointing import SECOND_RUN, CheckpointWithRouting, Relay
 from .routing import Routing, jitter, route
 
@@ -113,7 +113,6 @@ class RoutingState:
         self._local = threading.local()
         self.router_layers: dict[str, LoRASwitchLinear] = {}
         self.recorders: list[RoutingRecorder] = []  # `record_routing()` blocks in progress
-        self.pending: dict[str, PendingBatches] = {}  # gradient accumulation in progress, see balance.py
         self._blocks: list[nn.Module] = []
         self._handles: list[Any] = []
 
@@ -299,7 +298,6 @@ class _OwnerHooks:
         self.state.close_frame()
         if output is None:  # an exception is on its way
             return None
-        for each in (*frame.earlier, frame):
-            if each.routings and (each.training or self.state.recorders):
-                output = add_auxiliary_losses(self.state, each, output)
-        return output
+        if frame.training or self.state.recorders:
+            return add_auxiliary_losses(self.state, frame, output)
+        return None
