@@ -43,8 +43,8 @@ def is_supported_linear(module: nn.Module) -> bool:
 def left_out(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """Those of `names` that "all-linear" does not mean, each with the reason: what `refused` refuses, and heads.
 
-    A head sees pooled vectors, or only the tokens whose logits are asked for; and it is trained in full anyway
-    (`modules_to_save`, which PEFT fills in by the task type).
+    A head sees pooled vectors, or only the tokens whose logits are asked for; and it is better trained in full
+    (`modules_to_save`, into which PEFT puts the usual heads by the task type).
     """
     reasons = refused(model, names)
     backbone = model.base_model if isinstance(model, PreTrainedModel) else model
@@ -52,7 +52,7 @@ def left_out(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
         inside = {id(module) for module in backbone.modules()}
         for name in names:
             if id(model.get_submodule(name)) not in inside:
-                reasons.setdefault(name, "it is part of the head")
+                reasons.setdefault(name, "it is part of the head; if it is to train, modules_to_save must name it")
     return reasons
 
 
