@@ -83,7 +83,7 @@ class PendingBatches(nn.Module):
         self.allocated = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> PendingBatches:
-        return _apply_in_float32(self, super()._apply, fn, recurse)
+        return _apply_but_keep_dtypes(self, super()._apply, fn, recurse)
 
     def reset(self) -> None:
         for buffer in self.buffers():
@@ -121,11 +121,14 @@ class PendingBatches(nn.Module):
         return scale * balance + (2 * options.z_loss_coef / tokens) * self.z_inputs
 
 
-def _apply_in_float32(module: Any, apply: Any, fn: Any, recurse: bool) -> Any:
-    """`nn.Module._apply` (to, cuda, bfloat16, ...) that moves counters, but leaves them in float32."""
+def _apply_but_keep_dtypes(module: nn.Module, apply: Any, fn: Any, recurse: bool) -> Any:
+    """`nn.Module._apply` (to, cuda, bfloat16, ...) that moves counters, but does not round them."""
+    before = dict(module.named_buffers(recurse=False))
     apply(fn, recurse)
-    for name, buffer in module.named_buffers(recurse=False):
-        setattr(module, name, buffer.float())
+    for name, value in before.items():
+        moved = getattr(module, name)
+        source = torch.zeros_like(moved) if value.device.type == "meta" else value  # to_empty() leaves memory as it was
+        setattr(module, name, source.to(device=moved.device, dtype=value.dtype))
     return module
 
 
@@ -183,7 +186,7 @@ class RoutingRecord(nn.Module):
             self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutingRecord:
-        return _apply_in_float32(self, super()._apply, fn, recurse)
+        return _apply_but_keep_dtypes(self, super()._apply, fn, recurse)
 
     def reset(self) -> None:
         for buffer in self.buffers():
@@ -193,8 +196,8 @@ class RoutingRecord(nn.Module):
     def add(self, batch: _Batch) -> None:
         p = batch.probabilities.detach()
         real = batch.real.squeeze(-1)
-        self.tokens.add_(batch.tokens)
-        self.counts.add_(batch.counts)
+        self.tokens.add_(batch.tokens.long())
+        self.counts.add_(batch.counts.long())
         self.probabilities.add_((p * batch.real).sum(0))
         self.entropy.add_((torch.special.entr(p).sum(-1) * real).sum())
         self.z.add_((batch.logsumexp.detach().square() * real).sum())
@@ -247,7 +250,7 @@ def _batch(frame: RoutingFrame, adapter: str) -> _Batch | None:
     routing = frame.routings[adapter]
     if routing.router_input is None:  # decided before anybody wanted to know
         return None
-    x, experts = routing.router_input.flatten(0, -2), routing.experts.flatten(0, -2)
+    x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, routing.experts))
     return _Batch(x=x, experts=experts, real=_real_tokens(frame, adapter, routing))
 
 
@@ -305,7 +308,9 @@ def _add_to_output(output: Any, loss: torch.Tensor, micro_batches: torch.Tensor 
     joined = False
     for key, tensor in _candidates(output):
         if tensor.dim() == 0:
-            tensor = tensor + (_weight_in_loss(frame, micro_batches) * loss).to(device=tensor.device, dtype=tensor.dtype)
+            tensor = tensor + (_weight_in_loss(frame, micro_batches) * loss).to(
+                device=tensor.device, dtype=tensor.dtype
+            )
         else:
             _warn_if_scaled(tensor.device.type)
             tensor = AttachLoss.apply(tensor, loss.to(tensor.device))
@@ -321,9 +326,9 @@ def _add_to_output(output: Any, loss: torch.Tensor, micro_batches: torch.Tensor 
 
 
 def _warn_if_scaled(device_type: str) -> None:
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device_type):
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device_type):
         return
-    if torch.get_autocast_dtype(device_type) == torch.float16:
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
         warnings.warn(
             "In fp16 training with a loss that is not the model's own (TRL's trainers) the router's load-balance and z-loss "
             "have no effect: the loss is scaled up afterwards, and they are not. Use bf16.",
