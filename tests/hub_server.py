@@ -277,7 +277,7 @@ class HubServer:
         tokens: bearer token -> account name.
         root: empty directory for file contents and, below `client`, for the caches of its clients.
     Attributes:
-        url: `http://127.0.0.1:<port>`, the value for `HF_ENDPOINT`; lfs_url: the store of LFS objects, another origin.
+        url: `http://127.0.0.1:<port>`, the value for `HF_ENDPOINT`; lfs_url: the store of LFS objects, another host.
         requests: "METHOD path" of every request, in order; unknown: those that no endpoint answers.
         truncate_downloads: while True, bodies from the LFS store stop half-way.
     """
@@ -288,12 +288,13 @@ class HubServer:
         self.requests: list[str] = []
         self.unknown: list[str] = []
         self.truncate_downloads = False
-        # Two origins, as on the real Hub: a client follows redirects within one origin by itself, and drops its token
-        # before it turns to another.
+        # Two hosts, as on the real Hub: a client follows redirects within one host (newer ones: origin) by itself, and
+        # drops its token before it turns to another.
         self.servers = [_Http(("127.0.0.1", 0), Handler) for _ in range(2)]
         for http in self.servers:
             http.hub = self
-        self.url, self.lfs_url = (f"http://127.0.0.1:{http.server_port}" for http in self.servers)
+        self.url = f"http://127.0.0.1:{self.servers[0].server_port}"
+        self.lfs_url = f"http://localhost:{self.servers[1].server_port}"
 
     def __enter__(self) -> Self:
         for http in self.servers:
@@ -314,7 +315,8 @@ class HubServer:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
         }
         return {**variables, "HF_TOKEN": token} if token else variables
 

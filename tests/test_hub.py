@@ -29,7 +29,7 @@ from safetensors.torch import load as load_weights
 from hub_server import HubServer
 
 # One worker of pytest-xdist (with --dist loadgroup) runs them all: the processes of the second half are shared.
-pytestmark = pytest.mark.xdist_group("hub")
+pytestmark = [pytest.mark.xdist_group("hub"), pytest.mark.compat]
 
 TOKENS = {"token-of-alice": "alice", "token-of-bob": "bob"}
 
@@ -39,6 +39,9 @@ def hub(tmp_path, monkeypatch):
     # These two are read when huggingface_hub is imported, so an environment variable would come too late here.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
+    huggingface_hub.close_session()  # proxies are read when a session starts
     with HubServer(TOKENS, tmp_path / "hub") as server:
         yield server
         assert server.unknown == []
