@@ -76,7 +76,7 @@ class RoutingFrame:
             )
         routing = route(logits, options)
         if recording:
-            routing.router_input = x.detach()
+            routing.router_input = routed.detach()
         if self.training and router.weight.requires_grad and not torch.compiler.is_compiling():
             relay = self.relays.setdefault(adapter, Relay())
             if not torch.is_grad_enabled():  # the first, gradient-free run of a reentrant checkpoint
@@ -106,11 +106,19 @@ class RoutingFrame:
         return self._rows[key]
 
 
+class _ThreadState(threading.local):
+    """Per thread (threading.local runs __init__ in each): the frame of the forward in flight, names for mixed batches."""
+
+    def __init__(self) -> None:
+        self.frame: RoutingFrame | None = None
+        self.adapter_names: Sequence[str] | None = None
+
+
 class RoutingState:
     """What all adapted layers of one backbone share: the current frame (per thread), the hooks, the statistics."""
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._local = _ThreadState()
         self.router_layers: dict[str, LoRASwitchLinear] = {}
         self.recorders: list[RoutingRecorder] = []  # `record_routing()` blocks in progress
         self._blocks: list[nn.Module] = []
@@ -120,12 +128,12 @@ class RoutingState:
         return {**self.__dict__, "_local": None, "recorders": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _local=threading.local())
+        self.__dict__.update(state, _local=_ThreadState())
 
     @property
     def frame(self) -> RoutingFrame | None:
         """The frame of the forward that this thread is in, or None."""
-        return getattr(self._local, "frame", None)
+        return self._local.frame
 
     def require_frame(self, layer_name: str) -> RoutingFrame:
         frame = self.frame
@@ -154,7 +162,7 @@ class RoutingState:
     @contextmanager
     def sample_adapters(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
         """Within it, forwards of this thread use `adapter_names`, one per sample."""
-        previous = getattr(self._local, "adapter_names", None)
+        previous = self._local.adapter_names
         self._local.adapter_names = adapter_names
         try:
             yield
@@ -210,7 +218,7 @@ class RoutingState:
         return RoutingFrame(training, adapter_names)
 
     def open_frame(self, training: bool) -> RoutingFrame:
-        frame = self.new_frame(training, getattr(self._local, "adapter_names", None))
+        frame = self.new_frame(training, self._local.adapter_names)
         if training and not torch.compiler.is_compiling():
             self._wrap_checkpointing()
         self._local.frame = frame
@@ -267,10 +275,12 @@ class _OwnerHooks:
         frame = self._frame(module)
         if frame is None:
             return
-        if frame.attention_mask is None:
-            frame.attention_mask = kwargs.get("attention_mask", None)
-            if frame.attention_mask is None and self.mask_position is not None and len(args) > self.mask_position:
-                frame.attention_mask = args[self.mask_position]
+        if self.mask_position is not None:
+            mask = kwargs.get("attention_mask", args[self.mask_position] if len(args) > self.mask_position else None)
+            # The innermost knows best, also by passing none (a T5 decoder's mask is not the encoder's). But the attention's
+            # own mask [batch, 1, queries, keys] does not say which queries are padding if an outer one [batch, keys] did.
+            if mask is None or _marks_tokens(mask) or not _marks_tokens(frame.attention_mask):
+                frame.attention_mask = mask
         if frame.num_items_in_batch is None:
             frame.num_items_in_batch = kwargs.get("num_items_in_batch", None)
 
@@ -301,3 +311,7 @@ class _OwnerHooks:
         if frame.training or self.state.recorders:
             return add_auxiliary_losses(self.state, frame, output)
         return None
+
+
+def _marks_tokens(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2
