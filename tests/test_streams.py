@@ -101,16 +101,21 @@ def test_one_stream_generates_the_same_with_and_without_cache(name, stream):
     target_modules = encoder_modules if stream == "encoder" else suggestion(refusal(model))
     model = randomize_adapter(adapted(model, target_modules=target_modules), std=1.0)
     prompt = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
-    differs = False
     for search in ({}, {"num_beams": 3, "length_penalty": 0.0}):
-        kwargs = {"max_new_tokens": 6, "do_sample": False, **search}
+        kwargs = {
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+            **search,
+        }
         cached = model.generate(**prompt, **kwargs)
         recomputed = model.generate(**prompt, **kwargs, use_cache=False)
-        assert torch.equal(cached, recomputed)
+        assert torch.equal(cached.sequences, recomputed.sequences)
+        torch.testing.assert_close(cached.logits, recomputed.logits, rtol=1e-3, atol=1e-3)
         with model.disable_adapter():
             plain = model.generate(**prompt, **kwargs)
-        differs |= plain.shape != cached.shape or not torch.equal(plain, cached)
-    assert differs
+        assert (plain.logits[0] - cached.logits[0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
