@@ -154,13 +154,6 @@ class LoRASwitchModel(BaseTuner):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was the only active one, the first that is left becomes active."""
-        super().delete_adapter(adapter_name)
-        if self.peft_config and not self.active_adapters:
-            # PEFT looks for the next one on the layers of the one that is gone; it may be on others
-            self.set_adapter(next(iter(self.peft_config)))
-
     def unload(self) -> nn.Module:
         """Take every adapter off and return the backbone."""
         state = routing_state(self.model)
