@@ -1,0 +1,501 @@
+"""Load-balance loss, z-loss and statistics: against Transformers' own functions and against direct counts."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as mixtral_loss
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    load_balancing_loss_func as switch_loss,
+)
+from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
+
+from helpers import HIDDEN, adapted, padded, switch_layers, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5, tokens
+from peft_loraswitch import record_routing, router_stats
+
+AUX, Z = 0.25, 0.125  # large on purpose, and powers of two: added without rounding
+
+
+def trained(model=None, **config):
+    settings = {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z, **config}
+    return adapted(tiny_llama() if model is None else model, **settings).train()
+
+
+def without_losses(model):
+    """The same weights with both coefficients at 0."""
+    twin = copy.deepcopy(model)
+    for layer in switch_layers(twin).values():
+        for name, options in layer.routing_options.items():
+            layer.routing_options[name] = replace(options, aux_loss_coef=0.0, z_loss_coef=0.0)
+    return twin
+
+
+def router_of(model, adapter: str = "default"):
+    return next(layer for layer in switch_layers(model).values() if adapter in layer.loraswitch_router)
+
+
+def run(model, **batch):
+    """(output, logits float32 [..., E] of the router, recomputed from what its linear received)"""
+    layer, seen = router_of(model), []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    output = model(**batch)
+    handle.remove()
+    return output, seen[0].float() @ layer.loraswitch_router["default"].weight.float().T
+
+
+def expected_loss(logits, top_k: int, mask=None):
+    """AUX * Mixtral's loss + Z * Switch's z-loss, with a graph to `logits`."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    balance = mixtral_loss((flat,), logits.shape[-1], top_k, mask)
+    real = flat if mask is None else flat[mask.reshape(-1).bool()]
+    return AUX * balance + Z * router_z_loss_func(real[None])
+
+
+# -------------------------------------------------------------------------------------------- the same as others' losses
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize(
+    "experts, top_k, normalize", [(4, 2, None), (4, 1, None), (5, 5, False), (1, 1, None), (16, 3, True)]
+)
+def test_value_and_gradient_equal_mixtrals_and_z_loss(experts, top_k, normalize, side):
+    model = trained(num_experts=experts, top_k=top_k, normalize_gates=normalize)
+    batch = padded([7, 3, 1], side) if side else {"input_ids": tokens(), "labels": tokens()}
+    twin = without_losses(model)
+    output, logits = run(model, **batch)
+    expected = expected_loss(logits, top_k, batch.get("attention_mask"))
+    plain = twin(**batch)
+    assert (output.loss - plain.loss).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(output.logits, plain.logits)
+    weight, other = (router_of(m).loraswitch_router["default"].weight for m in (model, twin))
+    (exact,) = torch.autograd.grad(expected, weight, retain_graph=True)
+    output.loss.backward()
+    plain.loss.backward()
+    assert torch.allclose(weight.grad - other.grad, exact, rtol=1e-4, atol=1e-6)
+    if experts > 1:
+        assert exact.norm() > 0.01
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if a.grad is not None and "router" not in name:
+            assert torch.equal(a.grad, b.grad), name  # the losses train the router and nothing else
+
+
+@pytest.mark.parametrize("experts", [2, 8])
+def test_top1_equals_switch_transformers(experts):
+    model = trained(num_experts=experts, top_k=1, router_z_loss_coef=0.0)
+    ids = tokens(1, 12)
+    output, logits = run(model, input_ids=ids, labels=ids)
+    probabilities = logits.softmax(-1)
+    expected = switch_loss(probabilities, probabilities.argmax(-1))
+    assert (output.loss - without_losses(model)(input_ids=ids, labels=ids).loss).item() == pytest.approx(
+        AUX * expected.item(), rel=1e-5
+    )
+    assert model.router_stats()["balance_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_perfect_balance_is_top_k_and_collapse_is_more():
+    """What the help text of router_aux_loss_coef promises."""
+    for weight, low, high in [(torch.zeros(4, HIDDEN), 2.0, 2.0), (None, 2.0, 8.0)]:
+        model = trained(num_experts=4, top_k=2)
+        router = router_of(model).loraswitch_router["default"].weight.data
+        if weight is not None:
+            router.copy_(weight)
+        else:
+            router.mul_(10)
+        model(input_ids=tokens(4, 9))
+        balance = model.router_stats()["balance_loss"]
+        assert low - 1e-6 <= balance <= high and (weight is not None or balance > 2.01)
+
+
+# ------------------------------------------------------------------------------------------------ which tokens are real
+
+
+def forward_alone(model, batch):
+    """Statistics of the samples of a padded batch, each run alone and unpadded."""
+    with record_routing(model) as recorded, torch.no_grad():
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            model(input_ids=ids[mask][None])
+    return recorded.summary()
+
+
+def assert_same(actual, expected):
+    assert actual["tokens"] == expected["tokens"]
+    assert actual["dropped_experts"] == expected["dropped_experts"]
+    assert actual["load"] == pytest.approx(expected["load"], abs=1e-6)
+    for name in ("entropy", "balance_loss", "z_loss"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+BUILDERS = {
+    "llama": (tiny_llama, {}),
+    "gpt2": (tiny_gpt2, {}),
+    "opt": (tiny_opt, {}),
+    "bert": (tiny_bert, {"task_type": "SEQ_CLS"}),
+    # adapted inside one block only: modules down to the block see other forms of the mask, or none
+    "one-block": (tiny_llama, {"target_modules": r".*layers\.0\.(self_attn|mlp)\..*_proj"}),
+    "one-attention": (tiny_llama, {"target_modules": r".*layers\.0\.self_attn\..*_proj"}),
+    "one-mlp": (tiny_llama, {"target_modules": r".*layers\.0\.mlp\..*_proj"}),
+}
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_padding_does_not_count(name, side):
+    if name == "bert" and side == "left":
+        side = "right"  # its positions are absolute and not shifted for padding: padded left is another input
+    builder, config = BUILDERS[name]
+    model = trained(builder(), **config)
+    batch = padded([9, 4, 1], side)
+    if name == "gpt2":
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with record_routing(model) as recorded:
+        model(**{k: v for k, v in batch.items() if k != "labels"})
+    expected = forward_alone(model, batch)
+    assert recorded.summary()["tokens"] == 14
+    assert_same(recorded.summary(), expected)
+    assert_same(model.router_stats(), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_and_padding_free_batches_equal_the_padded_one(attention):
+    model = trained()
+    model.get_base_model().set_attn_implementation(attention)
+    batch = padded([5, 3, 4])
+    real = batch["attention_mask"].bool()
+    flat = batch["input_ids"][real][None]
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    labels = flat.clone()
+    labels[positions == 0] = -100  # no sample predicts the next one's first token
+    segment = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    blocks = (segment[:, None] == segment[None]) & torch.ones(12, 12).tril().bool()  # packed by hand: a 4-D mask
+    twin = without_losses(model)
+    expected = model(**batch).loss - twin(**batch).loss
+    stats = model.router_stats(reset=True)
+    for packed in (
+        {"input_ids": flat, "position_ids": positions, "labels": labels},
+        {"input_ids": flat, "position_ids": positions, "labels": labels, "attention_mask": torch.ones_like(flat)},
+        {"input_ids": flat, "position_ids": positions, "labels": labels, "attention_mask": blocks[None, None]},
+    ):
+        if attention == "eager" and packed.get("attention_mask", flat).dim() == 4:
+            allowed = packed["attention_mask"]
+            packed["attention_mask"] = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+        extra = model(**packed).loss - twin(**packed).loss
+        assert extra.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert_same(model.router_stats(reset=True), stats)
+
+
+@pytest.mark.parametrize("form", ["bool", "additive", "keys only"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_a_4d_mask_does_not_count(side, form):
+    model = trained()
+    batch = padded([6, 2], side)
+    expected = forward_alone(model, batch)
+    real = batch["attention_mask"].bool()
+    allowed = real[:, None, None, :]
+    if form != "keys only":
+        allowed = allowed & torch.ones(6, 6).tril().bool()
+    mask = allowed
+    if form == "additive":
+        mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions)
+    assert model.router_stats()["tokens"] == 8
+    assert_same(model.router_stats(), expected)
+
+
+def test_a_decoder_counts_its_own_padding_not_the_encoders():
+    model = trained(tiny_t5(), target_modules=r"decoder\..*(SelfAttention\.[qkvo]|wi|wo)", task_type="SEQ_2_SEQ_LM")
+    long, short = padded([9, 2]), padded([3, 5], seed=1)
+    for decoder_mask, count in [(short["attention_mask"], 8), (None, 10)]:
+        model(
+            input_ids=long["input_ids"],
+            attention_mask=long["attention_mask"],
+            decoder_input_ids=short["input_ids"],
+            decoder_attention_mask=decoder_mask,
+        )
+        assert model.router_stats(reset=True)["tokens"] == count
+
+
+def test_an_encoder_counts_its_own_padding():
+    model = trained(tiny_t5(), target_modules=r"encoder\..*(SelfAttention\.[qkvo]|wi|wo)", task_type="SEQ_2_SEQ_LM")
+    batch = padded([9, 2])
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=tokens(2, 9))
+    assert model.router_stats()["tokens"] == 11
+
+
+def test_all_padding_is_no_token_and_no_nan():
+    model = trained()
+    ids = tokens()
+    output = model(input_ids=ids, attention_mask=torch.zeros_like(ids))
+    output.logits.sum().backward()
+    assert model.router_stats()["tokens"] == 0 and model.router_stats()["balance_loss"] == 0
+
+
+def test_cached_decoding_counts_new_tokens_only():
+    model = adapted(tiny_llama())
+    batch = padded([6, 3], side="left")
+    with record_routing(model) as recorded:
+        model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4, min_new_tokens=4
+        )
+    # 9 real prompt tokens, then three steps of two tokens: the last one generated is never fed back
+    assert recorded.summary()["tokens"] == 9 + 3 * 2
+
+
+# ------------------------------------------------------------------------------------------------------- when, and where
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "inference_mode", "frozen", "disabled", "zero"])
+def test_absent_when_nothing_trains(mode):
+    model = trained(**({"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0} if mode == "zero" else {}))
+    if mode == "frozen":
+        model.requires_grad_(False)
+    batch = padded([7, 4])
+    expected = without_losses(model).train(mode != "eval")(**batch).loss
+    grad = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, torch.enable_grad)
+    with grad():
+        if mode == "disabled":
+            with model.disable_adapter():
+                loss, base = model(**batch).loss, tiny_llama()(**batch).loss
+            assert torch.equal(loss, base)
+        else:
+            loss = model.train(mode != "eval")(**batch).loss
+            assert torch.equal(loss, expected)
+    counted = mode in ("frozen", "zero")  # a training forward as far as anybody can tell: its statistics are wanted
+    assert model.router_stats()["tokens"] == (11 if counted else 0)
+
+
+def test_without_labels_the_loss_is_attached_to_the_logits():
+    """DPO, GRPO: the trainer makes its own loss of the logits. Its value, whatever it is scaled with, stays; the gradient of
+    the router's losses comes with weight 1."""
+    model, batch = trained(), padded([7, 4])
+    del batch["labels"]
+    twin = without_losses(model)
+    output, logits = run(model, **batch)
+    plain = twin(**batch)
+    assert torch.equal(output.logits, plain.logits)
+    weight, other = (router_of(m).loraswitch_router["default"].weight for m in (model, twin))
+    (exact,) = torch.autograd.grad(expected_loss(logits, 2, batch["attention_mask"]), weight)
+    for each in (output, plain):
+        (each.logits.square().mean() / 8).backward()
+    assert torch.allclose(weight.grad - other.grad, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict", "dict with aux_loss"])
+def test_outputs_of_every_kind(kind):
+    class Custom(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(HIDDEN, 5)
+
+        def forward(self, x):
+            y = self.linear(x)
+            if kind == "tensor":
+                return y
+            if kind == "tuple":
+                return None, torch.zeros(2), y, y.detach()
+            if kind == "dict":
+                return {"ids": torch.zeros(2), "y": y}
+            return {"aux_loss": y.sum() * 0, "y": y}
+
+    model = trained(Custom(), target_modules=["linear"])
+    output = model(torch.randn(3, HIDDEN))
+    y = output if kind == "tensor" else output[2] if kind == "tuple" else output["y"]
+    (y.sum() * 0).backward()  # no gradient but the attached one
+    assert router_of(model).loraswitch_router["default"].weight.grad.norm() > 0.01
+
+
+def test_an_output_without_any_gradient_is_reported():
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(HIDDEN, 5)
+
+        def forward(self, x):
+            return SimpleNamespace(y=self.linear(x))
+
+    with pytest.warns(UserWarning, match="found no differentiable tensor.*SimpleNamespace"):
+        trained(Silent(), target_modules=["linear"])(torch.randn(3, HIDDEN))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_models_get_the_losses_in_float32(dtype):
+    model = trained().to(dtype)
+    batch = padded([7, 4])
+    output, logits = run(model, **batch)
+    expected = expected_loss(logits, 2, batch["attention_mask"])
+    assert logits.dtype == torch.float32
+    stats = model.router_stats()
+    assert AUX * stats["balance_loss"] + Z * stats["z_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    extra = output.loss - without_losses(model)(**batch).loss
+    assert extra.item() == pytest.approx(expected.item(), rel=4 * torch.finfo(dtype).eps * 5)
+    output.loss.backward()
+    assert router_of(model).loraswitch_router["default"].weight.grad.isfinite().all()
+
+
+def test_jitter_is_in_the_losses_too():
+    """Losses and load describe one and the same decision: the one taken from the jittered input."""
+    model = trained(router_jitter=0.9, num_experts=8, top_k=1)
+    ids = tokens(4, 16)
+    picked, probabilities = [], []
+    layer = router_of(model)
+    router = layer.loraswitch_router["default"]
+    handle = router.register_forward_hook(lambda _, args, logits: probabilities.append(logits.detach().softmax(-1)))
+    layer.register_forward_hook(
+        lambda module, *_: picked.append(module.routing_state.frame.routings["default"].experts)
+    )
+    model(input_ids=ids)
+    handle.remove()
+    deciding = probabilities[0].reshape(-1, 8)
+    assert torch.equal(deciding.argmax(-1), picked[0].flatten())
+    share = torch.bincount(picked[0].flatten(), minlength=8) / 64
+    stats = model.router_stats(reset=True)
+    assert stats["balance_loss"] == pytest.approx((8 * share * deciding.mean(0)).sum().item(), rel=1e-5)
+    model.peft_config["default"].router_jitter = 0.0
+    layer.routing_options["default"] = replace(layer.routing_options["default"], jitter=0.0)
+    model(input_ids=ids)
+    assert model.router_stats()["entropy"] != pytest.approx(stats["entropy"], rel=1e-4)  # the jitter did something
+
+
+# ------------------------------------------------------------------------------------------------------------ statistics
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_statistics_equal_a_direct_count(top_k):
+    model = trained(num_experts=6, top_k=top_k)
+    counts, probabilities, entropies, squares = [0] * 6, [0.0] * 6, [], []
+    for seed in range(3):  # over several forwards, of different sizes
+        batch = padded([5 + seed, 2], seed=seed)
+        _, logits = run(model, **batch)
+        for token in logits[batch["attention_mask"].bool()].detach().double():
+            p = token.softmax(-1).tolist()
+            for expert in sorted(range(6), key=lambda e, p=p: -p[e])[:top_k]:
+                counts[expert] += 1
+            probabilities = [total + each for total, each in zip(probabilities, p, strict=True)]
+            entropies.append(-sum(each * math.log(each) for each in p))
+            squares.append(token.logsumexp(-1).item() ** 2)
+    n = len(entropies)
+    stats = model.router_stats()
+    assert stats["tokens"] == n == 24
+    assert stats["load"] == pytest.approx([c / (n * top_k) for c in counts], abs=1e-7) and sum(
+        stats["load"]
+    ) == pytest.approx(1)
+    assert stats["dropped_experts"] == [e for e in range(6) if counts[e] == 0]
+    assert stats["entropy"] == pytest.approx(sum(entropies) / n, rel=1e-5)
+    assert stats["balance_loss"] == pytest.approx(
+        6 * sum(c / n * p / n for c, p in zip(counts, probabilities, strict=True)), rel=1e-5
+    )
+    assert stats["z_loss"] == pytest.approx(sum(squares) / n, rel=1e-5)
+    assert router_stats(model.get_base_model()) == stats  # and without PEFT around
+    assert model.router_stats(reset=True) == stats
+    assert model.router_stats()["tokens"] == 0 and sum(model.router_stats()["load"]) == 0
+
+
+def test_an_expert_that_nobody_picks_is_dropped():
+    model = trained(num_experts=4, top_k=1, target_modules=["q_proj"])
+    router = router_of(model).loraswitch_router["default"].weight.data
+    router_of(model).register_forward_pre_hook(lambda _, args: (args[0].abs(),))
+    router[:] = torch.tensor([[1.0], [-1.0], [-2.0], [0.5]])  # on positive input: expert 0, always
+    model(input_ids=tokens())
+    assert model.router_stats()["dropped_experts"] == [1, 2, 3]
+    assert model.router_stats()["load"] == [1.0, 0.0, 0.0, 0.0]
+    assert model.router_stats()["entropy"] < math.log(4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_statistics_survive_a_cast_of_the_model(dtype):
+    """70,001 tokens: bf16 would make 70,144 of it, fp16 infinity."""
+    model = trained(target_modules=["q_proj"])
+    record = router_of(model).loraswitch_record["default"]
+    record.tokens += 70_001
+    record.counts += 35_003
+    record.entropy += 70_001.5
+    before = model.router_stats()
+    model.to(dtype)
+    assert model.router_stats() == before and before["tokens"] == 70_001
+    model(input_ids=tokens(1, 7))
+    assert model.router_stats()["tokens"] == 70_008
+
+
+def test_statistics_count_on_where_float32_stops():
+    model = trained(target_modules=["q_proj"])
+    router_of(model).loraswitch_record["default"].tokens += 2**24
+    model(input_ids=tokens(1, 1))
+    assert model.router_stats()["tokens"] == 2**24 + 1
+
+
+def test_statistics_follow_the_model_through_meta_and_are_not_saved():
+    model = trained()
+    model(input_ids=tokens())
+    assert not any("record" in name for name in model.state_dict())
+    twin = copy.deepcopy(model)
+    assert twin.router_stats() == model.router_stats()
+    twin.to("meta").to_empty(device="cpu")
+    assert twin.router_stats()["tokens"] == 0
+
+
+def test_statistics_of_training_and_of_a_recording_are_apart():
+    model = trained()
+    with record_routing(model) as outer:
+        model(input_ids=tokens(1, 3))
+        with record_routing(model) as inner, torch.no_grad():
+            model.eval()(input_ids=tokens(1, 4))
+            assert inner.summary()["tokens"] == 4
+        model.train()(input_ids=tokens(1, 5))
+    model(input_ids=tokens(1, 6))
+    assert (outer.summary()["tokens"], inner.summary()["tokens"]) == (12, 4)
+    assert model.router_stats()["tokens"] == 14  # training forwards only
+
+
+def test_two_adapters_have_their_own_losses_and_statistics():
+    model = trained(num_experts=4)
+    from helpers import randomize_adapter, switch_config
+
+    model.add_adapter("other", switch_config(num_experts=7, top_k=3, router_aux_loss_coef=AUX, router_z_loss_coef=0.0))
+    randomize_adapter(model, "other", seed=4)
+    batch = padded([7, 4])
+    model(**batch)
+    assert len(model.router_stats()["load"]) == 4  # the only one that has counted anything
+    first = model.router_stats("default")
+    model.set_adapter("other")
+    loss = model(**batch).loss
+    assert model.router_stats("default") == first
+    stats = model.router_stats("other")
+    assert stats["tokens"] == 11 and len(stats["load"]) == 7
+    extra = loss - without_losses(model)(**batch).loss
+    assert extra.item() == pytest.approx(AUX * stats["balance_loss"], rel=1e-5)
+    loss.backward()
+    assert router_of(model).loraswitch_router["default"].weight.grad is None
+    with pytest.raises(ValueError, match="must be one of default, other"):
+        model.router_stats()
+    with pytest.raises(ValueError, match="'nobody' is unknown: choose from default, other"):
+        model.router_stats("nobody")
+    with pytest.raises(ValueError, match="carries no LoRA-Switch adapter"):
+        router_stats(tiny_llama())
+
+
+def test_both_adapters_at_once_add_both_losses():
+    model = trained(num_experts=4)
+    from helpers import randomize_adapter, switch_config
+
+    model.add_adapter("other", switch_config(num_experts=7, top_k=3, router_aux_loss_coef=AUX, router_z_loss_coef=0.0))
+    randomize_adapter(model, "other", seed=4)
+    model.base_model.set_adapter(["default", "other"])
+    batch = padded([7, 4])
+    loss = model(**batch).loss
+    stats = [model.router_stats(name) for name in ("default", "other")]
+    extra = loss - without_losses(model)(**batch).loss
+    expected = AUX * stats[0]["balance_loss"] + Z * stats[0]["z_loss"] + AUX * stats[1]["balance_loss"]
+    assert extra.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    for name in ("default", "other"):
+        assert router_of(model, name).loraswitch_router[name].weight.grad.any()
