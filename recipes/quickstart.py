@@ -106,7 +106,7 @@ def make_domains(tokenizer: PreTrainedTokenizerBase, size: Size, batch: int = 16
     train, held_out = [], {}
     for name, documents_of in corpora.DOMAINS.items():
         documents, others = corpora.split(documents_of())
-        train += corpora.token_blocks(documents, tokenizer, LENGTH, each)
+        train += corpora.token_blocks(documents, tokenizer, LENGTH, each, per_document=100)
         held_out[name] = corpora.token_blocks(others, tokenizer, LENGTH, size.held_out_blocks, per_document=4)
     return Dataset.from_dict({"input_ids": train}), held_out
 
