@@ -23,7 +23,7 @@ class RecipeArguments:
         default=None,
         metadata={
             "help": "The fields of LoRASwitchConfig: a block in the YAML, or JSON on the command line, which replaces "
-            "the block: --adapter '{\"r\": 16, \"num_experts\": 8}'."
+            'the block: --adapter \'{"r": 16, "num_experts": 8}\'.'
         },
     )
     local_assets: bool = field(

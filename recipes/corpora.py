@@ -32,6 +32,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+# Code points whose names are a word and a number: thousands of lines with nothing to learn.
+COMPUTED_NAMES = ("CJK UNIFIED", "CJK COMPAT", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN")
+
 
 @dataclass(frozen=True)
 class Document:
@@ -65,7 +68,7 @@ def _package_folder(name: str) -> Path:
 def standard_library() -> list[Document]:
     """Python source of the standard library, without its tests and without generated tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings", "lib-dynload"}
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings"}
     paths = [path for path in root.rglob("*.py") if not left_out.intersection(path.relative_to(root).parts)]
     return _read(paths, root, smallest=3_000, largest=90_000)
 
@@ -113,7 +116,7 @@ def unicode_table() -> list[Document]:
         lines = []
         for code in range(start, start + 128):
             name = unicodedata.name(chr(code), "")
-            if name and not name.startswith(("CJK UNIFIED", "CJK COMPAT", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN")):
+            if name and not name.startswith(COMPUTED_NAMES):
                 lines.append(f"U+{code:04X} {unicodedata.category(chr(code))} {name}")
         if len(lines) > 32:
             documents.append(Document(f"U+{start:04X}", "\n".join(lines) + "\n"))

@@ -29,8 +29,8 @@ print("importing torch, transformers, peft and trl ...", flush=True)
 
 import torch  # noqa: E402  (the imports take seconds: say so first)
 from datasets import Dataset  # noqa: E402
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 import corpora  # noqa: E402
@@ -144,6 +144,15 @@ def adapt(
 
 
 @torch.no_grad()
+def starts_unchanged(base: Path, held_out: dict[str, list]) -> bool:
+    """Whether a fresh adapter leaves the base's output as it was, to the bit."""
+    rows = torch.tensor([blocks[0] for blocks in held_out.values()])
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    before = model(input_ids=rows).logits
+    return torch.equal(before, get_peft_model(model, routed_config()).eval()(input_ids=rows).logits)
+
+
+@torch.no_grad()
 def losses(model: torch.nn.Module, held_out: dict[str, list]) -> dict[str, float]:
     """Mean next-token loss per domain, in nats."""
     model.eval()
@@ -180,13 +189,15 @@ def draw(use: dict[str, list[float]], path: Path) -> None:
     axes.set_xticks(range(len(order)), [str(e) for e in order])
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("expert")
-    axes.set_title(f"Share of routed tokens per expert, held-out text (even use: {100 / len(order):.1f} %)", fontsize=10)
+    even = 100 / len(order)
+    axes.set_title(f"Share of routed tokens per expert, held-out text (even use: {even:.1f} %)", fontsize=10)
     axes.tick_params(length=0)
     half = 50 * float(shares.max())
     for row in range(len(names)):
         for column, expert in enumerate(order):
             percent = 100 * float(shares[row, expert])
-            axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color="white" if percent > half else "black")
+            color = "white" if percent > half else "black"
+            axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color=color)
     figure.colorbar(image, label="% of the domain's picks")
     figure.savefig(path, dpi=110)
 
@@ -227,6 +238,7 @@ def main(folder: Path, size: Size) -> int:
     with phase("reading five domains that the base has never seen"):
         train, held_out = make_domains(tokenizer, size)
         base_loss = losses(AutoModelForCausalLM.from_pretrained(base), held_out)
+        unchanged = starts_unchanged(base, held_out)
     with phase("adapting with LoRA-Switch: 8 experts, 2 per token, one decision per token for all layers"):
         routed = adapt(base, tokenizer, train, routed_config(), size.adapt_steps, learning_rate=5e-3)
         parameters = routed.get_nb_trainable_parameters()[0]
@@ -255,16 +267,19 @@ def main(folder: Path, size: Size) -> int:
         routed.save_pretrained(folder / "adapter")
         (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, "new_tokens": size.new_tokens}))
         command = [sys.executable, __file__, "--reload", str(folder)]
-        there = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        there = json.loads(printed.splitlines()[-1])
     for name, prompt, tokens in zip(held_out, prompts, there, strict=True):
         print(f"  {name:<10}{tokenizer.decode(prompt)[-50:]!r} -> {tokenizer.decode(tokens)!r}")
 
     overall = [sum(use[name][e] for name in use) / len(use) for e in range(experts)]
+    # exp(entropy): how many experts, used evenly, would be as diverse
     effective = math.exp(-sum(share * math.log(share) for share in overall if share > 0))
     distance = max(sum(abs(a - b) for a, b in zip(use[x], use[y], strict=True)) / 2 for x in use for y in use)
     checks = {
+        "a fresh adapter leaves the base's output unchanged to the bit": unchanged,
         "LoRA-Switch lowers the held-out loss of every domain": all(routed_loss[n] < base_loss[n] for n in held_out),
-        f"the router uses more experts than one token needs (effectively {effective:.1f} of {experts})": effective > 2.5,
+        f"the router uses {effective:.1f} of {experts} experts, more than the two of one token": effective > 2.5,
         f"domains are routed differently (largest distance {100 * distance:.0f} %)": distance > 0.02,
         "a fresh process generates the same tokens": here == there,
     }
@@ -274,7 +289,8 @@ def main(folder: Path, size: Size) -> int:
     result = {"base": base_loss, "lora": lora_loss, "lora_switch": routed_loss, "expert_use": use, "checks": checks}
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     better = "LoRA-Switch" if mean[2] < mean[1] else "plain LoRA"
-    print(f"\nLower mean loss in this run: {better} ({mean[2]:.3f} LoRA-Switch, {mean[1]:.3f} LoRA, {mean[0]:.3f} base).")
+    numbers = f"{mean[2]:.3f} LoRA-Switch, {mean[1]:.3f} LoRA, {mean[0]:.3f} base"
+    print(f"\nLower mean loss in this run: {better} ({numbers}).")
     print(f"Total {time.perf_counter() - STARTED:.0f} s. Files: {folder}")
     return 0 if all(checks.values()) else 1
 

@@ -29,7 +29,9 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> PreTrainedToken
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 4, seed: int = 0
+) -> LlamaForCausalLM:
     """An untrained Llama of about a million parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(

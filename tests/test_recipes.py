@@ -1,0 +1,152 @@
+"""The recipes run end to end as a user would start them: a fresh process each, on the CPU, with nothing downloaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for _package in ("trl", "datasets", "matplotlib", "yaml"):
+    pytest.importorskip(_package, reason="the recipes need the extra `recipes`")
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
+MODELS = ("llama31_8b", "mistral_7b", "qwen3_8b", "smoke")
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, *command: str, status: int = 0) -> str:
+    """Run a recipe in `folder` with one thread and without a network; return what it printed.
+
+    One thread, because tests may run side by side: two processes with two spinning threads each take far longer.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(RECIPES / "quickstart.py"), "--smoke")
+    folder = tmp_path / "outputs" / "quickstart"
+    assert (folder / "experts.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((folder / "result.json").read_text())
+    assert len(result["checks"]) == 5 and all(result["checks"].values())
+    assert len(result["expert_use"]) >= 4
+    for name, loads in result["expert_use"].items():
+        assert math.isclose(sum(loads), 1, abs_tol=1e-5), name
+        assert result["lora_switch"][name] < result["base"][name]
+    # The comparison is fair: as many trainable parameters within 2 %.
+    row = next(line for line in printed.splitlines() if line.strip().startswith("trainable"))
+    lora, routed = (int(cell.replace(",", "")) for cell in row.split()[2:])
+    assert abs(lora / routed - 1) < 0.02
+    assert "FAIL" not in printed
+
+
+def test_quickstart_notices_other_tokens(tmp_path: Path) -> None:
+    """The exit status is worth something: a loaded adapter that differs from the saved one makes it 1."""
+    for name in ("quickstart.py", "corpora.py", "tiny.py"):
+        shutil.copy(RECIPES / name, tmp_path / name)
+    script = tmp_path / "quickstart.py"
+    honest = '(folder / "prompts.json").write_text'
+    assert honest in script.read_text()
+    forged = "__import__('forge').forge(folder / \"adapter\"); " + honest
+    script.write_text(script.read_text().replace(honest, forged))
+    (tmp_path / "forge.py").write_text(
+        "from safetensors.torch import load_file, save_file\n"
+        "def forge(folder):\n"
+        "    path = folder / 'adapter_model.safetensors'\n"
+        "    save_file({k: -4 * v if '_B.' in k else v for k, v in load_file(path).items()}, path)\n"
+    )
+    printed = run(tmp_path, str(script), "--smoke", status=1)
+    assert re.search(r"FAIL\s+a fresh process generates the same tokens", printed)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_training_script(tmp_path: Path, method: str) -> None:
+    run(tmp_path, str(RECIPES / f"{method}.py"), str(RECIPES / "configs" / f"{method}_smoke.yaml"))
+    folder = tmp_path / "outputs" / "smoke" / method
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["num_experts"], config["r"]) == ("LORASWITCH", 4, 4)
+    assert (folder / "adapter_model.safetensors").stat().st_size > 10_000
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    trained = [entry for entry in history if "loss" in entry]
+    for entry in trained:
+        assert math.isclose(sum(entry[f"router/load_{expert}"] for expert in range(4)), 1, abs_tol=1e-5)
+    evaluated = next(entry for entry in history if "eval_loss" in entry)
+    if method == "dpo":
+        # Before the first step policy and reference are the same model (the routing losses are not part of this number).
+        assert math.isclose(trained[0]["loss"], math.log(2), abs_tol=1e-3)
+        assert evaluated["eval_loss"] < math.log(2) - 0.02
+    else:
+        assert evaluated["eval_loss"] < trained[0]["loss"]
+
+
+def test_command_line_overrides_the_file(tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        str(RECIPES / "sft.py"),
+        str(RECIPES / "configs" / "sft_smoke.yaml"),
+        *("--max_steps", "1", "--eval_strategy", "no", "--adapter", '{"r": 2, "num_experts": 3}'),
+    )
+    config = json.loads((tmp_path / "outputs" / "smoke" / "sft" / "adapter_config.json").read_text())
+    assert (config["r"], config["num_experts"], config["top_k"]) == (2, 3, 2)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("model", MODELS)
+def test_configurations_parse(monkeypatch: pytest.MonkeyPatch, method: str, model: str) -> None:
+    """Every field of every YAML is one that TRL, the recipes or LoRASwitchConfig know."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    from trl import DPOConfig, ScriptArguments, SFTConfig
+
+    import arguments
+
+    path = RECIPES / "configs" / f"{method}_{model}.yaml"
+    # This machine need not have the GPU that the configuration is for.
+    monkeypatch.setattr(sys, "argv", [f"{method}.py", str(path), "--use_cpu", "true", "--bf16", "false"])
+    script, training, model_arguments, recipe = arguments.parse(
+        SFTConfig if method == "sft" else DPOConfig, ScriptArguments
+    )
+    assert script.dataset_name and model_arguments.model_name_or_path
+    assert training.output_dir.startswith("outputs/")
+    assert recipe.adapter_config.peft_type == "LORASWITCH" and recipe.adapter_config.task_type == "CAUSAL_LM"
+    assert recipe.local_assets == (model == "smoke")
+
+
+def test_a_wrong_adapter_field_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import arguments
+
+    with pytest.raises(ValueError, match="num_expert"):
+        arguments.RecipeArguments(adapter={"num_expert": 4})
+    with pytest.raises(ValueError, match="mapping"):
+        arguments.RecipeArguments(adapter="[1, 2]")
+
+
+def test_corpora_hold_out_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import corpora
+
+    for name, documents_of in corpora.DOMAINS.items():
+        train, held_out = corpora.split(documents_of())
+        assert train and held_out, name
+        groups = [{document.group or document.name for document in side} for side in (train, held_out)]
+        assert not groups[0] & groups[1], name
+        assert not {document.text for document in train} & {document.text for document in held_out}, name
+        share = sum(len(d.text) for d in held_out) / sum(len(d.text) for d in train + held_out)
+        assert 0.15 < share < 0.5, (name, share)
+        assert [d.name for d in documents_of()] == [d.name for d in documents_of()], name
+    with pytest.raises(ValueError, match="cannot be split"):
+        corpora.split([corpora.Document("a", "x")])
