@@ -20,9 +20,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import LoRASwitchConfig
-from .frame import NO_ADAPTER, RoutingRecorder, RoutingState, summary_of
+from .frame import RoutingRecorder, RoutingState, summary_of
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear, _quantization_backend
 from .loading import LIST_AT_MOST, check_adapter_state_dict, check_file_being_loaded, injecting
+from .mixed import check_batch_size, mixed_batch
 from .streams import check_streams
 from .targets import is_supported_linear, left_out, refused
 
@@ -52,6 +53,14 @@ class LoRASwitchModel(BaseTuner):
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
         "deberta-v2": ["value_proj", "attention.output.dense", "intermediate.dense", "output.dense"],
     }
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # here, because PEFT's constructor overwrites the configuration of the adapter that is there
+        if any(adapter_name in layer.loraswitch_A for layer in model.modules() if isinstance(layer, LoRASwitchLayer)):
+            raise ValueError(
+                f"The adapter '{adapter_name}' exists already: delete it first, or give another adapter_name."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------ injection
 
@@ -114,6 +123,9 @@ class LoRASwitchModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT 0.20 calls self.model.forward here, which would pass over the hooks that open and close the frame.
+        state = routing_state(self.model)
+        if state is not None and state.adapter_names is not None:
+            check_batch_size(state.adapter_names, args, kwargs)
         return self.model(*args, **kwargs)
 
     # ---------------------------------------------------------------------------------------- statistics
@@ -137,13 +149,8 @@ class LoRASwitchModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names cannot be used in training mode: call model.eval() first.")
-        state = routing_state(self.model)
-        assert state is not None
-        known = {*self.peft_config, NO_ADAPTER}
-        unknown = sorted(set(adapter_names) - known)
-        if unknown:
-            raise ValueError(f"adapter_names holds {unknown}, which are not loaded. Choose from {sorted(known)}.")
-        with state.sample_adapters(list(adapter_names)):
+        state = _require_state(self.model)
+        with mixed_batch(self.model, state, self.peft_config, adapter_names, args, kwargs):
             yield
 
     # -------------------------------------------------------------------------------- merging, unloading
@@ -205,7 +212,11 @@ def plan_injection(
         if outside:
             warnings.warn(f"'all-linear' leaves out {_some_reasons(outside)}.")
     if not names:
-        return InjectionPlan([], "")  # PEFT's own message is a good one: it says what was matched and excluded
+        excluded = f", exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
+        raise ValueError(
+            f"target_modules={config.target_modules!r}{excluded}, layers_to_transform={config.layers_to_transform!r} leave no "
+            "module to adapt. Print model.named_modules() to see the names; modules in modules_to_save are not adapted either."
+        )
     for name in names:
         module = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -253,6 +264,10 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     if not adapter_name or "." in adapter_name:
         raise ValueError(
             f"adapter_name={adapter_name!r} must not be empty or contain a dot: it becomes a module's name."
+        )
+    if hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is the name of an attribute of every module: choose another one."
         )
     if any(adapter_name in name.split(".") for name, _ in model.named_modules() if "loraswitch_" not in name):
         warnings.warn(
