@@ -1,0 +1,148 @@
+// The few-token linear for what linear_stream.cu does not take or is slower at: more than a couple of tokens, in_features
+// not divisible by 32, and the delta alone (no weight to stream). Base weight, bias and experts of a whole group of linears in one launch, on tensor cores (mma.cuh).
+//
+// A block owns 16 * MT rows of one weight, its eight warps split the input features, partial sums meet in shared memory.
+// Weights go from memory straight into registers, U chunks ahead of their use.
+#include "mma.cuh"
+
+namespace ls {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
+
+// NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered).
+template <class E, int NT, int MT, int U>
+__global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant__ GroupParams p) {
+  constexpr int kRows = 16 * MT;
+  __shared__ float partial[kWarps][8 * NT][kRows + 4];
+  __shared__ short ids[kIds];
+  pdl_trigger();
+  const int item_index = find_item(p, blockIdx.x);
+  const ls_item &item = p.g.items[item_index];
+  const int out = item.out_features, in = p.g.in_features, tokens = p.g.tokens;
+  const int row0 = (blockIdx.x - p.begin[item_index]) * kRows;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+
+  int row[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) row[m][h] = min(row0 + m * 16 + h * 8 + g, out - 1);  // excess rows are not stored
+
+  float acc[MT][NT][4];
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.f;
+
+  uint4 w[2][U][MT][2], x[2][U][NT];
+  const int chunks = item.weight ? (in + kChunk - 1) / kChunk : 0;
+  const E *weight = static_cast<const E *>(item.weight) + t * kUnit;
+  const E *input = static_cast<const E *>(p.g.x) + t * kUnit;
+
+  auto load_weights = [&](int c0, uint4(&v)[U][MT][2]) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const bool inside = (c0 + u) * kChunk + t * kUnit < in && c0 + u < chunks;
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          v[u][m][h] = inside ? load_static(weight + int64_t(row[m][h]) * in + (c0 + u) * kChunk) : zero;
+    }
+  };
+  auto load_inputs = [&](int c0, uint4(&v)[U][NT]) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const bool inside = (c0 + u) * kChunk + t * kUnit < in && c0 + u < chunks;
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const int token = n * 8 + g;
+        v[u][n] = inside && token < tokens ? load_shared_input(input + int64_t(token) * in + (c0 + u) * kChunk) : zero;
+      }
+    }
+  };
+  auto multiply = [&](const uint4(&wv)[U][MT][2], const uint4(&xv)[U][NT]) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int n = 0; n < NT; ++n) mma32<E>(acc[m][n], wv[u][m], xv[u][n]);
+  };
+
+  constexpr int kStep = kWarps * U;
+  int c = warp * U;
+  load_weights(c, w[0]);
+  pdl_wait();
+  const ExpertColumns experts(p, item_index);
+  if (item.rank > 0) {
+    read_ids(p, ids, threadIdx.x, kThreads);
+    __syncthreads();
+  }
+  load_inputs(c, x[0]);
+  while (c < chunks) {
+    load_weights(c + kStep, w[1]);
+    load_inputs(c + kStep, x[1]);
+    multiply(w[0], x[0]);
+    c += kStep;
+    if (c >= chunks) break;
+    load_weights(c + kStep, w[0]);
+    load_inputs(c + kStep, x[0]);
+    multiply(w[1], x[1]);
+    c += kStep;
+  }
+  if (item.rank > 0) {
+    for (int chunk = warp; chunk < experts.chunks; chunk += kWarps) {
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        uint4 ew[2], ex[NT];
+        experts.load<E, NT>(chunk, ids, row[m][0], row[m][1], ew, ex);
+#pragma unroll
+        for (int n = 0; n < NT; ++n) mma32<E>(acc[m][n], ew, ex[n]);
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) partial[warp][n * 8 + t * 2 + i % 2][m * 16 + i / 2 * 8 + g] = acc[m][n][i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kRows * tokens; i += kThreads) {
+    const int r = i % kRows, token = i / kRows;
+    if (row0 + r >= out) continue;
+    float sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < kWarps; ++k) sum += partial[k][token][r];
+    store_result<E>(item, token, row0 + r, sum);
+  }
+}
+
+template <class E, int NT, int MT, int U> int launch_shape(GroupParams &p, void *stream) {
+  int n = 0;
+  for (int i = 0; i < p.g.n_items; ++i) {
+    p.begin[i] = n;
+    n += (p.g.items[i].out_features + 16 * MT - 1) / (16 * MT);
+  }
+  p.begin[p.g.n_items] = n;
+  auto kernel = linear_kernel<E, NT, MT, U>;
+  return launch<GroupParams>(kernel, dim3(n), dim3(kThreads), p, stream, may_overlap(kernel, p.g.device));
+}
+
+template <class E> int launch_as(GroupParams &p, void *stream) {
+  if (p.g.tokens <= 8) return launch_shape<E, 1, 1, 4>(p, stream);
+  if (p.g.tokens <= 16) return launch_shape<E, 2, 2, 2>(p, stream);
+  return launch_shape<E, 4, 2, 1>(p, stream);
+}
+
+}  // namespace
+
+int launch_linear_registers(GroupParams &p, void *stream) {
+  return p.g.dtype == LS_BFLOAT16 ? launch_as<bf16>(p, stream) : launch_as<fp16>(p, stream);
+}
+
+}  // namespace ls

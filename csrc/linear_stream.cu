@@ -1,0 +1,210 @@
+// The few-token linear as a stream of weights: base weight, bias and experts of a whole group of linears in one launch.
+//
+// As many blocks as fit. The rows of all linears of the group, put end to end, are dealt out evenly, to the row. Each
+// warp keeps its own ring of shared-memory stages filled with asynchronous copies, across the borders of tiles and linears,
+// and multiplies what has arrived on tensor cores (mma.cuh): no barrier between warps but one for each tile, when their
+// partial sums meet. On sm_90 and newer the launch begins early: it fills its rings with weights, which are static, while the shrink still runs.
+#include "mma.cuh"
+
+namespace ls {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kSlice = 64;  // features of one stage: a 128-byte line of each row
+constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
+
+__device__ __forceinline__ void copy16(void *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Rows [row, row + rows) of linear `item`.
+struct Tile {
+  int item, row, rows;
+};
+
+// The next tile of at most kRows rows from global row `at`, not beyond `end` nor beyond its linear.
+template <int kRows> __device__ __forceinline__ Tile next_tile(const GroupParams &p, int at, int end) {
+  const int item = find_item(p, at);
+  return Tile{item, at - p.begin[item], min(min(kRows, end - at), p.begin[item + 1] - at)};
+}
+
+// Where a warp's copies have got to.
+template <class E, int kRows> struct Cursor {
+  const GroupParams &p;
+  int at, end, slice, slices, first;
+  Tile tile;
+  const E *weight;
+
+  __device__ __forceinline__ Cursor(const GroupParams &params, int begin, int last, int first_slice, int n)
+      : p(params), at(begin), end(last), slice(first_slice), slices(n), first(first_slice) {
+    enter();
+  }
+  __device__ __forceinline__ void enter() {
+    if (at >= end) return;
+    tile = next_tile<kRows>(p, at, end);
+    weight = static_cast<const E *>(p.g.items[tile.item].weight) + int64_t(tile.row) * p.g.in_features;
+  }
+  // Start copying this warp's next slice into `stage`; rows past the tile's end keep what was there. Always one group.
+  __device__ __forceinline__ void copy(E *stage, int lane) {
+    while (at < end && slice >= slices) {  // a warp may have no slice at all of a narrow weight
+      at += tile.rows, slice = first;
+      enter();
+    }
+    if (at < end) {
+      const int column = lane % 8, feature = slice * kSlice + column * 8;
+      if (feature < p.g.in_features) {
+#pragma unroll
+        for (int r = lane / 8; r < kRows; r += 4)
+          if (r < tile.rows) copy16(stage + r * kSlice + (column ^ (r % 2 * 4)) * 8, weight + int64_t(r) * p.g.in_features + feature);
+      }
+      slice += kWarps;
+      if (slice >= slices && first < slices) {
+        at += tile.rows, slice = first;
+        enter();
+      }
+    }
+    copy_commit();
+  }
+};
+
+// NT tiles of 8 tokens, MT tiles of 16 rows, STAGES stages of a warp's ring.
+template <class E, int NT, int MT, int STAGES>
+__global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_constant__ GroupParams p) {
+  constexpr int kRows = 16 * MT;
+  constexpr int kBuffers = NT * MT > 2 ? 1 : 2;  // two spare a barrier a tile, where shared memory allows
+  extern __shared__ __align__(128) unsigned char raw[];
+  __shared__ float partial[kBuffers][kWarps][8 * NT][kRows + 4];
+  __shared__ short ids[kIds];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  E *ring = reinterpret_cast<E *>(raw) + warp * STAGES * kRows * kSlice;
+  const int in = p.g.in_features, slices = (in + kSlice - 1) / kSlice, tokens = p.g.tokens;
+  const int total = p.begin[p.g.n_items];
+  const int begin = int(int64_t(total) * blockIdx.x / gridDim.x), end = int(int64_t(total) * (blockIdx.x + 1) / gridDim.x);
+  pdl_trigger();
+
+  Cursor<E, kRows> ahead(p, begin, end, warp < slices ? warp : slices, slices);
+  if (warp >= slices) ahead.at = end;
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; ++s) ahead.copy(ring + s * kRows * kSlice, lane);
+  pdl_wait();
+  if (p.has_rank) {
+    read_ids(p, ids, threadIdx.x, kThreads);
+    __syncthreads();
+  }
+  const E *input = static_cast<const E *>(p.g.x) + t * kUnit;
+  int stage = 0, buffer = 0;
+  for (int at = begin; at < end; buffer = (buffer + 1) % kBuffers) {
+    const Tile tile = next_tile<kRows>(p, at, end);
+    at += tile.rows;
+    const ls_item &item = p.g.items[tile.item];
+    float acc[MT][NT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int n = 0; n < NT; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.f;
+    const int last = tile.row + tile.rows - 1;
+    const ExpertColumns experts(p, tile.item);
+    const bool has_experts = item.rank > 0 && warp < experts.chunks;
+    uint4 ew[2], ex[NT];
+    if (MT == 1 && has_experts)  // arrives while the weights do
+      experts.load<E, NT>(warp, ids, min(tile.row + g, last), min(tile.row + g + 8, last), ew, ex);
+
+    for (int s = warp; s < slices; s += kWarps) {
+      uint4 x[2][NT];
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          const int token = n * 8 + g;
+          x[c][n] = make_uint4(0, 0, 0, 0);
+          if (token < tokens && s * kSlice + c * kChunk < in)
+            x[c][n] = load_shared_input(input + int64_t(token) * in + s * kSlice + c * kChunk);
+        }
+      copy_wait<STAGES - 2>();
+      __syncwarp();
+      const E *rows = ring + stage * kRows * kSlice;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        if (s * kSlice + c * kChunk >= in) break;
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+          const E *row = rows + (m * 16 + g) * kSlice + ((c * 4 + t) ^ (g % 2 * 4)) * 8;
+          const uint4 w[2] = {*reinterpret_cast<const uint4 *>(row), *reinterpret_cast<const uint4 *>(row + 8 * kSlice)};
+#pragma unroll
+          for (int n = 0; n < NT; ++n) mma32<E>(acc[m][n], w, x[c][n]);
+        }
+      }
+      __syncwarp();
+      // The stage read one step ago is free: everybody has passed the barrier after reading it.
+      ahead.copy(ring + (stage == 0 ? STAGES - 1 : stage - 1) * kRows * kSlice, lane);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+    if (has_experts) {
+      for (int chunk = warp; chunk < experts.chunks; chunk += kWarps) {
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+          const int row = tile.row + m * 16 + g;
+          if (MT > 1 || chunk != warp) experts.load<E, NT>(chunk, ids, min(row, last), min(row + 8, last), ew, ex);
+#pragma unroll
+          for (int n = 0; n < NT; ++n) mma32<E>(acc[m][n], ew, ex[n]);
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (n * 8 + t * 2 + i % 2 < tokens) partial[buffer][warp][n * 8 + t * 2 + i % 2][m * 16 + i / 2 * 8 + g] = acc[m][n][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kRows * tokens; i += kThreads) {
+      const int r = i % kRows, token = i / kRows;
+      if (r >= tile.rows) continue;
+      float sum = 0.f;
+#pragma unroll
+      for (int k = 0; k < kWarps; ++k) sum += partial[buffer][k][token][r];
+      store_result<E>(item, token, tile.row + r, sum);
+    }
+    if (kBuffers == 1) __syncthreads();
+  }
+}
+
+template <class E, int NT, int MT, int STAGES> int launch_stream(GroupParams &p, void *stream) {
+  constexpr int kRing = kWarps * STAGES * 16 * MT * kSlice * 2;
+  auto kernel = stream_kernel<E, NT, MT, STAGES>;
+  static std::atomic<int> known_blocks[kMaxDevices];  // that fit on the device at once
+  const int device = p.g.device;
+  int blocks = known_blocks[device].load(std::memory_order_relaxed);
+  if (blocks == 0) {
+    int sms = 0, each = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRing);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, kRing);
+    if (error != cudaSuccess) return error;
+    blocks = sms * (each < 1 ? 1 : each > 2 ? 2 : each);
+    known_blocks[device].store(blocks, std::memory_order_relaxed);
+  }
+  int n = 0;
+  for (int i = 0; i < p.g.n_items; ++i) p.begin[i] = n, n += p.g.items[i].out_features;
+  p.begin[p.g.n_items] = n;
+  p.has_rank = any_rank(p.g);
+  return launch<GroupParams>(kernel, dim3(n < blocks ? n : blocks), dim3(kThreads), p, stream, may_overlap(kernel, device), kRing);
+}
+
+}  // namespace
+
+bool can_stream(const GroupParams &p) {
+  if (p.g.tokens > 8 || p.g.in_features % kChunk || p.g.device < 0 || p.g.device >= kMaxDevices) return false;
+  for (int i = 0; i < p.g.n_items; ++i)
+    if (!p.g.items[i].weight) return false;
+  return true;
+}
+
+int launch_linear_stream(GroupParams &p, void *stream) {
+  return p.g.dtype == LS_BFLOAT16 ? launch_stream<bf16, 1, 1, 4>(p, stream) : launch_stream<fp16, 1, 1, 4>(p, stream);
+}
+
+}  // namespace ls

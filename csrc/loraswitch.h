@@ -1,0 +1,131 @@
+/* The whole C ABI of the LoRA-Switch kernels. No framework header, no C++: any language can load the library.
+ *
+ * Every function returns 0 or a positive error code: cudaError_t for what CUDA reported, LS_ERROR_* for arguments that
+ * cannot be launched. Nothing here allocates, copies, clears memory or synchronises; every launch goes to the stream it
+ * is given and can be captured in a CUDA graph. All pointers are device pointers unless a comment says otherwise.
+ *
+ * One word for one thing: a token has `top_k` experts (ids) and gates; an expert is lora_a[e] (rank x in) and
+ * lora_b[e] (out x rank); linears that receive the same tensor form a group.
+ */
+#ifndef LORASWITCH_H
+#define LORASWITCH_H
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LS_ABI_VERSION 1
+#define LS_MAX_GROUP 8    /* linears in one launch */
+#define LS_MAX_TOP_K 8
+#define LS_MAX_EXPERTS 256
+#define LS_MAX_RANK 256
+#define LS_TUNING_STREAM 1 /* ls_group.tuning: linear_stream.cu wherever it can (up to 8 tokens) */
+#define LS_TUNING_REGISTERS 2 /* linear.cu */
+#define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
+
+#define LS_ERROR_ARGUMENT 100001 /* a size, a count or a dtype outside what this header allows */
+#define LS_ERROR_POINTER 100002  /* a pointer that must not be NULL is */
+
+enum ls_dtype { LS_FLOAT32 = 0, LS_FLOAT16 = 1, LS_BFLOAT16 = 2 };
+enum ls_path { LS_PATH_FAST = 0, LS_PATH_GENERIC = 1 };
+
+/* One linear of a group. */
+typedef struct ls_item {
+  const void *weight; /* [out, in], or [in, out] if the group is transposed; NULL: only base, bias and experts */
+  const void *bias;   /* [out] or NULL */
+  const void *base;   /* [tokens, out], added to the result, or NULL */
+  const void *lora_a; /* [experts, rank, in]; NULL if rank is 0 */
+  const void *lora_b; /* [experts, out, rank]; NULL if rank is 0 */
+  void *out;          /* [tokens, out], written completely; may be `base` itself */
+  float scaling;      /* lora_alpha / rank */
+  int32_t out_features;
+  int32_t rank;       /* 0: this linear has no adapter */
+  int32_t reserved;
+} ls_item;
+
+/* out[t] = weight x[t] + bias + base[t] + scaling * sum_j gates[t,j] lora_b[e] (lora_a[e] x[t]), e = experts[t,j].
+ * An id outside [0, num_experts) contributes nothing. Arithmetic is float32; the hidden of rank r is rounded to the dtype. */
+typedef struct ls_group {
+  ls_item items[LS_MAX_GROUP];
+  const void *x;           /* [tokens, in_features] */
+  const int64_t *experts;  /* [tokens, top_k] */
+  const float *gates;      /* [tokens, top_k] */
+  void *hidden;            /* scratch of ls_hidden_elements() elements of the dtype, 16-byte aligned */
+  int32_t n_items;
+  int32_t tokens;
+  int32_t in_features;
+  int32_t num_experts;
+  int32_t top_k;
+  int32_t dtype;      /* enum ls_dtype, of everything but experts and gates */
+  int32_t transposed; /* weights are [in, out] (GPT-2's Conv1D) */
+  int32_t device;     /* CUDA device index */
+  int32_t tuning;     /* 0: choose the kernel; LS_TUNING_* for tests and benchmarks */
+  int32_t reserved;
+} ls_group;
+
+/* One adapted linear of a model, for ls_merge. The table lives in device memory. */
+typedef struct ls_merge_item {
+  void *weight;         /* [out, in] or [in, out], written completely */
+  const void *source;   /* the same shape: what the experts are added to; may be `weight` (in place) */
+  const void *lora_a;   /* [experts, rank, in] */
+  const void *lora_b;   /* [experts, out, rank] */
+  int64_t first_tile;   /* index of this linear's first tile in the launch */
+  float scaling;
+  int32_t out_features;
+  int32_t in_features;
+  int32_t rank;
+  int32_t transposed;
+  int32_t reserved;
+} ls_merge_item;
+
+/* weight = source + scaling * (sum_j gates[j] B A  -  sum_j old_gates[j] B A) for every linear of the table, one launch. */
+typedef struct ls_merge_args {
+  const ls_merge_item *items; /* [n_items], device memory */
+  const int32_t *tile_item;   /* [n_tiles], device memory: which linear a tile belongs to */
+  const int64_t *experts;     /* [top_k] */
+  const float *gates;         /* [top_k] */
+  const int64_t *old_experts; /* [top_k], taken out again, or NULL */
+  const float *old_gates;     /* [top_k] or NULL */
+  int64_t n_tiles;
+  int32_t n_items;
+  int32_t num_experts;
+  int32_t top_k;
+  int32_t dtype;
+  int32_t fast;   /* 1 if ls_merge_is_fast() said so for every item */
+  int32_t device;
+} ls_merge_args;
+
+int ls_abi_version(void);
+const char *ls_build_info(void);       /* compiler and architectures, a static string in host memory */
+const char *ls_error_string(int code); /* a static string in host memory */
+
+/* Devices CUDA can use. 35 (cudaErrorInsufficientDriver) or 100 (cudaErrorNoDevice) on a machine without a usable GPU. */
+int ls_device_count(int *count);
+/* 0 if this library has code that runs on the device, else the reason. */
+int ls_device_supported(int device);
+int ls_driver_version(int *version);
+
+/* Softmax of float32 logits over experts, then the top_k of them, ids ascending among equals, gates summing to 1 if
+ * normalize. x [tokens, in] of x_dtype, router [num_experts, in] of router_dtype. One launch. */
+int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens, int32_t in_features,
+              int32_t num_experts, int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype,
+              int32_t device, void *stream);
+
+/* Elements of the group's dtype that ls_linear needs in `hidden`. */
+int64_t ls_hidden_elements(const ls_group *group);
+/* Which path ls_linear will take: enum ls_path, or -1 if the arguments are refused. */
+int ls_linear_path(const ls_group *group);
+/* The group's linears with their experts: two launches (the experts' shrink, then everything else), the second starting
+ * early where the GPU has programmatic dependent launch (sm_90 and up). `group` is host memory. */
+int ls_linear(const ls_group *group, void *stream);
+
+int64_t ls_merge_tiles(int32_t rows, int32_t columns); /* of the weight as stored */
+int ls_merge_is_fast(const ls_merge_item *item, int32_t dtype); /* `item` is host memory */
+int ls_merge(const ls_merge_args *args, void *stream);          /* `args` is host memory */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

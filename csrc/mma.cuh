@@ -1,0 +1,114 @@
+// Tensor-core fragments of the few-token linear, shared by linear_stream.cu (sm_90 and up) and linear.cu (below).
+//
+// Rows of a weight are the M side, tokens the N side. The sum over input features may be taken in any order, so a lane
+// takes 16 contiguous bytes (8 features) of row g = lane / 4 at feature 8 (lane % 4), of each 32, and uses them as its
+// part of two k16 fragments: no shuffle between memory and the tensor core.
+#pragma once
+#include "group.cuh"
+
+namespace ls {
+
+constexpr int kUnit = 8;    // features in one 16-byte load
+constexpr int kChunk = 32;  // features the four lanes of a row load at once
+
+template <class E> __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                       uint32_t b0, uint32_t b1);
+template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                      uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+template <> __device__ __forceinline__ void mma<fp16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                      uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// 32 features of 16 rows (this lane's: rows g and g + 8) times 32 features of 8 tokens (this lane's: token g).
+template <class E> __device__ __forceinline__ void mma32(float (&c)[4], const uint4 (&w)[2], const uint4 &x) {
+  mma<E>(c, w[0].x, w[1].x, w[0].y, w[1].y, x.x, x.y);
+  mma<E>(c, w[0].z, w[1].z, w[0].w, w[1].w, x.z, x.w);
+}
+
+template <class E> __device__ __forceinline__ uint4 add8(const uint4 &a, const uint4 &b) {
+  const uint32_t *pa = &a.x, *pb = &b.x;
+  uint4 v;
+  uint32_t *pv = &v.x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float2 fa = unpack2<E>(pa[i]), fb = unpack2<E>(pb[i]);
+    pv[i] = pack2<E>(fa.x + fb.x, fa.y + fb.y);
+  }
+  return v;
+}
+
+// The experts as more input features: after [W] x comes [B_e1 | B_e2 | ...] hidden, a unit of eight ranks (one 16-byte load
+// of a row of B) at a time, four units (one for each lane of a row) a chunk. Few tokens: an entry, `rank` features, for
+// every (token, j). More: an entry for every expert. The hidden of an expert that a token did not choose is zero.
+struct ExpertColumns {
+  const char *lora_b, *hidden;
+  int rank, out, tokens, top_k, num_experts, units_each, units, chunks;
+  bool by_pair;
+
+  __device__ __forceinline__ ExpertColumns(const GroupParams &p, int item_index) {
+    const ls_item &item = p.g.items[item_index];
+    rank = item.rank, out = item.out_features;
+    tokens = p.g.tokens, top_k = p.g.top_k, num_experts = p.g.num_experts;
+    by_pair = tokens * top_k <= num_experts;
+    units_each = rank / kUnit;
+    units = (by_pair ? tokens * top_k : num_experts) * units_each;
+    chunks = (units + 3) / 4;
+    lora_b = static_cast<const char *>(item.lora_b);
+    hidden = static_cast<const char *>(p.g.hidden) + p.hidden[item_index] * 2;
+  }
+
+  // Fragments of chunk `chunk`: w of 16 rows whose g-th and (g+8)-th are row_lo and row_hi, x of NT * 8 tokens.
+  template <class E, int NT>
+  __device__ __forceinline__ void load(int chunk, const short *ids, int row_lo, int row_hi, uint4 (&w)[2], uint4 (&x)[NT]) const {
+    const int g = threadIdx.x % 32 / 4, unit = chunk * 4 + threadIdx.x % 4;
+    const bool inside = unit < units;
+    const int entry = inside ? unit / units_each : 0, offset = inside ? unit % units_each * kUnit : 0;
+    const int expert = inside ? (by_pair ? ids[entry] : entry) : -1;
+    const E *b = reinterpret_cast<const E *>(lora_b) + offset, *h = reinterpret_cast<const E *>(hidden) + offset;
+    w[0] = w[1] = make_uint4(0, 0, 0, 0);
+    if (expert >= 0) {
+      w[0] = load_static(b + (int64_t(expert) * out + row_lo) * rank);
+      w[1] = load_static(b + (int64_t(expert) * out + row_hi) * rank);
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int token = n * 8 + g;
+      x[n] = make_uint4(0, 0, 0, 0);
+      if (expert < 0 || token >= tokens) continue;
+      if (by_pair) {
+        if (entry / top_k == token) x[n] = load_shared_input(h + int64_t(entry) * rank);
+      } else {
+        bool found = false;
+        for (int j = 0; j < top_k; ++j) {
+          if (ids[token * top_k + j] != expert) continue;
+          const uint4 v = load_shared_input(h + (int64_t(token) * top_k + j) * rank);
+          x[n] = found ? add8<E>(x[n], v) : v;  // the same expert twice is unusual, and still right
+          found = true;
+        }
+      }
+    }
+  }
+};
+
+// Every token's experts into shared memory; ids that are none become -1.
+__device__ __forceinline__ void read_ids(const GroupParams &p, short *ids, int thread, int threads) {
+  for (int i = thread; i < p.g.tokens * p.g.top_k; i += threads) {
+    const int64_t e = p.g.experts[i];
+    ids[i] = e >= 0 && e < p.g.num_experts ? short(e) : short(-1);
+  }
+}
+
+template <class E>
+__device__ __forceinline__ void store_result(const ls_item &item, int token, int row, float sum) {
+  const int64_t at = int64_t(token) * item.out_features + row;
+  if (item.bias) sum += to_float(static_cast<const E *>(item.bias)[row]);
+  if (item.base) sum += to_float(static_cast<const E *>(item.base)[at]);
+  static_cast<E *>(item.out)[at] = from_float<E>(sum);
+}
+
+}  // namespace ls

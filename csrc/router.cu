@@ -1,0 +1,142 @@
+// Router: logits, softmax and top-k of one token in one block; one launch for all tokens.
+//
+// Bytes: the router (experts x in, 64 KB at 8 x 4096 in bf16) once from memory, then from L2 for every further token.
+// The time is the launch and one round trip to memory, so the only care taken is many loads in flight.
+#include "common.cuh"
+
+namespace ls {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct RouterParams {
+  const void *x, *router;
+  int64_t *experts;
+  float *gates;
+  int in_features, num_experts, top_k, normalize;
+};
+
+template <class E> __device__ __forceinline__ float4 load4(const E *p) {
+  if constexpr (sizeof(E) == 4) {
+    return *reinterpret_cast<const float4 *>(p);
+  } else {
+    uint2 v = *reinterpret_cast<const uint2 *>(p);
+    float2 a = unpack2<E>(v.x), b = unpack2<E>(v.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+  }
+}
+
+template <class X, class R, int VEC>
+__global__ void __launch_bounds__(kThreads) router_kernel(const __grid_constant__ RouterParams p) {
+  __shared__ float logits[LS_MAX_EXPERTS];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t token = blockIdx.x;
+  pdl_trigger();
+  pdl_wait();
+  const X *x = static_cast<const X *>(p.x) + token * p.in_features;
+  for (int e = warp; e < p.num_experts; e += kThreads / 32) {
+    const R *row = static_cast<const R *>(p.router) + int64_t(e) * p.in_features;
+    float sum = 0.f;
+    if constexpr (VEC == 4) {
+#pragma unroll 8
+      for (int i = lane * 4; i < p.in_features; i += 128) {
+        float4 a = load4(x + i), b = load4(row + i);
+        sum += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+      }
+    } else {
+      for (int i = lane; i < p.in_features; i += 32) sum += to_float(x[i]) * to_float(row[i]);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) logits[e] = sum;
+  }
+  __syncthreads();
+  if (warp != 0) return;
+
+  // Each lane keeps the logits of experts lane, lane + 32, ...
+  constexpr int kPerLane = LS_MAX_EXPERTS / 32;
+  float mine[kPerLane];
+  float top = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    int e = lane + i * 32;
+    mine[i] = e < p.num_experts ? logits[e] : -INFINITY;
+    top = fmaxf(top, mine[i]);
+  }
+#pragma unroll
+  for (int o = 16; o; o >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    bool is_expert = lane + i * 32 < p.num_experts;
+    mine[i] = is_expert ? expf(mine[i] - top) : 0.f;
+    sum += mine[i];
+  }
+  sum = warp_sum(sum);
+
+  float chosen_sum = 0.f, my_gate = 0.f;
+  int my_expert = 0;
+  unsigned taken = 0;  // bit i: expert lane + 32 i is chosen already
+  for (int j = 0; j < p.top_k; ++j) {
+    // Best remaining of this lane, then of the warp; the lowest id wins ties, and NaN logits still give valid ids.
+    float best = -2.f;
+    int expert = LS_MAX_EXPERTS;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      bool is_expert = lane + i * 32 < p.num_experts && !((taken >> i) & 1);
+      float v = mine[i] >= 0.f ? mine[i] : -1.f;
+      if (is_expert && v > best) best = v, expert = lane + i * 32;
+    }
+#pragma unroll
+    for (int o = 16; o; o >>= 1) {
+      float other = __shfl_xor_sync(0xffffffffu, best, o);
+      int other_expert = __shfl_xor_sync(0xffffffffu, expert, o);
+      if (other > best || (other == best && other_expert < expert)) best = other, expert = other_expert;
+    }
+    float gate = logits[expert];  // NaN stays NaN: the caller's output shows it, as PyTorch's would
+    gate = expf(gate - top) / sum;
+    if (expert % 32 == lane) taken |= 1u << (expert / 32);
+    chosen_sum += gate;
+    if (lane == j) my_gate = gate, my_expert = expert;
+  }
+  if (lane < p.top_k) {
+    p.experts[token * p.top_k + lane] = my_expert;
+    p.gates[token * p.top_k + lane] = p.normalize ? my_gate / chosen_sum : my_gate;
+  }
+}
+
+template <class X, class R> int launch_router(const RouterParams &p, int tokens, int device, void *stream) {
+  bool vector = p.in_features % 4 == 0 && aligned16(p.x) && aligned16(p.router);
+  auto kernel = vector ? router_kernel<X, R, 4> : router_kernel<X, R, 1>;
+  return launch<RouterParams>(kernel, dim3(tokens), dim3(kThreads), p, stream, may_overlap(kernel, device));
+}
+
+template <class X> int dispatch_router(const RouterParams &p, int router_dtype, int tokens, int device, void *stream) {
+  switch (router_dtype) {
+    case LS_FLOAT32: return launch_router<X, float>(p, tokens, device, stream);
+    case LS_FLOAT16: return launch_router<X, fp16>(p, tokens, device, stream);
+    case LS_BFLOAT16: return launch_router<X, bf16>(p, tokens, device, stream);
+  }
+  return LS_ERROR_ARGUMENT;
+}
+
+}  // namespace
+}  // namespace ls
+
+LS_EXPORT int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens,
+                        int32_t in_features, int32_t num_experts, int32_t top_k, int32_t normalize, int32_t x_dtype,
+                        int32_t router_dtype, int32_t device, void *stream) {
+  if (tokens < 0 || in_features < 1 || num_experts < 1 || num_experts > LS_MAX_EXPERTS || top_k < 1 ||
+      top_k > LS_MAX_TOP_K || top_k > num_experts)
+    return LS_ERROR_ARGUMENT;
+  if (tokens == 0) return 0;
+  if (!x || !router || !experts || !gates) return LS_ERROR_POINTER;
+  ls::DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return guard.error;
+  ls::RouterParams p{x, router, experts, gates, in_features, num_experts, top_k, normalize};
+  switch (x_dtype) {
+    case LS_FLOAT32: return ls::dispatch_router<float>(p, router_dtype, tokens, device, stream);
+    case LS_FLOAT16: return ls::dispatch_router<ls::fp16>(p, router_dtype, tokens, device, stream);
+    case LS_BFLOAT16: return ls::dispatch_router<ls::bf16>(p, router_dtype, tokens, device, stream);
+  }
+  return LS_ERROR_ARGUMENT;
+}

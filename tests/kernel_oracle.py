@@ -1,0 +1,59 @@
+"""The float64 oracle of every op, used by tests and benchmarks alike, and random inputs that hide nothing."""
+
+from __future__ import annotations
+
+import torch
+
+
+def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, in], router [E, in] -> experts [T, k], gates [T, k] in float64."""
+    probabilities = torch.softmax(x.double() @ router.double().T, dim=-1)
+    gates, experts = torch.topk(probabilities, top_k, dim=-1)
+    return experts, gates / gates.sum(-1, keepdim=True) if normalize else gates
+
+
+def delta(x, experts, gates, lora_a, lora_b, scaling) -> torch.Tensor:
+    """What the experts add, [T, out] in float64; ids outside [0, E) add nothing."""
+    x, a, b = x.double(), lora_a.double(), lora_b.double()
+    result = torch.zeros(x.shape[0], b.shape[1], dtype=torch.float64, device=x.device)
+    for t in range(x.shape[0]):
+        for j in range(experts.shape[1]):
+            e = int(experts[t, j])
+            if 0 <= e < a.shape[0]:
+                result[t] += scaling * gates[t, j].double() * (b[e] @ (a[e] @ x[t]))
+    return result
+
+
+def linear(x, experts, gates, weight, bias, lora_a, lora_b, scaling, transposed=False, base=None) -> torch.Tensor:
+    """[T, out] in float64."""
+    result = delta(x, experts, gates, lora_a, lora_b, scaling)
+    if weight is not None:
+        w = weight.double()
+        result += x.double() @ (w if transposed else w.T)
+    if bias is not None:
+        result += bias.double()
+    if base is not None:
+        result += base.double()
+    return result
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor, at_least: float = 1e-30) -> float:
+    """||result - reference|| / ||reference||, or / at_least; NaN and Inf give NaN or Inf, which no tolerance passes."""
+    return float((result.double() - reference).norm() / reference.norm().clamp_min(float(at_least)))
+
+
+def limit(result: torch.Tensor) -> float:
+    """Largest relative error that `result` may have for its dtype and size.
+
+    One rounding of many numbers costs 0.42 half-units in the norm, at most 1; there are two, of the hidden and of the
+    result. A handful of numbers can all be unlucky. Float32 sums over thousands of features in another order stay under 2e-6.
+    """
+    if result.dtype == torch.float32:
+        return 2e-6 if result.numel() >= 64 else 1e-5
+    return torch.finfo(result.dtype).eps / 2 * (1.0 if result.numel() >= 64 else 2.2)
+
+
+def random_ids(tokens: int, num_experts: int, top_k: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct experts for every token, random gates."""
+    ids = torch.rand(tokens, num_experts, device=device).topk(top_k, dim=-1).indices
+    return ids, torch.rand(tokens, top_k, device=device) + 0.1

@@ -1,0 +1,293 @@
+"""Every kernel against the float64 oracle, on a GPU: fresh random inputs, poisoned outputs, odd sizes, every dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernel_oracle as oracle
+from peft_loraswitch import kernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def kernels_must_be_there():
+    assert kernels.available(), kernels.why_not()
+
+
+def randn(*shape, dtype, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def poison_allocator():
+    """Fill freed memory with NaN, so that an element a kernel does not write shows."""
+    blocks = [torch.full((n,), float("nan"), device="cuda") for n in (64, 4096, 1 << 16, 1 << 20, 1 << 22)]
+    del blocks
+
+
+def make_group(outs, in_features, ranks, num_experts, dtype, bias=False, transposed=False, weight=True):
+    weights = [randn(*((in_features, o) if transposed else (o, in_features)), dtype=dtype, scale=in_features**-0.5) for o in outs]
+    return {
+        "weights": weights if weight else [None] * len(outs),
+        "biases": [randn(o, dtype=dtype) if bias else None for o in outs],
+        "lora_a": [randn(num_experts, r, in_features, dtype=dtype, scale=in_features**-0.5) for r in ranks],
+        "lora_b": [randn(num_experts, o, r, dtype=dtype, scale=max(r, 1) ** -0.5) for o, r in zip(outs, ranks, strict=True)],
+        "scalings": [0.5 + i for i in range(len(outs))],
+        "transposed": transposed,
+    }
+
+
+def check_group(outs, in_features, ranks, num_experts, top_k, tokens, dtype, tuning=0, base=False, ids=None, **kwargs):
+    group = make_group(outs, in_features, ranks, num_experts, dtype, **kwargs)
+    x = randn(tokens, in_features, dtype=dtype)
+    experts, gates = oracle.random_ids(tokens, num_experts, top_k, "cuda")
+    if ids is not None:
+        experts = ids
+    bases = [randn(tokens, o, dtype=dtype) for o in outs] if base else ()
+    packed = kernels.PackedGroup(**group, tuning=tuning)
+    poison_allocator()
+    results = packed(x, experts, gates, bases)
+    for i, result in enumerate(results):
+        w, b, a, lb, s = (group[k][i] for k in ("weights", "biases", "lora_a", "lora_b", "scalings"))
+        reference = oracle.linear(x, experts, gates, w, b, a, lb, s, group["transposed"], bases[i] if base else None)
+        assert result.shape == reference.shape and result.dtype == dtype
+        # against the size of what was added up: the sum of a few numbers may come out as nearly nothing
+        parts = oracle.linear(x, experts, gates, w, None, torch.zeros_like(a), lb, s, group["transposed"])
+        error = oracle.relative_error(result, reference, at_least=max(parts.norm(), (reference - parts).norm()))
+        limit = oracle.limit(result)
+        assert error < limit, f"linear {i} of {outs} x {in_features}, ranks {ranks}, {tokens} tokens: error {error:.2e}"
+    return packed, x, experts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 70])
+def test_linear_every_token_count(dtype, tokens):
+    check_group([256, 64, 80], 512, [8, 8, 16], 8, 2, tokens, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 1, 3, 4, 8, 12, 16, 40, 64, 128, 250, 256])
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_linear_every_rank(dtype, rank, tokens):
+    check_group([96, 33], 256, [rank, rank], 6, 3, tokens, dtype, bias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (2, 2), (8, 8), (16, 4), (64, 1), (256, 8), (200, 7)])
+@pytest.mark.parametrize("tokens", [1, 4, 32])
+def test_linear_experts_and_top_k(dtype, num_experts, top_k, tokens):
+    check_group([72], 320, [8], num_experts, top_k, tokens, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [1, 7, 8, 24, 31, 32, 40, 100, 1000, 1032, 4100, 11008])
+@pytest.mark.parametrize("tokens", [1, 6, 13])
+def test_linear_odd_input_widths(dtype, in_features, tokens):
+    check_group([17, 1, 130], in_features, [8, 8, 8], 4, 2, tokens, dtype, bias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 4, 9, 40])
+@pytest.mark.parametrize(("out", "in_features"), [(96, 64), (33, 65), (2304, 768)])
+def test_linear_transposed_like_conv1d(dtype, tokens, out, in_features):
+    check_group([out], in_features, [8], 4, 2, tokens, dtype, bias=True, transposed=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 8, 21])
+@pytest.mark.parametrize("rank", [5, 8, 64])
+def test_delta_alone(dtype, tokens, rank):
+    check_group([128, 40], 264, [rank, rank], 8, 2, tokens, dtype, weight=False, base=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 8, 12, 32])
+@pytest.mark.parametrize("tuning", [kernels.TUNING_STREAM, kernels.TUNING_REGISTERS])
+@pytest.mark.parametrize("in_features", [32, 1120, 1096])
+def test_linear_every_kernel_shape(dtype, tokens, tuning, in_features):
+    check_group([512, 100, 4096], in_features, [16, 8, 64], 8, 2, tokens, dtype, tuning=tuning)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 32])
+def test_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice(dtype, tokens):
+    ids = torch.randint(-2, 10, (tokens, 3), device="cuda")
+    ids[0] = torch.tensor([4, 4, -1], device="cuda")
+    check_group([128], 256, [8], 8, 3, tokens, dtype, ids=ids)
+    check_group([128], 250, [7], 8, 3, tokens, dtype, ids=ids)
+
+
+def test_full_size_groups_of_llama():
+    for outs, in_features in (([4096] * 3, 4096), ([4096], 4096), ([11008] * 2, 4096), ([4096], 11008)):
+        for tokens in (1, 8, 32):
+            packed, x, experts = check_group(outs, in_features, [8] * len(outs), 8, 2, tokens, torch.bfloat16)
+            assert packed.path(x, experts) == kernels.FAST_PATH
+
+
+def test_unaligned_pointers_take_the_slow_path_and_are_right():
+    dtype = torch.bfloat16
+    group = make_group([64], 128, [8], 4, dtype)
+    group["weights"] = [randn(64 * 128 + 1, dtype=dtype)[1:].view(64, 128)]
+    x = randn(2 * 128 + 1, dtype=dtype)[1:].view(2, 128)
+    experts, gates = oracle.random_ids(2, 4, 2, "cuda")
+    packed = kernels.PackedGroup(**group)
+    result = packed(x, experts, gates)[0]
+    assert packed.path(x, experts) == kernels.GENERIC_PATH
+    reference = oracle.linear(x, experts, gates, group["weights"][0], None, group["lora_a"][0], group["lora_b"][0], 0.5)
+    assert oracle.relative_error(result, reference) < oracle.limit(result)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 2), (8, 8), (33, 5), (256, 8)])
+@pytest.mark.parametrize("in_features", [7, 64, 4096])
+def test_router(x_dtype, router_dtype, num_experts, top_k, in_features):
+    x = randn(37, in_features, dtype=x_dtype)
+    router = randn(num_experts, in_features, dtype=router_dtype, scale=in_features**-0.5)
+    for normalize in (False, True):
+        experts, gates = kernels.router(x, router, top_k, normalize)
+        reference_experts, reference_gates = oracle.route(x, router, top_k, normalize)
+        assert torch.allclose(gates.double(), reference_gates, rtol=1e-4, atol=1e-7)
+        # ids may differ only where two probabilities are equal to float32 rounding
+        differ = experts != reference_experts
+        assert differ.float().mean() < 0.01
+        assert all(len(set(row)) == top_k for row in experts.tolist())
+
+
+def test_router_ties_and_broken_inputs_give_valid_ids():
+    x = torch.zeros(3, 64, device="cuda")
+    x[1], x[2, 5] = float("nan"), float("inf")
+    router = torch.randn(10, 64, device="cuda")
+    experts, gates = kernels.router(x, router, 4, False)
+    assert experts[0].tolist() == [0, 1, 2, 3] and torch.allclose(gates[0], torch.full((4,), 0.1, device="cuda"))
+    assert ((experts >= 0) & (experts < 10)).all() and all(len(set(row)) == 4 for row in experts.tolist())
+    assert gates[1].isnan().all()
+
+
+def make_merge(dtype, shapes, num_experts, rank, in_place=False, transposed=False):
+    sources = [randn(*((i, o) if transposed else (o, i)), dtype=dtype) for o, i in shapes]
+    weights = sources if in_place else [torch.full_like(s, float("nan")) for s in sources]
+    a = [randn(num_experts, rank, i, dtype=dtype, scale=i**-0.5) for _, i in shapes]
+    b = [randn(num_experts, o, rank, dtype=dtype, scale=rank**-0.5) for o, _ in shapes]
+    return weights, sources, a, b, [0.5 + n for n in range(len(shapes))], [transposed] * len(shapes)
+
+
+def merged(source, a, b, scaling, transposed, ids, gates):
+    update = sum(g.double() * (b[e].double() @ a[e].double()) for e, g in zip(ids.tolist(), gates, strict=True)) * scaling
+    return source.double() + (update.T if transposed else update)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [3, 8, 24, 64])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shapes", [[(128, 256), (40, 72)], [(65, 264), (200, 1000)], [(33, 70), (1, 5)]])
+def test_merge_from_pristine(dtype, rank, transposed, shapes):
+    weights, sources, a, b, s, tr = make_merge(dtype, shapes, 6, rank, transposed=transposed)
+    table = kernels.MergeTable(weights, sources, a, b, s, tr)
+    for _ in range(2):  # the second merge must not see the first
+        ids, gates = (t[0] for t in oracle.random_ids(1, 6, 3, "cuda"))
+        table(ids, gates)
+        for w, source, ea, eb, scaling in zip(weights, sources, a, b, s, strict=True):
+            reference = merged(source, ea, eb, scaling, transposed, ids, gates)
+            assert oracle.relative_error(w, reference) < oracle.limit(w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_in_place_takes_the_old_experts_out(dtype):
+    weights, _, a, b, s, tr = make_merge(dtype, [(256, 512)], 8, 8, in_place=True)
+    pristine = weights[0].clone()
+    table = kernels.MergeTable(weights, weights, a, b, s, tr)
+    (ids, gates), (ids2, gates2) = ([t[0] for t in oracle.random_ids(1, 8, 2, "cuda")] for _ in range(2))
+    table(ids, gates)
+    table(ids2, gates2, ids, gates)
+    reference = merged(pristine, a[0], b[0], s[0], False, ids2, gates2)
+    assert oracle.relative_error(weights[0], reference) < 1.5 * oracle.limit(weights[0])  # one more rounding
+
+
+def test_merge_from_pristine_does_not_drift_over_20000_steps():
+    weights, sources, a, b, s, tr = make_merge(torch.bfloat16, [(256, 256)], 8, 8)
+    table = kernels.MergeTable(weights, sources, a, b, s, tr)
+    before = sources[0].clone()
+    ids = torch.rand(20000, 8, device="cuda").topk(2).indices
+    gates = torch.rand(20000, 2, device="cuda")
+    for step in range(20000):
+        table(ids[step], gates[step])
+    assert torch.equal(sources[0], before)
+    reference = merged(before, a[0], b[0], s[0], False, ids[-1], gates[-1])
+    assert oracle.relative_error(weights[0], reference) < oracle.limit(weights[0])
+
+
+def test_graph_replay_with_everything_poisoned_between_replays():
+    """A captured chain of dependent launches: each replay must wait for its own inputs, never see the last replay's."""
+    dtype, width = torch.bfloat16, 1024
+    packed = [kernels.PackedGroup(**make_group([width, width], width, [8, 8], 8, dtype)) for _ in range(6)]
+    router = randn(8, width, dtype=dtype, scale=width**-0.5)
+    x = randn(4, width, dtype=dtype)
+
+    def chain():
+        ids, gates = kernels.router(x, router, 2, True)
+        made, h = [ids, gates], x
+        for group in packed:
+            h, other = group(h, ids, gates)
+            made += [h, other]
+        return made
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = chain()
+    for _ in range(50):
+        x.copy_(torch.randn_like(x))
+        for t in captured:
+            t.fill_(float("nan") if t.is_floating_point() else 7)
+        graph.replay()
+        for got, expected in zip(captured, chain(), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_two_streams_at_once_do_not_disturb_each_other():
+    dtype, width = torch.bfloat16, 2048
+    packed = [kernels.PackedGroup(**make_group([width], width, [8], 8, dtype)) for _ in range(2)]
+    xs = [randn(1, width, dtype=dtype) for _ in range(2)]
+    ids, gates = oracle.random_ids(1, 8, 2, "cuda")
+    expected = [p(x, ids, gates)[0] for p, x in zip(packed, xs, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(200):
+        results = []
+        for p, x, stream in zip(packed, xs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(p(x, ids, gates)[0])
+        torch.cuda.synchronize()
+        assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+
+
+def test_soak_of_many_sizes():
+    """Random sizes, one after the other without a wait in between: hangs and races show here."""
+    generator = torch.Generator().manual_seed(3)
+
+    def pick(*options):
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    for _ in range(300):
+        n = pick(1, 2, 3, 8)
+        num_experts = pick(1, 4, 8, 64)
+        ranks = [pick(0, 1, 8, 16, 64) for _ in range(n)]
+        outs = [pick(1, 16, 100, 768, 1024) for _ in range(n)]
+        check_group(outs, pick(8, 96, 500, 1024, 4096), ranks, num_experts, pick(1, min(2, num_experts)), pick(1, 2, 8, 15, 32),
+                    pick(*DTYPES), bias=pick(True, False), base=pick(True, False))  # fmt: skip
+
+
+def test_refused_arguments():
+    group = make_group([64], 128, [8], 4, torch.bfloat16)
+    packed = kernels.PackedGroup(**group)
+    x = randn(1, 128, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="outside what the kernels take"):
+        packed(x, torch.zeros(1, 9, dtype=torch.int64, device="cuda"), torch.ones(1, 9, device="cuda"))
