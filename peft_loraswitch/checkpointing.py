@@ -9,6 +9,9 @@ router's would hand their gradient to a decision that has no graph, and the rout
 alone. So they all use one leaf tensor in place of the gates, whose `.grad` sums up what they send (`Relay`); the router's
 own block runs again last, and there the sum joins the gradient of the recomputed gates.
 
+**Under torch.compile** a checkpointed block may read what lies outside of it, but not change it: the block that takes the
+decision runs without checkpointing, and its activations are kept. The others are checkpointed as usual.
+
 Nothing here may hold on to the frame of the first run: its gates lead to the autograd graph, whose checkpoints lead back
 here, and Python cannot collect a cycle through C++.
 """
@@ -20,6 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from .frame import RoutingFrame, RoutingState
@@ -48,16 +52,54 @@ class Relay:
         return grad + gathered
 
 
+class CheckpointedBlock:
+    """A module of the backbone that knows gradient checkpointing; `routes`: a router is in it, and in none inside it."""
+
+    def __init__(self, module: nn.Module, routes: bool) -> None:
+        self.module = module
+        self.routes = routes
+
+    def wrap(self, state: RoutingState) -> None:
+        function = getattr(self.module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, CheckpointWithRouting):
+            self.module._gradient_checkpointing_func = CheckpointWithRouting(state, function, self.routes)  # type: ignore
+
+    def unwrap(self) -> None:
+        function = getattr(self.module, "_gradient_checkpointing_func", None)
+        if isinstance(function, CheckpointWithRouting):
+            self.module._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
+
+    def pause(self, frame: RoutingFrame) -> None:
+        """Run without checkpointing until the frame is closed."""
+        if self.routes and self.module.gradient_checkpointing:
+            self.module.gradient_checkpointing = False  # type: ignore[assignment]
+            frame.paused.append(self.module)
+
+
+def checkpointed_blocks(root: nn.Module, layers: set[nn.Module]) -> list[CheckpointedBlock]:
+    """The modules below `root` that know gradient checkpointing and hold some of `layers` (adapted linears)."""
+    modules = [m for m in root.modules() if hasattr(m, "gradient_checkpointing") and not layers.isdisjoint(m.modules())]
+    routers = {layer for layer in layers if len(layer.loraswitch_router)}  # type: ignore[arg-type]
+    holding = {module for module in modules if not routers.isdisjoint(module.modules())}
+    return [
+        CheckpointedBlock(module, module in holding and holding.isdisjoint(set(module.modules()) - {module}))
+        for module in modules
+    ]
+
+
 class CheckpointWithRouting:
     """Stands in for a block's `_gradient_checkpointing_func`."""
 
-    def __init__(self, state: RoutingState, checkpoint: Callable[..., Any]) -> None:
+    def __init__(self, state: RoutingState, checkpoint: Callable[..., Any], routes: bool) -> None:
         self.state = state
         self.checkpoint = checkpoint
+        self.routes = routes
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         frame = self.state.frame
-        if frame is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self.routes:
+            return function(*args, **kwargs)
+        if torch.compiler.is_compiling() or frame is None:
             return self.checkpoint(function, *args, **kwargs)
         return self.checkpoint(_Block(self.state, frame, function), *args, **kwargs)
 

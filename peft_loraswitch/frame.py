@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .balance import RoutingRecord, add_auxiliary_losses
-from .checkpointing import SECOND_RUN, CheckpointWithRouting, Relay
+from .checkpointing import SECOND_RUN, CheckpointedBlock, Relay, checkpointed_blocks
 from .routing import Routing, jitter, route
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class RoutingFrame:
         training: whether a loss may follow: model in train mode and gradients enabled when the frame was opened.
         earlier: finished passes of the same forward, if an owner below the outermost runs several times (a model that
             encodes two sentences, one after the other): other tokens, so other decisions.
-        used: adapters whose decision was asked for; `relays`: see `checkpointing.py`.
+        used: adapters whose decision was asked for; `relays`, `paused`: see `checkpointing.py`.
     """
 
     def __init__(self, training: bool, adapter_names: Sequence[str] | None = None) -> None:
@@ -50,12 +50,14 @@ class RoutingFrame:
         self.earlier: tuple[RoutingFrame, ...] = ()
         self.opened_at = self.deepest = 0  # which owner opened it, which is the innermost entered since
         self.used: set[str] = set()
+        self.paused: list[nn.Module] = []
         self.relays: dict[str, Relay] = {}
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
 
     def routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
         """The decision of this forward for `adapter`; taken now, from x [..., in_features], if it is not there yet."""
-        self.used.add(adapter)
+        if not torch.compiler.is_compiling():
+            self.used.add(adapter)
         routing = self.routings.get(adapter)
         if routing is None:
             routing = self._decide(adapter, layer, x)
@@ -121,7 +123,7 @@ class RoutingState:
         self._local = _ThreadState()
         self.router_layers: dict[str, LoRASwitchLinear] = {}
         self.recorders: list[RoutingRecorder] = []  # `record_routing()` blocks in progress
-        self._blocks: list[nn.Module] = []
+        self._blocks: list[CheckpointedBlock] = []
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: everything but the frames in flight
@@ -134,6 +136,11 @@ class RoutingState:
     def frame(self) -> RoutingFrame | None:
         """The frame of the forward that this thread is in, or None."""
         return self._local.frame
+
+    @property
+    def adapter_names(self) -> Sequence[str] | None:
+        """The names of the mixed batch that this thread is in, one per sample, or None."""
+        return self._local.adapter_names
 
     def require_frame(self, layer_name: str) -> RoutingFrame:
         frame = self.frame
@@ -198,20 +205,14 @@ class RoutingState:
             hook = _OwnerHooks(self, owner, depth)
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
-        self._blocks = [
-            module
-            for module in root.modules()
-            if hasattr(module, "gradient_checkpointing") and not wanted.isdisjoint(module.modules())
-        ]
+        self._blocks = checkpointed_blocks(root, wanted)
 
     def disconnect(self) -> None:
         """Remove every hook and wrapper."""
         for handle in self._handles:
             handle.remove()
         for block in self._blocks:
-            function = getattr(block, "_gradient_checkpointing_func", None)
-            if isinstance(function, CheckpointWithRouting):
-                block._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
+            block.unwrap()
         self._handles, self._blocks = [], []
 
     def new_frame(self, training: bool, adapter_names: Sequence[str] | None) -> RoutingFrame:
@@ -219,21 +220,20 @@ class RoutingState:
 
     def open_frame(self, training: bool) -> RoutingFrame:
         frame = self.new_frame(training, self._local.adapter_names)
-        if training and not torch.compiler.is_compiling():
-            self._wrap_checkpointing()
+        if training:
+            # at each forward, because gradient_checkpointing_enable() may come at any time
+            for block in self._blocks:
+                if torch.compiler.is_compiling():
+                    block.pause(frame)
+                else:
+                    block.wrap(self)
         self._local.frame = frame
         return frame
 
-    def close_frame(self) -> None:
+    def close_frame(self, frame: RoutingFrame) -> None:
+        for module in frame.paused:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
         self._local.frame = None
-
-    def _wrap_checkpointing(self) -> None:
-        # At each forward, because gradient_checkpointing_enable() may come at any time, and replaces the function.
-        for block in self._blocks:
-            if block.gradient_checkpointing:
-                function: Any = getattr(block, "_gradient_checkpointing_func", None)
-                if function is not None and not isinstance(function, CheckpointWithRouting):
-                    block._gradient_checkpointing_func = CheckpointWithRouting(self, function)  # type: ignore[assignment]
 
 
 class RoutingRecorder:
@@ -305,7 +305,7 @@ class _OwnerHooks:
         frame = self.state.frame
         if frame is None or frame.opened_at != self.depth:
             return None
-        self.state.close_frame()
+        self.state.close_frame(frame)
         if output is None:  # an exception is on its way
             return None
         if frame.training or self.state.recorders:
