@@ -146,6 +146,18 @@ def test_every_architecture_equals_the_oracle(name, dtype):
     assert_layers_equal_oracle(model, lambda: model(input_ids=tokens(3, 5)))
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2-conv1d"])
+def test_float32_experts_on_a_16_bit_backbone_equal_the_oracle(name, dtype):
+    """What PEFT makes by default: `autocast_adapter_dtype=True`."""
+    model = adapted(MODELS[name]().to(dtype))
+    assert {p.dtype for n, p in model.named_parameters() if "loraswitch_" in n} == {torch.float32}
+    assert_layers_equal_oracle(model, lambda: model(input_ids=tokens(3, 5)))
+    model.train()(**padded([7, 4])).loss.backward()
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in adapter_gradients(model).values())
+
+
 @pytest.mark.parametrize("dtype", list(EPS), ids=str)
 @pytest.mark.parametrize("experts, top_k", [(1, 1), (4, 2), (3, 3), (17, 1)])
 @pytest.mark.parametrize("shape", [(1,), (3,), (1, 1), (2, 3), (0,), (2, 0), (0, 3), (2, 1, 3)], ids=str)
