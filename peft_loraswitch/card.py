@@ -93,7 +93,8 @@ def keep_card_on_push() -> None:
     looks again after `ModelCard.save`, which writes them all, and before the two ways to upload a folder, which know the
     repository's name; where a version lacks one of these methods the snippet names the folder instead.
 
-    All of them save the adapter first. So the first save installs this, and a process that saves none is untouched.
+    `ModelCard.save` also writes in place: on a full disk the card of before would be lost. In the folder of one of our
+    adapters it is replaced instead. Injecting an adapter installs this; a process that has none is untouched.
     """
     from transformers.utils import PushToHubMixin
 
@@ -110,12 +111,18 @@ def keep_card_on_push() -> None:
         if path_in_repo in (None, "", ".", "./"):
             _refresh_or_warn(folder_path, repo_id, revision)
 
-    _wrap(ModelCard, "save", after=card_saved)
+    _wrap(ModelCard, "save", after=card_saved, instead=_replace_card)
     _wrap(PushToHubMixin, "_upload_modified_files", before=model_pushed)
     _wrap(HfApi, "upload_folder", before=folder_uploaded)
 
 
-def _wrap(owner: type, name: str, before: Callable | None = None, after: Callable | None = None) -> None:
+def _wrap(
+    owner: type,
+    name: str,
+    before: Callable | None = None,
+    after: Callable | None = None,
+    instead: Callable | None = None,
+) -> None:
     method = getattr(owner, name, None)
     if method is None or getattr(method, "renews_loraswitch_card", False):
         return
@@ -124,13 +131,25 @@ def _wrap(owner: type, name: str, before: Callable | None = None, after: Callabl
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if before:
             before(*args, **kwargs)
-        result = method(self, *args, **kwargs)
+        call = functools.partial(method, self)
+        result = instead(call, *args, **kwargs) if instead else call(*args, **kwargs)
         if after:
             after(*args, **kwargs)
         return result
 
     wrapper.renews_loraswitch_card = True  # type: ignore[attr-defined]
     setattr(owner, name, wrapper)
+
+
+def _replace_card(save: Callable, filepath: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """`save(filepath)`; where that overwrites the card of one of our adapters, into a file beside it that then replaces it."""
+    path = Path(filepath)
+    if not (path.name == "README.md" and path.is_file() and any(_adapters_in(path.parent))):
+        return save(filepath, *args, **kwargs)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".card-") as folder:
+        result = save(Path(folder) / path.name, *args, **kwargs)
+        os.replace(Path(folder) / path.name, path)
+    return result
 
 
 def _refresh_or_warn(folder: str | os.PathLike, repo_id: str | None = None, revision: str | None = None) -> None:

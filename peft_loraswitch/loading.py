@@ -142,6 +142,9 @@ def _hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def injecting(tuner: nn.Module, config: LoRASwitchConfig) -> Iterator[None]:
     """Around the injection of an adapter: all or nothing, and undone as well if the load fails that it is part of."""
+    from .card import keep_card_on_push
+
+    keep_card_on_push()
     model = tuner.model
     try:
         with all_or_nothing(tuner, config) as snapshot:

@@ -83,13 +83,14 @@ BAD_INJECTIONS = {
 }
 
 
-@pytest.mark.parametrize("problem", BAD_INJECTIONS)
-@pytest.mark.parametrize("way_in", WAYS_IN)
+@pytest.mark.parametrize(
+    ("way_in", "problem"),
+    # Transformers takes an empty name for the default name
+    [(w, p) for w in WAYS_IN for p in BAD_INJECTIONS if p != "empty name" or "model.add_adapter" not in w],
+)
 def test_refused_before_anything_changes(way_in, problem):
     build, inject = WAYS_IN[way_in]
     make_config, name, message = BAD_INJECTIONS[problem]
-    if name == "" and "model.add_adapter" in way_in.replace("PeftModel", ""):
-        pytest.skip("transformers takes an empty name for the default name")
     model, config = build(), make_config()
     given = config.to_dict()
     with unchanged(model), pytest.raises(ValueError, match=message), warnings.catch_warnings():
@@ -193,18 +194,13 @@ def two_adapters():
     ("names", "message"),
     [
         (["default", "nope"], r"adapter_names holds \['nope'\], which are not loaded. Choose from .*default.*other"),
-        (["default"], "adapter_names has 1 entries|one name per sample|2"),
-        (["default", "other", "other"], "adapter_names has 3 entries"),
-        ([], "adapter_names"),
+        (["default", "other", "other"], "adapter_names has 3 entries.*one name per sample"),
+        ([], "adapter_names is empty.*one name per sample"),
     ],
 )
 def test_adapter_names(names, message):
     model = two_adapters()
-    if names == ["default"]:
-        names, batch = ["default"] * 4, tokens(3, 7)
-        message = "adapter_names has 4 entries, but the batch holds 21 tokens"
-    else:
-        batch = tokens(2, 7)
+    batch = tokens(2, 7)
     with unchanged(model), pytest.raises(ValueError, match=message):
         model(batch, adapter_names=names)
     with unchanged(model), pytest.raises(ValueError, match=message):
