@@ -194,7 +194,7 @@ def _check(code: int, what: str) -> None:
 
 
 def _stream(device: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(device)
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 @functools.cache
@@ -255,7 +255,6 @@ class PackedGroup:
             item.out_features, item.rank, item.scaling = b.shape[1], a.shape[1], s
             if item.rank:
                 item.lora_a, item.lora_b = a.data_ptr(), b.data_ptr()
-        self.reference = byref(group)
         self._hidden_sizes: dict[tuple[int, int], int] = {}
 
     def is_current(self) -> bool:
@@ -266,14 +265,15 @@ class PackedGroup:
         self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, bases: Sequence[torch.Tensor] = ()
     ) -> list[torch.Tensor]:
         """x [..., in], experts and gates [..., k], contiguous; bases [..., out] -> [..., out] for each linear."""
-        group = self.group
+        group = Group.from_buffer_copy(self.group)  # this call's own: other threads may be calling too
+        reference = byref(group)
         top_k = experts.shape[-1]
         shape = x.shape[:-1]
         tokens = group.tokens = experts.numel() // top_k if top_k else x.numel() // x.shape[-1]
         group.top_k = top_k
         size = self._hidden_sizes.get((tokens, top_k))
         if size is None:
-            size = self._hidden_sizes[tokens, top_k] = library().ls_hidden_elements(self.reference)
+            size = self._hidden_sizes[tokens, top_k] = library().ls_hidden_elements(reference)
         hidden = x.new_empty(size)
         results = [x.new_empty((*shape, out)) for out in self.out_features]
         group.x, group.experts, group.gates = x.data_ptr(), experts.data_ptr(), gates.data_ptr()
@@ -282,17 +282,17 @@ class PackedGroup:
             item.out = result.data_ptr()
         for item, base in zip(group.items, bases, strict=False):
             item.base = base.data_ptr()
-        _check(library().ls_linear(self.reference, _stream(group.device)), "ls_linear")
+        _check(library().ls_linear(reference, _stream(group.device)), "ls_linear")
         return results
 
     def path(self, x: torch.Tensor, experts: torch.Tensor) -> int:
         """FAST_PATH or GENERIC_PATH: what a call with these would take (float32 never has a fast path)."""
-        group = self.group
+        group = Group.from_buffer_copy(self.group)
         group.tokens, group.top_k = x.numel() // x.shape[-1], experts.shape[-1]
         group.x = group.experts = group.gates = group.hidden = x.data_ptr()
         for item in group.items:
             item.out = x.data_ptr()
-        return library().ls_linear_path(self.reference)
+        return library().ls_linear_path(byref(group))
 
 
 def warn_if_generic(packed: PackedGroup, x: torch.Tensor, experts: torch.Tensor) -> None:
@@ -326,7 +326,7 @@ class MergeTable:
     ) -> None:
         lib = library()
         self.tensors = [*weights, *sources, *lora_a, *lora_b]
-        self.pointers = [t.data_ptr() for t in self.tensors]
+        self.pointers, self.scalings = [t.data_ptr() for t in self.tensors], list(scalings)
         self.device, dtype = weights[0].device, DTYPES[weights[0].dtype]
         items = (MergeItem * len(weights))()
         self.args = args = MergeArgs(dtype=dtype, n_items=len(weights), device=self.device.index or 0, fast=1)
@@ -347,7 +347,6 @@ class MergeTable:
         self.tile_item = index.repeat_interleave(torch.tensor(counts)).to(self.device)
         self.items = torch.frombuffer(bytearray(items), dtype=torch.uint8).to(self.device)
         args.items, args.tile_item = self.items.data_ptr(), self.tile_item.data_ptr()
-        self.reference = byref(args)
 
     def is_current(self) -> bool:
         """Whether every tensor is still where it was when the table was made."""
@@ -361,8 +360,8 @@ class MergeTable:
         old_gates: torch.Tensor | None = None,
     ) -> None:
         """experts int64 [k], gates float32 [k] in; those of `old_experts` and `old_gates` out. One launch."""
-        args = self.args
+        args = MergeArgs.from_buffer_copy(self.args)
         args.experts, args.gates, args.top_k = experts.data_ptr(), gates.data_ptr(), experts.shape[-1]
         args.old_experts = None if old_experts is None else old_experts.data_ptr()
         args.old_gates = None if old_gates is None else old_gates.data_ptr()
-        _check(library().ls_merge(self.reference, _stream(args.device)), "ls_merge")
+        _check(library().ls_merge(byref(args), _stream(args.device)), "ls_merge")

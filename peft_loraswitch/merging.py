@@ -1,0 +1,128 @@
+"""Strategy "merge": the paper's method. Before a single token runs, its experts go into the weights of all adapted linears,
+in one launch; then every linear is a plain one.
+
+From pristine weights (the default) the merged ones are a second copy: as much memory again as the adapted weights take,
+no drift. In place, a step takes the last token's experts out and puts the new token's in, and rounds each weight once: the
+error grows with the number of tokens; the pristine weights wait on the host for `unfuse()`.
+
+Merged weights serve one routing decision. A forward of more than one token takes the unmerged path, with one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import kernels, ops
+from .routing import Routing
+
+if TYPE_CHECKING:
+    from .frame import RoutingFrame
+    from .layer import LoRASwitchLinear
+
+logger = logging.getLogger(__name__)
+
+
+class MergedWeights:
+    """The merged weights of all adapted layers of a model. One thread at a time: they hold one decision.
+
+    Raises:
+        ValueError: a layer that cannot be merged (quantised, hooked, several devices or dtypes, several adapters active).
+    """
+
+    def __init__(self, layers: list[LoRASwitchLinear], in_place: bool) -> None:
+        from .fuse import FusedLayer, base_of
+
+
+        self.layers, self.in_place = layers, in_place
+        self.adapter = self._one_adapter(layers)
+        self.served = [layer for layer in layers if self.adapter in layer.loraswitch_A]
+        self.bases = [base_of(layer) for layer in self.served]
+        kinds = {(base.weight.dtype, base.weight.device) for base in self.bases}
+        plans = [FusedLayer(layer) for layer in self.served]
+        if not all(plan.plain for plan in plans) or len(kinds) != 1:
+            raise ValueError("strategy='merge' needs plain 16/32-bit linears of one dtype on one device: use 'fused'.")
+        if len({layer.num_experts[self.adapter] for layer in self.served}) != 1:
+            raise ValueError("strategy='merge' needs the same number of experts on every layer.")
+        self.transposed = [plan.transposed for plan in plans]
+        self.scalings = [layer.scaling[self.adapter] for layer in self.served]
+        dtype, device = kinds.pop()
+        experts: list[Any] = [(layer.loraswitch_A[self.adapter], layer.loraswitch_B[self.adapter]) for layer in self.served]
+        self.lora_a = [a.weight.detach().to(dtype) for a, _ in experts]
+        self.lora_b = [b.weight.detach().to(dtype) for _, b in experts]
+        sources = [base.weight.detach() for base in self.bases]
+        self.host_copies = [source.to("cpu", copy=True) for source in sources] if in_place else []
+        self.sources = sources
+        self.weights = sources if in_place else [torch.empty_like(source) for source in sources]
+        for tensor in (*self.weights, *self.lora_a, *self.lora_b):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        self.index = {id(layer): i for i, layer in enumerate(self.served)}
+        top_k = self.served[0].top_k[self.adapter]
+        # What is merged in place now; -1: nothing. Buffers with fixed addresses, so that a CUDA graph can keep them.
+        self.experts = torch.full((top_k,), -1, dtype=torch.int64, device=device)
+        self.gates = torch.zeros(top_k, dtype=torch.float32, device=device)
+        self.nothing = self.experts.clone()
+        for tensor in (self.experts, self.gates, self.nothing):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        self.warned = False
+        self._table: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}
+
+    @staticmethod
+    def _one_adapter(layers: list[LoRASwitchLinear]) -> str:
+        active = {tuple(layer.active_adapters) for layer in layers}
+        if len(active) != 1 or len(names := active.pop()) != 1:
+            raise ValueError("strategy='merge' needs exactly one active adapter, the same on every layer.")
+        return names[0]
+
+    def forward(
+        self, layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, frame: RoutingFrame
+    ) -> Tensor | None:
+        """The layer's output from merged weights, or None if this forward takes the unmerged path."""
+        single = adapter == self.adapter and routing.experts.shape[:-1].numel() == 1 and x.shape[:-1].numel() == 1
+        if getattr(frame, "merged", None) is None:
+            frame.merged = single  # type: ignore[attr-defined]
+            if single:
+                self._merge(routing.experts.flatten(), routing.gates.flatten())
+            elif self.in_place:
+                self._merge(self.nothing, torch.zeros_like(self.gates))
+            if not single:
+                self._warn()
+        if not frame.merged:  # type: ignore[attr-defined]
+            return None
+        i = self.index[id(layer)]
+        weight = self.weights[i]
+        return F.linear(x, weight.T if self.transposed[i] else weight, self.bases[i].bias)
+
+    def _warn(self) -> None:
+        if not self.warned and not torch.compiler.is_compiling():
+            self.warned = True
+            logger.warning(
+                "LoRA-Switch: merged weights serve one token at a time; forwards of more tokens (a prompt, a batch, beams) "
+                "take the unmerged path."
+            )
+
+    def _merge(self, experts: Tensor, gates: Tensor) -> None:
+        old = (self.experts, self.gates) if self.in_place else (None, None)
+        arguments = (self.weights, self.sources, self.lora_a, self.lora_b, self.scalings, self.transposed, experts, gates)
+        if not torch.compiler.is_compiling() and experts.is_cuda and kernels.available(experts.get_device()):
+            if self._table is None:
+                self._table = kernels.MergeTable(*arguments[:6])
+            self._table(experts, gates, *old)
+        else:
+            ops.merge(*arguments, *old)
+        if self.in_place:
+            self.experts.copy_(experts)
+            self.gates.copy_(gates)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The pristine weights, bit for bit."""
+        for source, copy in zip(self.sources, self.host_copies, strict=False):
+            source.copy_(copy)

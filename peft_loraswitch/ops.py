@@ -1,0 +1,309 @@
+"""Every op's contract on one page: schema, checks, fake, PyTorch implementation. The kernels (kernels.py) only implement.
+
+    route   x, router                                   -> experts, gates
+    linear  x, experts, gates, a group of linears       -> their outputs, experts included
+    delta   base, x, experts, gates, one linear's experts -> base plus what the experts add
+    merge   weights, sources, a model's experts         -> weights = sources + the chosen experts (written in place)
+
+The PyTorch implementations are the definition, the CPU path, and the path of any GPU tensor that the kernels do not serve.
+Registered with `Library.define` and `impl`, which cost a few microseconds a call where `custom_op` costs tens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import kernels
+
+_library = torch.library.Library("loraswitch", "DEF")
+_library.define("route(Tensor x, Tensor router, int top_k, bool normalize) -> (Tensor, Tensor)")
+_library.define(
+    "linear(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, "
+    "float[] scalings, bool transposed=False) -> Tensor[]"
+)
+_library.define(
+    "delta(Tensor base, Tensor x, Tensor experts, Tensor gates, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor"
+)
+_library.define(
+    "merge(Tensor(a!)[] weights, Tensor[] sources, Tensor[] lora_a, Tensor[] lora_b, float[] scalings, bool[] transposed, "
+    "Tensor experts, Tensor gates, Tensor? old_experts=None, Tensor? old_gates=None) -> ()"
+)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_route(x: Tensor, router: Tensor, top_k: int) -> None:
+    _require(x.dim() >= 1 and router.dim() == 2, f"route: x must be [..., in], router [E, in], not {router.dim()}-d")
+    _require(x.shape[-1] == router.shape[1], f"route: x has {x.shape[-1]} features, router {router.shape[1]}")
+    limit = min(router.shape[0], kernels.MAX_TOP_K)
+    _require(router.shape[0] <= kernels.MAX_EXPERTS, f"route: {router.shape[0]} experts, at most {kernels.MAX_EXPERTS}")
+    _require(1 <= top_k <= limit, f"route: top_k={top_k} must be between 1 and {limit}")
+    _require(x.dtype in FLOATS and router.dtype in FLOATS, f"route: {x.dtype} and {router.dtype} must be float32 or 16-bit")
+
+
+def _check_experts(op: str, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    _require(experts.dtype == torch.int64 and gates.dtype == torch.float32, f"{op}: experts must be int64, gates float32")
+    _require(experts.shape == gates.shape, f"{op}: experts {list(experts.shape)} and gates {list(gates.shape)} differ in shape")
+    _require(1 <= experts.shape[-1] <= kernels.MAX_TOP_K, f"{op}: top_k={experts.shape[-1]} must be 1 to {kernels.MAX_TOP_K}")
+    _require(experts.shape[:-1].numel() == x.shape[:-1].numel(), f"{op}: experts are of another number of tokens than x")
+    _require(lora_a.dim() == 3 and lora_b.dim() == 3, f"{op}: lora_a must be [E, r, in], lora_b [E, out, r]")
+    agree = lora_a.shape[0] == lora_b.shape[0] and lora_a.shape[1] == lora_b.shape[2] and lora_a.shape[2] == x.shape[-1]
+    _require(agree, f"{op}: lora_a {list(lora_a.shape)}, lora_b {list(lora_b.shape)} and x {list(x.shape)} do not fit")
+    _require(lora_a.shape[0] <= kernels.MAX_EXPERTS, f"{op}: {lora_a.shape[0]} experts, at most {kernels.MAX_EXPERTS}")
+    _require(lora_a.shape[1] <= kernels.MAX_RANK, f"{op}: rank {lora_a.shape[1]}, at most {kernels.MAX_RANK}")
+    same = x.dtype in FLOATS and x.dtype == lora_a.dtype == lora_b.dtype
+    _require(same, f"{op}: x is {x.dtype}, experts {lora_a.dtype}, {lora_b.dtype}: must be one of {FLOATS}")
+    devices = {t.device for t in (x, experts, gates, lora_a, lora_b)}
+    _require(len(devices) == 1, f"{op}: tensors are on several devices: {devices}")
+
+
+def _check_linear(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool,
+) -> None:  # fmt: skip
+    n = len(weights)
+    _require(1 <= n <= kernels.MAX_GROUP, f"linear: a group has 1 to {kernels.MAX_GROUP} linears, not {n}")
+    _require(n == len(biases) == len(lora_a) == len(lora_b) == len(scalings), "linear: the lists differ in length")
+    for weight, bias, a, b in zip(weights, biases, lora_a, lora_b, strict=True):
+        _check_experts("linear", x, experts, gates, a, b)
+        _require(a.shape[0] == lora_a[0].shape[0], "linear: the linears of a group must have the same number of experts")
+        shape = (x.shape[-1], b.shape[1]) if transposed else (b.shape[1], x.shape[-1])
+        _require(weight.shape == shape, f"linear: a weight is {list(weight.shape)}, the experts ask for {list(shape)}")
+        _require(weight.dtype == x.dtype and weight.device == x.device, "linear: a weight is of another dtype or device than x")
+        if bias is not None:
+            _require(bias.shape == (b.shape[1],) and bias.dtype == x.dtype, "linear: a bias must be [out], in the dtype of x")
+
+
+def _check_delta(base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    _check_experts("delta", x, experts, gates, lora_a, lora_b)
+    _require(base.shape == (*x.shape[:-1], lora_b.shape[1]), f"delta: base {list(base.shape)} does not fit x and lora_b")
+    _require(base.dtype == x.dtype and base.device == x.device, "delta: base is of another dtype or device than x")
+
+
+def _check_merge(
+    weights: Sequence[Tensor], sources: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float], transposed: Sequence[bool], experts: Tensor, gates: Tensor,
+    old_experts: Tensor | None = None, old_gates: Tensor | None = None,
+) -> None:  # fmt: skip
+    lengths = {len(entries) for entries in (weights, sources, lora_a, lora_b, scalings, transposed)}
+    _require(len(lengths) == 1, "merge: the lists differ in length")
+    _require(experts.dim() == 1 and experts.shape == gates.shape, "merge: experts and gates must be [k], of one token")
+    _require((old_experts is None) == (old_gates is None), "merge: old_experts and old_gates go together")
+    for weight, source, a, b, swapped in zip(weights, sources, lora_a, lora_b, transposed, strict=True):
+        _check_experts("merge", a.new_empty(1, a.shape[2]), experts, gates, a, b)
+        shape = (a.shape[2], b.shape[1]) if swapped else (b.shape[1], a.shape[2])
+        _require(weight.shape == source.shape == shape, f"merge: a weight is {list(weight.shape)}, not {list(shape)}")
+        _require(weight.dtype == source.dtype == a.dtype, f"merge: a weight is {weight.dtype}, its experts {a.dtype}")
+
+
+# ------------------------------------------------------------------------------------------- PyTorch implementations
+
+
+def dense_gates(experts: Tensor, gates: Tensor, num_experts: int) -> Tensor:
+    """[T, k] each -> [T, E] float32: gates scattered over all experts; ids outside [0, E) dropped, repeated ones added."""
+    valid = (experts >= 0) & (experts < num_experts)
+    zeros = torch.zeros(experts.shape[0], num_experts, dtype=gates.dtype, device=gates.device)
+    return zeros.scatter_add(1, experts.where(valid, 0), gates.where(valid, 0.0))
+
+
+def add_experts(base: Tensor | None, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """base [T, out] + scaling * sum_e gates[:, e] B[e] A[e] x, for x [T, in] and gates [T, E]: two dense products."""
+    hidden = F.linear(x, lora_a.flatten(0, 1)).view(x.shape[0], *lora_a.shape[:2])  # [T, E, r]
+    hidden = (hidden * (gates * scaling).to(hidden.dtype).unsqueeze(-1)).flatten(1)  # [T, E * r]
+    up = lora_b.transpose(1, 2).flatten(0, 1)  # [E * r, out]
+    return hidden @ up if base is None else torch.addmm(base, hidden, up)
+
+
+def _add_chosen(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """What the chosen experts of a few tokens add, [T, out]: reads those experts only."""
+    tokens, top_k = experts.shape
+    valid = (experts >= 0) & (experts < lora_a.shape[0])
+    ids = experts.where(valid, 0).flatten()
+    rows = x.repeat_interleave(top_k, 0).unsqueeze(-1)  # [T * k, in, 1]
+    hidden = torch.bmm(lora_a[ids], rows)  # [T * k, r, 1]
+    factors = (gates.where(valid, 0.0) * scaling).flatten().to(x.dtype)
+    return torch.bmm(lora_b[ids], hidden * factors.view(-1, 1, 1)).view(tokens, top_k, -1).sum(1)
+
+
+def _experts_reference(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """x [T, in], experts and gates [T, k] -> [T, out]"""
+    if experts.numel() < lora_a.shape[0]:
+        return _add_chosen(x, experts, gates, lora_a, lora_b, scaling)
+    return add_experts(None, x, dense_gates(experts, gates, lora_a.shape[0]), lora_a, lora_b, scaling)
+
+
+def _route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    _check_route(x, router, top_k)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        probabilities = torch.softmax(F.linear(x.float(), router.float()), dim=-1)
+    gates, experts = torch.topk(probabilities, top_k, dim=-1)
+    return experts, gates / gates.sum(-1, keepdim=True) if normalize else gates
+
+
+def _linear_pytorch(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    _check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
+    tokens = x.reshape(-1, x.shape[-1])
+    experts, gates = experts.reshape(tokens.shape[0], -1), gates.reshape(tokens.shape[0], -1)
+    results = []
+    for weight, bias, a, b, scaling in zip(weights, biases, lora_a, lora_b, scalings, strict=True):
+        base = F.linear(tokens, weight.T if transposed else weight, bias)
+        result = base + _experts_reference(tokens, experts, gates, a, b, scaling)
+        results.append(result.view(*x.shape[:-1], -1))
+    return results
+
+
+def _delta_pytorch(
+    base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    _check_delta(base, x, experts, gates, lora_a, lora_b)
+    tokens = x.reshape(-1, x.shape[-1])
+    experts, gates = experts.reshape(tokens.shape[0], -1), gates.reshape(tokens.shape[0], -1)
+    return base + _experts_reference(tokens, experts, gates, lora_a, lora_b, scaling).view(base.shape)
+
+
+def _merge_pytorch(
+    weights: Sequence[Tensor], sources: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float], transposed: Sequence[bool], experts: Tensor, gates: Tensor,
+    old_experts: Tensor | None = None, old_gates: Tensor | None = None,
+) -> None:  # fmt: skip
+    _check_merge(weights, sources, lora_a, lora_b, scalings, transposed, experts, gates, old_experts, old_gates)
+    ids, factors = experts, gates
+    if old_experts is not None and old_gates is not None:
+        ids, factors = torch.cat([experts, old_experts]), torch.cat([gates, -old_gates])
+    for weight, source, a, b, scaling, swapped in zip(
+        weights, sources, lora_a, lora_b, scalings, transposed, strict=True
+    ):
+        valid = (ids >= 0) & (ids < a.shape[0])
+        chosen = ids.where(valid, 0)
+        up = b[chosen].float() * (factors.where(valid, 0.0) * scaling).view(-1, 1, 1)  # [k, out, r]
+        update = up.transpose(0, 1).flatten(1) @ a[chosen].float().flatten(0, 1)  # [out, in]
+        weight.copy_(source.float() + (update.T if swapped else update))
+
+
+for _name, _function in (
+    ("route", _route_pytorch), ("linear", _linear_pytorch), ("delta", _delta_pytorch), ("merge", _merge_pytorch)
+):  # fmt: skip
+    _library.impl(_name, _function, "CPU")
+
+
+# ------------------------------------------------------------------------------------------------------------ fakes
+
+
+def _route_fake(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    _check_route(x, router, top_k)
+    shape = (*x.shape[:-1], top_k)
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.float32)
+
+
+def _linear_fake(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    _check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
+    return [x.new_empty((*x.shape[:-1], b.shape[1])) for b in lora_b]
+
+
+def _delta_fake(
+    base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    _check_delta(base, x, experts, gates, lora_a, lora_b)
+    return x.new_empty(base.shape)
+
+
+for _name, _fake in (("route", _route_fake), ("linear", _linear_fake), ("delta", _delta_fake), ("merge", _check_merge)):
+    torch.library.register_fake(f"loraswitch::{_name}", _fake, lib=_library)
+
+
+# ---------------------------------------------------------------------------------------------------- CUDA: kernels
+
+
+def _usable(*tensors: Tensor) -> bool:
+    return all(t.is_contiguous() for t in tensors) and kernels.available(tensors[0].get_device())
+
+
+def _route_cuda(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    if not kernels.available(x.get_device()):
+        return _route_pytorch(x, router, top_k, normalize)
+    _check_route(x, router, top_k)
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    experts, gates = kernels.router(tokens, router.contiguous(), top_k, normalize)
+    return experts.view(*x.shape[:-1], top_k), gates.view(*x.shape[:-1], top_k)
+
+
+def _linear_cuda(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    present = [bias for bias in biases if bias is not None]
+    if x.numel() == 0 or not _usable(*weights, *present, *lora_a, *lora_b):
+        return _linear_pytorch(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
+    _check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
+    packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, transposed)
+    x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
+    kernels.warn_if_generic(packed, x, experts)
+    return packed(x, experts, gates)
+
+
+def _delta_cuda(
+    base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    if x.numel() == 0 or not _usable(lora_a, lora_b):
+        return _delta_pytorch(base, x, experts, gates, lora_a, lora_b, scaling)
+    _check_delta(base, x, experts, gates, lora_a, lora_b)
+    packed = kernels.PackedGroup([None], [None], [lora_a], [lora_b], [scaling])
+    x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
+    kernels.warn_if_generic(packed, x, experts)
+    return packed(x, experts, gates, [base.contiguous()])[0]
+
+
+
+_tables: list[kernels.MergeTable] = []  # of the last models merged: a CUDA graph cannot make one while it is captured
+
+
+def _merge_table(*arguments: Any) -> kernels.MergeTable:
+    pointers = [t.data_ptr() for tensors in arguments[:4] for t in tensors]
+    for table in _tables:
+        if table.pointers == pointers and table.scalings == list(arguments[4]):
+            return table
+    table = kernels.MergeTable(*arguments)
+    _tables[:] = [*_tables[-7:], table]
+    return table
+
+
+def _merge_cuda(
+    weights: Sequence[Tensor], sources: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float], transposed: Sequence[bool], experts: Tensor, gates: Tensor,
+    old_experts: Tensor | None = None, old_gates: Tensor | None = None,
+) -> None:  # fmt: skip
+    if not weights or not _usable(*weights, *sources, *lora_a, *lora_b):
+        _merge_pytorch(weights, sources, lora_a, lora_b, scalings, transposed, experts, gates, old_experts, old_gates)
+        return
+    _check_merge(weights, sources, lora_a, lora_b, scalings, transposed, experts, gates, old_experts, old_gates)
+    table = _merge_table(weights, sources, lora_a, lora_b, scalings, transposed)
+    table(experts, gates, old_experts, old_gates)
+
+
+for _name, _function in (
+    ("route", _route_cuda), ("linear", _linear_cuda), ("delta", _delta_cuda), ("merge", _merge_cuda)
+):  # fmt: skip
+    _library.impl(_name, _function, "CUDA")
+
+route = torch.ops.loraswitch.route.default
+linear = torch.ops.loraswitch.linear.default
+delta = torch.ops.loraswitch.delta.default
+merge = torch.ops.loraswitch.merge.default
