@@ -153,6 +153,20 @@ class LoRASwitchModel(BaseTuner):
         with mixed_batch(self.model, state, self.peft_config, adapter_names, args, kwargs):
             yield
 
+    # ----------------------------------------------------------------------------------- faster inference
+
+    def fuse_for_inference(self, strategy: str = "auto", in_place: bool = False) -> Any:
+        """Serve the adapted layers by fused kernels: see `peft_loraswitch.fuse.fuse`. Also a context manager."""
+        from .fuse import fuse
+
+        return fuse(self.model, strategy, in_place)
+
+    def unfuse(self) -> None:
+        """Take `fuse_for_inference()` back."""
+        from .fuse import unfuse
+
+        unfuse(self.model)
+
     # -------------------------------------------------------------------------------- merging, unloading
 
     def _check_merge_allowed(self) -> None:
