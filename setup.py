@@ -47,9 +47,13 @@ def build_kernels(target: Path) -> bool:
     """Compile csrc/ into `target`; False, with one line that says so, if there is nothing to compile with."""
     nvcc = find_nvcc()
     if platform.system() != "Linux" or nvcc is None:
-        print("peft_loraswitch: no nvcc found: building a PURE-PYTHON wheel, without the CUDA kernels.", file=sys.stderr)
+        print(
+            "peft_loraswitch: no nvcc found: building a PURE-PYTHON wheel, without the CUDA kernels.", file=sys.stderr
+        )
         return False
-    version = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    version = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
     if version is None or tuple(map(int, version.groups())) < (12, 8):
         print(
             f"peft_loraswitch: {nvcc} is older than 12.8, which the newest GPUs need: building a PURE-PYTHON wheel, "
@@ -57,11 +61,15 @@ def build_kernels(target: Path) -> bool:
             file=sys.stderr,
         )
         return False
+    inputs = [ROOT / "setup.py", *(ROOT / "csrc").glob("*.cu*"), *(ROOT / "csrc").glob("*.h")]
+    if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
+        print(f"peft_loraswitch: {target} is newer than its sources: kept.")
+        return True
     target.parent.mkdir(parents=True, exist_ok=True)
     architectures = "+".join(f"sm_{a}" for a in ARCHITECTURES) + f"+compute_{PTX}"
     command = [nvcc, "-std=c++17", "-O3", "-shared", "-cudart", "static", "--threads", "0", "--compress-mode=size"]
     command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-s"]
-    command += [f"-DLS_ARCHITECTURES=\"{architectures}\""]
+    command += [f'-DLS_ARCHITECTURES="{architectures}"']
     for a in ARCHITECTURES:
         command += ["-gencode", f"arch=compute_{a},code=sm_{a}"]
     command += ["-gencode", f"arch=compute_{PTX},code=compute_{PTX}"]
@@ -85,7 +93,15 @@ def platform_tag(library: Path) -> str:
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
-        build_kernels(Path(self.build_lib) / "peft_loraswitch" / LIBRARY)
+        if not self.editable_mode:
+            build_kernels(Path(self.build_lib) / "peft_loraswitch" / LIBRARY)
+            return
+        try:  # `pip install -e .`: next to the sources, where the package then looks for it
+            build_kernels(ROOT / "peft_loraswitch" / LIBRARY)
+        except subprocess.CalledProcessError as error:
+            print(
+                f"peft_loraswitch: nvcc failed ({error.returncode}): no CUDA kernels in this install.", file=sys.stderr
+            )
 
 
 class Wheel(bdist_wheel):
