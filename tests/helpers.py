@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,3 +185,18 @@ def padded(lengths: list[int], side: str = "right", seed: int = 0) -> dict[str, 
 def adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the gradients of all adapter parameters that have one, by name."""
     return {n: p.grad.clone() for n, p in model.named_parameters() if "loraswitch_" in n and p.grad is not None}
+
+
+def router_layer(model: nn.Module, adapter: str = "default") -> LoRASwitchLinear:
+    """The adapted linear that holds the router of `adapter`."""
+    return next(layer for layer in switch_layers(model).values() if adapter in layer.loraswitch_router)
+
+
+def without_losses(model: nn.Module) -> nn.Module:
+    """A copy with the same weights, no gradients, and both coefficients of the router's losses at 0."""
+    twin = copy.deepcopy(model)
+    for layer in switch_layers(twin).values():
+        for name, options in layer.routing_options.items():
+            layer.routing_options[name] = replace(options, aux_loss_coef=0.0, z_loss_coef=0.0)
+    twin.zero_grad()
+    return twin

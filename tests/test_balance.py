@@ -1,9 +1,7 @@
-"""Load-balance loss, z-loss and statistics: against Transformers' own functions and against direct counts."""
+"""Load-balance loss and z-loss: against Transformers' own functions, over real tokens only, wherever they join."""
 
 from __future__ import annotations
 
-import copy
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +14,21 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
-from helpers import HIDDEN, adapted, padded, switch_layers, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5, tokens
+from helpers import (
+    HIDDEN,
+    adapted,
+    padded,
+    randomize_adapter,
+    router_layer,
+    switch_config,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    tiny_t5,
+    tokens,
+    without_losses,
+)
 from peft_loraswitch import record_routing, router_stats
 
 AUX, Z = 0.25, 0.125  # large on purpose, and powers of two: added without rounding
@@ -27,22 +39,9 @@ def trained(model=None, **config):
     return adapted(tiny_llama() if model is None else model, **settings).train()
 
 
-def without_losses(model):
-    """The same weights with both coefficients at 0."""
-    twin = copy.deepcopy(model)
-    for layer in switch_layers(twin).values():
-        for name, options in layer.routing_options.items():
-            layer.routing_options[name] = replace(options, aux_loss_coef=0.0, z_loss_coef=0.0)
-    return twin
-
-
-def router_of(model, adapter: str = "default"):
-    return next(layer for layer in switch_layers(model).values() if adapter in layer.loraswitch_router)
-
-
 def run(model, **batch):
     """(output, logits float32 [..., E] of the router, recomputed from what its linear received)"""
-    layer, seen = router_of(model), []
+    layer, seen = router_layer(model), []
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     output = model(**batch)
     handle.remove()
@@ -74,7 +73,7 @@ def test_value_and_gradient_equal_mixtrals_and_z_loss(experts, top_k, normalize,
     plain = twin(**batch)
     assert (output.loss - plain.loss).item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.equal(output.logits, plain.logits)
-    weight, other = (router_of(m).loraswitch_router["default"].weight for m in (model, twin))
+    weight, other = (router_layer(m).loraswitch_router["default"].weight for m in (model, twin))
     (exact,) = torch.autograd.grad(expected, weight, retain_graph=True)
     output.loss.backward()
     plain.loss.backward()
@@ -103,7 +102,7 @@ def test_perfect_balance_is_top_k_and_collapse_is_more():
     """What the help text of router_aux_loss_coef promises."""
     for weight, low, high in [(torch.zeros(4, HIDDEN), 2.0, 2.0), (None, 2.0, 8.0)]:
         model = trained(num_experts=4, top_k=2)
-        router = router_of(model).loraswitch_router["default"].weight.data
+        router = router_layer(model).loraswitch_router["default"].weight.data
         if weight is not None:
             router.copy_(weight)
         else:
@@ -237,6 +236,7 @@ def test_all_padding_is_no_token_and_no_nan():
     output = model(input_ids=ids, attention_mask=torch.zeros_like(ids))
     output.logits.sum().backward()
     assert model.router_stats()["tokens"] == 0 and model.router_stats()["balance_loss"] == 0
+    assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if "loraswitch_" in n)
 
 
 def test_cached_decoding_counts_new_tokens_only():
@@ -282,7 +282,7 @@ def test_without_labels_the_loss_is_attached_to_the_logits():
     output, logits = run(model, **batch)
     plain = twin(**batch)
     assert torch.equal(output.logits, plain.logits)
-    weight, other = (router_of(m).loraswitch_router["default"].weight for m in (model, twin))
+    weight, other = (router_layer(m).loraswitch_router["default"].weight for m in (model, twin))
     (exact,) = torch.autograd.grad(expected_loss(logits, 2, batch["attention_mask"]), weight)
     for each in (output, plain):
         (each.logits.square().mean() / 8).backward()
@@ -310,7 +310,7 @@ def test_outputs_of_every_kind(kind):
     output = model(torch.randn(3, HIDDEN))
     y = output if kind == "tensor" else output[2] if kind == "tuple" else output["y"]
     (y.sum() * 0).backward()  # no gradient but the attached one
-    assert router_of(model).loraswitch_router["default"].weight.grad.norm() > 0.01
+    assert router_layer(model).loraswitch_router["default"].weight.grad.norm() > 0.01
 
 
 def test_an_output_without_any_gradient_is_reported():
@@ -338,7 +338,7 @@ def test_half_precision_models_get_the_losses_in_float32(dtype):
     extra = output.loss - without_losses(model)(**batch).loss
     assert extra.item() == pytest.approx(expected.item(), rel=4 * torch.finfo(dtype).eps * 5)
     output.loss.backward()
-    assert router_of(model).loraswitch_router["default"].weight.grad.isfinite().all()
+    assert router_layer(model).loraswitch_router["default"].weight.grad.isfinite().all()
 
 
 def test_jitter_is_in_the_losses_too():
@@ -346,7 +346,7 @@ def test_jitter_is_in_the_losses_too():
     model = trained(router_jitter=0.9, num_experts=8, top_k=1)
     ids = tokens(4, 16)
     picked, probabilities = [], []
-    layer = router_of(model)
+    layer = router_layer(model)
     router = layer.loraswitch_router["default"]
     handle = router.register_forward_hook(lambda _, args, logits: probabilities.append(logits.detach().softmax(-1)))
     layer.register_forward_hook(
@@ -365,101 +365,8 @@ def test_jitter_is_in_the_losses_too():
     assert model.router_stats()["entropy"] != pytest.approx(stats["entropy"], rel=1e-4)  # the jitter did something
 
 
-# ------------------------------------------------------------------------------------------------------------ statistics
-
-
-@pytest.mark.compat
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_statistics_equal_a_direct_count(top_k):
-    model = trained(num_experts=6, top_k=top_k)
-    counts, probabilities, entropies, squares = [0] * 6, [0.0] * 6, [], []
-    for seed in range(3):  # over several forwards, of different sizes
-        batch = padded([5 + seed, 2], seed=seed)
-        _, logits = run(model, **batch)
-        for token in logits[batch["attention_mask"].bool()].detach().double():
-            p = token.softmax(-1).tolist()
-            for expert in sorted(range(6), key=lambda e, p=p: -p[e])[:top_k]:
-                counts[expert] += 1
-            probabilities = [total + each for total, each in zip(probabilities, p, strict=True)]
-            entropies.append(-sum(each * math.log(each) for each in p))
-            squares.append(token.logsumexp(-1).item() ** 2)
-    n = len(entropies)
-    stats = model.router_stats()
-    assert stats["tokens"] == n == 24
-    assert stats["load"] == pytest.approx([c / (n * top_k) for c in counts], abs=1e-7) and sum(
-        stats["load"]
-    ) == pytest.approx(1)
-    assert stats["dropped_experts"] == [e for e in range(6) if counts[e] == 0]
-    assert stats["entropy"] == pytest.approx(sum(entropies) / n, rel=1e-5)
-    assert stats["balance_loss"] == pytest.approx(
-        6 * sum(c / n * p / n for c, p in zip(counts, probabilities, strict=True)), rel=1e-5
-    )
-    assert stats["z_loss"] == pytest.approx(sum(squares) / n, rel=1e-5)
-    assert router_stats(model.get_base_model()) == stats  # and without PEFT around
-    assert model.router_stats(reset=True) == stats
-    assert model.router_stats()["tokens"] == 0 and sum(model.router_stats()["load"]) == 0
-
-
-def test_an_expert_that_nobody_picks_is_dropped():
-    model = trained(num_experts=4, top_k=1, target_modules=["q_proj"])
-    router = router_of(model).loraswitch_router["default"].weight.data
-    router_of(model).register_forward_pre_hook(lambda _, args: (args[0].abs(),))
-    router[:] = torch.tensor([[1.0], [-1.0], [-2.0], [0.5]])  # on positive input: expert 0, always
-    model(input_ids=tokens())
-    assert model.router_stats()["dropped_experts"] == [1, 2, 3]
-    assert model.router_stats()["load"] == [1.0, 0.0, 0.0, 0.0]
-    assert model.router_stats()["entropy"] < math.log(4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_statistics_survive_a_cast_of_the_model(dtype):
-    """70,001 tokens: bf16 would make 70,144 of it, fp16 infinity."""
-    model = trained(target_modules=["q_proj"])
-    record = router_of(model).loraswitch_record["default"]
-    record.tokens += 70_001
-    record.counts += 35_003
-    record.entropy += 70_001.5
-    before = model.router_stats()
-    model.to(dtype)
-    assert model.router_stats() == before and before["tokens"] == 70_001
-    model(input_ids=tokens(1, 7))
-    assert model.router_stats()["tokens"] == 70_008
-
-
-def test_statistics_count_on_where_float32_stops():
-    model = trained(target_modules=["q_proj"])
-    router_of(model).loraswitch_record["default"].tokens += 2**24
-    model(input_ids=tokens(1, 1))
-    assert model.router_stats()["tokens"] == 2**24 + 1
-
-
-def test_statistics_follow_the_model_through_meta_and_are_not_saved():
-    model = trained()
-    model(input_ids=tokens())
-    assert not any("record" in name for name in model.state_dict())
-    twin = copy.deepcopy(model)
-    assert twin.router_stats() == model.router_stats()
-    twin.to("meta").to_empty(device="cpu")
-    assert twin.router_stats()["tokens"] == 0
-
-
-def test_statistics_of_training_and_of_a_recording_are_apart():
-    model = trained()
-    with record_routing(model) as outer:
-        model(input_ids=tokens(1, 3))
-        with record_routing(model) as inner, torch.no_grad():
-            model.eval()(input_ids=tokens(1, 4))
-            assert inner.summary()["tokens"] == 4
-        model.train()(input_ids=tokens(1, 5))
-    model(input_ids=tokens(1, 6))
-    assert (outer.summary()["tokens"], inner.summary()["tokens"]) == (12, 4)
-    assert model.router_stats()["tokens"] == 14  # training forwards only
-
-
 def test_two_adapters_have_their_own_losses_and_statistics():
     model = trained(num_experts=4)
-    from helpers import randomize_adapter, switch_config
-
     model.add_adapter("other", switch_config(num_experts=7, top_k=3, router_aux_loss_coef=AUX, router_z_loss_coef=0.0))
     randomize_adapter(model, "other", seed=4)
     batch = padded([7, 4])
@@ -474,7 +381,7 @@ def test_two_adapters_have_their_own_losses_and_statistics():
     extra = loss - without_losses(model)(**batch).loss
     assert extra.item() == pytest.approx(AUX * stats["balance_loss"], rel=1e-5)
     loss.backward()
-    assert router_of(model).loraswitch_router["default"].weight.grad is None
+    assert router_layer(model).loraswitch_router["default"].weight.grad is None
     with pytest.raises(ValueError, match="must be one of default, other"):
         model.router_stats()
     with pytest.raises(ValueError, match="'nobody' is unknown: choose from default, other"):
@@ -485,8 +392,6 @@ def test_two_adapters_have_their_own_losses_and_statistics():
 
 def test_both_adapters_at_once_add_both_losses():
     model = trained(num_experts=4)
-    from helpers import randomize_adapter, switch_config
-
     model.add_adapter("other", switch_config(num_experts=7, top_k=3, router_aux_loss_coef=AUX, router_z_loss_coef=0.0))
     randomize_adapter(model, "other", seed=4)
     model.base_model.set_adapter(["default", "other"])
@@ -498,4 +403,4 @@ def test_both_adapters_at_once_add_both_losses():
     assert extra.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     for name in ("default", "other"):
-        assert router_of(model, name).loraswitch_router[name].weight.grad.any()
+        assert router_layer(model, name).loraswitch_router[name].weight.grad.any()
