@@ -58,7 +58,8 @@ class PendingBatches(nn.Module):
     z_inputs[e] = sum_t logsumexp_t p_te x_t [E, d].
 
     The buffers take memory from the first accumulation on (`products` 4 * E^2 * d bytes: 1 MB for 8 experts, 64 MB for 64, at
-    d = 4096), and are zero unless one is in progress.
+    d = 4096). They are cleared when the next one begins, not when the last ends: cleared in the compiled graph that computes
+    the loss from them, they would be zeros in its backward (torch 2.13, without any error).
     """
 
     micro_batches: torch.Tensor
@@ -72,7 +73,7 @@ class PendingBatches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocated = False
+        self.allocated = self.in_progress = False
         self.weight_version = 0
         self.backward_ran = False  # of any of the micro-batches; see `watch`
 
@@ -87,11 +88,6 @@ class PendingBatches(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> PendingBatches:
         return _apply_but_keep_dtypes(self, super()._apply, fn, recurse)
 
-    def reset(self) -> None:
-        for buffer in self.buffers():
-            buffer.zero_()
-        self.backward_ran = False
-
     def watch(self, weight: torch.Tensor) -> None:
         """Notice the router's gradient, where it stays in `weight.grad` (FSDP and DeepSpeed keep it elsewhere)."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -104,11 +100,15 @@ class PendingBatches(nn.Module):
     def forget_if_stale(self, weight: torch.Tensor) -> None:
         """Drop what an interrupted run left behind: its weights have moved since, or its gradients were dropped as well."""
         if self.weight_version != weight._version or (self.backward_ran and weight.grad is None):
-            self.reset()
+            self.in_progress = False
             self.weight_version = weight._version
 
     @torch.no_grad()
     def add(self, batch: _Batch) -> None:
+        if not self.in_progress:
+            for buffer in self.buffers():
+                buffer.zero_()
+            self.in_progress, self.backward_ran = True, False
         x, probabilities, logsumexp = batch.x.float(), batch.probabilities.detach(), batch.logsumexp.detach()
         p = probabilities * batch.real
         self.micro_batches.add_(1)
@@ -282,24 +282,22 @@ def _loss(
         pending.add(batch)
         return None
     tokens, counts = batch.tokens, batch.counts
-    if pending.allocated:
+    if pending.in_progress:
         tokens, counts = tokens + pending.tokens, counts + pending.counts
     tokens = tokens.clamp(min=1)
     load = counts / tokens
     probabilities = (batch.probabilities * batch.real).sum(0) / tokens
     z = (batch.logsumexp.square() * batch.real.squeeze(-1)).sum() / tokens
     loss = options.aux_loss_coef * options.num_experts * (load * probabilities).sum() + options.z_loss_coef * z
-    if not pending.allocated:
+    if not pending.in_progress:
         return loss, 1.0
+    pending.in_progress = False
     # What the earlier tokens add has a gradient in closed form. The sum of weight * gradient carries it, computed by a
     # forward of the router (row e of its input is the gradient of row e of its weight), because with FSDP only that
     # sees the whole weight.
     carrier = router(pending.gradient(load, tokens, options)).diagonal().sum()
     loss = loss + pending.loss(load, tokens, options) + (carrier - carrier.detach())
-    micro_batches = pending.micro_batches + 1
-    with torch.no_grad():
-        pending.reset()
-    return loss, micro_batches
+    return loss, pending.micro_batches + 1
 
 
 def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) -> torch.Tensor | float:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .balance import RoutingRecord, add_auxiliary_losses
 from .checkpointing import SECOND_RUN, CheckpointedBlock, Relay, checkpointed_blocks
@@ -270,6 +271,8 @@ class _OwnerHooks:
         self.depth = depth
         names = list(inspect.signature(owner.forward).parameters)
         self.mask_position = names.index("attention_mask") if "attention_mask" in names else None
+        # a tower without a mask of its own, inside a model whose mask is that of another stream (CLIP's text)
+        self.has_no_mask = self.mask_position is None and depth > 0 and isinstance(owner, PreTrainedModel)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         frame = self._frame(module)
@@ -281,6 +284,8 @@ class _OwnerHooks:
             # own mask [batch, 1, queries, keys] does not say which queries are padding if an outer one [batch, keys] did.
             if mask is None or _marks_tokens(mask) or not _marks_tokens(frame.attention_mask):
                 frame.attention_mask = mask
+        elif self.has_no_mask:
+            frame.attention_mask = None
         if frame.num_items_in_batch is None:
             frame.num_items_in_batch = kwargs.get("num_items_in_batch", None)
 
