@@ -95,7 +95,8 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_load(load: Callable[[], Any], arguments: dict[str, Any]) -> Any:
     """Run one of the three functions, called with `arguments` (by parameter name), all or nothing."""
-    model, adapter = arguments.get("self"), arguments.get("adapter_name") or "default"
+    model: Any = arguments.get("self")
+    adapter = arguments.get("adapter_name") or "default"
     progress = _Load(arguments.get("model_id", arguments.get("peft_model_id")), _hub_arguments(arguments))
     if arguments.get("adapter_state_dict") is not None:
         progress.source = None  # the tensors are given: nothing is read
@@ -145,14 +146,14 @@ def injecting(tuner: nn.Module, config: LoRASwitchConfig) -> Iterator[None]:
     from .card import keep_card_on_push
 
     keep_card_on_push()
-    model = tuner.model
+    model: Any = tuner.model
     try:
         with all_or_nothing(tuner, config) as snapshot:
             yield
     except BaseException:
         # Transformers' add_adapter says so before it is true, and trips over it the next time
         if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
-            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            model._hf_peft_config_loaded = False
         raise
     progress = _current.get()
     if progress is not None:
@@ -261,7 +262,7 @@ def check_weights_file(path: str, config: LoRASwitchConfig) -> Header:
 
 def _check_shapes(path: str, module: str, parts: dict[str, tuple[int, ...]], config: LoRASwitchConfig) -> None:
     name = module.removeprefix(PREFIX)
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
     layouts = {
         "A": "[num_experts, r, in_features]",
         "B": "[num_experts, out_features, r]",

@@ -26,8 +26,8 @@ def extend_peft_type(name: str = NAME) -> PeftType:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13: what `name in PeftType` looks at
-        PeftType._hashable_values_.append(name)
+    if hasattr(PeftType, "_hashable_values_"):  # later 3.12 and 3.13: what `name in PeftType` looks at
+        getattr(PeftType, "_hashable_values_").append(name)  # noqa: B009 (mypy does not know it)
     # Python 3.12+ resolves members through class attributes as well; EnumType.__setattr__ only refuses *re*assignment
     type.__setattr__(PeftType, name, member)
     assert isinstance(PeftType, enum.EnumMeta) and PeftType(name) is member

@@ -52,8 +52,8 @@ class Snapshot:
         for item, attributes in self._attributes:
             vars(item).clear()
             vars(item).update(attributes)
-        for value, contents in self._containers:
-            _refill(value, contents)
+        for container, contents in self._containers:
+            _refill(container, contents)
         for parameter, requires_grad in self._trainable:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers import adapted, randomize_adapter, switch_config, switch_layers, tiny_llama, tiny_llama_classifier, tokens
-from peft_loraswitch import LoRASwitchConfig
+from peft_loraswitch import LoRASwitchConfig, loading
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
@@ -272,6 +273,64 @@ def test_for_another_backbone(saved):
         PeftModel.from_pretrained(model, saved / "adapter")
 
 
+# ------------------------------------------------------------------------------------------------------------ the Hub
+
+
+@pytest.fixture
+def hub(adapter, monkeypatch):
+    """A repository "me/adapter" whose files are those of `adapter`; only what `find_weights_file` asks for. (Real
+    downloads: test_hub.py.)"""
+    asked = []
+
+    def hf_hub_download(repo_id, filename, subfolder=None, **kwargs):
+        asked.append((repo_id, filename, subfolder, kwargs))
+        path = adapter / (subfolder or "") / filename
+        if not path.is_file():
+            raise EntryNotFoundError(f"404 {filename}")
+        return str(path)
+
+    monkeypatch.setattr(loading, "hf_hub_download", hf_hub_download)
+    return asked
+
+
+def test_the_weights_on_the_hub_are_found(hub, adapter):
+    assert loading.find_weights_file("me/adapter", revision="v2", token="t") == str(adapter / WEIGHTS)
+    assert hub == [("me/adapter", WEIGHTS, None, {"revision": "v2", "token": "t"})]
+    (adapter / WEIGHTS).unlink()
+    assert loading.find_weights_file("me/adapter") is None  # the loader says what is missing
+
+
+def test_a_pickle_on_the_hub_is_refused(hub, adapter):
+    pickle_instead(adapter)
+    with pytest.raises(ValueError, match="adapter_model.bin is a pickle"):
+        loading.find_weights_file("me/adapter")
+
+
+@pytest.mark.parametrize("loader", ["PeftModel.from_pretrained", "PeftModel.load_adapter", "model.load_adapter"])
+@pytest.mark.parametrize("problem", ["truncated", "E changed in the config", "too few outputs"])
+def test_a_bad_file_on_the_hub_changes_nothing(loader, problem, hub, adapter, monkeypatch):
+    """The same checks, with the arguments that say where on the Hub."""
+    build, _ = LOADERS[loader]
+    corrupt, message = BAD_FILES[problem]
+    corrupt(adapter)
+    config = PeftConfig.from_pretrained(adapter)
+    monkeypatch.setattr(PeftConfig, "_get_peft_type", classmethod(lambda *args, **kwargs: "LORASWITCH"))
+    for owner in (LoRASwitchConfig, PeftConfig):
+        monkeypatch.setattr(owner, "from_pretrained", classmethod(lambda *args, **kwargs: config))
+    monkeypatch.setattr("transformers.integrations.peft.find_adapter_config_file", lambda *args, **kwargs: "found")
+    if hasattr(transformers.integrations.peft, "resolve_revision"):
+        monkeypatch.setattr("transformers.integrations.peft.resolve_revision", lambda *args, **kwargs: "v2")
+    model, where = build(), {"revision": "v2"}
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        if loader == "PeftModel.from_pretrained":
+            PeftModel.from_pretrained(model, "me/adapter", **where)
+        elif loader == "PeftModel.load_adapter":
+            model.load_adapter("me/adapter", "new", **where)
+        else:
+            model.load_adapter("me/adapter", adapter_kwargs=where)
+    assert hub[0][:2] == ("me/adapter", WEIGHTS) and hub[0][3]["revision"] == "v2"
+
+
 def test_tensors_given_directly():
     model = adapted(tiny_llama())
     good = {n: p for n, p in model.state_dict().items() if "loraswitch_A" in n or "loraswitch_B" in n}
@@ -369,6 +428,18 @@ def test_disk_full_while_saving(limit, saved, adapter):
     model.save_pretrained(adapter)  # there is room again
     again = PeftModel.from_pretrained(tiny_llama(), adapter).eval()
     assert torch.equal(again(tokens()).logits, model.eval()(tokens()).logits)
+
+
+def test_disk_full_while_transformers_saves(saved, adapter):
+    """`model.save_pretrained` of a Transformers model with our adapter writes the same files in its own way."""
+    before = contents(adapter)
+    model = AutoModelForCausalLM.from_pretrained(saved / "base")
+    model.load_adapter(adapter)
+    randomize_adapter(model, seed=77)
+    for size in (len(before[WEIGHTS]) - 100, 10):
+        with no_file_larger_than(size), pytest.raises(Exception, match="File too large|EFBIG|os error 27"):
+            model.save_pretrained(adapter)
+        assert torch.equal(PeftModel.from_pretrained(tiny_llama(), adapter)(tokens()).logits, reference(saved))
 
 
 def test_disk_full_while_saving_the_configuration_alone(adapter):
