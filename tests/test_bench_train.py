@@ -41,17 +41,19 @@ def test_it_measures_and_writes(bench, tmp_path, capsys):
 
 def test_ratios_are_taken_within_rounds(bench):
     """A machine that gets twice as slow half-way does not move the result."""
-    seconds = {"base": [1.0, 1.0, 2.0, 2.0, 2.0], "other": [1.1, 1.2, 2.2, 2.4, 2.2]}
-    row = bench.compare(seconds, "base", 1.1)["contestants"]["other"]
-    assert row["ratio"] == pytest.approx(1.1) and row["median_seconds"] == 2.2
-    assert bench.compare({"base": [1.0], "other": [3.0]}, "base", None)["contestants"]["other"]["ratio"] == 3
+    wall = {"base": [1.0, 1.0, 2.0, 2.0, 2.0], "other": [1.1, 1.2, 2.2, 2.4, 2.2]}
+    times = {name: [(value, 3.0 if name == "other" else 2.0) for value in values] for name, values in wall.items()}
+    row = bench.compare(times, "base", 1.1)["contestants"]["other"]
+    assert row["ratio"] == pytest.approx(1.1) and row["median_seconds"] == 2.2 and row["cpu_time_ratio"] == 1.5
+    one_round = bench.compare({"base": [(1.0, 1.0)], "other": [(3.0, 1.0)]}, "base", 1.1)
+    assert one_round["contestants"]["other"]["ratio"] == 3
 
 
 def test_turns_alternate_and_warm_up_is_not_counted(bench):
     order = []
     contestants = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = bench.take_turns(contestants, rounds=3, warmup=1)
-    assert "".join(order) in ("abbaabba", "baabbaab") and all(len(values) == 3 for values in seconds.values())
+    times = bench.take_turns(contestants, rounds=3, warmup=1)
+    assert "".join(order) in ("abbaabba", "baabbaab") and all(len(values) == 3 for values in times.values())
 
 
 def test_both_train_the_same_number_of_expert_weights(bench):
