@@ -295,7 +295,12 @@ def _quantization_kwargs(tuner: BaseTuner) -> dict[str, Any]:
         from peft.utils import get_quantization_kwargs
     except ImportError:
         return {}
-    return dict(get_quantization_kwargs(tuner))
+    # torchao's handle insists on knowing how to quantise merged weights again; there are none
+    return {"get_apply_tensor_subclass": _never_quantised_again, **get_quantization_kwargs(tuner)}
+
+
+def _never_quantised_again() -> None:
+    raise ValueError(CANNOT_MERGE)
 
 
 def routing_state(model: nn.Module) -> RoutingState | None:
