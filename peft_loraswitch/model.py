@@ -117,6 +117,12 @@ class LoRASwitchModel(BaseTuner):
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, LoRASwitchLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloading: PEFT would also assign weight and bias, which not every quantised linear has
+            setattr(parent, child_name, new_module)
+
     @staticmethod
     def _check_target_module_exists(peft_config: LoRASwitchConfig, key: str) -> Any:
         return check_target_module_exists(peft_config, key)
