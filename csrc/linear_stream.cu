@@ -3,7 +3,11 @@
 // As many blocks as fit. The rows of all linears of the group, put end to end, are dealt out evenly, to the row. Each
 // warp keeps its own ring of shared-memory stages filled with asynchronous copies, across the borders of tiles and linears,
 // and multiplies what has arrived on tensor cores (mma.cuh): no barrier between warps but one for each tile, when their
-// partial sums meet. On sm_90 and newer the launch begins early: it fills its rings with weights, which are static, while the shrink still runs.
+// partial sums meet.
+//
+// On sm_90 and newer the launch begins while the shrink runs. The shrink lets it begin only after its own wait, so x and the
+// expert ids, which are older than the shrink, are there already (they are read past L1, which could hold what was there
+// before). A single token's x goes to shared memory, and the wait for the hidden comes after the first tile's weights.
 #include "mma.cuh"
 
 namespace ls {
@@ -69,8 +73,8 @@ template <class E, int kRows> struct Cursor {
   }
 };
 
-// NT tiles of 8 tokens, MT tiles of 16 rows, STAGES stages of a warp's ring.
-template <class E, int NT, int MT, int STAGES>
+// NT tiles of 8 tokens, MT tiles of 16 rows, STAGES stages of a warp's ring. SINGLE: one token, its x in shared memory.
+template <class E, int NT, int MT, int STAGES, bool SINGLE>
 __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
   constexpr int kBuffers = NT * MT > 2 ? 1 : 2;  // two spare a barrier a tile, where shared memory allows
@@ -88,12 +92,15 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
   if (warp >= slices) ahead.at = end;
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) ahead.copy(ring + s * kRows * kSlice, lane);
-  pdl_wait();
-  if (p.has_rank) {
-    read_ids(p, ids, threadIdx.x, kThreads);
-    __syncthreads();
-  }
-  const E *input = static_cast<const E *>(p.g.x) + t * kUnit;
+  bool waited = !SINGLE || !p.has_rank;  // without experts there is no shrink: x comes from the launch before this one
+  if (waited) pdl_wait();
+  E *single = reinterpret_cast<E *>(raw) + kWarps * STAGES * kRows * kSlice;  // x of the one token
+  if (SINGLE)
+    for (int i = threadIdx.x; i < in / kUnit; i += kThreads)
+      reinterpret_cast<uint4 *>(single)[i] = __ldcg(static_cast<const uint4 *>(p.g.x) + i);
+  if (p.has_rank) read_ids(p, ids, threadIdx.x, kThreads);
+  __syncthreads();
+  const E *input = (SINGLE ? single : static_cast<const E *>(p.g.x)) + t * kUnit;
   int stage = 0, buffer = 0;
   for (int at = begin; at < end; buffer = (buffer + 1) % kBuffers) {
     const Tile tile = next_tile<kRows>(p, at, end);
@@ -108,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
     const ExpertColumns experts(p, tile.item);
     const bool has_experts = item.rank > 0 && warp < experts.chunks;
     uint4 ew[2], ex[NT];
-    if (MT == 1 && has_experts)  // arrives while the weights do
+    const bool early = MT == 1 && has_experts && waited;
+    if (early)  // arrives while the weights do
       experts.load<E, NT>(warp, ids, min(tile.row + g, last), min(tile.row + g + 8, last), ew, ex);
 
     for (int s = warp; s < slices; s += kWarps) {
@@ -141,12 +149,13 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
       ahead.copy(ring + (stage == 0 ? STAGES - 1 : stage - 1) * kRows * kSlice, lane);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
+    if (!waited) pdl_wait(), waited = true;
     if (has_experts) {
       for (int chunk = warp; chunk < experts.chunks; chunk += kWarps) {
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
           const int row = tile.row + m * 16 + g;
-          if (MT > 1 || chunk != warp) experts.load<E, NT>(chunk, ids, min(row, last), min(row + 8, last), ew, ex);
+          if (!early || chunk != warp) experts.load<E, NT>(chunk, ids, min(row, last), min(row + 8, last), ew, ex);
 #pragma unroll
           for (int n = 0; n < NT; ++n) mma32<E>(acc[m][n], ew, ex[n]);
         }
@@ -172,26 +181,47 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
   }
 }
 
-template <class E, int NT, int MT, int STAGES> int launch_stream(GroupParams &p, void *stream) {
+// The device's blocks at once and, for a single token's x, the room that shared memory has beside the ring. 0: not asked yet.
+struct Fit {
+  std::atomic<int> blocks, room;
+};
+constexpr int kMostRoom = 32768;
+
+template <class E, int NT, int MT, int STAGES, bool SINGLE> int launch_stream(GroupParams &p, void *stream) {
   constexpr int kRing = kWarps * STAGES * 16 * MT * kSlice * 2;
-  auto kernel = stream_kernel<E, NT, MT, STAGES>;
-  static std::atomic<int> known_blocks[kMaxDevices];  // that fit on the device at once
-  const int device = p.g.device;
-  int blocks = known_blocks[device].load(std::memory_order_relaxed);
+  auto kernel = stream_kernel<E, NT, MT, STAGES, SINGLE>;
+  static Fit fits[kMaxDevices];
+  Fit &fit = fits[p.g.device];
+  int blocks = fit.blocks.load(std::memory_order_acquire), room = fit.room.load(std::memory_order_relaxed);
   if (blocks == 0) {
-    int sms = 0, each = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRing);
-    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, kRing);
+    int sms = 0, each = 0, limit = 0;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, p.g.device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, p.g.device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    const int left = limit - int(attributes.sharedSizeBytes) - kRing;
+    room = !SINGLE ? 0 : left < kMostRoom ? left : kMostRoom;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRing + room);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, kRing + room);
     if (error != cudaSuccess) return error;
     blocks = sms * (each < 1 ? 1 : each > 2 ? 2 : each);
-    known_blocks[device].store(blocks, std::memory_order_relaxed);
+    fit.room.store(room, std::memory_order_relaxed);
+    fit.blocks.store(blocks, std::memory_order_release);
   }
+  if constexpr (SINGLE)
+    if (p.g.in_features * 2 > room) return launch_stream<E, NT, MT, STAGES, false>(p, stream);
   int n = 0;
   for (int i = 0; i < p.g.n_items; ++i) p.begin[i] = n, n += p.g.items[i].out_features;
   p.begin[p.g.n_items] = n;
   p.has_rank = any_rank(p.g);
-  return launch<GroupParams>(kernel, dim3(n < blocks ? n : blocks), dim3(kThreads), p, stream, may_overlap(kernel, device), kRing);
+  const int shared = kRing + (SINGLE ? p.g.in_features * 2 : 0);
+  const bool overlap = may_overlap(kernel, p.g.device);
+  return launch<GroupParams>(kernel, dim3(n < blocks ? n : blocks), dim3(kThreads), p, stream, overlap, shared);
+}
+
+template <class E> int launch_as(GroupParams &p, void *stream) {
+  return p.g.tokens == 1 ? launch_stream<E, 1, 1, 4, true>(p, stream) : launch_stream<E, 1, 1, 4, false>(p, stream);
 }
 
 }  // namespace
@@ -204,7 +234,7 @@ bool can_stream(const GroupParams &p) {
 }
 
 int launch_linear_stream(GroupParams &p, void *stream) {
-  return p.g.dtype == LS_BFLOAT16 ? launch_stream<bf16, 1, 1, 4>(p, stream) : launch_stream<fp16, 1, 1, 4>(p, stream);
+  return p.g.dtype == LS_BFLOAT16 ? launch_as<bf16>(p, stream) : launch_as<fp16>(p, stream);
 }
 
 }  // namespace ls

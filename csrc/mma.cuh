@@ -98,7 +98,7 @@ struct ExpertColumns {
 // Every token's experts into shared memory; ids that are none become -1.
 __device__ __forceinline__ void read_ids(const GroupParams &p, short *ids, int thread, int threads) {
   for (int i = thread; i < p.g.tokens * p.g.top_k; i += threads) {
-    const int64_t e = p.g.experts[i];
+    const int64_t e = __ldcg(reinterpret_cast<const long long *>(p.g.experts) + i);
     ids[i] = e >= 0 && e < p.g.num_experts ? short(e) : short(-1);
   }
 }

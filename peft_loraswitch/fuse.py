@@ -46,6 +46,7 @@ class FusedLayer:
         plain: the base layer is a 16/32-bit nn.Linear or Conv1D, whose weight the kernels can read.
         transposed: it is a Conv1D.
         merging: the `merging.MergedWeights` of strategy "merge", else None.
+        kernels: whether the kernels run on the layer's device; few_tokens: up to how many tokens the fused op is used.
     """
 
     def __init__(self, layer: LoRASwitchLinear, merging: Any = None) -> None:
@@ -59,7 +60,14 @@ class FusedLayer:
         self.merging = merging
         self.casts: dict[str, tuple[Tensor, Tensor]] = {}  # experts in the dtype of the base weight, if theirs is another
         self.stale = False  # the experts may have been trained since: cast again
-        self.packed: dict[str, kernels.PackedGroup] = {}
+        self.packed: dict[str, ops.PackedLinears] = {}
+        # Looked up once: a compiler that traces the forward cannot ask a library.
+        device = base.weight.device
+        self.kernels = device.type == "cuda" and kernels.available(device.index or 0)
+        fast = base.weight.dtype in (torch.float16, torch.bfloat16) and not self.transposed
+        self.few_tokens = FEW_TOKENS if fast or device.type != "cuda" else FEW_TOKENS_GENERIC
+        if device.type == "cuda" and not self.kernels:
+            self.few_tokens = 0  # library products beat the ops' PyTorch path on a GPU
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: pointers do not travel
         return {**self.__dict__, "packed": {}, "casts": {}}
@@ -146,7 +154,7 @@ def _served_adapter(layer: LoRASwitchLinear, x: Tensor, frame: RoutingFrame | No
 def _decide(layer: LoRASwitchLinear, adapter: str, frame: RoutingFrame, x: Tensor) -> Routing:
     """The decision of this forward: one launch on a GPU, the unfused way elsewhere or when it is being recorded."""
     state = layer.routing_state
-    if x.device.type != "cuda" or frame.training or state.recorders:
+    if not plan_of(layer).kernels or frame.training or state.recorders:
         return frame.routing(adapter, layer, x)
     router_layer = state.router_layer(adapter, layer)
     options = router_layer.routing_options[adapter]
@@ -167,10 +175,10 @@ def compute(layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, 
     a, b = experts_of(layer, adapter)
     if not fused.plain:
         base = layer.base_layer(x)
-        if tokens > FEW_TOKENS or base.dtype != x.dtype or base.device != x.device:
+        if tokens > fused.few_tokens or base.dtype != x.dtype or base.device != x.device:
             return _add_dense(layer, base, x, routing, adapter, a, b, in_place=False)
         return ops.delta(base, x, routing.experts, routing.gates, a, b, layer.scaling[adapter])
-    if tokens > _few_tokens(x, fused):
+    if tokens > fused.few_tokens:
         return _add_dense(layer, layer.base_layer(x), x, routing, adapter, a, b, in_place=True)
     group = [m for m in fused.group if _same_launch(m, layer, adapter)] if fused.group[0] is layer else [layer]
     results = _launch(group, adapter, x, routing)
@@ -181,13 +189,6 @@ def compute(layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, 
         for member, result in zip(group[1:], results[1:], strict=True):
             shared[member.name] = (x, result)
     return results[0]
-
-
-def _few_tokens(x: Tensor, fused: FusedLayer) -> int:
-    if x.device.type == "cuda" and not kernels.available(x.get_device()):
-        return 0  # library products beat the ops' PyTorch path on a GPU
-    fast = x.dtype != torch.float32 and not fused.transposed
-    return FEW_TOKENS if fast or x.device.type != "cuda" else FEW_TOKENS_GENERIC
 
 
 def _same_launch(member: LoRASwitchLinear, leader: LoRASwitchLinear, adapter: str) -> bool:
@@ -202,10 +203,10 @@ def _launch(group: list[LoRASwitchLinear], adapter: str, x: Tensor, routing: Rou
     leader = group[0]
     fused = plan_of(leader)
     # Without a compiler, kernels are called directly: a dispatcher's round through lists of tensors costs more than the launch.
-    direct = x.device.type == "cuda" and not torch.compiler.is_compiling() and type(x) is Tensor and x.is_contiguous()
+    direct = fused.kernels and not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cuda and x.is_contiguous()
     if direct:
         packed = fused.packed.get(adapter)
-        if packed is not None and len(packed.out_features) == len(group) and not fused.stale and packed.is_current():
+        if packed is not None and len(packed.weights) == len(group) and not fused.stale and packed.is_current():
             return packed(x, routing.experts, routing.gates)
     bases = [base_of(member) for member in group]
     experts = [experts_of(member, adapter) for member in group]
@@ -213,9 +214,7 @@ def _launch(group: list[LoRASwitchLinear], adapter: str, x: Tensor, routing: Rou
     lora_a, lora_b = [a for a, _ in experts], [b for _, b in experts]
     scalings = [member.scaling[adapter] for member in group]
     if direct and all(t.is_contiguous() for t in (*weights, *lora_a, *lora_b)):
-        packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, fused.transposed)
-        kernels.warn_if_generic(packed, x, routing.experts)
-        fused.packed[adapter] = packed
+        fused.packed[adapter] = ops.PackedLinears(weights, biases, lora_a, lora_b, scalings, fused.transposed)
     return ops.linear(x, routing.experts, routing.gates, weights, biases, lora_a, lora_b, scalings, fused.transposed)
 
 
@@ -343,7 +342,7 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
     if reason is not None:
         logger.warning(f"LoRA-Switch: fused without kernels, by PyTorch operations: {reason}.")
 
-    # Everything that can fail comes before the first change.
+    # What can fail comes before the first change; casts, which cannot, are taken back.
     merging = None
     if strategy == "merge":
         from .merging import MergedWeights
@@ -355,12 +354,16 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
         if all(plans[id(layer)].plain for layer in group):
             for layer in group:
                 plans[id(layer)].group = group
-    for layer in layers:
-        layer.fused = plans[id(layer)]  # type: ignore[assignment]
-        layer.forward = MethodType(fused_forward, layer)  # type: ignore[method-assign]
-    for layer in layers:
-        for adapter in layer.loraswitch_A:
-            experts_of(layer, adapter)  # casts are made now, not within a compiled forward
+    try:
+        for layer in layers:
+            layer.fused = plans[id(layer)]  # type: ignore[assignment]
+            layer.forward = MethodType(fused_forward, layer)  # type: ignore[method-assign]
+        for layer in layers:
+            for adapter in layer.loraswitch_A:
+                experts_of(layer, adapter)  # casts are made now, not within a compiled forward
+    except BaseException:
+        unfuse(model)
+        raise
     return Fusion(model, "merge" if merging else "fused", reason, [[layer.name for layer in group] for group in groups])
 
 

@@ -69,6 +69,7 @@ class MergedWeights:
         for tensor in (self.experts, self.gates, self.nothing):
             torch._dynamo.mark_static_address(tensor, guard=False)
         self.warned = False
+        self.kernels = plans[0].kernels
         self._table: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class MergedWeights:
     def _merge(self, experts: Tensor, gates: Tensor) -> None:
         old = (self.experts, self.gates) if self.in_place else (None, None)
         arguments = (self.weights, self.sources, self.lora_a, self.lora_b, self.scalings, self.transposed, experts, gates)
-        if not torch.compiler.is_compiling() and experts.is_cuda and kernels.available(experts.get_device()):
+        if self.kernels and not torch.compiler.is_compiling():
             if self._table is None:
                 self._table = kernels.MergeTable(*arguments[:6])
             self._table(experts, gates, *old)

@@ -236,6 +236,40 @@ def _usable(*tensors: Tensor) -> bool:
     return all(t.is_contiguous() for t in tensors) and kernels.available(tensors[0].get_device())
 
 
+class PackedLinears:
+    """A group of linears ready for calls: `linear` without its checks and its packing, for a caller that keeps it.
+
+    Up to KERNEL_TOKENS one kernel reads weights and experts; beyond, library products make the base results and one
+    kernel adds the experts of all linears to them (csrc/README.md has the measured crossover).
+    """
+
+    KERNEL_TOKENS = 16
+
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_a: Sequence[Tensor],
+        lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool,
+    ) -> None:  # fmt: skip
+        self.weights, self.biases, self.transposed = list(weights), list(biases), transposed
+        self.whole = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, transposed)
+        nothing = [None] * len(weights)
+        self.experts_only = kernels.PackedGroup(nothing, nothing, lora_a, lora_b, scalings)
+        self.warned = False
+
+    def is_current(self) -> bool:
+        """Whether every tensor is still where it was."""
+        return self.whole.is_current()
+
+    def __call__(self, x: Tensor, experts: Tensor, gates: Tensor) -> list[Tensor]:
+        if not self.warned:
+            self.warned = True
+            kernels.warn_if_generic(self.whole, x, experts)
+        if x.numel() // x.shape[-1] <= self.KERNEL_TOKENS:
+            return self.whole(x, experts, gates)
+        weights = [weight.T if self.transposed else weight for weight in self.weights]
+        bases = [F.linear(x, weight, bias) for weight, bias in zip(weights, self.biases, strict=True)]
+        return self.experts_only(x, experts, gates, bases, in_place=True)
+
+
 def _route_cuda(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     if not kernels.available(x.get_device()):
         return _route_pytorch(x, router, top_k, normalize)
@@ -253,10 +287,8 @@ def _linear_cuda(
     if x.numel() == 0 or not _usable(*weights, *present, *lora_a, *lora_b):
         return _linear_pytorch(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
     _check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
-    packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, transposed)
-    x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
-    kernels.warn_if_generic(packed, x, experts)
-    return packed(x, experts, gates)
+    packed = PackedLinears(weights, biases, lora_a, lora_b, scalings, transposed)
+    return packed(x.contiguous(), experts.contiguous(), gates.contiguous())
 
 
 def _delta_cuda(
