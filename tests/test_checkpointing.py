@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
+import transformers as tf
 from peft import get_peft_model
 from torch import nn
 
@@ -38,7 +39,9 @@ def lm_batch(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def checkpointed(model: nn.Module, reentrant: bool, **kwargs: Any) -> nn.Module:
-    model.activation_checkpointing_enable({"use_reentrant": reentrant}, **kwargs)
+    # transformers 5.23 says "activation" where older versions say "gradient"
+    name = "activation" if hasattr(tf.PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": reentrant}, **kwargs)
     model.enable_input_require_grads()  # what transformers' Trainer and PEFT do for reentrant checkpointing
     return model
 
