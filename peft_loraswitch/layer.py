@@ -75,6 +75,16 @@ class LoRASwitchLayer(BaseTunerLayer):
         "loraswitch_pending",
     )
 
+    in_features: int
+    out_features: int
+    # nn.ModuleDicts by adapter name. Any, because a type checker sees no more than Module in them.
+    loraswitch_A: Any  # of ExpertsA
+    loraswitch_B: Any  # of ExpertsB
+    loraswitch_router: Any  # of Router
+    loraswitch_dropout: Any
+    loraswitch_record: Any  # of RoutingRecord
+    loraswitch_pending: Any  # of PendingBatches
+
     def __init__(self, base_layer: nn.Module, name: str, routing_state: RoutingState, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.name = name
@@ -96,7 +106,9 @@ class LoRASwitchLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        features: tuple[Any, Any] = _get_in_out_features(self.get_base_layer())
+        self.in_features: int = features[0]
+        self.out_features: int = features[1]
 
     def update_layer(
         self,
@@ -130,7 +142,8 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
-        a, b = self.loraswitch_A[adapter_name].weight, self.loraswitch_B[adapter_name].weight
+        a: Any = self.loraswitch_A[adapter_name].weight
+        b: Any = self.loraswitch_B[adapter_name].weight
         if a.device.type == "meta":
             return
         if init_weights == "gaussian":
@@ -144,7 +157,8 @@ class LoRASwitchLayer(BaseTunerLayer):
         else:
             nn.init.zeros_(b)
         if adapter_name in self.loraswitch_router:
-            self.loraswitch_router[adapter_name].reset_parameters()
+            router: Any = self.loraswitch_router[adapter_name]
+            router.reset_parameters()
 
     def delete_adapter(self, adapter_name: str) -> None:
         left = sorted(set(self.routing_state.router_layers) - {adapter_name})
@@ -209,10 +223,10 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
 
     def gated_hidden(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """s * g_te A[e] x for every expert e, 0 where e was not chosen: x [..., in_features] -> [..., E, r]."""
-        experts_a = self.loraswitch_A[adapter]
+        experts_a: Any = self.loraswitch_A[adapter]
         gates = routing.dense_gates_for(x, self.name) * self.scaling[adapter]  # [..., E]
-        x = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), experts_a.weight.dtype)
-        hidden = experts_a(x)
+        inputs: Any = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), experts_a.weight.dtype)
+        hidden = experts_a(inputs)
         return hidden * gates.to(hidden.dtype).unsqueeze(-1)
 
     def _forward_mixed(self, x: torch.Tensor, result: torch.Tensor, frame: RoutingFrame) -> torch.Tensor:

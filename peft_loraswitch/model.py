@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -49,7 +49,7 @@ class LoRASwitchModel(BaseTuner):
     prefix = "loraswitch_"
     tuner_layer_cls = LoRASwitchLayer
     # deberta-v2's query_proj and pooler see something else than tokens (see targets.py)
-    target_module_mapping = {
+    target_module_mapping: dict[str, Any] = {
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
         "deberta-v2": ["value_proj", "attention.output.dense", "intermediate.dense", "output.dense"],
     }
@@ -66,14 +66,13 @@ class LoRASwitchModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: LoRASwitchConfig, model_config: dict) -> LoRASwitchConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = self.target_module_mapping.get(model_config.get("model_type"), "all-linear")
-            if not isinstance(peft_config.target_modules, str):
-                peft_config.target_modules = set(peft_config.target_modules)
+            targets = self.target_module_mapping.get(str(model_config.get("model_type")), "all-linear")
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT has entered the configuration already: taken out, so that what a failure goes back to is the state without it
-        config = self.peft_config.pop(adapter_name)
+        config: Any = self.peft_config.pop(adapter_name)
         with injecting(self, config):
             self.peft_config[adapter_name] = config
             prepared = self._prepare_adapter_config(config, self.get_model_config(model))
@@ -161,7 +160,7 @@ class LoRASwitchModel(BaseTuner):
 
     # ----------------------------------------------------------------------------------- faster inference
 
-    def fuse_for_inference(self, strategy: str = "auto", in_place: bool = False) -> Any:
+    def fuse_for_inference(self, strategy: Literal["auto", "fused", "merge"] = "auto", in_place: bool = False) -> Any:
         """Serve the adapted layers by fused kernels: see `peft_loraswitch.fuse.fuse`. Also a context manager."""
         from .fuse import fuse
 
@@ -338,7 +337,7 @@ def router_stats(model: nn.Module, adapter_name: str | None = None, reset: bool 
         ValueError: the model has no LoRA-Switch adapter, or the name is unknown or ambiguous.
     """
     state = _require_state(model)
-    records = {name: layer.loraswitch_record[name] for name, layer in state.router_layers.items()}
+    records: dict[str, Any] = {name: layer.loraswitch_record[name] for name, layer in state.router_layers.items()}
     stats = summary_of(records, adapter_name)
     if reset:
         for record in records.values():
