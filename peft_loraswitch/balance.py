@@ -236,9 +236,10 @@ def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) 
     passes = (*frame.earlier, frame)
     for adapter in dict.fromkeys(name for each in passes for name in each.routings):
         router_layer = state.router_layers.get(adapter)
-        batches = [_batch(each, adapter) for each in passes if adapter in each.routings]
-        if router_layer is None or not all(batches):
-            continue
+        routed = [(each, each.routings[adapter]) for each in passes if adapter in each.routings]
+        if router_layer is None or any(routing.router_input is None for _, routing in routed):
+            continue  # decided before anybody wanted to know
+        batches = [_batch(each, adapter, routing) for each, routing in routed]
         batch = batches[0] if len(batches) == 1 else _Batch.concatenate(batches)
         options = router_layer.routing_options[adapter]
         router = router_layer.loraswitch_router[adapter]
@@ -258,10 +259,8 @@ def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) 
     return output
 
 
-def _batch(frame: RoutingFrame, adapter: str) -> _Batch | None:
-    routing = frame.routings[adapter]
-    if routing.router_input is None:  # decided before anybody wanted to know
-        return None
+def _batch(frame: RoutingFrame, adapter: str, routing: Routing) -> _Batch:
+    assert routing.router_input is not None
     x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, routing.experts))
     return _Batch(x=x, experts=experts, real=_real_tokens(frame, adapter, routing))
 
