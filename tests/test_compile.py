@@ -1,0 +1,358 @@
+"""torch.compile(fullgraph=True): graphs, breaks and graph outputs are those of stock LoRA, results those of eager mode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from helpers import adapted, adapter_gradients, padded, randomize_adapter, switch_config, tiny_gpt2, tiny_llama, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+TARGETS = ["q_proj", "down_proj", "c_attn"]  # few, because tracing takes long; c_attn is GPT-2's
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend that runs graphs as they are and notes the number of outputs of each."""
+
+    def __init__(self) -> None:
+        self.outputs: list[int] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable:
+        self.outputs.append(len(graph.graph.find_nodes(op="output")[0].args[0]))
+        return graph.forward
+
+
+def lora(model: nn.Module) -> nn.Module:
+    return get_peft_model(model, LoraConfig(target_modules=TARGETS))
+
+
+def switch(model: nn.Module, **config: Any) -> nn.Module:
+    return adapted(model, **{"target_modules": TARGETS, **config})
+
+
+def graphs_of(run: Callable[[nn.Module, Graphs], Any], make: Callable[[], nn.Module] = tiny_llama) -> tuple[list, list]:
+    """(outputs of each graph with stock LoRA, the same with LoRA-Switch)"""
+    found = []
+    for adapt in (lora, switch):
+        torch._dynamo.reset()
+        graphs = Graphs()
+        run(adapt(make()), graphs)
+        found.append(graphs.outputs)
+    assert found[0], "nothing was compiled"
+    return found[0], found[1]
+
+
+def compiled(model: nn.Module, backend: Any) -> Any:
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def run_eval(model: nn.Module, graphs: Graphs) -> None:
+    step = compiled(model.eval(), graphs)
+    with torch.no_grad():
+        for seed in range(3):
+            step(input_ids=tokens(seed=seed))
+
+
+def run_training(model: nn.Module, graphs: Graphs) -> None:
+    model.base_model.model.loss_type = (
+        "ForCausalLM"  # GPT-2 has none, and warns: that breaks the graph of stock LoRA too
+    )
+    step = compiled(model.train(), graphs)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for seed in range(4):
+        step(**padded([7, 5], seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run_training_without_labels(model: nn.Module, graphs: Graphs) -> None:
+    step = compiled(model.train(), graphs)
+    for seed in range(3):
+        step(input_ids=tokens(seed=seed)).logits.square().mean().backward()
+
+
+def checkpointing(model: nn.Module) -> nn.Module:
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    model.base_model.model.disable_input_require_grads()  # a hook that stock LoRA cannot be compiled with either
+    return model.train()
+
+
+def run_checkpointed(model: nn.Module, graphs: Graphs) -> None:
+    step = compiled(checkpointing(model), graphs)
+    for seed in range(3):
+        step(**padded([7, 5], seed=seed), use_cache=False).loss.backward()
+
+
+def run_lengths(model: nn.Module, graphs: Graphs) -> None:
+    step = compiled(model.eval(), graphs)
+    with torch.no_grad():
+        for length in range(5, 14):
+            step(input_ids=tokens(2, length), use_cache=False)
+
+
+def run_cached_decoding(model: nn.Module, graphs: Graphs) -> None:
+    """The cache grows by one with each token: no graph for each."""
+    step = compiled(model.eval(), graphs)
+    past, ids = None, tokens(2, 5)
+    with torch.no_grad():
+        for seed in range(9):
+            past = step(input_ids=ids, past_key_values=past, use_cache=True).past_key_values
+            ids = tokens(2, 1, seed=seed)
+
+
+def run_switching(model: nn.Module, graphs: Graphs) -> None:
+    config = model.peft_config["default"]
+    model.add_adapter(
+        "other",
+        LoraConfig(target_modules=TARGETS) if config.peft_type == "LORA" else switch_config(target_modules=TARGETS),
+    )
+    step = compiled(model.eval(), graphs)
+    with torch.no_grad():
+        for index in range(6):
+            model.set_adapter(("default", "other")[index % 2])
+            step(input_ids=tokens())
+        with model.disable_adapter():
+            step(input_ids=tokens())
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        run_eval,
+        run_training,
+        run_training_without_labels,
+        run_checkpointed,
+        run_lengths,
+        run_cached_decoding,
+        run_switching,
+    ],
+)
+def test_graphs_and_outputs_equal_those_of_lora(run):
+    expected, actual = graphs_of(run)
+    assert actual == expected
+
+
+@pytest.mark.parametrize("run", [run_eval, run_training])
+def test_graphs_of_gpt2(run):
+    expected, actual = graphs_of(run, tiny_gpt2)
+    assert actual == expected
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_graph_breaks(training):
+    """What `torch._dynamo.explain` counts without fullgraph."""
+    model = switch(tiny_llama()).train(training)
+    report = torch._dynamo.explain(model)(**padded([7, 5]))
+    assert (report.graph_count, report.graph_break_count) == (1, 0)
+
+
+def test_each_layer_compiled_by_itself():
+    """Regional compilation: as many graphs; only the layer that decides has more outputs, the decision."""
+
+    def run(model: nn.Module, graphs: Graphs) -> None:
+        for layer in model.base_model.model.model.layers:
+            layer.compile(fullgraph=True, backend=graphs)
+        for seed in range(3):
+            model.train()(**padded([7, 5], seed=seed)).loss.backward()
+
+    expected, actual = graphs_of(run, lambda: tiny_llama(num_hidden_layers=3))
+    assert len(actual) == len(expected)
+    assert actual[1:] == expected[1:]
+
+
+def test_accumulation_needs_one_graph_for_each_kind_of_micro_batch():
+    """First ever (allocates), in between, last, first: what each does differs, and none recompiles for its number."""
+    from accelerate.state import GradientState
+
+    def run(model: nn.Module, graphs: Graphs) -> None:
+        step = compiled(model.train(), graphs)
+        for seed in range(15):
+            GradientState()._set_sync_gradients(seed % 5 == 4)
+            step(**padded([7, 5], seed=seed)).loss.backward()
+
+    expected, actual = graphs_of(run)
+    assert len(actual) == 4
+    assert actual[1:] == expected * 3
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+CONFIGS = {
+    "default": {},
+    "top_1": {"top_k": 1},
+    "all_experts": {"top_k": 4},
+    "deep_router": {"router_module": "layers.1.self_attn.q_proj"},
+    "no_losses": {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0},
+    "large_losses": {"router_aux_loss_coef": 2.0, "router_z_loss_coef": 0.5},
+}
+
+
+def same_training(plain: nn.Module, step: Any, model: nn.Module, batches: list[dict], **kwargs: Any) -> None:
+    """Gradients and statistics of `step` (a compiled `model`) are those of `plain`."""
+    for batch in batches:
+        expected, actual = plain(**batch, **kwargs), step(**batch, **kwargs)
+        torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        expected.loss.backward()
+        actual.loss.backward()
+    expected_gradients, actual_gradients = adapter_gradients(plain), adapter_gradients(model)
+    assert expected_gradients.keys() == actual_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(actual_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+    expected_stats, actual_stats = plain.router_stats(), model.router_stats()
+    assert actual_stats["tokens"] == expected_stats["tokens"] > 0
+    assert actual_stats["load"] == pytest.approx(expected_stats["load"])
+    assert actual_stats["z_loss"] == pytest.approx(expected_stats["z_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_equals_eager(name):
+    plain = switch(tiny_llama(), **CONFIGS[name]).train()
+    model = copy.deepcopy(plain)
+    same_training(plain, compiled(model, "aot_eager"), model, [padded([7, 5], seed=seed) for seed in range(2)])
+
+
+def test_checkpointed_training_equals_eager_and_is_checkpointed():
+    plain = switch(tiny_llama(num_hidden_layers=3), router_module="layers.1.self_attn.q_proj").train()
+    model = checkpointing(copy.deepcopy(plain))
+    counted: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable:
+        nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint)
+        counted.append(len(nodes))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    batches = [padded([7, 5], seed=seed) for seed in range(2)]
+    same_training(plain, compiled(model, backend), model, batches, use_cache=False)
+    assert counted == [2]  # all blocks but the one that decides
+    assert all(layer.gradient_checkpointing for layer in model.base_model.model.model.layers)  # put back
+
+
+def test_checkpointed_training_of_single_layers_equals_eager():
+    plain = switch(tiny_llama(num_hidden_layers=3)).train()
+    model = checkpointing(copy.deepcopy(plain))
+    for layer in model.base_model.model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    same_training(plain, model, model, [padded([7, 5], seed=seed) for seed in range(2)], use_cache=False)
+
+
+def test_eager_and_compiled_forwards_take_turns():
+    plain = switch(tiny_llama(num_hidden_layers=3)).train()
+    model = checkpointing(copy.deepcopy(plain))
+    step = compiled(model, "aot_eager")
+    for seed in range(4):
+        batch = padded([7, 5], seed=seed)
+        plain(**batch, use_cache=False).loss.backward()
+        (model if seed % 2 else step)(**batch, use_cache=False).loss.backward()
+    for name, gradient in adapter_gradients(plain).items():
+        torch.testing.assert_close(adapter_gradients(model)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_equals_one_batch():
+    """Two micro-batches, compiled, give the router the gradient of both in one batch."""
+    from accelerate.state import GradientState
+
+    halves = [{"input_ids": tokens(2, 7, seed=seed), "labels": tokens(2, 7, seed=seed)} for seed in range(2)]
+    plain = switch(tiny_llama(), router_aux_loss_coef=1.0).train()
+    model = copy.deepcopy(plain)
+    plain(**{key: torch.cat([half[key] for half in halves]) for key in halves[0]}).loss.backward()
+    step = compiled(model, "aot_eager")
+    for index, half in enumerate(halves):
+        GradientState()._set_sync_gradients(index == 1)
+        (step(**half).loss / 2).backward()
+    for name, gradient in adapter_gradients(plain).items():
+        torch.testing.assert_close(adapter_gradients(model)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_switching_adapters_after_compilation():
+    model = switch(tiny_llama())
+    torch.manual_seed(5)
+    model.add_adapter("other", switch_config(num_experts=3, top_k=1, r=5, target_modules=TARGETS))
+    randomize_adapter(model, "other", seed=7)
+    step = compiled(model.eval(), "aot_eager")
+    with torch.no_grad():
+        for adapter in ("default", "other", "default"):
+            model.set_adapter(adapter)
+            torch.testing.assert_close(step(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+        with model.disable_adapter():
+            bare = step(input_ids=tokens()).logits
+        torch.testing.assert_close(bare, tiny_llama()(input_ids=tokens()).logits)
+
+
+def test_mixed_batch():
+    model = switch(tiny_llama())
+    torch.manual_seed(5)
+    model.add_adapter("other", switch_config(num_experts=3, top_k=1, r=5, target_modules=TARGETS))
+    randomize_adapter(model, "other", seed=7)
+    names = ["other", "default", "__base__"]
+    step = compiled(model.eval(), "aot_eager")
+    with torch.no_grad():
+        expected = model(input_ids=tokens(3), adapter_names=names).logits
+        torch.testing.assert_close(step(input_ids=tokens(3), adapter_names=names).logits, expected)
+
+
+def test_recording_a_compiled_model():
+    model = switch(tiny_llama()).eval()
+    step = compiled(model, "eager")
+    with torch.no_grad():
+        step(input_ids=tokens())
+        with model.record_routing() as expected:
+            model(input_ids=tokens(seed=1))
+        for _ in range(2):
+            with model.record_routing() as recorded:
+                step(input_ids=tokens(seed=1))
+            assert recorded.summary()["load"] == expected.summary()["load"]
+            assert recorded.summary()["entropy"] == pytest.approx(expected.summary()["entropy"])
+        step(input_ids=tokens())
+    assert recorded.summary()["tokens"] == tokens().numel()  # nothing was counted after the block
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_generate_with_a_static_cache_compiles_the_decode_step(sampling, monkeypatch):
+    """What transformers does by itself on a GPU, asked for on the CPU."""
+    from transformers import CompileConfig
+
+    results, outputs = [], []
+    for adapt in (lora, switch):
+        torch._dynamo.reset()
+        graphs = Graphs()
+        config = CompileConfig(fullgraph=True, backend=graphs, mode=None)
+        config._compile_all_devices = True
+        model = adapt(tiny_llama()).eval()
+        monkeypatch.setattr(type(model.base_model.model), "_can_compile_fullgraph", True)
+        settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": sampling, "eos_token_id": None, "pad_token_id": 0}
+        batch = padded([5, 3], side="left")
+        del batch["labels"]
+        for static in ({}, {"cache_implementation": "static", "compile_config": config}):
+            torch.manual_seed(0)
+            results.append(model.generate(**batch, **settings, **static))
+        outputs.append(graphs.outputs)
+    assert torch.equal(results[2], results[3])
+    assert outputs[0] and outputs[1] == outputs[0]
+
+
+def test_inductor():
+    """The default backend, forward and backward; on two linears, because its C++ takes long to compile."""
+    torch.manual_seed(0)
+    plain = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), switch_config(target_modules=["0", "1"]))
+    randomize_adapter(plain).train()
+    model, x = copy.deepcopy(plain), torch.randn(2, 5, 8)
+    plain(x).square().mean().backward()
+    torch.compile(model, fullgraph=True)(x).square().mean().backward()
+    for name, gradient in adapter_gradients(plain).items():
+        torch.testing.assert_close(adapter_gradients(model)[name], gradient, rtol=1e-4, atol=1e-6)
