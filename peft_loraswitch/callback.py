@@ -20,7 +20,9 @@ class RouterStatsCallback(TrainerCallback):
     def __init__(self, adapter_name: str | None = None) -> None:
         self.adapter_name = adapter_name
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, model: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, model: Any = None, **kwargs: Any
+    ) -> None:
         if model is None or logs is None or "loss" not in logs:  # evaluation and the final summary have their own logs
             return
         stats = router_stats(model, self.adapter_name, reset=True)

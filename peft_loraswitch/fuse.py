@@ -58,7 +58,9 @@ class FusedLayer:
         self.plain = self.plain and layer.base_layer is base and not (base._forward_hooks or base._forward_pre_hooks)
         self.plain = self.plain and not hasattr(base, "_hf_hook")
         self.merging = merging
-        self.casts: dict[str, tuple[Tensor, Tensor]] = {}  # experts in the dtype of the base weight, if theirs is another
+        self.casts: dict[
+            str, tuple[Tensor, Tensor]
+        ] = {}  # experts in the dtype of the base weight, if theirs is another
         self.stale = False  # the experts may have been trained since: cast again
         self.packed: dict[str, ops.PackedLinears] = {}
         # Looked up once: a compiler that traces the forward cannot ask a library.
@@ -194,7 +196,11 @@ def compute(layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, 
 def _same_launch(member: LoRASwitchLinear, leader: LoRASwitchLinear, adapter: str) -> bool:
     if member is leader:
         return True
-    if adapter not in member.loraswitch_A or member._active_adapter != leader._active_adapter or member._disable_adapters:
+    if (
+        adapter not in member.loraswitch_A
+        or member._active_adapter != leader._active_adapter
+        or member._disable_adapters
+    ):
         return False
     return member.num_experts[adapter] == leader.num_experts[adapter]
 
@@ -203,7 +209,9 @@ def _launch(group: list[LoRASwitchLinear], adapter: str, x: Tensor, routing: Rou
     leader = group[0]
     fused = plan_of(leader)
     # Without a compiler, kernels are called directly: a dispatcher's round through lists of tensors costs more than the launch.
-    direct = fused.kernels and not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cuda and x.is_contiguous()
+    direct = (
+        fused.kernels and not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cuda and x.is_contiguous()
+    )
     if direct:
         packed = fused.packed.get(adapter)
         if packed is not None and len(packed.weights) == len(group) and not fused.stale and packed.is_current():
@@ -219,7 +227,14 @@ def _launch(group: list[LoRASwitchLinear], adapter: str, x: Tensor, routing: Rou
 
 
 def _add_dense(
-    layer: LoRASwitchLinear, base: Tensor, x: Tensor, routing: Routing, adapter: str, a: Tensor, b: Tensor, in_place: bool
+    layer: LoRASwitchLinear,
+    base: Tensor,
+    x: Tensor,
+    routing: Routing,
+    adapter: str,
+    a: Tensor,
+    b: Tensor,
+    in_place: bool,
 ) -> Tensor:
     """base [..., out] plus what the experts add, by two dense products (many tokens)."""
     gates = routing.dense_gates_for(x, layer.name).reshape(-1, a.shape[0]) * layer.scaling[adapter]
@@ -254,7 +269,9 @@ def _watch_groups(model: nn.Module, layers: list[LoRASwitchLinear]) -> list[list
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     except Exception as error:  # a model that wants other inputs: correct all the same, one launch for each linear
         name = type(model).__name__
-        logger.warning(f"LoRA-Switch: the linears of {name} are not grouped, because a forward of input_ids failed: {error}")
+        logger.warning(
+            f"LoRA-Switch: the linears of {name} are not grouped, because a forward of input_ids failed: {error}"
+        )
         return [[layer] for layer in layers]
     finally:
         for handle in handles:
@@ -337,7 +354,9 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
     on_gpu = any(base_of(layer).weight.device.type == "cuda" for layer in layers)
     reason = kernels.why_not() if on_gpu else "the model is on a CPU"
     if strategy == "auto" and not on_gpu:
-        logger.warning("LoRA-Switch: fuse_for_inference() changes nothing on a CPU: the model's own forward is as fast.")
+        logger.warning(
+            "LoRA-Switch: fuse_for_inference() changes nothing on a CPU: the model's own forward is as fast."
+        )
         return Fusion(model, "none", reason, [])
     if reason is not None:
         logger.warning(f"LoRA-Switch: fused without kernels, by PyTorch operations: {reason}.")

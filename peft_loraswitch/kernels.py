@@ -348,7 +348,9 @@ class MergeTable:
             args.n_tiles += counts[-1]
             args.fast = int(args.fast and lib.ls_merge_is_fast(byref(item), dtype))
         if not args.fast and weights[0].dtype != torch.float32:
-            _log_once("LoRA-Switch: the slower merge kernel is used: a size, an alignment or a Conv1D rules out the fast one.")
+            _log_once(
+                "LoRA-Switch: the slower merge kernel is used: a size, an alignment or a Conv1D rules out the fast one."
+            )
         index = torch.arange(len(weights), dtype=torch.int32)
         self.tile_item = index.repeat_interleave(torch.tensor(counts)).to(self.device)
         self.items = torch.frombuffer(bytearray(items), dtype=torch.uint8).to(self.device)

@@ -116,11 +116,20 @@ def measure(shape: str, layers: int, token_counts: list[int], ranks: list[int], 
     model = Layers(shape, layers)
     gigabytes = model.buffer.numel() * 2 / 1e9
     read = pure_read_ms(model.buffer)
-    print(f"{shape} x {layers} layers: {gigabytes:.2f} GB, pure read {read:.4f} ms, {gigabytes / read:.3f} TB/s", flush=True)
+    print(
+        f"{shape} x {layers} layers: {gigabytes:.2f} GB, pure read {read:.4f} ms, {gigabytes / read:.3f} TB/s",
+        flush=True,
+    )
     rows = []
-    filler = torch.zeros(4096, device="cuda")  # three small launches stand for the norms and attention between the linears
+    filler = torch.zeros(
+        4096, device="cuda"
+    )  # three small launches stand for the norms and attention between the linears
     for tokens in token_counts:
-        xs = {w.shape[1]: torch.randn(tokens, w.shape[1], dtype=torch.bfloat16, device="cuda") for g in model.weights for w in g}
+        xs = {
+            w.shape[1]: torch.randn(tokens, w.shape[1], dtype=torch.bfloat16, device="cuda")
+            for g in model.weights
+            for w in g
+        }
         ids = torch.rand(tokens, NUM_EXPERTS, device="cuda").topk(TOP_K).indices
         gates = torch.rand(tokens, TOP_K, device="cuda")
 
@@ -152,7 +161,13 @@ def measure(shape: str, layers: int, token_counts: list[int], ranks: list[int], 
                     return groups[i](x, ids, gates)  # noqa: B023
 
                 ms, ms_gaps = (graph_ms(lambda: all_linears(fused, gaps)) for gaps in (0, 1))  # noqa: B023
-                row = {"tokens": tokens, "rank": rank, "kernel": tuning, "ms": round(ms, 4), "over_read": round(ms / floor, 4)}
+                row = {
+                    "tokens": tokens,
+                    "rank": rank,
+                    "kernel": tuning,
+                    "ms": round(ms, 4),
+                    "over_read": round(ms / floor, 4),
+                }
                 row |= {"over_cublas": round(ms / base, 4), "over_cublas_with_gaps": round(ms_gaps / base_gaps, 4)}
                 rows.append(row)
                 print(f"  {row}", flush=True)
@@ -166,7 +181,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--ranks", type=int, nargs="+", default=[0, 8, 64])
-    parser.add_argument("--kernels", type=int, nargs="+", default=[0], help="LS_TUNING_* of csrc/loraswitch.h; 0: choose")
+    parser.add_argument(
+        "--kernels", type=int, nargs="+", default=[0], help="LS_TUNING_* of csrc/loraswitch.h; 0: choose"
+    )
     args = parser.parse_args()
     import torch
 

@@ -74,7 +74,7 @@ def ddp_gradients(rank: int, directory: str) -> list[dict[str, torch.Tensor]]:
         for _ in range(2):  # an unused parameter is reported in the second step
             model.zero_grad()
             wrapped(**batch_of(rank)).loss.backward()
-        results.append({name: gradient for name, gradient in adapter_gradients(model).items()})
+        results.append(dict(adapter_gradients(model).items()))
     return results
 
 
@@ -95,7 +95,9 @@ def test_ddp_averages_gradients_and_losses(tmp_path):
         for name in first:
             expected = (first[name] + second[name]) / 2
             for rank in range(WORLD):
-                torch.testing.assert_close(results[rank][index][name], expected, rtol=1e-4, atol=1e-6, msg=f"{kind} {name}")
+                torch.testing.assert_close(
+                    results[rank][index][name], expected, rtol=1e-4, atol=1e-6, msg=f"{kind} {name}"
+                )
 
 
 def trainer_step(rank: int, directory: str) -> dict[str, Any]:
@@ -165,12 +167,14 @@ def test_fsdp2_averages_gradients_and_losses(tmp_path):
     joint = []
     for rank in range(WORLD):
         model = adapted(tiny_llama(), **LOSSES).train()
-        model(**{key: torch.cat([half[key] for half in halves_of(rank)]) for key in ("input_ids", "labels")}).loss.backward()
+        model(
+            **{key: torch.cat([half[key] for half in halves_of(rank)]) for key in ("input_ids", "labels")}
+        ).loss.backward()
         joint.append(adapter_gradients(model))
     for index, (first, second) in enumerate((alone(LOSSES), joint)):
         for name in first:
             expected = (first[name] + second[name]) / 2
             for rank in range(WORLD):
-                torch.testing.assert_close(results[rank][index][name], expected, rtol=1e-4, atol=1e-6, msg=f"{index} {name}")
-
-
+                torch.testing.assert_close(
+                    results[rank][index][name], expected, rtol=1e-4, atol=1e-6, msg=f"{index} {name}"
+                )

@@ -70,7 +70,9 @@ def test_same_logits_for_any_number_of_tokens(name, strategy, device):
 
 @devices
 def test_encoder_with_classifier(device):
-    model = adapted(tiny_bert(), device, target_modules=["query", "key", "value", "dense"], exclude_modules=".*pooler.*")
+    model = adapted(
+        tiny_bert(), device, target_modules=["query", "key", "value", "dense"], exclude_modules=".*pooler.*"
+    )
     tokens = ids(2, 6, device)
     before = logits(model, tokens)
     with model.fuse_for_inference("fused"):

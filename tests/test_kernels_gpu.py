@@ -31,12 +31,17 @@ def poison_allocator():
 
 
 def make_group(outs, in_features, ranks, num_experts, dtype, bias=False, transposed=False, weight=True):
-    weights = [randn(*((in_features, o) if transposed else (o, in_features)), dtype=dtype, scale=in_features**-0.5) for o in outs]
+    weights = [
+        randn(*((in_features, o) if transposed else (o, in_features)), dtype=dtype, scale=in_features**-0.5)
+        for o in outs
+    ]
     return {
         "weights": weights if weight else [None] * len(outs),
         "biases": [randn(o, dtype=dtype) if bias else None for o in outs],
         "lora_a": [randn(num_experts, r, in_features, dtype=dtype, scale=in_features**-0.5) for r in ranks],
-        "lora_b": [randn(num_experts, o, r, dtype=dtype, scale=max(r, 1) ** -0.5) for o, r in zip(outs, ranks, strict=True)],
+        "lora_b": [
+            randn(num_experts, o, r, dtype=dtype, scale=max(r, 1) ** -0.5) for o, r in zip(outs, ranks, strict=True)
+        ],
         "scalings": [0.5 + i for i in range(len(outs))],
         "transposed": transposed,
     }
@@ -178,7 +183,9 @@ def make_merge(dtype, shapes, num_experts, rank, in_place=False, transposed=Fals
 
 
 def merged(source, a, b, scaling, transposed, ids, gates):
-    update = sum(g.double() * (b[e].double() @ a[e].double()) for e, g in zip(ids.tolist(), gates, strict=True)) * scaling
+    update = (
+        sum(g.double() * (b[e].double() @ a[e].double()) for e, g in zip(ids.tolist(), gates, strict=True)) * scaling
+    )
     return source.double() + (update.T if transposed else update)
 
 

@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import adapted, adapter_gradients, padded, randomize_adapter, switch_config, switch_layers, tiny_llama, tokens
+from helpers import (
+    adapted,
+    adapter_gradients,
+    padded,
+    randomize_adapter,
+    switch_config,
+    switch_layers,
+    tiny_llama,
+    tokens,
+)
 
 ROUNDS = 25
 
@@ -174,7 +183,10 @@ def test_replicas_as_data_parallel_makes_them():
         expected = [model(input_ids=ids).logits for ids in inputs]
         replicas = [replicate(model) for _ in inputs]
         results = at_once(
-            *[lambda index, r=replica, ids=ids: r(input_ids=ids).logits for replica, ids in zip(replicas, inputs, strict=True)]
+            *[
+                lambda index, r=replica, ids=ids: r(input_ids=ids).logits
+                for replica, ids in zip(replicas, inputs, strict=True)
+            ]
         )
     for found, logits in zip(results, expected, strict=True):
         for result in found:

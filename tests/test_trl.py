@@ -82,7 +82,9 @@ def test_sft(tmp_path, loss_type, batch, accumulation):
         "gradient_accumulation_steps": accumulation,
         "loss_type": loss_type,
     }
-    check_joined([sft_update(tmp_path, config, **settings) for config in (OFF, COEFFICIENTS)], sum([9, 4, 7, 5, 8, 6, 3, 9]))
+    check_joined(
+        [sft_update(tmp_path, config, **settings) for config in (OFF, COEFFICIENTS)], sum([9, 4, 7, 5, 8, 6, 3, 9])
+    )
 
 
 def test_sft_accumulation_equals_one_large_batch(tmp_path):
@@ -106,7 +108,9 @@ def test_sft_packing(tmp_path, strategy):
 def test_sft_padding_free(tmp_path):
     """All samples in one row without padding: every token is real."""
     settings = {"padding_free": True, "max_length": None}
-    check_joined([sft_update(tmp_path, config, **settings) for config in (OFF, COEFFICIENTS)], sum([9, 4, 7, 5, 8, 6, 3, 9]))
+    check_joined(
+        [sft_update(tmp_path, config, **settings) for config in (OFF, COEFFICIENTS)], sum([9, 4, 7, 5, 8, 6, 3, 9])
+    )
 
 
 def conversations() -> Dataset:
@@ -220,7 +224,9 @@ def test_dpo_from_a_trained_adapter(tmp_path, checkpointing):
     assert len(reference) == len(start)
     for name, weight in reference.items():
         torch.testing.assert_close(weight, start[name.replace(".ref.", ".default.")], rtol=0, atol=0)
-    moved = [name for name, weight in adapter_weights(model).items() if ".default." in name and not weight.equal(start[name])]
+    moved = [
+        name for name, weight in adapter_weights(model).items() if ".default." in name and not weight.equal(start[name])
+    ]
     assert len(moved) == len(start)
 
 
