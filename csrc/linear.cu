@@ -13,7 +13,7 @@ constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
 
 // NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered).
 template <class E, int NT, int MT, int U>
-__global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant__ GroupParams p) {
+__global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
   __shared__ float partial[kWarps][8 * NT][kRows + 4];
   __shared__ short ids[kIds];
@@ -75,13 +75,18 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
 
   constexpr int kStep = kWarps * U;
   int c = warp * U;
-  load_weights(c, w[0]);
-  pdl_wait();
-  const ExpertColumns experts(p, item_index);
-  if (item.rank > 0) {
+  // With experts there is a shrink before this launch, which lets it begin only after its own wait: x and the ids are older
+  // and there already, once the fence has emptied L1 of what it may hold of them. The hidden is waited for at the end.
+  if (p.has_rank) {
+    __threadfence();
+    load_weights(c, w[0]);
     read_ids(p, ids, threadIdx.x, kThreads);
     __syncthreads();
+  } else {
+    load_weights(c, w[0]);
+    pdl_wait();
   }
+  const ExpertColumns experts(p, item_index);
   load_inputs(c, x[0]);
   while (c < chunks) {
     load_weights(c + kStep, w[1]);
@@ -94,15 +99,18 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     multiply(w[1], x[1]);
     c += kStep;
   }
+  if (p.has_rank) pdl_wait();
   if (item.rank > 0) {
     for (int chunk = warp; chunk < experts.chunks; chunk += kWarps) {
+      const ExpertColumns::Unit unit = experts.unit_of(chunk, ids);
+      uint4 ew[MT][2], ex[NT];
 #pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        uint4 ew[2], ex[NT];
-        experts.load<E, NT>(chunk, ids, row[m][0], row[m][1], ew, ex);
+      for (int m = 0; m < MT; ++m) experts.template load_b<E>(unit, row[m][0], row[m][1], ew[m]);
+      experts.template load_hidden<E, NT>(unit, ids, ex);
 #pragma unroll
-        for (int n = 0; n < NT; ++n) mma32<E>(acc[m][n], ew, ex[n]);
-      }
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int n = 0; n < NT; ++n) mma32<E>(acc[m][n], ew[m], ex[n]);
     }
   }
 #pragma unroll
@@ -129,6 +137,7 @@ template <class E, int NT, int MT, int U> int launch_shape(GroupParams &p, void 
     n += (p.g.items[i].out_features + 16 * MT - 1) / (16 * MT);
   }
   p.begin[p.g.n_items] = n;
+  p.has_rank = any_rank(p.g);
   auto kernel = linear_kernel<E, NT, MT, U>;
   return launch<GroupParams>(kernel, dim3(n), dim3(kThreads), p, stream, may_overlap(kernel, p.g.device));
 }

@@ -115,9 +115,8 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
     const ExpertColumns experts(p, tile.item);
     const bool has_experts = item.rank > 0 && warp < experts.chunks;
     uint4 ew[2], ex[NT];
-    const bool early = MT == 1 && has_experts && waited;
-    if (early)  // arrives while the weights do
-      experts.load<E, NT>(warp, ids, min(tile.row + g, last), min(tile.row + g + 8, last), ew, ex);
+    if (MT == 1 && has_experts)  // arrives while the weights do
+      experts.template load_b<E>(experts.unit_of(warp, ids), min(tile.row + g, last), min(tile.row + g + 8, last), ew);
 
     for (int s = warp; s < slices; s += kWarps) {
       uint4 x[2][NT];
@@ -152,10 +151,12 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
     if (!waited) pdl_wait(), waited = true;
     if (has_experts) {
       for (int chunk = warp; chunk < experts.chunks; chunk += kWarps) {
+        const ExpertColumns::Unit unit = experts.unit_of(chunk, ids);
+        experts.template load_hidden<E, NT>(unit, ids, ex);
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
           const int row = tile.row + m * 16 + g;
-          if (!early || chunk != warp) experts.load<E, NT>(chunk, ids, min(row, last), min(row + 8, last), ew, ex);
+          if (MT > 1 || chunk != warp) experts.template load_b<E>(unit, min(row, last), min(row + 8, last), ew);
 #pragma unroll
           for (int n = 0; n < NT; ++n) mma32<E>(acc[m][n], ew, ex[n]);
         }

@@ -62,30 +62,41 @@ struct ExpertColumns {
     hidden = static_cast<const char *>(p.g.hidden) + p.hidden[item_index] * 2;
   }
 
-  // Fragments of chunk `chunk`: w of 16 rows whose g-th and (g+8)-th are row_lo and row_hi, x of NT * 8 tokens.
-  template <class E, int NT>
-  __device__ __forceinline__ void load(int chunk, const short *ids, int row_lo, int row_hi, uint4 (&w)[2], uint4 (&x)[NT]) const {
-    const int g = threadIdx.x % 32 / 4, unit = chunk * 4 + threadIdx.x % 4;
-    const bool inside = unit < units;
-    const int entry = inside ? unit / units_each : 0, offset = inside ? unit % units_each * kUnit : 0;
-    const int expert = inside ? (by_pair ? ids[entry] : entry) : -1;
-    const E *b = reinterpret_cast<const E *>(lora_b) + offset, *h = reinterpret_cast<const E *>(hidden) + offset;
+  // This lane's unit of chunk `chunk`: its expert (-1: none), entry, and first rank.
+  struct Unit {
+    int expert, entry, offset;
+  };
+  __device__ __forceinline__ Unit unit_of(int chunk, const short *ids) const {
+    const int unit = chunk * 4 + threadIdx.x % 4;
+    if (unit >= units) return Unit{-1, 0, 0};
+    const int entry = unit / units_each;
+    return Unit{by_pair ? ids[entry] : entry, entry, unit % units_each * kUnit};
+  }
+
+  // Fragments of lora_b, for 16 rows whose g-th and (g+8)-th are row_lo and row_hi. Static memory: needs no wait.
+  template <class E> __device__ __forceinline__ void load_b(const Unit &u, int row_lo, int row_hi, uint4 (&w)[2]) const {
     w[0] = w[1] = make_uint4(0, 0, 0, 0);
-    if (expert >= 0) {
-      w[0] = load_static(b + (int64_t(expert) * out + row_lo) * rank);
-      w[1] = load_static(b + (int64_t(expert) * out + row_hi) * rank);
-    }
+    if (u.expert < 0) return;
+    const E *b = reinterpret_cast<const E *>(lora_b) + u.offset;
+    w[0] = load_static(b + (int64_t(u.expert) * out + row_lo) * rank);
+    w[1] = load_static(b + (int64_t(u.expert) * out + row_hi) * rank);
+  }
+
+  // Fragments of the hidden, for NT * 8 tokens. After the wait.
+  template <class E, int NT> __device__ __forceinline__ void load_hidden(const Unit &u, const short *ids, uint4 (&x)[NT]) const {
+    const int g = threadIdx.x % 32 / 4;
+    const E *h = reinterpret_cast<const E *>(hidden) + u.offset;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int token = n * 8 + g;
       x[n] = make_uint4(0, 0, 0, 0);
-      if (expert < 0 || token >= tokens) continue;
+      if (u.expert < 0 || token >= tokens) continue;
       if (by_pair) {
-        if (entry / top_k == token) x[n] = load_shared_input(h + int64_t(entry) * rank);
+        if (u.entry / top_k == token) x[n] = load_shared_input(h + int64_t(u.entry) * rank);
       } else {
         bool found = false;
         for (int j = 0; j < top_k; ++j) {
-          if (ids[token * top_k + j] != expert) continue;
+          if (ids[token * top_k + j] != u.expert) continue;
           const uint4 v = load_shared_input(h + (int64_t(token) * top_k + j) * rank);
           x[n] = found ? add8<E>(x[n], v) : v;  // the same expert twice is unusual, and still right
           found = true;

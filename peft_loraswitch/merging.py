@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels, ops
+from . import ops
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -70,10 +70,8 @@ class MergedWeights:
             torch._dynamo.mark_static_address(tensor, guard=False)
         self.warned = False
         self.kernels = plans[0].kernels
-        self._table: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}
+        if self.kernels:  # now: not while a CUDA graph is recorded, whose memory it would live in
+            ops.merge_table(*self._arguments())
 
     @staticmethod
     def _one_adapter(layers: list[LoRASwitchLinear]) -> str:
@@ -109,21 +107,22 @@ class MergedWeights:
                 "take the unmerged path."
             )
 
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.weights, self.sources, self.lora_a, self.lora_b, self.scalings, self.transposed
+
     def _merge(self, experts: Tensor, gates: Tensor) -> None:
         old = (self.experts, self.gates) if self.in_place else (None, None)
-        arguments = (self.weights, self.sources, self.lora_a, self.lora_b, self.scalings, self.transposed, experts, gates)
         if self.kernels and not torch.compiler.is_compiling():
-            if self._table is None:
-                self._table = kernels.MergeTable(*arguments[:6])
-            self._table(experts, gates, *old)
+            ops.merge_table(*self._arguments())(experts, gates, *old)
         else:
-            ops.merge(*arguments, *old)
+            ops.merge(*self._arguments(), experts, gates, *old)
         if self.in_place:
             self.experts.copy_(experts)
             self.gates.copy_(gates)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """The pristine weights, bit for bit."""
+        """The pristine weights, bit for bit, and no more memory than before."""
+        ops.drop_merge_tables(self.weights)
         for source, copy in zip(self.sources, self.host_copies, strict=False):
             source.copy_(copy)

@@ -307,7 +307,8 @@ def _delta_cuda(
 _tables: list[kernels.MergeTable] = []  # of the last models merged: a CUDA graph cannot make one while it is captured
 
 
-def _merge_table(*arguments: Any) -> kernels.MergeTable:
+def merge_table(*arguments: Any) -> kernels.MergeTable:
+    """The table for `weights, sources, lora_a, lora_b, scalings, transposed`, made once and kept."""
     pointers = [t.data_ptr() for tensors in arguments[:4] for t in tensors]
     for table in _tables:
         if table.pointers == pointers and table.scalings == list(arguments[4]):
@@ -315,6 +316,11 @@ def _merge_table(*arguments: Any) -> kernels.MergeTable:
     table = kernels.MergeTable(*arguments)
     _tables[:] = [*_tables[-7:], table]
     return table
+
+
+def drop_merge_tables(weights: Sequence[Tensor]) -> None:
+    """Forget the tables that write `weights`, and with them the memory they hold on to."""
+    _tables[:] = [table for table in _tables if not weights or table.pointers[0] != weights[0].data_ptr()]
 
 
 def _merge_cuda(
@@ -326,7 +332,7 @@ def _merge_cuda(
         _merge_pytorch(weights, sources, lora_a, lora_b, scalings, transposed, experts, gates, old_experts, old_gates)
         return
     _check_merge(weights, sources, lora_a, lora_b, scalings, transposed, experts, gates, old_experts, old_gates)
-    table = _merge_table(weights, sources, lora_a, lora_b, scalings, transposed)
+    table = merge_table(weights, sources, lora_a, lora_b, scalings, transposed)
     table(experts, gates, old_experts, old_gates)
 
 

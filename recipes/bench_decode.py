@@ -1,6 +1,6 @@
 """What a routed adapter costs at decode time, on this GPU: the table at the top of the README.
 
-    python recipes/bench_decode.py                       # everything, into recipes/results/decode_<gpu>.json and .png
+    python recipes/bench_decode.py                       # all of it, into recipes/results/decode_<gpu>.json and .png
     python recipes/bench_decode.py --models llama-2-7b --methods backbone fused --modes compiled
 
 Models have random weights, made on the GPU; nothing is downloaded. Each job (a model, a method, a rank) is a process of
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,41 +38,45 @@ SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads
 
 @dataclass
 class Job:
-    """One process: a model with one method, measured in some modes."""
+    """One process: a model with one method, measured in some modes. At most one of them compiles, which takes the time."""
 
     model: str
+    layers: int
     method: str  # backbone, lora (PEFT), torch (routing in plain PyTorch), kernels (ours without adapter), fused, merge
     rank: int
     modes: list[str]  # compiled:<batch>, static, eager, prefill, graph
 
     def gib(self) -> float:
         """Device memory it needs, roughly."""
-        vocabulary, hidden, intermediate, layers, heads, kv = SHAPES[self.model]
-        linears = layers * (2 * hidden * hidden + 2 * hidden * hidden * kv // heads + 3 * hidden * intermediate)
+        vocabulary, hidden, intermediate, _, heads, kv = SHAPES[self.model]
+        linears = self.layers * (2 * hidden * hidden + 2 * hidden * hidden * kv // heads + 3 * hidden * intermediate)
         size = linears * (2 if self.method == "merge" else 1) + 2 * vocabulary * hidden
-        size += layers * 7 * NUM_EXPERTS * self.rank * (hidden + intermediate)
-        return size * 2 / 2**30 + 2.5
+        size += self.layers * NUM_EXPERTS * self.rank * (10 * hidden + 3 * intermediate)
+        cache = max(int(mode.partition(":")[2] or 1) for mode in self.modes) * CACHE * self.layers * 2 * hidden * kv // heads
+        return (size + cache) * 2 / 2**30 + 1.5
 
 
-def jobs(models: list[str], methods: list[str], modes: list[str]) -> list[Job]:
-    wanted = []
+def jobs(models: list[str], methods: list[str], modes: list[str], layers: int) -> list[Job]:
+    wanted: list[tuple[str, str, int, list[str]]] = []
     for name in models:
-        full = name == "llama-2-7b"
-        single = ["compiled:1", "static", "eager", "prefill"]
-        batches = ["compiled:8", "compiled:32"]
-        wanted += [Job(name, "backbone", 0, single), Job(name, "fused", 8, single)]
-        wanted += [Job(name, "fused", 64, ["compiled:1", "prefill"])]
-        if name != "qwen3-0.6b":
-            wanted += [Job(name, "fused", 16, ["compiled:1"]), Job(name, "backbone", 0, batches), Job(name, "fused", 8, batches)]
-        if full:
-            wanted += [Job(name, "torch", 8, ["compiled:1", "eager", "compiled:8"])]
-            wanted += [Job(name, "lora", 16, ["compiled:1", "eager"]), Job(name, "kernels", 0, ["compiled:1"])]
-            wanted += [Job(name, "backbone", 0, ["graph"]), Job(name, "merge", 8, ["graph"])]
+        if name == "llama-2-7b":
+            wanted += [(name, "backbone", 0, ["compiled:1", "prefill"]), (name, "fused", 8, ["compiled:1", "prefill", "eager"])]
+            wanted += [(name, "fused", 64, ["compiled:1", "prefill"]), (name, "fused", 16, ["compiled:1"])]
+            wanted += [(name, "backbone", 0, ["static", "eager"]), (name, "fused", 8, ["static"])]
+            wanted += [(name, "backbone", 0, ["compiled:8"]), (name, "fused", 8, ["compiled:8"])]
+            wanted += [(name, "backbone", 0, ["compiled:32"]), (name, "fused", 8, ["compiled:32"])]
+            wanted += [(name, "kernels", 0, ["compiled:1"]), (name, "lora", 16, ["compiled:1", "eager"])]
+            wanted += [(name, "torch", 8, ["eager", "compiled:1"])]
+            wanted += [(name, "backbone", 0, ["graph"]), (name, "merge", 8, ["graph"])]
+            continue
+        for method, rank in (("backbone", 0), ("fused", 8), ("fused", 64))[: 2 if name == "qwen3-0.6b" else 3]:
+            wanted += [(name, method, rank, ["compiled:1", "eager", "prefill"])]
     chosen = []
-    for job in wanted:
-        job.modes = [mode for mode in job.modes if mode.split(":")[0] in modes]
-        if job.method in methods and job.modes:
-            chosen.append(job)
+    for name, method, rank, job_modes in wanted:
+        depth = SHAPES[name][3] if name == "llama-2-7b" else min(layers, SHAPES[name][3])
+        job_modes = [mode for mode in job_modes if mode.split(":")[0] in modes]
+        if method in methods and job_modes:
+            chosen.append(Job(name, depth, method, rank, job_modes))
     return chosen
 
 
@@ -86,13 +91,13 @@ def build(job: Job):
 
     from peft_loraswitch import LoRASwitchConfig
 
-    vocabulary, hidden, intermediate, layers, heads, kv = SHAPES[job.model]
+    vocabulary, hidden, intermediate, _, heads, kv = SHAPES[job.model]
     config_class = {"mistral-7b": MistralConfig, "qwen3-0.6b": Qwen3Config}.get(job.model, LlamaConfig)
     extra = {"sliding_window": None} if job.model == "mistral-7b" else {}
     if job.model == "qwen3-0.6b":
         extra = {"head_dim": 128, "tie_word_embeddings": True}
     config = config_class(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=job.layers,
         num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=4096, **extra,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -227,14 +232,19 @@ def worker(job: Job) -> None:
     model, fuse_seconds = build(job)
     weights_gib = torch.cuda.memory_allocated() / 2**30
     runs = {}
-    for mode in job.modes:
+    for mode in list(job.modes):
         kind, _, batch = mode.partition(":")
-        if kind == "compiled":
-            runs[mode] = prepare_compiled(model, int(batch))
-        elif kind == "graph":
-            runs[mode] = prepare_graph(model)
-        elif kind in ("static", "eager"):
-            generate(model, kind == "static", 8)
+        try:
+            if kind == "compiled":
+                runs[mode] = prepare_compiled(model, int(batch))
+            elif kind == "graph":
+                runs[mode] = prepare_graph(model)
+            elif kind in ("static", "eager"):
+                generate(model, kind == "static", 8)
+        except Exception:
+            traceback.print_exc()
+            print(f"SKIPPED {mode}", flush=True)
+            job.modes.remove(mode)
     prompt = torch.randint(5, 1000, (1, PREFILL), device="cuda")
 
     @torch.no_grad()
@@ -264,7 +274,8 @@ def worker(job: Job) -> None:
         size = read_bytes + (experts * min(1.0, TOP_K * tokens / NUM_EXPERTS) if job.method not in ("backbone", "lora") else 0)
         rows.append(
             {
-                "model": job.model, "method": job.method, "mode": kind, "batch": batch_size, "tokens": tokens, "rank": job.rank,
+                "model": job.model, "layers": job.layers, "method": job.method, "mode": kind,
+                "batch": batch_size, "tokens": tokens, "rank": job.rank,
                 "ms": round(ms, 4), "ratio": None, "gb_per_s": round(size / ms / 1e6, 1),
                 "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3), "weights_gib": round(weights_gib, 3),
                 "fuse_seconds": round(fuse_seconds, 3),
@@ -281,14 +292,18 @@ def run_wave(wave: list[Job], log: Path) -> list[dict]:
     for i, job in enumerate(wave):
         command = [sys.executable, __file__, "--worker", json.dumps(asdict(job))]
         stderr = open(log.with_suffix(f".{os.getpid()}.{i}.log"), "w")
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the jobs are the parallelism
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        )
         processes.append((job, process, stderr))
     rows = []
     ready = []
     for job, process, stderr in processes:
         line = ""
         while line.strip() != "READY" and (line := process.stdout.readline()):
-            pass
+            if line.startswith("SKIPPED"):
+                print(f"  {job.model} {job.method} r={job.rank}: {line.strip()}, see {stderr.name}", flush=True)
         if line.strip() == "READY":
             ready.append((job, process))
         else:
@@ -330,6 +345,14 @@ def add_ratios(rows: list[dict]) -> None:
     for row in rows:
         reference = base.get((row["model"], row["mode"], row["batch"]))
         row["ratio"] = round(row["ms"] / reference, 4) if reference else None
+
+
+def copy_rate() -> float:
+    """TB/s of reading and writing: what a merge cannot beat."""
+    import torch
+
+    source, target = (torch.randint(9, (2**29,), dtype=torch.int32, device="cuda") for _ in range(2))
+    return round(2 * 2**31 / median_ms(lambda: target.copy_(source)) / 1e9, 3)
 
 
 def linears_alone() -> dict:
@@ -386,6 +409,7 @@ def main() -> None:
     methods = ["backbone", "lora", "torch", "kernels", "fused", "merge"]
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--modes", nargs="+", default=["compiled", "static", "eager", "prefill", "graph"])
+    parser.add_argument("--layers", type=int, default=8, help="depth of the models other than llama-2-7b")
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the picture goes beside it")
     parser.add_argument("--no-linears", action="store_true", help="leave out the linear layers alone")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -403,11 +427,12 @@ def main() -> None:
     print(head, flush=True)
     started = time.time()
     result = {"header": head, "linears": None, "rows": []}
+    result["copy_tb_per_s"] = copy_rate()
     if not args.no_linears:
         result["linears"] = linears_alone()
         torch.cuda.empty_cache()
     memory = torch.cuda.mem_get_info()[0] / 2**30 - 4
-    todo = jobs(args.models, args.methods, args.modes)
+    todo = jobs(args.models, args.methods, args.modes, args.layers)
     for n, wave in enumerate(plan := waves(todo, memory, max(2, (os.cpu_count() or 4) // 2))):
         print(f"wave {n + 1} of {len(plan)}: {len(wave)} jobs, {time.time() - started:.0f} s so far", flush=True)
         result["rows"] += run_wave(wave, output)

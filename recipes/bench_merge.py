@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import bench_linears
 import torch
 
+import bench_linears
 from peft_loraswitch import kernels
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         pristine = bench_linears.graph_ms(lambda: table(ids, gates))  # noqa: B023
         table = kernels.MergeTable(merged, merged, lora_a, lora_b, scalings, transposed)
         in_place = bench_linears.graph_ms(lambda: table(ids, gates, ids, gates))  # noqa: B023
-        print(f"rank {rank}: from pristine {pristine:.4f} ms, {pristine / copy:.3f} x copy; in place {in_place:.4f} ms", flush=True)
+        print(f"rank {rank}: from pristine {pristine:.4f} ms, {pristine / copy:.3f} x copy; in place {in_place:.4f} ms")
 
     # Drift of the in-place switch, over steps of random experts, against the size of what is merged.
     experts = model.experts(8)

@@ -50,7 +50,7 @@ def limit(result: torch.Tensor) -> float:
     """
     if result.dtype == torch.float32:
         return 2e-6 if result.numel() >= 64 else 1e-5
-    return torch.finfo(result.dtype).eps / 2 * (1.0 if result.numel() >= 64 else 2.2)
+    return torch.finfo(result.dtype).eps / 2 * (1.0 if result.numel() >= 64 else 3.0)
 
 
 def random_ids(tokens: int, num_experts: int, top_k: int, device) -> tuple[torch.Tensor, torch.Tensor]:
