@@ -24,7 +24,7 @@ value that changes from step to step, no additional output of the graph.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -162,13 +162,27 @@ class _Batch:
         return _Batch(*map(torch.cat, fields))
 
     def route(self, router: nn.Module, num_experts: int) -> None:
-        logits = router(self.x)
+        logits = _with_whole_weight(router)(self.x)
         self.probabilities = torch.softmax(logits, dim=-1)
         self.logsumexp = torch.logsumexp(logits, dim=-1)
         chosen = self.real.expand(-1, self.experts.shape[-1]).flatten()
         counts = torch.zeros(num_experts, dtype=torch.float32, device=self.x.device)
         self.counts = counts.scatter_add(0, self.experts.flatten(), chosen)
         self.tokens = self.real.sum()
+
+
+def _with_whole_weight(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The router's forward after the layer that holds it has run: by then FSDP2 has sharded its weight again."""
+    weight: Any = router.weight
+    if not hasattr(weight, "full_tensor"):
+        return router
+    from torch.distributed.tensor import Partial
+
+    # each process has the gradient of its own tokens: the average trains, as with all weights under FSDP
+    mesh = weight.device_mesh
+    whole = weight.full_tensor(grad_placements=[Partial("sum")] * mesh.ndim)
+    whole = whole / mesh.size() + whole.detach() * (1 - 1 / mesh.size())
+    return lambda x: torch.func.functional_call(router, {"weight": whole}, (x,))
 
 
 class RoutingRecord(nn.Module):
@@ -294,7 +308,7 @@ def _loss(
     # What the earlier tokens add has a gradient in closed form. The sum of weight * gradient carries it, computed by a
     # forward of the router (row e of its input is the gradient of row e of its weight), because with FSDP only that
     # sees the whole weight.
-    carrier = router(pending.gradient(load, tokens, options)).diagonal().sum()
+    carrier = _with_whole_weight(router)(pending.gradient(load, tokens, options)).diagonal().sum()
     loss = loss + pending.loss(load, tokens, options) + (carrier - carrier.detach())
     return loss, pending.micro_batches + 1
 

@@ -51,7 +51,11 @@ def two_adapters() -> nn.Module:
 def meet(model: nn.Module, threads: int) -> None:
     """Makes every forward wait, in the middle of the model, until another thread's is there too: true overlap."""
     barrier = threading.Barrier(threads)
-    model.base_model.model.model.layers[1].register_forward_pre_hook(lambda *_: barrier.wait(timeout=60) and None)
+
+    def wait(*_: Any) -> None:
+        barrier.wait(timeout=60)
+
+    model.base_model.model.model.layers[1].register_forward_pre_hook(wait)
 
 
 @pytest.mark.compat

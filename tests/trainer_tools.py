@@ -104,7 +104,7 @@ def auxiliary_gradient(
     for token in x.double():
         logits = weight @ token
         p = logits.softmax(0)
-        for expert in p.argsort(descending=True)[:top_k].tolist():
+        for expert in p.topk(top_k).indices.tolist():
             counts[expert] += 1
         total = [sofar + p[expert] for expert, sofar in enumerate(total)]
         square = square + logits.logsumexp(0) ** 2
