@@ -55,7 +55,7 @@ class Size:
     every_domain: bool  # whether there are enough steps to expect progress on each domain, or only on their mean
 
 
-FULL = Size(pretrain_steps=400, adapt_steps=80, held_out_blocks=32, new_tokens=32, every_domain=True)
+FULL = Size(pretrain_steps=320, adapt_steps=80, held_out_blocks=32, new_tokens=32, every_domain=True)
 SMOKE = Size(pretrain_steps=40, adapt_steps=12, held_out_blocks=4, new_tokens=8, every_domain=False)
 
 
@@ -196,11 +196,11 @@ def draw(use: dict[str, list[float]], path: Path) -> None:
     even = 100 / len(order)
     axes.set_title(f"Share of routed tokens per expert, held-out text (even use: {even:.1f} %)", fontsize=10)
     axes.tick_params(length=0)
-    half = 50 * float(shares.max())
+    dark = 60 * float(shares.max())
     for row in range(len(names)):
         for column, expert in enumerate(order):
             percent = 100 * float(shares[row, expert])
-            color = "white" if percent > half else "black"
+            color = "white" if percent > dark else "black"
             axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color=color)
     figure.colorbar(image, label="% of the domain's picks")
     figure.savefig(path, dpi=110)
