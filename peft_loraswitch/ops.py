@@ -129,12 +129,13 @@ def add_experts(base: Tensor | None, x: Tensor, gates: Tensor, lora_a: Tensor, l
 def _add_chosen(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """What the chosen experts of a few tokens add, [T, out]: reads those experts only."""
     tokens, top_k = experts.shape
+    out = lora_b.shape[1]
     valid = (experts >= 0) & (experts < lora_a.shape[0])
     ids = experts.where(valid, 0).flatten()
     rows = x.repeat_interleave(top_k, 0).unsqueeze(-1)  # [T * k, in, 1]
     hidden = torch.bmm(lora_a[ids], rows)  # [T * k, r, 1]
     factors = (gates.where(valid, 0.0) * scaling).flatten().to(x.dtype)
-    return torch.bmm(lora_b[ids], hidden * factors.view(-1, 1, 1)).view(tokens, top_k, -1).sum(1)
+    return torch.bmm(lora_b[ids], hidden * factors.view(-1, 1, 1)).view(tokens, top_k, out).sum(1)
 
 
 def _experts_reference(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -158,12 +159,12 @@ def _linear_pytorch(
 ) -> list[Tensor]:  # fmt: skip
     _check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
     tokens = x.reshape(-1, x.shape[-1])
-    experts, gates = experts.reshape(tokens.shape[0], -1), gates.reshape(tokens.shape[0], -1)
+    experts, gates = (t.reshape(-1, t.shape[-1]) for t in (experts, gates))
     results = []
     for weight, bias, a, b, scaling in zip(weights, biases, lora_a, lora_b, scalings, strict=True):
         base = F.linear(tokens, weight.T if transposed else weight, bias)
         result = base + _experts_reference(tokens, experts, gates, a, b, scaling)
-        results.append(result.view(*x.shape[:-1], -1))
+        results.append(result.view(*x.shape[:-1], b.shape[1]))
     return results
 
 
@@ -172,7 +173,7 @@ def _delta_pytorch(
 ) -> Tensor:
     _check_delta(base, x, experts, gates, lora_a, lora_b)
     tokens = x.reshape(-1, x.shape[-1])
-    experts, gates = experts.reshape(tokens.shape[0], -1), gates.reshape(tokens.shape[0], -1)
+    experts, gates = (t.reshape(-1, t.shape[-1]) for t in (experts, gates))
     return base + _experts_reference(tokens, experts, gates, lora_a, lora_b, scaling).view(base.shape)
 
 

@@ -1,0 +1,197 @@
+"""The ops' contracts: against the float64 oracle, opcheck, fullgraph compilation, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernel_oracle as oracle
+from peft_loraswitch import ops
+
+GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+)
+devices = pytest.mark.parametrize("device", ["cpu", GPU])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+def group(device="cpu", dtype=torch.float32, tokens=(3,), in_features=24, outs=(16, 10), ranks=(8, 3), experts=5, top_k=2, bias=True,
+          transposed=False):  # fmt: skip
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+    ids, gates = oracle.random_ids(int(torch.tensor(tokens).prod()), experts, top_k, device)
+    return {
+        "x": randn(*tokens, in_features),
+        "experts": ids.view(*tokens, top_k),
+        "gates": gates.view(*tokens, top_k),
+        "weights": [randn(*((in_features, o) if transposed else (o, in_features)), scale=in_features**-0.5) for o in outs],
+        "biases": [randn(o) if bias else None for o in outs],
+        "lora_a": [randn(experts, r, in_features, scale=in_features**-0.5) for r in ranks],
+        "lora_b": [randn(experts, o, r, scale=r**-0.5) for o, r in zip(outs, ranks, strict=True)],
+        "scalings": [0.5, 2.0][: len(outs)],
+        "transposed": transposed,
+    }
+
+
+def delta_arguments(g):
+    base = torch.randn(*g["x"].shape[:-1], g["lora_b"][0].shape[1], device=g["x"].device).to(g["x"].dtype)
+    return base, g["x"], g["experts"], g["gates"], g["lora_a"][0], g["lora_b"][0], g["scalings"][0]
+
+
+def merge_arguments(g, in_place=False):
+    sources = [w.clone() for w in g["weights"]]
+    weights = sources if in_place else [torch.full_like(w, float("nan")) for w in sources]
+    ids, gates = oracle.random_ids(1, g["lora_a"][0].shape[0], 2, g["x"].device)
+    flags = [g["transposed"]] * len(sources)
+    return weights, sources, g["lora_a"], g["lora_b"], g["scalings"], flags, ids[0], gates[0]
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("tokens", [(1,), (1, 1), (2, 3), (40,), (5, 1, 4)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear_against_the_oracle(device, dtype, tokens, transposed):
+    g = group(device, dtype, tokens, transposed=transposed)
+    results = ops.linear(**g)
+    flat = [g[k].reshape(-1, g[k].shape[-1]) for k in ("x", "experts", "gates")]
+    for i, result in enumerate(results):
+        w, b, a, lb, s = (g[k][i] for k in ("weights", "biases", "lora_a", "lora_b", "scalings"))
+        expected = oracle.linear(*flat, w, b, a, lb, s, transposed)
+        assert result.shape == (*tokens, lb.shape[1]) and result.dtype == dtype
+        assert oracle.relative_error(result.flatten(0, -2), expected) < 1.6 * oracle.limit(result) + 1e-6
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("tokens", [(1,), (2, 3), (40,)])
+def test_delta_against_the_oracle(device, dtype, tokens):
+    g = group(device, dtype, tokens)
+    arguments = delta_arguments(g)
+    base, x, experts, gates = (t.reshape(-1, t.shape[-1]) for t in arguments[:4])
+    expected = base.double() + oracle.delta(x, experts, gates, *arguments[4:])
+    result = ops.delta(*arguments)
+    assert oracle.relative_error(result.flatten(0, -2), expected) < 1.6 * oracle.limit(result) + 1e-6
+
+
+@devices
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (2, 3)])
+def test_route_against_the_oracle(device, normalize, shape):
+    x, router = torch.randn(*shape, 32, device=device), torch.randn(9, 32, device=device)
+    experts, gates = ops.route(x, router, 3, normalize)
+    expected_ids, expected = oracle.route(x.reshape(-1, 32), router, 3, normalize)
+    assert torch.equal(experts.view(-1, 3), expected_ids) and experts.shape == (*shape, 3)
+    assert torch.allclose(gates.view(-1, 3).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("transposed", [False, True])
+def test_merge_and_taking_out_again(device, dtype, transposed):
+    g = group(device, dtype, transposed=transposed)
+    *lists, ids, gates = merge_arguments(g, in_place=True)
+    weights = lists[0]
+    pristine = [w.clone() for w in weights]
+    ops.merge(*lists, ids, gates)
+    for i, w in enumerate(weights):
+        update = sum(
+            v.double() * (g["lora_b"][i][e].double() @ g["lora_a"][i][e].double()) for e, v in zip(ids, gates, strict=True)
+        ) * g["scalings"][i]
+        expected = pristine[i].double() + (update.T if transposed else update)
+        assert oracle.relative_error(w, expected) < 1.6 * oracle.limit(w) + 1e-6
+    ops.merge(*lists, torch.full_like(ids, -1), torch.zeros_like(gates), ids, gates)
+    for w, p in zip(weights, pristine, strict=True):
+        assert oracle.relative_error(w, p.double()) < 6 * oracle.limit(w) + 1e-6
+
+
+@devices
+def test_ids_outside_the_experts_add_nothing_and_repeated_ones_add_twice(device):
+    for tokens in (2, 40):  # both ways the PyTorch implementation goes
+        g = group(device, tokens=(tokens,), top_k=3)
+        g["experts"] = torch.randint(-3, 8, (tokens, 3), device=device)
+        g["experts"][0] = 2
+        for i, result in enumerate(ops.linear(**g)):
+            w, b, a, lb, s = (g[k][i] for k in ("weights", "biases", "lora_a", "lora_b", "scalings"))
+            expected = oracle.linear(g["x"], g["experts"], g["gates"], w, b, a, lb, s)
+            assert oracle.relative_error(result, expected) < 1e-5
+
+
+@devices
+@pytest.mark.parametrize("tokens", [(1,), (2, 30)])
+def test_opcheck(device, tokens):
+    g = group(device, tokens=tokens)
+    torch.library.opcheck(ops.linear, tuple(g.values()))
+    torch.library.opcheck(ops.delta, delta_arguments(g))
+    torch.library.opcheck(ops.route, (g["x"], torch.randn(5, 24, device=device), 2, True))
+    torch.library.opcheck(ops.merge, merge_arguments(g))
+
+
+@devices
+def test_all_ops_compile_with_fullgraph(device):
+    torch._dynamo.reset()
+    g = group(device, tokens=(2, 1))
+    router = torch.randn(5, 24, device=device)
+
+    def run(x, weights, sources):
+        experts, gates = ops.route(x, router, 2, True)
+        a, b = ops.linear(**{**g, "x": x, "experts": experts, "gates": gates})
+        ops.merge(weights, sources, g["lora_a"], g["lora_b"], g["scalings"], [False] * 2, experts[0, 0], gates[0, 0])
+        return ops.delta(a, x, experts, gates, g["lora_a"][0], g["lora_b"][0], 1.0), b, weights[0] + 1
+
+    sources = [w.clone() for w in g["weights"]]
+    expected = run(g["x"], [torch.empty_like(w) for w in sources], sources)
+    result = torch.compile(run, fullgraph=True)(g["x"], [torch.empty_like(w) for w in sources], sources)
+    assert all(torch.allclose(r, e, atol=1e-5) for r, e in zip(result, expected, strict=True))
+
+
+@devices
+def test_empty_batch(device):
+    g = group(device, tokens=(0,))
+    assert [r.shape for r in ops.linear(**g)] == [(0, 16), (0, 10)]
+
+
+def change(g, **changes):
+    return {**g, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": torch.zeros(3, 2, dtype=torch.int32)}, "experts must be int64"),
+        ({"gates": torch.ones(3, 2, dtype=torch.float16)}, "gates float32"),
+        ({"gates": torch.ones(3, 1)}, "differ in shape"),
+        ({"experts": torch.zeros(4, 2, dtype=torch.int64), "gates": torch.ones(4, 2)}, "number of tokens"),
+        ({"experts": torch.zeros(3, 9, dtype=torch.int64), "gates": torch.ones(3, 9)}, "top_k=9"),
+        ({"x": torch.randn(3, 23)}, "do not fit"),
+        ({"x": torch.randn(3, 24).bfloat16()}, "must be one of"),
+        ({"x": torch.randn(3, 24).double()}, "must be one of"),
+        ({"weights": [torch.randn(16, 24)]}, "differ in length"),
+        ({"weights": [torch.randn(16, 24), torch.randn(11, 24)]}, "the experts ask for"),
+        ({"biases": [torch.randn(15), None]}, r"bias must be \[out\]"),
+        ({"lora_a": [torch.randn(5, 8, 24), torch.randn(4, 3, 24)]}, "do not fit"),
+        ({"lora_a": [torch.randn(5, 257, 24), torch.randn(5, 3, 24)], "lora_b": [torch.randn(5, 16, 257), torch.randn(5, 10, 3)]}, "256"),
+    ],
+)  # fmt: skip
+def test_linear_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ops.linear(**change(group(), **changes))
+
+
+def test_the_others_refuse():
+    x, router = torch.randn(3, 24), torch.randn(5, 24)
+    for arguments, message in (
+        ((x, router, 6, True), "top_k=6"),
+        ((x, router[:, :20], 2, True), "24 features"),
+        ((x.double(), router, 2, True), "float32 or 16-bit"),
+        ((x, torch.randn(300, 24), 2, True), "300 experts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.route(*arguments)
+    base, *rest = delta_arguments(group())
+    with pytest.raises(ValueError, match="does not fit"):
+        ops.delta(base[:, :5], *rest)
+    arguments = list(merge_arguments(group()))
+    arguments[7] = torch.ones(3)
+    with pytest.raises(ValueError, match="of one token"):
+        ops.merge(*arguments)
