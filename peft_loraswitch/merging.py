@@ -37,7 +37,6 @@ class MergedWeights:
     def __init__(self, layers: list[LoRASwitchLinear], in_place: bool) -> None:
         from .fuse import FusedLayer, base_of
 
-
         self.layers, self.in_place = layers, in_place
         self.adapter = self._one_adapter(layers)
         self.served = [layer for layer in layers if self.adapter in layer.loraswitch_A]
@@ -51,7 +50,9 @@ class MergedWeights:
         self.transposed = [plan.transposed for plan in plans]
         self.scalings = [layer.scaling[self.adapter] for layer in self.served]
         dtype, device = kinds.pop()
-        experts: list[Any] = [(layer.loraswitch_A[self.adapter], layer.loraswitch_B[self.adapter]) for layer in self.served]
+        experts: list[Any] = [
+            (layer.loraswitch_A[self.adapter], layer.loraswitch_B[self.adapter]) for layer in self.served
+        ]
         self.lora_a = [a.weight.detach().to(dtype) for a, _ in experts]
         self.lora_b = [b.weight.detach().to(dtype) for _, b in experts]
         sources = [base.weight.detach() for base in self.bases]

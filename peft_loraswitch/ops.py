@@ -50,14 +50,25 @@ def _check_route(x: Tensor, router: Tensor, top_k: int) -> None:
     limit = min(router.shape[0], kernels.MAX_TOP_K)
     _require(router.shape[0] <= kernels.MAX_EXPERTS, f"route: {router.shape[0]} experts, at most {kernels.MAX_EXPERTS}")
     _require(1 <= top_k <= limit, f"route: top_k={top_k} must be between 1 and {limit}")
-    _require(x.dtype in FLOATS and router.dtype in FLOATS, f"route: {x.dtype} and {router.dtype} must be float32 or 16-bit")
+    _require(
+        x.dtype in FLOATS and router.dtype in FLOATS, f"route: {x.dtype} and {router.dtype} must be float32 or 16-bit"
+    )
 
 
 def _check_experts(op: str, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    _require(experts.dtype == torch.int64 and gates.dtype == torch.float32, f"{op}: experts must be int64, gates float32")
-    _require(experts.shape == gates.shape, f"{op}: experts {list(experts.shape)} and gates {list(gates.shape)} differ in shape")
-    _require(1 <= experts.shape[-1] <= kernels.MAX_TOP_K, f"{op}: top_k={experts.shape[-1]} must be 1 to {kernels.MAX_TOP_K}")
-    _require(experts.shape[:-1].numel() == x.shape[:-1].numel(), f"{op}: experts are of another number of tokens than x")
+    _require(
+        experts.dtype == torch.int64 and gates.dtype == torch.float32, f"{op}: experts must be int64, gates float32"
+    )
+    _require(
+        experts.shape == gates.shape,
+        f"{op}: experts {list(experts.shape)} and gates {list(gates.shape)} differ in shape",
+    )
+    _require(
+        1 <= experts.shape[-1] <= kernels.MAX_TOP_K, f"{op}: top_k={experts.shape[-1]} must be 1 to {kernels.MAX_TOP_K}"
+    )
+    _require(
+        experts.shape[:-1].numel() == x.shape[:-1].numel(), f"{op}: experts are of another number of tokens than x"
+    )
     _require(lora_a.dim() == 3 and lora_b.dim() == 3, f"{op}: lora_a must be [E, r, in], lora_b [E, out, r]")
     agree = lora_a.shape[0] == lora_b.shape[0] and lora_a.shape[1] == lora_b.shape[2] and lora_a.shape[2] == x.shape[-1]
     _require(agree, f"{op}: lora_a {list(lora_a.shape)}, lora_b {list(lora_b.shape)} and x {list(x.shape)} do not fit")
@@ -78,17 +89,26 @@ def _check_linear(
     _require(n == len(biases) == len(lora_a) == len(lora_b) == len(scalings), "linear: the lists differ in length")
     for weight, bias, a, b in zip(weights, biases, lora_a, lora_b, strict=True):
         _check_experts("linear", x, experts, gates, a, b)
-        _require(a.shape[0] == lora_a[0].shape[0], "linear: the linears of a group must have the same number of experts")
+        _require(
+            a.shape[0] == lora_a[0].shape[0], "linear: the linears of a group must have the same number of experts"
+        )
         shape = (x.shape[-1], b.shape[1]) if transposed else (b.shape[1], x.shape[-1])
         _require(weight.shape == shape, f"linear: a weight is {list(weight.shape)}, the experts ask for {list(shape)}")
-        _require(weight.dtype == x.dtype and weight.device == x.device, "linear: a weight is of another dtype or device than x")
+        _require(
+            weight.dtype == x.dtype and weight.device == x.device,
+            "linear: a weight is of another dtype or device than x",
+        )
         if bias is not None:
-            _require(bias.shape == (b.shape[1],) and bias.dtype == x.dtype, "linear: a bias must be [out], in the dtype of x")
+            _require(
+                bias.shape == (b.shape[1],) and bias.dtype == x.dtype, "linear: a bias must be [out], in the dtype of x"
+            )
 
 
 def _check_delta(base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     _check_experts("delta", x, experts, gates, lora_a, lora_b)
-    _require(base.shape == (*x.shape[:-1], lora_b.shape[1]), f"delta: base {list(base.shape)} does not fit x and lora_b")
+    _require(
+        base.shape == (*x.shape[:-1], lora_b.shape[1]), f"delta: base {list(base.shape)} does not fit x and lora_b"
+    )
     _require(base.dtype == x.dtype and base.device == x.device, "delta: base is of another dtype or device than x")
 
 
@@ -118,7 +138,9 @@ def dense_gates(experts: Tensor, gates: Tensor, num_experts: int) -> Tensor:
     return zeros.scatter_add(1, experts.where(valid, 0), gates.where(valid, 0.0))
 
 
-def add_experts(base: Tensor | None, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+def add_experts(
+    base: Tensor | None, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
     """base [T, out] + scaling * sum_e gates[:, e] B[e] A[e] x, for x [T, in] and gates [T, E]: two dense products."""
     hidden = F.linear(x, lora_a.flatten(0, 1)).view(x.shape[0], *lora_a.shape[:2])  # [T, E, r]
     hidden = (hidden * (gates * scaling).to(hidden.dtype).unsqueeze(-1)).flatten(1)  # [T, E * r]
@@ -138,7 +160,9 @@ def _add_chosen(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_
     return torch.bmm(lora_b[ids], hidden * factors.view(-1, 1, 1)).view(tokens, top_k, out).sum(1)
 
 
-def _experts_reference(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+def _experts_reference(
+    x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
     """x [T, in], experts and gates [T, k] -> [T, out]"""
     if experts.numel() < lora_a.shape[0]:
         return _add_chosen(x, experts, gates, lora_a, lora_b, scaling)
@@ -237,40 +261,6 @@ def _usable(*tensors: Tensor) -> bool:
     return all(t.is_contiguous() for t in tensors) and kernels.available(tensors[0].get_device())
 
 
-class PackedLinears:
-    """A group of linears ready for calls: `linear` without its checks and its packing, for a caller that keeps it.
-
-    Up to KERNEL_TOKENS one kernel reads weights and experts; beyond, library products make the base results and one
-    kernel adds the experts of all linears to them (csrc/README.md has the measured crossover).
-    """
-
-    KERNEL_TOKENS = 16
-
-    def __init__(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_a: Sequence[Tensor],
-        lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool,
-    ) -> None:  # fmt: skip
-        self.weights, self.biases, self.transposed = list(weights), list(biases), transposed
-        self.whole = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, transposed)
-        nothing = [None] * len(weights)
-        self.experts_only = kernels.PackedGroup(nothing, nothing, lora_a, lora_b, scalings)
-        self.warned = False
-
-    def is_current(self) -> bool:
-        """Whether every tensor is still where it was."""
-        return self.whole.is_current()
-
-    def __call__(self, x: Tensor, experts: Tensor, gates: Tensor) -> list[Tensor]:
-        if not self.warned:
-            self.warned = True
-            kernels.warn_if_generic(self.whole, x, experts)
-        if x.numel() // x.shape[-1] <= self.KERNEL_TOKENS:
-            return self.whole(x, experts, gates)
-        weights = [weight.T if self.transposed else weight for weight in self.weights]
-        bases = [F.linear(x, weight, bias) for weight, bias in zip(weights, self.biases, strict=True)]
-        return self.experts_only(x, experts, gates, bases, in_place=True)
-
-
 def _route_cuda(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     if not kernels.available(x.get_device()):
         return _route_pytorch(x, router, top_k, normalize)
@@ -288,8 +278,10 @@ def _linear_cuda(
     if x.numel() == 0 or not _usable(*weights, *present, *lora_a, *lora_b):
         return _linear_pytorch(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
     _check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
-    packed = PackedLinears(weights, biases, lora_a, lora_b, scalings, transposed)
-    return packed(x.contiguous(), experts.contiguous(), gates.contiguous())
+    packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, transposed)
+    x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
+    kernels.warn_if_generic(packed, x, experts)
+    return packed(x, experts, gates)
 
 
 def _delta_cuda(
@@ -302,7 +294,6 @@ def _delta_cuda(
     x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
     kernels.warn_if_generic(packed, x, experts)
     return packed(x, experts, gates, [base.contiguous()])[0]
-
 
 
 _tables: list[kernels.MergeTable] = []  # of the last models merged: a CUDA graph cannot make one while it is captured

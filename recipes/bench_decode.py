@@ -52,7 +52,15 @@ class Job:
         linears = self.layers * (2 * hidden * hidden + 2 * hidden * hidden * kv // heads + 3 * hidden * intermediate)
         size = linears * (2 if self.method == "merge" else 1) + 2 * vocabulary * hidden
         size += self.layers * NUM_EXPERTS * self.rank * (10 * hidden + 3 * intermediate)
-        cache = max(int(mode.partition(":")[2] or 1) for mode in self.modes) * CACHE * self.layers * 2 * hidden * kv // heads
+        cache = (
+            max(int(mode.partition(":")[2] or 1) for mode in self.modes)
+            * CACHE
+            * self.layers
+            * 2
+            * hidden
+            * kv
+            // heads
+        )
         return (size + cache) * 2 / 2**30 + 1.5
 
 
@@ -60,7 +68,10 @@ def jobs(models: list[str], methods: list[str], modes: list[str], layers: int) -
     wanted: list[tuple[str, str, int, list[str]]] = []
     for name in models:
         if name == "llama-2-7b":
-            wanted += [(name, "backbone", 0, ["compiled:1", "prefill"]), (name, "fused", 8, ["compiled:1", "prefill", "eager"])]
+            wanted += [
+                (name, "backbone", 0, ["compiled:1", "prefill"]),
+                (name, "fused", 8, ["compiled:1", "prefill", "eager"]),
+            ]
             wanted += [(name, "fused", 64, ["compiled:1", "prefill"]), (name, "fused", 16, ["compiled:1"])]
             wanted += [(name, "backbone", 0, ["static", "eager"]), (name, "fused", 8, ["static"])]
             wanted += [(name, "backbone", 0, ["compiled:8"]), (name, "fused", 8, ["compiled:8"])]
@@ -105,7 +116,9 @@ def build(job: Job):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         if job.method == "lora":
             model = get_peft_model(
-                model, LoraConfig(r=job.rank, target_modules=TARGETS, init_lora_weights=False), autocast_adapter_dtype=False
+                model,
+                LoraConfig(r=job.rank, target_modules=TARGETS, init_lora_weights=False),
+                autocast_adapter_dtype=False,
             )
         elif job.method != "backbone":
             adapter = LoRASwitchConfig(
@@ -271,7 +284,9 @@ def worker(job: Job) -> None:
             ms, tokens = median_ms(prefill), PREFILL
         else:
             ms = statistics.median(generate(model, kind == "static", 32 if kind == "static" else 16) for _ in range(5))
-        size = read_bytes + (experts * min(1.0, TOP_K * tokens / NUM_EXPERTS) if job.method not in ("backbone", "lora") else 0)
+        size = read_bytes + (
+            experts * min(1.0, TOP_K * tokens / NUM_EXPERTS) if job.method not in ("backbone", "lora") else 0
+        )
         rows.append(
             {
                 "model": job.model, "layers": job.layers, "method": job.method, "mode": kind,
@@ -371,7 +386,9 @@ def header() -> dict:
 
     from peft_loraswitch import kernels
 
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.split()
@@ -389,7 +406,9 @@ def draw(rows: list[dict], gpu: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    chosen = [r for r in rows if r["model"] == "llama-2-7b" and r["mode"] == "compiled" and r["batch"] == 1 and r["ratio"]]
+    chosen = [
+        r for r in rows if r["model"] == "llama-2-7b" and r["mode"] == "compiled" and r["batch"] == 1 and r["ratio"]
+    ]
     chosen.sort(key=lambda r: r["ratio"], reverse=True)
     labels = [r["method"] + (f", r = {r['rank']}" if r["rank"] else "") for r in chosen]
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(chosen) + 1.2))
@@ -422,7 +441,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA GPU.")
     head = header()
-    output = args.output or HERE / "results" / f"decode_{head['gpu'].replace('NVIDIA ', '').replace(' ', '_').lower()}.json"
+    output = (
+        args.output or HERE / "results" / f"decode_{head['gpu'].replace('NVIDIA ', '').replace(' ', '_').lower()}.json"
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     print(head, flush=True)
     started = time.time()
@@ -440,7 +461,9 @@ def main() -> None:
         output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{'model':13s} {'method':9s} rank mode      batch        ms  ratio")
     for r in result["rows"]:
-        print(f"{r['model']:13s} {r['method']:9s} {r['rank']:4d} {r['mode']:9s} {r['batch']:5d} {r['ms']:9.3f}  {r['ratio']}")
+        print(
+            f"{r['model']:13s} {r['method']:9s} {r['rank']:4d} {r['mode']:9s} {r['batch']:5d} {r['ms']:9.3f}  {r['ratio']}"
+        )
     try:
         draw(result["rows"], head["gpu"], output.with_suffix(".png"))
     except (ImportError, ValueError) as error:

@@ -1,6 +1,6 @@
 """The merge launch alone: all linears of eight Llama-2-7B layers, against copying the same bytes.
 
-    python recipes/bench_merge.py
+python recipes/bench_merge.py
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ def main() -> None:
         table(new, new_gates, old, old_gates)
         old, old_gates = new, new_gates
         if step in (1, 10, 100, 1000, 10000):
-            update = sum(g * (b[e].double() @ a[e].double()) for e, g in zip(new, new_gates.double(), strict=True)) * 16.0
+            update = (
+                sum(g * (b[e].double() @ a[e].double()) for e, g in zip(new, new_gates.double(), strict=True)) * 16.0
+            )
             exact = pristine.double() + update
             drift = (source.double() - exact).norm() / exact.norm()
-            print(f"in place, step {step}: relative error {drift:.2e}; the update itself is {update.norm() / exact.norm():.2e}")
+            print(
+                f"in place, step {step}: relative error {drift:.2e}; the update itself is {update.norm() / exact.norm():.2e}"
+            )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,18 @@ devices = pytest.mark.parametrize("device", ["cpu", GPU])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
-def group(device="cpu", dtype=torch.float32, tokens=(3,), in_features=24, outs=(16, 10), ranks=(8, 3), experts=5, top_k=2, bias=True,
-          transposed=False):  # fmt: skip
+def group(
+    device="cpu",
+    dtype=torch.float32,
+    tokens=(3,),
+    in_features=24,
+    outs=(16, 10),
+    ranks=(8, 3),
+    experts=5,
+    top_k=2,
+    bias=True,
+    transposed=False,
+):
     def randn(*shape, scale=1.0):
         return (torch.randn(*shape, device=device) * scale).to(dtype)
 
@@ -25,7 +35,9 @@ def group(device="cpu", dtype=torch.float32, tokens=(3,), in_features=24, outs=(
         "x": randn(*tokens, in_features),
         "experts": ids.view(*tokens, top_k),
         "gates": gates.view(*tokens, top_k),
-        "weights": [randn(*((in_features, o) if transposed else (o, in_features)), scale=in_features**-0.5) for o in outs],
+        "weights": [
+            randn(*((in_features, o) if transposed else (o, in_features)), scale=in_features**-0.5) for o in outs
+        ],
         "biases": [randn(o) if bias else None for o in outs],
         "lora_a": [randn(experts, r, in_features, scale=in_features**-0.5) for r in ranks],
         "lora_b": [randn(experts, o, r, scale=r**-0.5) for o, r in zip(outs, ranks, strict=True)],
@@ -95,9 +107,13 @@ def test_merge_and_taking_out_again(device, dtype, transposed):
     pristine = [w.clone() for w in weights]
     ops.merge(*lists, ids, gates)
     for i, w in enumerate(weights):
-        update = sum(
-            v.double() * (g["lora_b"][i][e].double() @ g["lora_a"][i][e].double()) for e, v in zip(ids, gates, strict=True)
-        ) * g["scalings"][i]
+        update = (
+            sum(
+                v.double() * (g["lora_b"][i][e].double() @ g["lora_a"][i][e].double())
+                for e, v in zip(ids, gates, strict=True)
+            )
+            * g["scalings"][i]
+        )
         expected = pristine[i].double() + (update.T if transposed else update)
         assert oracle.relative_error(w, expected) < 1.6 * oracle.limit(w) + 1e-6
     ops.merge(*lists, torch.full_like(ids, -1), torch.zeros_like(gates), ids, gates)
@@ -170,7 +186,13 @@ def change(g, **changes):
         ({"weights": [torch.randn(16, 24), torch.randn(11, 24)]}, "the experts ask for"),
         ({"biases": [torch.randn(15), None]}, r"bias must be \[out\]"),
         ({"lora_a": [torch.randn(5, 8, 24), torch.randn(4, 3, 24)]}, "do not fit"),
-        ({"lora_a": [torch.randn(5, 257, 24), torch.randn(5, 3, 24)], "lora_b": [torch.randn(5, 16, 257), torch.randn(5, 10, 3)]}, "256"),
+        (
+            {
+                "lora_a": [torch.randn(5, 257, 24), torch.randn(5, 3, 24)],
+                "lora_b": [torch.randn(5, 16, 257), torch.randn(5, 10, 3)],
+            },
+            "256",
+        ),
     ],
 )  # fmt: skip
 def test_linear_refuses(changes, message):
