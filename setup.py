@@ -129,9 +129,13 @@ class BuildKernels(Command):
             raise SystemExit(1)
 
 
-if __name__ == "__main__":
+def main() -> None:
     setup(
         cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel, "build_kernels": BuildKernels},
         distclass=Distribution,
         package_data={"peft_loraswitch": ["py.typed"]},  # not the library of an in-place build: a wheel builds its own
     )
+
+
+if __name__ == "__main__":
+    main()

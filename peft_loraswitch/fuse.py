@@ -42,6 +42,7 @@ class FusedLayer:
     """What fusing keeps for one adapted layer, at `layer.fused`.
 
     Attributes:
+        base: the base layer.
         group: layers that receive the same tensor, in the order they run, this one among them.
         plain: the base layer is a 16/32-bit nn.Linear or Conv1D, whose weight the kernels can read.
         transposed: it is a Conv1D.
@@ -51,6 +52,7 @@ class FusedLayer:
 
     def __init__(self, layer: LoRASwitchLinear, merging: Any = None) -> None:
         base: Any = layer.get_base_layer()
+        self.base = base
         self.group: list[LoRASwitchLinear] = [layer]
         self.transposed = type(base) is Conv1D
         self.plain = type(base) in (nn.Linear, Conv1D) and base.weight.dtype in ops.FLOATS
@@ -62,7 +64,7 @@ class FusedLayer:
             str, tuple[Tensor, Tensor]
         ] = {}  # experts in the dtype of the base weight, if theirs is another
         self.stale = False  # the experts may have been trained since: cast again
-        self.packed: dict[str, ops.PackedLinears] = {}
+        self.packed: dict[str, kernels.PackedGroup] = {}
         # Looked up once: a compiler that traces the forward cannot ask a library.
         device = base.weight.device
         self.kernels = device.type == "cuda" and kernels.available(device.index or 0)
@@ -88,7 +90,7 @@ def experts_of(layer: LoRASwitchLinear, adapter: str) -> tuple[Tensor, Tensor]:
     fused = plan_of(layer)
     a: Tensor = layer.loraswitch_A[adapter].weight  # type: ignore[assignment]
     b: Tensor = layer.loraswitch_B[adapter].weight  # type: ignore[assignment]
-    dtype = base_of(layer).weight.dtype if fused.plain else a.dtype
+    dtype = fused.base.weight.dtype if fused.plain else a.dtype
     if a.dtype == dtype:
         return a, b
     casts = fused.casts.get(adapter)
@@ -111,16 +113,16 @@ def experts_of(layer: LoRASwitchLinear, adapter: str) -> tuple[Tensor, Tensor]:
 def fused_forward(self: LoRASwitchLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x [..., in_features] -> [..., out_features]; stands in for `LoRASwitchLinear.forward`."""
     frame, fused = self.routing_state.frame, plan_of(self)
-    adapter = _served_adapter(self, x, frame)
+    shared = getattr(frame, "shared_results", None)
+    if shared is not None:
+        waiting = shared.pop(self.name, None)
+        if waiting is not None and waiting[0] is x:  # the first of the group has checked everything for all
+            return waiting[1]
+    adapter = _served_adapter(self, fused, x, frame)
     if adapter is None or frame is None or args or kwargs:
         if self.training and not torch.compiler.is_compiling():
             fused.stale = True
         return LoRASwitchLinear.forward(self, x, *args, **kwargs)
-    shared = getattr(frame, "shared_results", None)
-    if shared is not None:
-        waiting = shared.pop(self.name, None)
-        if waiting is not None and waiting[0] is x:
-            return waiting[1]
     routing = frame.routings.get(adapter)
     if routing is None:
         routing = _decide(self, adapter, frame, x)
@@ -133,7 +135,7 @@ def fused_forward(self: LoRASwitchLinear, x: Tensor, *args: Any, **kwargs: Any) 
     return compute(self, adapter, x, routing, frame)
 
 
-def _served_adapter(layer: LoRASwitchLinear, x: Tensor, frame: RoutingFrame | None) -> str | None:
+def _served_adapter(layer: LoRASwitchLinear, fused: FusedLayer, x: Tensor, frame: RoutingFrame | None) -> str | None:
     """The one adapter to apply by the fused ops, or None if this call must take the unfused forward."""
     if frame is None or frame.adapter_names is not None or layer.training or layer._disable_adapters:
         return None
@@ -149,7 +151,7 @@ def _served_adapter(layer: LoRASwitchLinear, x: Tensor, frame: RoutingFrame | No
         return None
     if torch.is_autocast_enabled(x.device.type) or x.device != experts.device or x.numel() == 0:
         return None
-    dtype = base_of(layer).weight.dtype if plan_of(layer).plain else experts.dtype
+    dtype = fused.base.weight.dtype if fused.plain else experts.dtype
     return active if x.dtype == dtype else None
 
 
@@ -214,15 +216,17 @@ def _launch(group: list[LoRASwitchLinear], adapter: str, x: Tensor, routing: Rou
     )
     if direct:
         packed = fused.packed.get(adapter)
-        if packed is not None and len(packed.weights) == len(group) and not fused.stale and packed.is_current():
+        if packed is not None and len(packed.out_features) == len(group) and not fused.stale and packed.is_current():
             return packed(x, routing.experts, routing.gates)
-    bases = [base_of(member) for member in group]
+    bases = [plan_of(member).base for member in group]
     experts = [experts_of(member, adapter) for member in group]
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
     lora_a, lora_b = [a for a, _ in experts], [b for _, b in experts]
     scalings = [member.scaling[adapter] for member in group]
     if direct and all(t.is_contiguous() for t in (*weights, *lora_a, *lora_b)):
-        fused.packed[adapter] = ops.PackedLinears(weights, biases, lora_a, lora_b, scalings, fused.transposed)
+        packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, fused.transposed)
+        kernels.warn_if_generic(packed, x, routing.experts)
+        fused.packed[adapter] = packed
     return ops.linear(x, routing.experts, routing.gates, weights, biases, lora_a, lora_b, scalings, fused.transposed)
 
 

@@ -262,15 +262,9 @@ class PackedGroup:
         return [t.data_ptr() for t in self.tensors] == self.pointers
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        experts: torch.Tensor,
-        gates: torch.Tensor,
-        bases: Sequence[torch.Tensor] = (),
-        in_place: bool = False,
+        self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, bases: Sequence[torch.Tensor] = ()
     ) -> list[torch.Tensor]:
-        """x [..., in], experts and gates [..., k], contiguous; bases [..., out] -> [..., out] for each linear; with
-        `in_place` written into `bases`."""
+        """x [..., in], experts and gates [..., k], contiguous; bases [..., out] -> [..., out] for each linear."""
         group = Group.from_buffer_copy(self.group)  # this call's own: other threads may be calling too
         reference = byref(group)
         top_k = experts.shape[-1]
@@ -281,7 +275,7 @@ class PackedGroup:
         if size is None:
             size = self._hidden_sizes[tokens, top_k] = library().ls_hidden_elements(reference)
         hidden = x.new_empty(size)
-        results = list(bases) if in_place else [x.new_empty((*shape, out)) for out in self.out_features]
+        results = [x.new_empty((*shape, out)) for out in self.out_features]
         group.x, group.experts, group.gates = x.data_ptr(), experts.data_ptr(), gates.data_ptr()
         group.hidden = hidden.data_ptr()
         for item, result in zip(group.items, results, strict=False):
