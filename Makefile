@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV = .venv/bin/python
 
-.PHONY: setup quickstart test lint format
+.PHONY: setup quickstart test lint format wheel
 
 setup:
 	$(PYTHON) -m venv .venv && $(VENV) -m pip install -r requirements-dev.txt -e .
@@ -21,3 +21,6 @@ lint:
 format:
 	$(VENV) -m ruff check --fix .
 	$(VENV) -m ruff format .
+
+wheel: setup
+	$(VENV) csrc/check_wheel.py

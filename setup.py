@@ -61,12 +61,14 @@ def build_kernels(target: Path) -> bool:
             file=sys.stderr,
         )
         return False
-    inputs = [ROOT / "setup.py", *(ROOT / "csrc").glob("*.cu*"), *(ROOT / "csrc").glob("*.h")]
-    if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
-        print(f"peft_loraswitch: {target} is newer than its sources: kept.")
-        return True
-    target.parent.mkdir(parents=True, exist_ok=True)
     architectures = "+".join(f"sm_{a}" for a in ARCHITECTURES) + f"+compute_{PTX}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    in_place = ROOT / "peft_loraswitch" / LIBRARY
+    if is_current(in_place, architectures):
+        print(f"peft_loraswitch: {in_place} is newer than its sources and has all architectures: kept.")
+        if target != in_place:
+            shutil.copy2(in_place, target)
+        return True
     command = [nvcc, "-std=c++17", "-O3", "-shared", "-cudart", "static", "--threads", "0", "--compress-mode=size"]
     command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-s"]
     command += [f'-DLS_ARCHITECTURES="{architectures}"']
@@ -81,6 +83,14 @@ def build_kernels(target: Path) -> bool:
     print(" ".join(command))
     subprocess.run(command, check=True)
     return True
+
+
+def is_current(library: Path, architectures: str) -> bool:
+    """Whether `library` is newer than what it is built from, and built for all architectures."""
+    inputs = [ROOT / "setup.py", *(ROOT / "csrc").glob("*.cu*"), *(ROOT / "csrc").glob("*.h")]
+    if not library.exists() or library.stat().st_mtime <= max(path.stat().st_mtime for path in inputs):
+        return False
+    return architectures.encode() in library.read_bytes()
 
 
 def platform_tag(library: Path) -> str:

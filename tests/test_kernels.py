@@ -121,10 +121,12 @@ def test_launches_without_a_gpu_return_an_error_and_do_not_crash(library):
         pytest.skip("this machine has a GPU")
     lib = kernels.library()
     group = kernels.Group(n_items=1, tokens=1, in_features=8, top_k=1, num_experts=1, dtype=2)
+    assert lib.ls_linear(ctypes.byref(group), None) == 100002  # no x
+    group.x = 4096
     assert lib.ls_linear(ctypes.byref(group), None) == 100001  # out_features is 0
     group.items[0].out_features = 8
-    assert lib.ls_linear(ctypes.byref(group), None) == 100002  # no x
-    group.x = group.items[0].out = 4096
+    assert lib.ls_linear(ctypes.byref(group), None) == 100002  # nowhere to write
+    group.items[0].out = 4096
     assert lib.ls_linear_path(ctypes.byref(group)) == kernels.FAST_PATH
     assert 0 < lib.ls_linear(ctypes.byref(group), None) < 1000
     assert lib.ls_router(None, None, None, None, 1, 8, 4, 5, 1, 0, 0, 0, None) == 100001  # top_k > num_experts

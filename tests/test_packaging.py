@@ -39,6 +39,4 @@ def test_the_wheel_with_kernels(tmp_path):
 
 def test_setup_neither_imports_torch_nor_downloads():
     source = (ROOT / "setup.py").read_text()
-    assert not [
-        word for word in ("import torch", "urllib", "requests", "pip install") if word in source.split('"""', 2)[2]
-    ]
+    assert not [word for word in ("import torch", "urllib", "requests", '"pip"') if word in source.split('"""', 2)[2]]
