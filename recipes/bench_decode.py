@@ -410,7 +410,8 @@ def draw(rows: list[dict], gpu: str, path: Path) -> None:
         r for r in rows if r["model"] == "llama-2-7b" and r["mode"] == "compiled" and r["batch"] == 1 and r["ratio"]
     ]
     chosen.sort(key=lambda r: r["ratio"], reverse=True)
-    labels = [r["method"] + (f", r = {r['rank']}" if r["rank"] else "") for r in chosen]
+    names = {"kernels": "our kernels, no adapter", "lora": "PEFT LoRA", "torch": "routing in plain PyTorch"}
+    labels = [names.get(r["method"], r["method"]) + (f", r = {r['rank']}" if r["rank"] else "") for r in chosen]
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(chosen) + 1.2))
     colors = ["#4477aa" if r["method"] == "fused" else "#bbbbbb" for r in chosen]
     bars = axes.barh(labels, [r["ratio"] for r in chosen], color=colors)
