@@ -285,7 +285,8 @@ def _loss(
     """(both losses, weighted by their coefficients, of all tokens since the last optimiser step; number of micro-batches)
     or None while more micro-batches follow."""
     weight: torch.Tensor = router.weight  # type: ignore[assignment]
-    last = GradientState().sync_gradients
+    # read without an instance: torch 2.11 cannot trace GradientState's __getattr__
+    last = GradientState._shared_state.get("sync_gradients", True)
     if not last and not pending.allocated:
         pending.allocate(options.num_experts, batch.x.shape[-1], batch.x.device)
         pending.watch(weight)

@@ -69,7 +69,7 @@ class RoutingFrame:
         router_layer = layer.routing_state.router_layer(adapter, layer)
         options = router_layer.routing_options[adapter]
         router = router_layer.loraswitch_router[adapter]
-        recording = self.training or bool(layer.routing_state.recorders)
+        recording = self.training or len(layer.routing_state.recorders) > 0
         routed = jitter(x, options.jitter) if options.jitter and layer.training else x
         logits = router(routed)
         if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(logits).all():

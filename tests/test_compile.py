@@ -92,7 +92,9 @@ def run_training_without_labels(model: nn.Module, graphs: Graphs) -> None:
 
 
 def checkpointing(model: nn.Module) -> nn.Module:
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    backbone = model.base_model.model  # transformers 5.23 says "activation" where older versions say "gradient"
+    name = "activation" if hasattr(backbone, "activation_checkpointing_enable") else "gradient"
+    getattr(backbone, f"{name}_checkpointing_enable")({"use_reentrant": False})
     model.base_model.model.disable_input_require_grads()  # a hook that stock LoRA cannot be compiled with either
     return model.train()
 
