@@ -401,9 +401,7 @@ def _real_tokens(frame: RoutingFrame, adapter: str, routing: Routing) -> torch.T
     rows = frame.served_rows(adapter)
     total = tokens if rows is None else rows[0]
     if isinstance(mask, torch.Tensor):
-        if (
-            mask.dim() == 4
-        ):  # [batch, 1 or heads, 1 or queries, keys], bool or additive: real if anyone may attend to it
+        if mask.dim() == 4:  # [batch, heads, queries, keys], bool or additive: real if anyone may attend to it
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             mask = allowed[:, 0].any(-2)
         if mask.dim() == 2 and mask.shape[0] > 0:

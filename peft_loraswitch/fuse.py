@@ -241,10 +241,8 @@ def _add_dense(
     in_place: bool,
 ) -> Tensor:
     """base [..., out] plus what the experts add, by two dense products (many tokens)."""
-    gates = routing.dense_gates_for(x, layer.name).reshape(-1, a.shape[0]) * layer.scaling[adapter]
-    hidden = nn.functional.linear(x.to(a.dtype), a.flatten(0, 1)).view(-1, a.shape[0], a.shape[1])  # [T, E, r]
-    hidden = (hidden * gates.to(hidden.dtype).unsqueeze(-1)).flatten(1)
-    up = b.transpose(1, 2).flatten(0, 1)  # [E * r, out]
+    gates = routing.dense_gates_for(x, layer.name).reshape(-1, a.shape[0])
+    hidden, up = ops.dense_factors(x.to(a.dtype).reshape(-1, x.shape[-1]), gates, a, b, layer.scaling[adapter])
     if base.dtype != hidden.dtype:
         return base + (hidden @ up).to(base.dtype).view(base.shape)
     rows = base.reshape(-1, base.shape[-1])

@@ -107,10 +107,7 @@ class LoRASwitchModel(BaseTuner):
         if isinstance(target, LoRASwitchLinear):
             target.update_layer(adapter_name, **settings)
             return
-        state = routing_state(self.model)
-        if state is None:
-            state = getattr(self, "_new_state", None) or RoutingState()
-            self._new_state = state
+        state = routing_state(self.model) or RoutingState()  # the first layer brings it, the others find it there
         layer = LoRASwitchLinear(target, adapter_name, current_key, state, **settings, **_quantization_kwargs(self))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
@@ -121,10 +118,6 @@ class LoRASwitchModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # unloading: PEFT would also assign weight and bias, which not every quantised linear has
             setattr(parent, child_name, new_module)
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: LoRASwitchConfig, key: str) -> Any:
-        return check_target_module_exists(peft_config, key)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT 0.20 calls self.model.forward here, which would pass over the hooks that open and close the frame.

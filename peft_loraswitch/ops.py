@@ -138,14 +138,12 @@ def dense_gates(experts: Tensor, gates: Tensor, num_experts: int) -> Tensor:
     return zeros.scatter_add(1, experts.where(valid, 0), gates.where(valid, 0.0))
 
 
-def add_experts(
-    base: Tensor | None, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor:
-    """base [T, out] + scaling * sum_e gates[:, e] B[e] A[e] x, for x [T, in] and gates [T, E]: two dense products."""
+def dense_factors(x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(hidden [T, E * r], up [E * r, out]) for x [T, in] and gates [T, E]; their product is what the experts add:
+    scaling * sum_e gates[:, e] B[e] A[e] x."""
     hidden = F.linear(x, lora_a.flatten(0, 1)).view(x.shape[0], *lora_a.shape[:2])  # [T, E, r]
-    hidden = (hidden * (gates * scaling).to(hidden.dtype).unsqueeze(-1)).flatten(1)  # [T, E * r]
-    up = lora_b.transpose(1, 2).flatten(0, 1)  # [E * r, out]
-    return hidden @ up if base is None else torch.addmm(base, hidden, up)
+    hidden = (hidden * (gates * scaling).to(hidden.dtype).unsqueeze(-1)).flatten(1)
+    return hidden, lora_b.transpose(1, 2).flatten(0, 1)
 
 
 def _add_chosen(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -166,7 +164,8 @@ def _experts_reference(
     """x [T, in], experts and gates [T, k] -> [T, out]"""
     if experts.numel() < lora_a.shape[0]:
         return _add_chosen(x, experts, gates, lora_a, lora_b, scaling)
-    return add_experts(None, x, dense_gates(experts, gates, lora_a.shape[0]), lora_a, lora_b, scaling)
+    hidden, up = dense_factors(x, dense_gates(experts, gates, lora_a.shape[0]), lora_a, lora_b, scaling)
+    return hidden @ up
 
 
 def _route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
