@@ -253,9 +253,9 @@ def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) 
         routed = [(each, each.routings[adapter]) for each in passes if adapter in each.routings]
         if router_layer is None or any(routing.router_input is None for _, routing in routed):
             continue  # decided before anybody wanted to know
-        batches = [_batch(each, adapter, routing) for each, routing in routed]
-        batch = batches[0] if len(batches) == 1 else _Batch.concatenate(batches)
         options = router_layer.routing_options[adapter]
+        batches = [_batch(each, adapter, routing, options.top_k) for each, routing in routed]
+        batch = batches[0] if len(batches) == 1 else _Batch.concatenate(batches)
         router = router_layer.loraswitch_router[adapter]
         with torch.set_grad_enabled(frame.training and torch.is_grad_enabled()):
             batch.route(router, options.num_experts)
@@ -273,9 +273,10 @@ def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) 
     return output
 
 
-def _batch(frame: RoutingFrame, adapter: str, routing: Routing) -> _Batch:
+def _batch(frame: RoutingFrame, adapter: str, routing: Routing, top_k: int) -> _Batch:
     assert routing.router_input is not None
-    x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, routing.experts))
+    chosen = routing.experts[..., :top_k]  # without the shared experts, which nobody chose
+    x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, chosen))
     return _Batch(x=x, experts=experts, real=_real_tokens(frame, adapter, routing))
 
 

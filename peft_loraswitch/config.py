@@ -27,7 +27,8 @@ class LoRASwitchConfig(PeftConfig):
     once per token, all layers follow (arXiv 2405.17741).
 
     For token t an adapted linear computes `y = W x + b + s * sum_j g_tj B[e_tj] A[e_tj] x` with `s = lora_alpha / r` (or
-    `lora_alpha / sqrt(r)` with `use_rslora`), the `top_k` experts `e_tj` and gates `g_tj` that the router picked for t.
+    `lora_alpha / sqrt(r)` with `use_rslora`), the `top_k` experts `e_tj` and gates `g_tj` that the router picked for t, and
+    the `num_shared_experts` shared ones with gate 1 (arXiv 2401.06066).
     Fields that `LoraConfig` has too mean the same here. Every field is validated when the config is made.
 
     Raises:
@@ -55,11 +56,19 @@ class LoRASwitchConfig(PeftConfig):
             "help": "Experts used per token, 1 <= top_k <= num_experts. Cost at decode time grows with top_k * r."
         },
     )
+    num_shared_experts: int = field(
+        default=0,
+        metadata={
+            "help": "Experts that every token uses with gate 1, besides the routed ones, >= 0. Each adds r to the rank at "
+            "work on every token. With router_module they also adapt the linears before it."
+        },
+    )
     normalize_gates: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether the gates of the chosen experts are rescaled to sum to 1. None (default) means True for "
-            "top_k > 1 and False for top_k = 1, where the rescaled gate is the constant 1 and the router gets no gradient."
+            "help": "Whether the gates of the chosen (not of the shared) experts are rescaled to sum to 1. None (default) means "
+            "True for top_k > 1 and False for top_k = 1, where the rescaled gate is the constant 1 and the router gets no "
+            "gradient."
         },
     )
     router_module: str | None = field(
@@ -67,7 +76,8 @@ class LoRASwitchConfig(PeftConfig):
         metadata={
             "help": "Full name, or unique ending of the name, of the adapted linear whose input is routed, for instance "
             "'layers.8.self_attn.q_proj'. None (default): the adapted linear that runs first. With a deeper one the "
-            "router sees context, and linears before it (in the order of model.named_modules()) are not adapted."
+            "router sees context; linears before it (in the order of model.named_modules()) get the num_shared_experts "
+            "shared experts alone, or with none are not adapted."
         },
     )
     target_modules: list[str] | str | None = field(
@@ -159,6 +169,7 @@ class LoRASwitchConfig(PeftConfig):
     def _check_routing(self) -> None:
         for name in ("num_experts", "top_k"):
             _require_int(name, getattr(self, name), MAX_EXPERTS)
+        _require_int("num_shared_experts", self.num_shared_experts, MAX_EXPERTS, lower=0)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}: lower top_k.")
         if self.normalize_gates is None:
@@ -231,6 +242,7 @@ class LoRASwitchConfig(PeftConfig):
             num_experts=self.num_experts,
             top_k=self.top_k,
             normalize_gates=bool(self.normalize_gates),
+            num_shared_experts=self.num_shared_experts,
             jitter=self.router_jitter,
             aux_loss_coef=self.router_aux_loss_coef,
             z_loss_coef=self.router_z_loss_coef,
@@ -238,7 +250,10 @@ class LoRASwitchConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved: names in order, so that the same adapter is always the same file."""
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+        settings = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+        if not self.num_shared_experts:  # so that versions before it still read adapters that do not use it
+            del settings["num_shared_experts"]
+        return settings
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and bring the model card beside it up to date.
@@ -257,9 +272,9 @@ class LoRASwitchConfig(PeftConfig):
         update_model_card(save_directory, self)
 
 
-def _require_int(name: str, value: Any, upper: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= upper:
-        raise ValueError(f"{name}={value!r} must be a whole number from 1 to {upper}.")
+def _require_int(name: str, value: Any, upper: int, lower: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not lower <= value <= upper:
+        raise ValueError(f"{name}={value!r} must be a whole number from {lower} to {upper}.")
 
 
 def _require_bool(name: str, value: Any) -> None:

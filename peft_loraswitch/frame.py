@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .balance import RoutingRecord, add_auxiliary_losses
 from .checkpointing import SECOND_RUN, CheckpointedBlock, Relay, checkpointed_blocks
-from .routing import Routing, jitter, route
+from .routing import Routing, jitter, route, shared_routing
 
 if TYPE_CHECKING:
     from .layer import LoRASwitchLinear
@@ -39,6 +39,7 @@ class RoutingFrame:
         training: whether a loss may follow: model in train mode and gradients enabled when the frame was opened.
         earlier: finished passes of the same forward, if an owner below the outermost runs several times (a model that
             encodes two sentences, one after the other): other tokens, so other decisions.
+        shared: what linears follow that have shared experts only, by adapter name.
         used: adapters whose decision was asked for; `relays`, `paused`: see `checkpointing.py`.
     """
 
@@ -46,6 +47,7 @@ class RoutingFrame:
         self.training = training
         self.adapter_names = adapter_names
         self.routings: dict[str, Routing] = {}
+        self.shared: dict[str, Routing] = {}
         self.attention_mask: torch.Tensor | None = None
         self.num_items_in_batch: Any = None
         self.earlier: tuple[RoutingFrame, ...] = ()
@@ -59,10 +61,22 @@ class RoutingFrame:
         """The decision of this forward for `adapter`; taken now, from x [..., in_features], if it is not there yet."""
         if not torch.compiler.is_compiling():
             self.used.add(adapter)
+        if layer.num_experts[adapter] == 0:
+            return self.shared_routing(adapter, layer, x)
         routing = self.routings.get(adapter)
         if routing is None:
             routing = self._decide(adapter, layer, x)
             self.routings[adapter] = routing
+        return routing
+
+    def shared_routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
+        """What a layer follows that has shared experts only: made once for the tokens of x, as it depends on nothing."""
+        routing = self.shared.get(adapter)
+        if routing is None or routing.token_shape != x.shape[:-1] or routing.gates.device != x.device:
+            routing = shared_routing(layer.num_shared_experts[adapter], x.shape[:-1], x.device)
+            # a checkpointed block must not change what lies outside of it while it is compiled
+            if not (self.training and torch.compiler.is_compiling()):
+                self.shared[adapter] = routing
         return routing
 
     def _decide(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
@@ -153,6 +167,12 @@ class RoutingState:
                 "FSDP's activation_checkpointing): use the model's gradient_checkpointing_enable() instead."
             )
         return frame
+
+    def routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
+        """What `layer` follows for x [..., in_features]: the decision of the forward that this thread is in."""
+        if self.frame is None and layer.num_experts[adapter] == 0:  # nothing to decide: outside of a forward, too
+            return shared_routing(layer.num_shared_experts[adapter], x.shape[:-1], x.device)
+        return self.require_frame(layer.name).routing(adapter, layer, x)
 
     def router_layer(self, adapter: str, layer: LoRASwitchLinear) -> LoRASwitchLinear:
         """The layer that holds the router of `adapter`, given that `layer` is the first one reached."""

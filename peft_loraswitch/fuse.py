@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import kernels, ops
 from .frame import RoutingFrame
 from .layer import LoRASwitchLinear
-from .routing import Routing
+from .routing import Routing, with_shared
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -68,6 +68,8 @@ class FusedLayer:
         # Looked up once: a compiler that traces the forward cannot ask a library.
         device = base.weight.device
         self.kernels = device.type == "cuda" and kernels.available(device.index or 0)
+        if self.kernels:
+            kernels.give_workspace(device.index or 0)
         fast = base.weight.dtype in (torch.float16, torch.bfloat16) and not self.transposed
         self.few_tokens = FEW_TOKENS if fast or device.type != "cuda" else FEW_TOKENS_GENERIC
         if device.type == "cuda" and not self.kernels:
@@ -123,7 +125,10 @@ def fused_forward(self: LoRASwitchLinear, x: Tensor, *args: Any, **kwargs: Any) 
         if self.training and not torch.compiler.is_compiling():
             fused.stale = True
         return LoRASwitchLinear.forward(self, x, *args, **kwargs)
-    routing = frame.routings.get(adapter)
+    if self.num_experts[adapter] == 0:
+        routing: Routing | None = frame.shared_routing(adapter, self, x)
+    else:
+        routing = frame.routings.get(adapter)
     if routing is None:
         routing = _decide(self, adapter, frame, x)
     if x.shape[:-1] != routing.token_shape:
@@ -162,10 +167,12 @@ def _decide(layer: LoRASwitchLinear, adapter: str, frame: RoutingFrame, x: Tenso
         return frame.routing(adapter, layer, x)
     router_layer = state.router_layer(adapter, layer)
     options = router_layer.routing_options[adapter]
+    if options.top_k > kernels.MAX_TOP_K or options.num_experts > kernels.MAX_EXPERTS:
+        return frame.routing(adapter, layer, x)
     weight: Any = router_layer.loraswitch_router[adapter].weight
     experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
     dense = torch.zeros((*experts.shape[:-1], options.num_experts), dtype=gates.dtype, device=gates.device)
-    routing = Routing(experts=experts, gates=gates, dense_gates=dense.scatter(-1, experts, gates))
+    routing = with_shared(Routing(experts=experts, gates=gates, dense_gates=dense.scatter(-1, experts, gates)), options)
     if not torch.compiler.is_compiling():
         frame.used.add(adapter)
     frame.routings[adapter] = routing
@@ -179,12 +186,15 @@ def compute(layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, 
     a, b = experts_of(layer, adapter)
     if not fused.plain:
         base = layer.base_layer(x)
-        if tokens > fused.few_tokens or base.dtype != x.dtype or base.device != x.device:
+        unfit = base.dtype != x.dtype or base.device != x.device or not _within_limits(layer, adapter)
+        if tokens > fused.few_tokens or unfit:
             return _add_dense(layer, base, x, routing, adapter, a, b, in_place=False)
         return ops.delta(base, x, routing.experts, routing.gates, a, b, layer.scaling[adapter])
     if tokens > fused.few_tokens:
         return _add_dense(layer, layer.base_layer(x), x, routing, adapter, a, b, in_place=True)
-    group = [m for m in fused.group if _same_launch(m, layer, adapter)] if fused.group[0] is layer else [layer]
+    group = [m for m in fused.group if _same_launch(m, layer, adapter)]
+    if group[0] is not layer:
+        group = [layer]
     results = _launch(group, adapter, x, routing)
     if len(group) > 1:
         shared = getattr(frame, "shared_results", None)
@@ -207,6 +217,25 @@ def _same_launch(member: LoRASwitchLinear, leader: LoRASwitchLinear, adapter: st
     return member.num_experts[adapter] == leader.num_experts[adapter]
 
 
+def _within_limits(layer: LoRASwitchLinear, adapter: str) -> bool:
+    """Whether the ops take an adapter of this size; beyond, two dense products serve it, with one line of log."""
+    shared = layer.num_shared_experts[adapter]
+    active = layer.top_k[adapter] + shared
+    if (
+        active <= kernels.MAX_TOP_K
+        and layer.num_experts[adapter] + shared <= kernels.MAX_EXPERTS
+        and layer.r[adapter] <= kernels.MAX_RANK
+    ):
+        return True
+    if not torch.compiler.is_compiling():
+        kernels._log_once(
+            f"LoRA-Switch: adapter '{adapter}' is served by PyTorch operations: the fused ones take at most "
+            f"{kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), {kernels.MAX_EXPERTS} experts and rank "
+            f"{kernels.MAX_RANK}."
+        )
+    return False
+
+
 def _launch(group: list[LoRASwitchLinear], adapter: str, x: Tensor, routing: Routing) -> list[Tensor]:
     leader = group[0]
     fused = plan_of(leader)
@@ -218,8 +247,13 @@ def _launch(group: list[LoRASwitchLinear], adapter: str, x: Tensor, routing: Rou
         packed = fused.packed.get(adapter)
         if packed is not None and len(packed.out_features) == len(group) and not fused.stale and packed.is_current():
             return packed(x, routing.experts, routing.gates)
-    bases = [plan_of(member).base for member in group]
     experts = [experts_of(member, adapter) for member in group]
+    if not all(_within_limits(member, adapter) for member in group):
+        return [
+            _add_dense(member, member.base_layer(x), x, routing, adapter, a, b, in_place=True)
+            for member, (a, b) in zip(group, experts, strict=True)
+        ]
+    bases = [plan_of(member).base for member in group]
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
     lora_a, lora_b = [a for a, _ in experts], [b for _, b in experts]
     scalings = [member.scaling[adapter] for member in group]

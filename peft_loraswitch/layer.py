@@ -2,6 +2,9 @@
 
     y = W x + b + s * sum_j g_tj B[e_tj] A[e_tj] x          for each token t, with the forward's one decision (e, g)
 
+Experts are stacked: `num_experts` routed ones, then `num_shared_experts` that every token uses with gate 1. A linear before
+the one that routes has the shared ones only, and follows no decision.
+
 No loop over experts and no wait for the device: A of all experts is one wide matrix, the hidden of experts that were not
 chosen is multiplied by the gate 0, and B of all experts is one wide matrix again: two dense products, whatever the routing.
 """
@@ -68,6 +71,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         "scaling",
         "top_k",
         "num_experts",
+        "num_shared_experts",
         "routing_options",
         "router_is_named",
         "loraswitch_dropout",
@@ -99,8 +103,9 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.top_k: dict[str, int] = {}
+        self.top_k: dict[str, int] = {}  # this and num_experts: 0 on a linear before the one that routes
         self.num_experts: dict[str, int] = {}
+        self.num_shared_experts: dict[str, int] = {}
         self.routing_options: dict[str, RoutingOptions] = {}
         self.router_is_named: dict[str, bool] = {}
         self._disable_adapters = False
@@ -117,19 +122,23 @@ class LoRASwitchLayer(BaseTunerLayer):
         r: int,
         lora_alpha: float,
         is_router: bool,
+        is_routed: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Add an adapter to this layer; with `is_router` also its router."""
+        """Add an adapter to this layer; with `is_router` also its router, without `is_routed` only its shared experts."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.top_k[adapter_name] = config.top_k
-        self.num_experts[adapter_name] = config.num_experts
+        self.top_k[adapter_name], self.num_experts[adapter_name] = (
+            (config.top_k, config.num_experts) if is_routed else (0, 0)
+        )
+        self.num_shared_experts[adapter_name] = config.num_shared_experts
+        stacked = self.num_experts[adapter_name] + config.num_shared_experts
         self.loraswitch_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         )
-        self.loraswitch_A[adapter_name] = ExpertsA(config.num_experts, r, self.in_features)
-        self.loraswitch_B[adapter_name] = ExpertsB(config.num_experts, self.out_features, r)
+        self.loraswitch_A[adapter_name] = ExpertsA(stacked, r, self.in_features)
+        self.loraswitch_B[adapter_name] = ExpertsB(stacked, self.out_features, r)
         if is_router:
             self.routing_options[adapter_name] = config.routing_options()
             self.router_is_named[adapter_name] = config.router_module is not None
@@ -200,12 +209,13 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
         r: int,
         lora_alpha: float,
         is_router: bool,
+        is_routed: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         LoRASwitchLayer.__init__(self, base_layer, name, routing_state, **kwargs)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, r, lora_alpha, is_router)
+        self.update_layer(adapter_name, config, r, lora_alpha, is_router, is_routed)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features], in the dtype that the base layer returns."""
@@ -217,7 +227,7 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
             return self._forward_mixed(x, result, frame)
         for adapter in self.active_adapters:
             if adapter in self.loraswitch_A:
-                routing = self.routing_state.require_frame(self.name).routing(adapter, self, x)
+                routing = self.routing_state.routing(adapter, self, x)
                 result = self.loraswitch_B[adapter](self.gated_hidden(adapter, x, routing), result)
         return result
 

@@ -253,10 +253,15 @@ def _check_shape(path: str, key: str, name: str, part: str, shape: tuple[int, ..
     }[part]
     if len(shape) != layout.count(",") + 1:
         raise ValueError(f"{path}: wrong shape: '{key}' is {list(shape)}, not {layout}.")
-    if shape[0] != config.num_experts:
+    shared = 0 if part == "router" else config.num_shared_experts
+    sizes = {config.num_experts + shared}
+    if shared and config.router_module:
+        sizes.add(shared)  # a linear before the router
+    if shape[0] not in sizes:
         raise ValueError(
             f"{path} holds {shape[0]} experts ('{key}' is {list(shape)}), but the configuration (adapter_config.json) says "
-            f"num_experts={config.num_experts}: the two do not belong together."
+            f"num_experts={config.num_experts}{f', num_shared_experts={shared}' if shared else ''}: the two do not belong "
+            "together."
         )
     found = {"A": shape[1], "B": shape[-1], "router": rank}[part]
     if found != rank:

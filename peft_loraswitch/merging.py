@@ -39,7 +39,8 @@ class MergedWeights:
 
         self.layers, self.in_place = layers, in_place
         self.adapter = self._one_adapter(layers)
-        self.served = [layer for layer in layers if self.adapter in layer.loraswitch_A]
+        # Linears before the one that routes are left out: they run before there is a decision, and theirs never changes.
+        self.served = [layer for layer in layers if layer.num_experts.get(self.adapter)]
         self.bases = [base_of(layer) for layer in self.served]
         kinds = {(base.weight.dtype, base.weight.device) for base in self.bases}
         plans = [FusedLayer(layer) for layer in self.served]
@@ -62,7 +63,7 @@ class MergedWeights:
         for tensor in (*self.weights, *self.lora_a, *self.lora_b):
             torch._dynamo.mark_static_address(tensor, guard=False)
         self.index = {id(layer): i for i, layer in enumerate(self.served)}
-        top_k = self.served[0].top_k[self.adapter]
+        top_k = self.served[0].top_k[self.adapter] + self.served[0].num_shared_experts[self.adapter]
         # What is merged in place now; -1: nothing. Buffers with fixed addresses, so that a CUDA graph can keep them.
         self.experts = torch.full((top_k,), -1, dtype=torch.int64, device=device)
         self.gates = torch.zeros(top_k, dtype=torch.float32, device=device)
@@ -84,7 +85,9 @@ class MergedWeights:
     def forward(
         self, layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, frame: RoutingFrame
     ) -> Tensor | None:
-        """The layer's output from merged weights, or None if this forward takes the unmerged path."""
+        """The layer's output from merged weights, or None if this layer or forward takes the unmerged path."""
+        if id(layer) not in self.index:
+            return None
         single = adapter == self.adapter and routing.experts.shape[:-1].numel() == 1 and x.shape[:-1].numel() == 1
         if getattr(frame, "merged", None) is None:
             frame.merged = single  # type: ignore[attr-defined]

@@ -34,6 +34,7 @@ class InjectionPlan:
 
     adapted: list[str]  # full names, in module order
     router: str  # the one of them that holds the router
+    before: list[str]  # those before it, which have shared experts only
 
 
 class LoRASwitchModel(BaseTuner):
@@ -103,6 +104,7 @@ class LoRASwitchModel(BaseTuner):
             "r": r,
             "lora_alpha": alpha,
             "is_router": current_key == self._plan.router,
+            "is_routed": current_key not in self._plan.before,
         }
         if isinstance(target, LoRASwitchLinear):
             target.update_layer(adapter_name, **settings)
@@ -246,7 +248,7 @@ def plan_injection(
             f"target_modules: {_some_reasons(unfit)}; no routing decision fits that. Add exclude_modules="
             f"{sorted(unfit) if len(unfit) <= LIST_AT_MOST else sorted({n.rpartition('.')[2] for n in unfit})}."
         )
-    router = names[0]
+    router, before = names[0], []
     if config.router_module is not None:
         found = [n for n in names if n == config.router_module or n.endswith("." + config.router_module)]
         if len(found) != 1:
@@ -256,9 +258,11 @@ def plan_injection(
                 f"{', '.join(names[:3])}, ..., {names[-1]}."
             )
         router = found[0]
-        names = names[names.index(router) :]
+        before, names = names[: names.index(router)], names[names.index(router) :]
     check_streams(model, names)
-    return InjectionPlan(names, router)
+    if config.num_shared_experts == 0:
+        before = []
+    return InjectionPlan([*before, *names], router, before)
 
 
 def _some_reasons(reasons: dict[str, str]) -> str:

@@ -2,6 +2,9 @@
 
 `Router` turns hidden states into logits; `route` turns logits into a `Routing`, taken once per token and followed by
 every adapted layer. LoRA-Switch, arXiv 2405.17741: linear, softmax, top-k on the input of the first adapted linear.
+
+Shared experts (DeepSeekMoE, arXiv 2401.06066) are experts that every token uses with the gate 1. In a layer's stack they
+come after the routed ones, and in a `Routing` after the chosen ones, so that layers and kernels need not tell them apart.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ class RoutingOptions:
     num_experts: int
     top_k: int
     normalize_gates: bool
+    num_shared_experts: int = 0
     jitter: float = 0.0
     aux_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
@@ -53,10 +57,11 @@ class Routing:
     """One decision for the tokens in flight.
 
     Attributes:
-        experts: int64 [*token_shape, top_k], indices of the chosen experts, best first.
-        gates: float32 [*token_shape, top_k], their weights.
-        dense_gates: float32 [*token_shape, num_experts], the gates scattered over all experts, 0 where not chosen. This
-            is what layers multiply with, and the one path by which gradients reach the router.
+        experts: int64 [*token_shape, top_k + num_shared_experts], indices of the chosen experts, best first, then those of
+            the shared ones.
+        gates: float32, same shape, their weights; those of the shared experts are 1.
+        dense_gates: float32 [*token_shape, num_experts + num_shared_experts], the gates scattered over all experts, 0
+            where not chosen. This is what layers multiply with, and the one path by which gradients reach the router.
         router_input: [*token_shape, in_features], detached; what the balance losses are computed from. None outside of
             training, where nothing needs it.
     """
@@ -71,7 +76,7 @@ class Routing:
         return self.experts.shape[:-1]
 
     def dense_gates_for(self, x: torch.Tensor, layer_name: str) -> torch.Tensor:
-        """`dense_gates` in the token shape of a layer's input x [..., in_features], checked: [..., num_experts].
+        """`dense_gates` in the token shape of a layer's input x [..., in_features], checked: [..., all experts].
 
         Raises:
             RuntimeError: x does not hold the tokens that were routed.
@@ -90,7 +95,8 @@ class Routing:
 
 
 def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
-    """Pick experts and gates: softmax in float32, top-k, gates rescaled to sum 1 if `options.normalize_gates`.
+    """Pick experts and gates: softmax in float32, top-k, gates rescaled to sum 1 if `options.normalize_gates`; then the
+    shared experts.
 
     Args:
         logits: float32 [*token_shape, num_experts].
@@ -100,7 +106,26 @@ def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
     if options.normalize_gates:
         gates = gates / gates.sum(dim=-1, keepdim=True)
     dense_gates = torch.zeros_like(probabilities).scatter(-1, experts, gates)
-    return Routing(experts=experts, gates=gates, dense_gates=dense_gates)
+    return with_shared(Routing(experts=experts, gates=gates, dense_gates=dense_gates), options)
+
+
+def with_shared(routing: Routing, options: RoutingOptions) -> Routing:
+    """`routing` of the routed experts, followed by the shared ones."""
+    if options.num_shared_experts == 0:
+        return routing
+    shared = shared_routing(options.num_shared_experts, routing.token_shape, routing.experts.device)
+    return Routing(
+        experts=torch.cat([routing.experts, shared.experts + options.num_experts], dim=-1),
+        gates=torch.cat([routing.gates, shared.gates], dim=-1),
+        dense_gates=torch.cat([routing.dense_gates, shared.dense_gates], dim=-1),
+    )
+
+
+def shared_routing(num_shared_experts: int, token_shape: torch.Size, device: torch.device) -> Routing:
+    """All shared experts for every token: what a linear follows that has no others (see `LoRASwitchConfig.router_module`)."""
+    gates = torch.ones((*token_shape, num_shared_experts), dtype=torch.float32, device=device)
+    experts = torch.arange(num_shared_experts, device=device).expand(gates.shape).contiguous()
+    return Routing(experts=experts, gates=gates, dense_gates=gates)
 
 
 def jitter(x: torch.Tensor, amount: float) -> torch.Tensor:

@@ -33,6 +33,14 @@ def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -
     return decision
 
 
+def with_shared(decision: Decision, config: LoRASwitchConfig, routed: bool = True) -> Decision:
+    """What a linear follows: each token's decision, then the shared experts, stacked after the routed ones, with gate 1.
+    A linear that is not `routed` (one before the router) has the shared ones only."""
+    first = config.num_experts if routed else 0
+    shared = [(first + i, torch.ones((), dtype=torch.float64)) for i in range(config.num_shared_experts)]
+    return [(choice if routed else []) + shared for choice in decision]
+
+
 def delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, decision: Decision, scaling: float) -> torch.Tensor:
     """s * sum_j g_j B[e_j] A[e_j] x for each token: x [..., in], a [E, r, in], b [E, out, r] -> float64 [..., out]"""
     a, b = a.double(), b.double()
@@ -63,21 +71,25 @@ def base_output(base: nn.Module, x: torch.Tensor, absolute: bool = False) -> tor
 
 
 class OracleLinear(nn.Module):
-    """An adapted linear in float64. The first that runs fills the shared `decision`, all others follow it."""
+    """An adapted linear in float64. The first that is `routed` and runs fills the one `decision`, all others follow it."""
 
-    def __init__(self, layer: LoRASwitchLinear, adapter: str, name: str, config: Any, decision: Decision) -> None:
+    def __init__(
+        self, layer: LoRASwitchLinear, adapter: str, name: str, config: Any, decision: Decision, routed: bool
+    ) -> None:
         super().__init__()
         self.base = copy.deepcopy(layer.get_base_layer()).double()
         self.A = nn.Parameter(layer.loraswitch_A[adapter].weight.detach().double())
         self.B = nn.Parameter(layer.loraswitch_B[adapter].weight.detach().double())
         self.router: nn.Parameter | None = None
-        self.config, self.decision = config, decision
+        self.config, self.decision, self.routed = config, decision, routed
         self.scaling = scaling_of(config, name, self.A.shape[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.decision:
+        if self.routed and not self.decision:
             self.decision[:] = decide(x, self.router, self.config.top_k, self.config.normalize_gates)
-        return base_output(self.base, x) + delta(x, self.A, self.B, self.decision, self.scaling)
+        decision = self.decision if self.routed else [[] for _ in range(x.shape[:-1].numel())]
+        choice = with_shared(decision, self.config, self.routed)
+        return base_output(self.base, x) + delta(x, self.A, self.B, choice, self.scaling)
 
 
 class Oracle:
@@ -91,9 +103,11 @@ class Oracle:
         self.adapter = adapter
         self.layers: dict[str, OracleLinear] = {}
         self.decision: Decision = []
+        routed = False  # from the router on, in the modules' order
         for name, layer in list(backbone.named_modules()):
             if isinstance(layer, LoRASwitchLinear) and adapter in layer.loraswitch_A:
-                replacement = OracleLinear(layer, adapter, name, model.peft_config[adapter], self.decision)
+                routed = routed or adapter in layer.loraswitch_router
+                replacement = OracleLinear(layer, adapter, name, model.peft_config[adapter], self.decision, routed)
                 if adapter in layer.loraswitch_router:
                     self.router_name = name
                     self.router = nn.Parameter(layer.loraswitch_router[adapter].weight.detach().double())

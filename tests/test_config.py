@@ -36,6 +36,7 @@ def test_defaults():
         "r": 8,
         "num_experts": 8,
         "top_k": 2,
+        "num_shared_experts": 0,
         "normalize_gates": True,
         "router_module": None,
         "target_modules": None,

@@ -85,9 +85,11 @@ def assert_layers_equal_oracle(model, run) -> None:
     assert list(seen) and set(seen) == set(layers)
     router = next(name for name, layer in layers.items() if "default" in layer.loraswitch_router)
     weight = layers[router].loraswitch_router["default"].weight
-    decision = oracle.decide(seen[router][0], weight, config.top_k, config.normalize_gates)
+    chosen = oracle.decide(seen[router][0], weight, config.top_k, config.normalize_gates)
+    before = list(layers)[: list(layers).index(router)] if config.router_module else []
     for name, (x, y) in seen.items():
         layer = layers[name]
+        decision = oracle.with_shared(chosen, config, routed=name not in before)
         a, b = layer.loraswitch_A["default"].weight, layer.loraswitch_B["default"].weight
         s = oracle.scaling_of(config, name, a.shape[1])
         base = layer.get_base_layer()
@@ -121,6 +123,8 @@ CONFIGS = {
     "patterns": {"rank_pattern": {"down_proj": 5, "1.self_attn.q_proj": 1}, "alpha_pattern": {"v_proj": 1.5}},
     "deeper-router": {"router_module": "layers.1.self_attn.q_proj"},
     "deeper-router-mlp": {"router_module": "layers.0.mlp.gate_proj", "top_k": 1},
+    "shared": {"num_shared_experts": 1},
+    "shared-before-router": {"num_shared_experts": 2, "router_module": "layers.1.self_attn.k_proj"},
 }
 
 
