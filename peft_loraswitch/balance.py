@@ -399,7 +399,7 @@ def _real_tokens(frame: RoutingFrame, adapter: str, routing: Routing) -> torch.T
     """float32 [T, 1]: 1 for real tokens, 0 for padding. Without a mask (packed, padding-free) all tokens are real."""
     tokens, device = routing.token_shape.numel(), routing.experts.device
     mask = frame.attention_mask
-    rows = frame.served_rows(adapter)
+    rows = frame.served_rows(adapter, tokens)
     total = tokens if rows is None else rows[0]
     if isinstance(mask, torch.Tensor):
         if mask.dim() == 4:  # [batch, heads, queries, keys], bool or additive: real if anyone may attend to it

@@ -1,8 +1,8 @@
 """Where a routing decision lives: in a `RoutingFrame`, one per forward of the backbone, never longer.
 
-Hooks on the modules that contain every adapted layer (the whole model, and those inside it down to the smallest: the
-owners) open the frame when the outermost is entered and close it when that is left. Layers in between find it through
-`RoutingState.frame`. The frame is thread-local, so two threads do not see each other's routing; nothing is kept on a
+Hooks on the modules that contain every layer with routed experts (the whole model, and those inside it down to the
+smallest: the owners) open the frame when the outermost is entered and close it when that is left. Layers in between find
+it through `RoutingState.frame`. The frame is thread-local, so two threads do not see each other's routing; nothing is kept on a
 module, so nothing leaks into the next forward, into a compiled graph's outputs, or into `copy.deepcopy(model)`.
 """
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .layer import LoRASwitchLinear
 
 NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter on this sample"
+OUTSIDE = -2  # what `RoutingFrame.opened_at` holds outside of any forward, where nothing may be decided
 
 
 class RoutingFrame:
@@ -58,19 +59,26 @@ class RoutingFrame:
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
 
     def routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
-        """The decision of this forward for `adapter`; taken now, from x [..., in_features], if it is not there yet."""
+        """What `layer` follows: this forward's decision for `adapter`, taken now, from x [..., in_features], if it is not
+        there yet; if the layer has only shared experts, all of those.
+
+        Raises:
+            RuntimeError: there is something to decide, and no forward of the model.
+        """
         if not torch.compiler.is_compiling():
             self.used.add(adapter)
         if layer.num_experts[adapter] == 0:
             return self.shared_routing(adapter, layer, x)
         routing = self.routings.get(adapter)
         if routing is None:
+            if self.opened_at == OUTSIDE:
+                raise RuntimeError(_outside_of_a_forward(layer.name))
             routing = self._decide(adapter, layer, x)
             self.routings[adapter] = routing
         return routing
 
     def shared_routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
-        """What a layer follows that has shared experts only: made once for the tokens of x, as it depends on nothing."""
+        """All shared experts, for a layer that has no others; made once, since it is the same for all such layers."""
         routing = self.shared.get(adapter)
         if routing is None or routing.token_shape != x.shape[:-1] or routing.gates.device != x.device:
             routing = shared_routing(layer.num_shared_experts[adapter], x.shape[:-1], x.device)
@@ -102,9 +110,10 @@ class RoutingFrame:
                 routing.dense_gates.register_hook(relay.join)
         return routing
 
-    def served_rows(self, adapter: str) -> tuple[int, torch.Tensor] | None:
-        """(number of tokens in the batch, indices of those that `adapter` serves) in a mixed batch, else None."""
-        return next(((total, rows) for (name, total), rows in self._rows.items() if name == adapter), None)
+    def served_rows(self, adapter: str, num_served: int) -> tuple[int, torch.Tensor] | None:
+        """(number of tokens in the batch, indices of the `num_served` that `adapter` serves) in a mixed batch, else None."""
+        rows_by_total = ((total, rows) for (name, total), rows in self._rows.items() if name == adapter)
+        return next(((total, rows) for total, rows in rows_by_total if rows.numel() == num_served), None)
 
     def rows(self, adapter: str, num_tokens: int, device: torch.device) -> torch.Tensor:
         """Indices (int64) of the tokens that `adapter` serves in a mixed batch, of `num_tokens` tokens in all."""
@@ -157,22 +166,14 @@ class RoutingState:
         """The names of the mixed batch that this thread is in, one per sample, or None."""
         return self._local.adapter_names
 
-    def require_frame(self, layer_name: str) -> RoutingFrame:
-        frame = self.frame
+    def frame_or_outside(self) -> RoutingFrame:
+        """The frame of the forward that this thread is in; if it is in none, one that is good for shared experts only
+        (`generate` calls the encoder of an encoder-decoder model by itself)."""
+        frame = self._local.frame
         if frame is None:
-            raise RuntimeError(
-                f"The adapted layer '{layer_name}' was reached before any routing: LoRA-Switch decides once per forward of "
-                "the model, and this layer was called outside of one. Call the model, not the layer. In backward this means "
-                "gradient checkpointing that LoRA-Switch cannot follow (torch.utils.checkpoint called by the model itself, "
-                "FSDP's activation_checkpointing): use the model's gradient_checkpointing_enable() instead."
-            )
+            frame = self.new_frame(False, self._local.adapter_names)
+            frame.opened_at = OUTSIDE
         return frame
-
-    def routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
-        """What `layer` follows for x [..., in_features]: the decision of the forward that this thread is in."""
-        if self.frame is None and layer.num_experts[adapter] == 0:  # nothing to decide: outside of a forward, too
-            return shared_routing(layer.num_shared_experts[adapter], x.shape[:-1], x.device)
-        return self.require_frame(layer.name).routing(adapter, layer, x)
 
     def router_layer(self, adapter: str, layer: LoRASwitchLinear) -> LoRASwitchLinear:
         """The layer that holds the router of `adapter`, given that `layer` is the first one reached."""
@@ -209,10 +210,12 @@ class RoutingState:
 
     # ------------------------------------------------------------------------------------------------ hooks
 
-    def connect(self, root: nn.Module, layers: Iterable[nn.Module]) -> None:
-        """(Re-)register the hooks: on each module, from `root` down, that contains all `layers`."""
+    def connect(self, root: nn.Module, layers: Iterable[LoRASwitchLinear]) -> None:
+        """(Re-)register the hooks: on each module, from `root` down, that contains all `layers` with routed experts. (Those
+        with shared ones only may see other tokens, whose mask is not that of the decision.)"""
         self.disconnect()
-        wanted = set(layers)
+        adapted: set[nn.Module] = set(layers)
+        wanted = {layer for layer in adapted if any(layer.num_experts.values())}  # type: ignore[union-attr, operator]
         if not wanted:
             return
         owners: list[nn.Module] = []
@@ -226,7 +229,7 @@ class RoutingState:
             hook = _OwnerHooks(self, owner, depth)
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
-        self._blocks = checkpointed_blocks(root, wanted)
+        self._blocks = checkpointed_blocks(root, adapted)
 
     def disconnect(self) -> None:
         """Remove every hook and wrapper."""
@@ -255,6 +258,15 @@ class RoutingState:
         for module in frame.paused:
             module.gradient_checkpointing = True  # type: ignore[assignment]
         self._local.frame = None
+
+
+def _outside_of_a_forward(layer_name: str) -> str:
+    return (
+        f"The adapted layer '{layer_name}' was reached before any routing: LoRA-Switch decides once per forward of "
+        "the model, and this layer was called outside of one. Call the model, not the layer. In backward this means "
+        "gradient checkpointing that LoRA-Switch cannot follow (torch.utils.checkpoint called by the model itself, "
+        "FSDP's activation_checkpointing): use the model's gradient_checkpointing_enable() instead."
+    )
 
 
 class RoutingRecorder:

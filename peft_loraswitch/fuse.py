@@ -124,6 +124,8 @@ def fused_forward(self: LoRASwitchLinear, x: Tensor, *args: Any, **kwargs: Any) 
     if adapter is None or frame is None or args or kwargs:
         if self.training and not torch.compiler.is_compiling():
             fused.stale = True
+        if fused.merging is not None:
+            fused.merging.leave_out(frame)
         return LoRASwitchLinear.forward(self, x, *args, **kwargs)
     if self.num_experts[adapter] == 0:
         routing: Routing | None = frame.shared_routing(adapter, self, x)
@@ -186,7 +188,7 @@ def compute(layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, 
     a, b = experts_of(layer, adapter)
     if not fused.plain:
         base = layer.base_layer(x)
-        unfit = base.dtype != x.dtype or base.device != x.device or not _within_limits(layer, adapter)
+        unfit = base.dtype != x.dtype or base.device != x.device or not within_limits(layer, adapter)
         if tokens > fused.few_tokens or unfit:
             return _add_dense(layer, base, x, routing, adapter, a, b, in_place=False)
         return ops.delta(base, x, routing.experts, routing.gates, a, b, layer.scaling[adapter])
@@ -217,7 +219,7 @@ def _same_launch(member: LoRASwitchLinear, leader: LoRASwitchLinear, adapter: st
     return member.num_experts[adapter] == leader.num_experts[adapter]
 
 
-def _within_limits(layer: LoRASwitchLinear, adapter: str) -> bool:
+def within_limits(layer: LoRASwitchLinear, adapter: str) -> bool:
     """Whether the ops take an adapter of this size; beyond, two dense products serve it, with one line of log."""
     shared = layer.num_shared_experts[adapter]
     active = layer.top_k[adapter] + shared
@@ -248,7 +250,7 @@ def _launch(group: list[LoRASwitchLinear], adapter: str, x: Tensor, routing: Rou
         if packed is not None and len(packed.out_features) == len(group) and not fused.stale and packed.is_current():
             return packed(x, routing.experts, routing.gates)
     experts = [experts_of(member, adapter) for member in group]
-    if not all(_within_limits(member, adapter) for member in group):
+    if not all(within_limits(member, adapter) for member in group):
         return [
             _add_dense(member, member.base_layer(x), x, routing, adapter, a, b, in_place=True)
             for member, (a, b) in zip(group, experts, strict=True)

@@ -222,13 +222,13 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        frame = self.routing_state.frame
-        if frame is not None and frame.adapter_names is not None:
+        frame = self.routing_state.frame_or_outside()
+        if frame.adapter_names is not None:
             return self._forward_mixed(x, result, frame)
         for adapter in self.active_adapters:
             if adapter in self.loraswitch_A:
-                routing = self.routing_state.routing(adapter, self, x)
-                result = self.loraswitch_B[adapter](self.gated_hidden(adapter, x, routing), result)
+                hidden = self.gated_hidden(adapter, x, frame.routing(adapter, self, x))
+                result = self.loraswitch_B[adapter](hidden, result)
         return result
 
     def gated_hidden(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:

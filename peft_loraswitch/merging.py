@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import kernels, ops
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -31,11 +31,12 @@ class MergedWeights:
     """The merged weights of all adapted layers of a model. One thread at a time: they hold one decision.
 
     Raises:
-        ValueError: a layer that cannot be merged (quantised, hooked, several devices or dtypes, several adapters active).
+        ValueError: a layer that cannot be merged (quantised, hooked, several devices or dtypes, several adapters active, an
+            adapter beyond the sizes that the ops take).
     """
 
     def __init__(self, layers: list[LoRASwitchLinear], in_place: bool) -> None:
-        from .fuse import FusedLayer, base_of
+        from .fuse import FusedLayer, base_of, within_limits
 
         self.layers, self.in_place = layers, in_place
         self.adapter = self._one_adapter(layers)
@@ -48,6 +49,11 @@ class MergedWeights:
             raise ValueError("strategy='merge' needs plain 16/32-bit linears of one dtype on one device: use 'fused'.")
         if len({layer.num_experts[self.adapter] for layer in self.served}) != 1:
             raise ValueError("strategy='merge' needs the same number of experts on every layer.")
+        if not all(within_limits(layer, self.adapter) for layer in self.served):
+            raise ValueError(
+                f"strategy='merge' takes at most {kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), "
+                f"{kernels.MAX_EXPERTS} experts and rank {kernels.MAX_RANK}: use 'fused'."
+            )
         self.transposed = [plan.transposed for plan in plans]
         self.scalings = [layer.scaling[self.adapter] for layer in self.served]
         dtype, device = kinds.pop()
@@ -90,18 +96,25 @@ class MergedWeights:
             return None
         single = adapter == self.adapter and routing.experts.shape[:-1].numel() == 1 and x.shape[:-1].numel() == 1
         if getattr(frame, "merged", None) is None:
-            frame.merged = single  # type: ignore[attr-defined]
             if single:
                 self._merge(routing.experts.flatten(), routing.gates.flatten())
-            elif self.in_place:
-                self._merge(self.nothing, torch.zeros_like(self.gates))
-            if not single:
+            else:
+                self.leave_out(frame)
                 self._warn()
+            frame.merged = single  # type: ignore[attr-defined]
         if not frame.merged:  # type: ignore[attr-defined]
             return None
         i = self.index[id(layer)]
         weight = self.weights[i]
         return F.linear(x, weight.T if self.transposed[i] else weight, self.bases[i].bias)
+
+    def leave_out(self, frame: RoutingFrame | None) -> None:
+        """Before a layer of this forward runs unmerged: weights that are merged in place go without experts."""
+        if not self.in_place or getattr(frame, "merged", None) is False:
+            return
+        self._merge(self.nothing, torch.zeros_like(self.gates))
+        if frame is not None:
+            frame.merged = False  # type: ignore[attr-defined]
 
     def _warn(self) -> None:
         if not self.warned and not torch.compiler.is_compiling():

@@ -83,7 +83,7 @@ class LoRASwitchModel(BaseTuner):
             check_file_being_loaded(model, config, adapter_name)
             state = routing_state(model)
             assert state is not None
-            state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLayer)])
+            state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
 
     def _create_and_replace(
         self,
