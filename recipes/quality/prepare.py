@@ -1,0 +1,482 @@
+"""Texts and tasks as token ids, in a cache that can be carried to a machine that has none of the texts.
+
+    python recipes/quality/prepare.py --fetch                     # once, on Debian 12: the texts (no root, nothing installed)
+    python recipes/quality/prepare.py --size full                 # makes outputs/quality/data, prints its sources
+
+The cache is `tokenizer.json`, `tokens.npz` and `sources.json`; the last is written last and holds the checksums of the others,
+so half a cache is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [path for path in [str(Path(__file__).resolve().parent)] if path not in sys.path]
+
+import numpy as np  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+import tasks as task_rows  # noqa: E402
+import texts  # noqa: E402
+from tasks import Amount, TaskRows, TaskSplit  # noqa: E402
+from texts import GENERAL, Document, Source  # noqa: E402
+
+FORMAT = 1  # raise it when the files or what is in them change
+END, PAD = "<|endoftext|>", "<|pad|>"
+TOKENIZER, TOKENS, SOURCES = "tokenizer.json", "tokens.npz", "sources.json"
+DEFAULT_FOLDER = Path("outputs/quality/data")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much text is taken, in tokens, and how the tokenizer is trained."""
+
+    vocabulary: int
+    general: int
+    general_held_out: int
+    train: int  # per domain, as are the next two
+    validation: int
+    test: int
+    general_sample: int  # characters that the tokenizer is trained on
+    domain_sample: int  # per domain
+    amount: Amount
+
+
+SIZES = {
+    "full": Size(
+        16_384, 20_000_000, 100_000, 1_200_000, 45_000, 80_000, 24_000_000, 1_500_000, Amount(1500, 384, 1024)
+    ),
+    "smoke": Size(2_048, 200_000, 8_000, 24_000, 4_000, 8_000, 600_000, 60_000, Amount(40, 24, 48)),
+}
+HELD_OUT_SHARE = {"validation": 0.07, "test": 0.12}  # of a domain's characters, at most
+HELD_OUT_DOCUMENT = 12_000  # characters taken from one held-out document, so that many are seen
+NEAR_COPY, NEAR_COPY_HELD_OUT = 0.5, 0.2  # share of runs of eight words that may have been seen before
+
+
+class CacheError(ValueError):
+    """The cache is not there, of another size or format, or damaged; the message says which, and how to make it anew."""
+
+
+@dataclass
+class Prepared:
+    """Everything that the experiment reads.
+
+    Attributes:
+        general, general_held_out: uint16 [n], documents one after the other, each begins with end-of-text.
+        train, validation, test: domain -> uint16 [n], from different documents.
+        tasks: name of the task -> its rows.
+        sources: what was read: name, split, package, version, licence, files, characters, tokens (train, validation, test).
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    general: np.ndarray
+    general_held_out: np.ndarray
+    train: dict[str, np.ndarray]
+    validation: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+    tasks: dict[str, TaskRows]
+    sources: list[dict[str, Any]]
+
+
+# ------------------------------------------------------------------------------------------------- near-copies and splits
+
+
+class Seen:
+    """Runs of eight words that were seen, one in eight of them kept (chosen by its own hash, so the same run always is)."""
+
+    def __init__(self) -> None:
+        self.runs: set[int] = set()
+        self.words: dict[str, int] = {}
+
+    def _sample(self, text: str) -> set[int]:
+        words = re.findall(r"\w+", text.lower())
+        for word in words:
+            if word not in self.words:
+                self.words[word] = zlib.crc32(word.encode()) * 0x9E3779B97F4A7C15 % 2**64
+        hashes = np.array([self.words[word] for word in words], dtype=np.uint64)
+        runs = np.zeros(max(0, len(hashes) - 7), dtype=np.uint64)
+        for place in range(8):
+            runs = runs * np.uint64(0xD6E8FEB86659FD93) + hashes[place : place + len(runs)]
+        return set(runs[runs >> np.uint64(61) == 0].tolist())
+
+    def share(self, text: str) -> float:
+        """How much of the text was seen before; 0 for a text too short to tell."""
+        sample = self._sample(text)
+        return len(sample & self.runs) / len(sample) if len(sample) >= 4 else 0.0
+
+    def add(self, text: str) -> None:
+        self.runs |= self._sample(text)
+
+
+def without_copies(documents: list[Document], seen: Seen) -> list[Document]:
+    """Each long paragraph once, and no document half of which was seen before."""
+    paragraphs: set[int] = set()
+    kept = []
+    for document in documents:
+        parts = []
+        for part in re.split(r"(\n\s*\n)", document.text):
+            key = re.sub(r"\W+", " ", part).lower()
+            if len(key) > 80:
+                code = hash_of(key)
+                if code in paragraphs:
+                    continue
+                paragraphs.add(code)
+            parts.append(part)
+        text = re.sub(r"\n{4,}", "\n\n\n", "".join(parts)).strip("\n") + "\n"
+        if len(text) >= 200 and seen.share(text) < NEAR_COPY:
+            seen.add(text)
+            kept.append(Document(document.name, text, document.group))
+    return kept
+
+
+def hash_of(text: str) -> int:
+    """A 64-bit checksum that is the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def split(documents: list[Document], wanted: dict[str, int]) -> dict[str, list[Document]]:
+    """Whole groups to test and validation until they have the characters `wanted`, the others to train.
+
+    Only the beginning of a held-out document counts and is kept, and one that repeats much of the training text is dropped.
+    """
+    groups: dict[str, list[Document]] = {}
+    for document in documents:
+        groups.setdefault(document.group or document.name, []).append(document)
+    result: dict[str, list[Document]] = {"test": [], "validation": [], "train": []}
+    have = dict.fromkeys(wanted, 0)
+    for name in sorted(groups, key=lambda name: (hash_of("split " + name), name)):
+        place = next((place for place in wanted if have[place] < wanted[place]), "train")
+        for document in groups[name]:
+            if place != "train":
+                document = Document(document.name, document.text[:HELD_OUT_DOCUMENT], document.group)
+                have[place] += len(document.text)
+            result[place].append(document)
+    trained = Seen()
+    for document in result["train"]:
+        trained.add(document.text)
+    for place in wanted:
+        result[place] = [each for each in result[place] if trained.share(each.text) < NEAR_COPY_HELD_OUT]
+    result["train"].sort(key=lambda document: hash_of(document.name))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def _sample(documents: list[Document], characters: int) -> Iterator[str]:
+    for document in documents:
+        if characters <= 0:
+            return
+        yield document.text[:characters]
+        characters -= len(document.text)
+
+
+def train_tokenizer(samples: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with single digits, in which every symbol of the tasks is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def with_symbols() -> Iterator[str]:
+        yield from samples
+        # BPE merges what is frequent: repeated often enough, a symbol is sure to become one token.
+        for symbol in task_rows.SYMBOLS:
+            for _ in range(100):
+                yield symbol * 1000
+
+    tokenizer.train_from_iterator(with_symbols(), trainer)
+    return _wrapped(tokenizer)
+
+
+def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD)
+
+
+def _stream(
+    documents: list[Document], tokenizer: PreTrainedTokenizerFast, most: int, used: dict[str, int]
+) -> np.ndarray:
+    """uint16 [n], n <= most. `used` gets the number of tokens per document."""
+    pieces: list[np.ndarray] = []
+    total = 0
+    for first in range(0, len(documents), 64):
+        batch = documents[first : first + 64]
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast([each.text for each in batch], add_special_tokens=False)
+        for document, encoding in zip(batch, encoded, strict=True):
+            ids = np.array([tokenizer.eos_token_id, *encoding.ids][: most - total], dtype=np.uint16)
+            pieces.append(ids)
+            used[document.name] = len(ids)
+            total += len(ids)
+            if total >= most:
+                return np.concatenate(pieces)
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint16)
+
+
+# ----------------------------------------------------------------------------------------------------------------- making
+
+
+def build(size: str, folder: Path, progress: bool = True) -> Prepared:
+    """Read the texts (below `folder` for the full size) and make everything from them.
+
+    Raises:
+        texts.MissingTexts: a package is not there.
+        ValueError: a domain has too little text.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size is 'full' or 'smoke', not {size!r}")
+    want = SIZES[size]
+
+    def say(text: str) -> None:
+        if progress:
+            print(f"[{time.perf_counter() - started:6.1f} s] {text}", flush=True)
+
+    started = time.perf_counter()
+    say(f"reading the texts ({size})")
+    sources = texts.collect(size, folder, progress)
+    domains = list(dict.fromkeys(source.split for source in sources if source.split != GENERAL))
+
+    say("removing near-copies, splitting")
+    seen = Seen()
+    parts: dict[str, dict[str, list[Document]]] = {}
+    for name in (GENERAL, *domains):
+        documents: list[Document] = []
+        for source in sources:
+            if source.split == name:
+                source.documents = [
+                    Document(f"{source.name}/{each.name}", each.text, f"{source.name}/{each.group or each.name}")
+                    for each in source.documents
+                ]
+                documents += source.documents
+        documents = without_copies(documents, seen)
+        characters = sum(len(document.text) for document in documents)
+        test, validation = (want.general_held_out, 0) if name == GENERAL else (want.test, want.validation)
+        wanted = {
+            "test": min(int(5 * test), int(HELD_OUT_SHARE["test"] * characters)),
+            "validation": min(int(5 * validation), int(HELD_OUT_SHARE["validation"] * characters)),
+        }
+        parts[name] = split(documents, wanted)
+        lacking = [place for place in ("train", "test") if not parts[name][place]]
+        if lacking or (name != GENERAL and not parts[name]["validation"]):
+            raise ValueError(
+                f"the texts of {name!r} are too few to split: {len(documents)} documents, {characters} characters"
+            )
+
+    say("training the tokenizer")
+
+    def samples() -> Iterator[str]:
+        yield from _sample(parts[GENERAL]["train"], want.general_sample)
+        for name in domains:
+            yield from _sample(parts[name]["train"], want.domain_sample)
+
+    tokenizer = train_tokenizer(samples(), want.vocabulary)
+
+    say("tokenising")
+    used: dict[str, dict[str, int]] = {"train": {}, "validation": {}, "test": {}}
+    general = _stream(parts[GENERAL]["train"], tokenizer, want.general, used["train"])
+    held_out = _stream(parts[GENERAL]["test"], tokenizer, want.general_held_out, used["test"])
+    streams: dict[str, dict[str, np.ndarray]] = {}
+    for place, most in (("train", want.train), ("validation", want.validation), ("test", want.test)):
+        streams[place] = {name: _stream(parts[name][place], tokenizer, most, used[place]) for name in domains}
+
+    say("making the tasks")
+    made = task_rows.make_tasks(tokenizer, want.amount)
+    listed = []
+    for source in sources:
+        names = {document.name: document for document in source.documents}
+        tokens = {place: sum(count for name, count in used[place].items() if name in names) for place in used}
+        taken = {name for place in used for name in used[place] if name in names}
+        listed.append(
+            {
+                "name": source.name,
+                "split": source.split,
+                "package": source.package,
+                "version": source.version,
+                "licence": source.licence,
+                "files": len({re.sub(r"#\d+$", "", name) for name in taken}),
+                "documents": len(taken),
+                "characters": sum(len(names[name].text) for name in taken),
+                "tokens": sum(tokens.values()),
+                **{f"{place}_tokens": count for place, count in tokens.items()},
+            }
+        )
+    say("done")
+    return Prepared(
+        tokenizer, general, held_out, streams["train"], streams["validation"], streams["test"], made, listed
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ cache
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(prepared: Prepared, folder: Path, size: str) -> None:
+    """Write the cache; `sources.json` goes first and comes back last, so a crash leaves no cache that looks whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {"general": prepared.general, "general_held_out": prepared.general_held_out}
+    for place in task_rows.SPLITS:
+        for name, stream in getattr(prepared, place).items():
+            arrays[f"text/{place}/{name}"] = stream
+        for name, rows in prepared.tasks.items():
+            part: TaskSplit = getattr(rows, place)
+            arrays[f"task/{place}/{name}/tokens"] = part.tokens
+            arrays[f"task/{place}/{name}/item_ids"] = part.item_ids.astype(np.int8)  # at most 128 items fit a row
+    temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    try:
+        prepared.tokenizer.backend_tokenizer.save(str(temporary / TOKENIZER))
+        np.savez_compressed(temporary / TOKENS, **arrays)  # type: ignore[arg-type]
+        about = {
+            "format": FORMAT,
+            "size": size,
+            "checksums": {name: _checksum(temporary / name) for name in (TOKENIZER, TOKENS)},
+            "sources": prepared.sources,
+        }
+        (temporary / SOURCES).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / SOURCES).unlink(missing_ok=True)
+        for name in (TOKENIZER, TOKENS, SOURCES):
+            os.replace(temporary / name, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(folder: Path, size: str | None = None) -> Prepared:
+    """Read a cache; no texts are needed.
+
+    Args:
+        size: the size that it must have; any if None.
+
+    Raises:
+        CacheError: it is not there, of another size or format, or damaged.
+    """
+    again = f"make it anew with: python recipes/quality/prepare.py --size {size or 'full'} --folder {folder}"
+    try:
+        about = json.loads((folder / SOURCES).read_text(encoding="utf-8"))
+        found, kind, checksums = about["format"], about["size"], about["checksums"]
+        sources = about["sources"]
+    except FileNotFoundError:
+        raise CacheError(f"{folder} holds no prepared texts ({SOURCES} is not there); {again}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{folder / SOURCES} is damaged ({error}); {again}") from None
+    if found != FORMAT:
+        raise CacheError(f"{folder} has format {found}, this version reads format {FORMAT}; {again}")
+    if size is not None and kind != size:
+        raise CacheError(f"{folder} has the size {kind!r}, not {size!r}; {again}, or choose another folder")
+    for name in (TOKENIZER, TOKENS):
+        path = folder / name
+        if not path.exists():
+            raise CacheError(f"{path} is not there; {again}")
+        if _checksum(path) != checksums.get(name):
+            raise CacheError(f"{path} is damaged (its checksum is not the one in {SOURCES}); {again}")
+    try:
+        with np.load(io.BytesIO((folder / TOKENS).read_bytes())) as file:
+            arrays = dict(file)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise CacheError(f"{folder / TOKENS} is damaged ({error}); {again}") from None
+    text: dict[str, dict[str, np.ndarray]] = {place: {} for place in task_rows.SPLITS}
+    parts: dict[str, dict[str, TaskSplit]] = {}
+    for name, array in arrays.items():
+        match name.split("/"):
+            case ["text", place, domain]:
+                text[place][domain] = array
+            case ["task", place, task, "tokens"]:
+                ids = arrays[f"task/{place}/{task}/item_ids"]
+                parts.setdefault(task, {})[place] = TaskSplit.of(array, ids)
+    return Prepared(
+        _wrapped(Tokenizer.from_file(str(folder / TOKENIZER))),
+        arrays["general"],
+        arrays["general_held_out"],
+        text["train"],
+        text["validation"],
+        text["test"],
+        {name: TaskRows(**places) for name, places in parts.items()},
+        sources,
+    )
+
+
+def prepare(folder: Path, size: str, progress: bool = True, texts_folder: Path | None = None) -> Prepared:
+    """The cache in `folder`, made first if it is not there, or no longer fits, or is damaged.
+
+    Args:
+        size: "full" (from Debian packages, see `texts.py`) or "smoke" (from the Python environment).
+        texts_folder: where the Debian packages are unpacked; `texts` beside `folder` if None.
+
+    Raises:
+        texts.MissingTexts: it has to be made, and a package is not there.
+    """
+    folder = Path(folder)
+    try:
+        return load(folder, size)
+    except CacheError as error:
+        if progress:
+            reason = "nothing prepared yet" if not (folder / SOURCES).exists() else str(error).split(";")[0]
+            print(f"{folder}: {reason}; preparing the texts", flush=True)
+    prepared = build(size, texts_folder or folder.parent / "texts", progress)
+    save(prepared, folder, size)
+    return prepared
+
+
+def table(prepared: Prepared) -> str:
+    """The sources, one line each, as Markdown."""
+    lines = ["| text | package and version | licence | files | M characters | train tokens | validation | test |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for each in prepared.sources:
+        held_out = f"{each['validation_tokens']:,} | {each['test_tokens']:,}"
+        lines.append(
+            f"| {each['split']} | {each['package']} {each['version']} | {each['licence']} | {each['files']:,} | "
+            f"{each['characters'] / 1e6:.2f} | {each['train_tokens']:,} | {held_out} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="full")
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the cache is")
+    parser.add_argument(
+        "--texts", type=Path, help="where the Debian packages are unpacked (default: texts beside --folder)"
+    )
+    parser.add_argument("--fetch", action="store_true", help="get the Debian packages first (Debian 12, no root)")
+    arguments = parser.parse_args()
+    where = arguments.texts or arguments.folder.parent / "texts"
+    try:
+        if arguments.fetch:
+            texts.fetch(where)
+        prepared = prepare(arguments.folder, arguments.size, texts_folder=where)
+    except texts.MissingTexts as error:
+        raise SystemExit(f"error: {error}") from None
+    print(table(prepared))
+    for name, rows in prepared.tasks.items():
+        counts = (len(rows.train.tokens), len(rows.validation.tokens), len(rows.test.tokens))
+        print(f"{name:18} rows: train {counts[0]:,}, validation {counts[1]:,}, test {counts[2]:,}")
+    total = sum((arguments.folder / name).stat().st_size for name in (TOKENIZER, TOKENS, SOURCES))
+    print(f"{arguments.folder}: {total / 2**20:.1f} MiB, vocabulary {len(prepared.tokenizer):,}")
+
+
+if __name__ == "__main__":
+    main()
