@@ -310,6 +310,10 @@ def _settings(config: dict, shapes: dict[str, list[int]]) -> Iterator[tuple[str,
     link = f"[{base}](https://huggingface.co/{base})" if _hub_id(base) else f"{_code(base)} (a local folder)"
     yield "base model", link if base else "not recorded"
     yield "experts", f"{config.get('num_experts')}, of rank {config.get('r')}"
+    shared = config.get("num_shared_experts")
+    if shared:
+        alone = "; the adapted modules before the routing layer have these alone" if config.get("router_module") else ""
+        yield "shared experts", f"{shared} more, used by every token{alone}"
     normalize = config.get("normalize_gates")
     if normalize is None:
         normalize = (config.get("top_k") or 0) > 1

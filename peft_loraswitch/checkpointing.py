@@ -125,10 +125,10 @@ class _Block:
         before, frame.used = frame.used, set()
         output = self.function(*args, **kwargs)
         self.used, frame.used = frame.used, before | frame.used
-        if self.reentrant and self.used & self.relays.keys() and not any(map(_needs_gradient, args)):
+        if self.reentrant and self.used & frame.trained and not any(map(_needs_gradient, args)):
             raise RuntimeError(
-                "Reentrant gradient checkpointing passes no gradient through a block whose inputs need none, so the router "
-                "of LoRA-Switch would silently learn nothing from it: call model.enable_input_require_grads() before "
+                "Reentrant gradient checkpointing passes no gradient through a block whose inputs need none, so router and "
+                "experts of LoRA-Switch would silently learn nothing from it: call model.enable_input_require_grads() before "
                 "training, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         return output

@@ -41,7 +41,8 @@ class RoutingFrame:
         earlier: finished passes of the same forward, if an owner below the outermost runs several times (a model that
             encodes two sentences, one after the other): other tokens, so other decisions.
         shared: what linears follow that have shared experts only, by adapter name.
-        used: adapters whose decision was asked for; `relays`, `paused`: see `checkpointing.py`.
+        used: adapters that a layer asked for; `trained`: those of them whose experts train.
+        relays, paused: see `checkpointing.py`.
     """
 
     def __init__(self, training: bool, adapter_names: Sequence[str] | None = None) -> None:
@@ -54,6 +55,7 @@ class RoutingFrame:
         self.earlier: tuple[RoutingFrame, ...] = ()
         self.opened_at = self.deepest = 0  # which owner opened it, which is the innermost entered since
         self.used: set[str] = set()
+        self.trained: set[str] = set()
         self.paused: list[nn.Module] = []
         self.relays: dict[str, Relay] = {}
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
@@ -67,6 +69,8 @@ class RoutingFrame:
         """
         if not torch.compiler.is_compiling():
             self.used.add(adapter)
+            if self.training and layer.loraswitch_A[adapter].weight.requires_grad:
+                self.trained.add(adapter)
         if layer.num_experts[adapter] == 0:
             return self.shared_routing(adapter, layer, x)
         routing = self.routings.get(adapter)
