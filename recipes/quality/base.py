@@ -181,7 +181,7 @@ def pretrain(
 def held_out_loss(model: LlamaForCausalLM, held_out: np.ndarray, settings: Settings, device: torch.device) -> float:
     """Mean next-token loss on the start of `held_out`, in nats."""
     model.eval()
-    count = min(settings.blocks, len(held_out) // LENGTH)
+    count = min(settings.test_rows, len(held_out) // LENGTH)
     rows = torch.from_numpy(held_out[: count * LENGTH].astype(np.int64)).view(count, LENGTH)
     total = 0.0
     for part in rows.split(settings.rows_at_once):

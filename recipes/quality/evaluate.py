@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from base import autocast
-from pool import IGNORED, Rows, of_task, of_text
+from pool import IGNORED, Rows, of_tasks, of_text
 from settings import Settings
 
 
@@ -19,25 +19,22 @@ from settings import Settings
 class Split:
     """Validation or test rows of everything, on the device."""
 
-    domains: dict[str, Rows]
-    tasks: dict[str, Rows]
+    domains: list[Rows]
+    families: list[Rows]  # of tasks
 
 
-def validation_split(prepared: Any, settings: Settings, device: torch.device) -> Split:
-    return _split(prepared.validation, {n: t.validation for n, t in prepared.tasks.items()}, settings, device)
+def rows_of(
+    text: Mapping[str, Any], tasks: Mapping[str, Any], blocks: int, task_rows: int, device: torch.device
+) -> Split:
+    """The first `blocks` rows of each domain, the first `task_rows` of each family.
 
-
-def test_split(prepared: Any, settings: Settings, device: torch.device) -> Split:
-    return _split(prepared.test, {n: t.test for n, t in prepared.tasks.items()}, settings, device)
-
-
-test_split.__test__ = False  # type: ignore[attr-defined]  # pytest: no test, whatever its name
-
-
-def _split(text: Mapping[str, Any], tasks: Mapping[str, Any], settings: Settings, device: torch.device) -> Split:
+    Args:
+        text: domain -> uint16 [n].
+        tasks: task -> tokens, answer_mask, item_ids [n, LENGTH].
+    """
     return Split(
-        {name: of_text(stream, settings.blocks).to(device) for name, stream in text.items()},
-        {name: of_task(split, settings.task_rows).to(device) for name, split in tasks.items()},
+        [of_text(name, stream, blocks).to(device) for name, stream in text.items()],
+        [rows.to(device) for rows in of_tasks(dict(tasks), task_rows)],
     )
 
 
@@ -50,11 +47,13 @@ class Score:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, split: Split, settings: Settings) -> dict[str, Score]:
+def measure(model: nn.Module, split: Split, rows_at_once: int) -> dict[str, Score]:
     """Loss of every domain and task, exact match of every task; the model is left in eval mode."""
     model.eval()
-    scores = {name: score(model, rows, settings) for name, rows in split.domains.items()}
-    return scores | {name: score(model, rows, settings) for name, rows in split.tasks.items()}
+    scores: dict[str, Score] = {}
+    for rows in (*split.domains, *split.families):
+        scores |= score(model, rows, rows_at_once)
+    return scores
 
 
 def mean_loss(scores: Mapping[str, Score]) -> float:
@@ -63,36 +62,39 @@ def mean_loss(scores: Mapping[str, Score]) -> float:
 
 
 @torch.no_grad()
-def score(model: nn.Module, rows: Rows, settings: Settings) -> Score:
+def score(model: nn.Module, rows: Rows, rows_at_once: int) -> dict[str, Score]:
     """An item is right if each token of its answer is the most probable one given the true tokens before it.
 
     That is greedy decoding's verdict too: up to the first wrong token both see the same prefix, and from it on both are wrong.
     """
-    total, counted = torch.zeros(2, dtype=torch.float64, device=rows.tokens.device)
-    right, items = torch.zeros(2, dtype=torch.float64, device=rows.tokens.device)
-    for start in range(0, len(rows.tokens), settings.rows_at_once):
-        part = slice(start, start + settings.rows_at_once)
-        tokens, labels = rows.tokens[part], rows.labels[part][:, 1:]
-        with autocast(tokens.device):
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    device, count = rows.tokens.device, len(rows.names)
+    losses, tokens, right, items = torch.zeros(4, count, dtype=torch.float64, device=device)
+    for start in range(0, len(rows.tokens), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        labels = rows.labels[part][:, 1:]
+        with autocast(device):
+            logits = model(input_ids=rows.tokens[part], use_cache=False).logits[:, :-1]
         scored = labels != IGNORED
-        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        total += losses
-        counted += scored.sum()
+        logits, labels = logits[scored].float(), labels[scored]
+        owner = torch.zeros_like(labels) if rows.owner is None else rows.owner[part][:, 1:][scored]
+        losses.index_add_(0, owner, F.cross_entropy(logits, labels, reduction="none").double())
+        tokens += torch.bincount(owner, minlength=count)
         if rows.items is not None:
-            hits = logits.argmax(-1) == labels
-            all_right = right_items(hits, rows.items[part][:, 1:])
-            right += (all_right == 1).sum()
-            items += (all_right >= 0).sum()
-    loss = float(total / counted)
-    return Score(loss, float(right / items) if rows.items is not None else None)
+            hits = torch.zeros_like(scored).masked_scatter(scored, logits.argmax(-1) == labels)
+            all_right, whose = right_items(hits, rows.items[part][:, 1:], rows.owner[part][:, 1:])  # type: ignore[index]
+            right += torch.bincount(whose[all_right], minlength=count)
+            items += torch.bincount(whose, minlength=count)
+    found = zip(rows.names, (losses / tokens).tolist(), (right / items).tolist(), strict=True)
+    return {name: Score(loss, match if rows.items is not None else None) for name, loss, match in found}
 
 
-def right_items(hits: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    """bool, int [rows, length] -> int [rows, most items of a row]: 1 all tokens of the item hit, 0 not, -1 no such item."""
+def right_items(hits: torch.Tensor, items: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [rows, length], int [rows, length] twice -> (bool [n], int [n]): of every item whether all its tokens are hits,
+    and whose it is."""
     most = int(items.max()) + 1
-    result = torch.full((len(items), most + 1), 2, dtype=torch.int32, device=items.device)
-    # the last column takes the tokens that belong to no item
-    index = torch.where(items >= 0, items, most).long()
-    result = result.scatter_reduce(1, index, hits.int(), "amin")[:, :most]
-    return result.masked_fill(result == 2, -1)
+    index = torch.where(items >= 0, items, most)  # the last column takes the tokens that belong to no item
+    empty = torch.full((len(items), most + 1), 2, dtype=torch.int64, device=items.device)
+    verdict = empty.scatter_reduce(1, index, hits.long(), "amin")[:, :most]
+    whose = (empty - 3).scatter_reduce(1, index, owner, "amax")[:, :most]
+    there = verdict < 2
+    return verdict[there] == 1, whose[there]

@@ -8,7 +8,7 @@ with even gates it then starts as a LoRA of rank k * r does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,6 @@ class Method:
     Attributes:
         what: one sentence for the table.
         build: frozen base -> model with trainable adapter, whose forward takes input_ids and labels.
-        active_rank: rank that a token uses, averaged over the linears and weighted by their size: what decoding reads.
         equal: whether it has the parameters of a LoRA of rank 64.
     """
 
@@ -64,20 +63,17 @@ def budget(model: nn.Module) -> int:
     return sum(RANK * (linear.in_features + linear.out_features) for linear in linears_of(model).values())
 
 
-def equal_ranks(
-    model: nn.Module, names: Sequence[str], experts: int, routers_cost: int, fixed: Mapping[str, int] | None = None
-) -> dict[str, int]:
+def equal_ranks(model: nn.Module, names: Sequence[str], experts: int, others: int) -> dict[str, int]:
     """Rank of each linear so that the adapter has the common budget: two neighbouring ranks, the larger one first.
 
     Args:
         names: the linears that share the budget evenly.
         experts: how many experts each of them has.
-        routers_cost: parameters that the router(s) take.
-        fixed: further linears, whose rank per expert is given.
+        others: parameters that everything else takes: routers, other linears.
     """
-    linears, fixed = linears_of(model), dict(fixed or {})
-    size = {name: experts * (linears[name].in_features + linears[name].out_features) for name in linears}
-    left = budget(model) - routers_cost - sum(rank * size[name] for name, rank in fixed.items())
+    linears = linears_of(model)
+    size = {name: experts * (linears[name].in_features + linears[name].out_features) for name in names}
+    left = budget(model) - others
     low = max(1, left // sum(size[name] for name in names))
     ranks = dict.fromkeys(names, low)
     left -= sum(low * size[name] for name in names)
@@ -85,7 +81,7 @@ def equal_ranks(
         if size[name] <= left:
             ranks[name] += 1
             left -= size[name]
-    return {**fixed, **ranks}
+    return ranks
 
 
 # ------------------------------------------------------------------------------------------------ builders
@@ -117,7 +113,6 @@ def switch(
     num_experts: int = 8,
     block: int | float = 0,
     shared: int = 0,
-    below: int = 0,
     router: Callable[[int, int, int], nn.Module] | None = None,
     **config: Any,
 ) -> Callable[[nn.Module], nn.Module]:
@@ -125,22 +120,22 @@ def switch(
 
     Args:
         block: index of the block whose first linear is routed; a fraction counts from the depth of the model.
-        shared: experts of every adapted linear that serve every token.
-        below: rank of the shared experts in the blocks before the router; 0: those blocks are not adapted.
+        shared: experts of every adapted linear that serve every token. The blocks before the router have those alone, and
+            put all their parameters into them; without shared experts those blocks are not adapted.
         router: (in_features, num_experts, top_k) -> a module in place of the package's router.
     """
 
     def build(model: Any) -> nn.Module:
         linears = linears_of(model)
         depth = 1 + max(map(block_of, linears))
-        at = round(block * depth) if isinstance(block, float) else block
+        at = max(1, round(block * depth)) if isinstance(block, float) else block
         names = [name for name in linears if block_of(name) >= at]
-        earlier = {name: below for name in linears if block_of(name) < at} if below else {}
+        earlier = {name: RANK // shared for name in linears if block_of(name) < at} if shared else {}
         hidden = linears[names[0]].in_features
         new_router = router(hidden, num_experts, top_k) if router else None
         cost = sum(p.numel() for p in new_router.parameters()) if new_router else num_experts * hidden
         if earlier:  # they hold the shared experts alone
-            cost += sum(shared * below * (linears[n].in_features + linears[n].out_features) for n in earlier)
+            cost += sum(RANK * (linears[n].in_features + linears[n].out_features) for n in earlier)
         ranks = {**equal_ranks(model, names, num_experts + shared, cost), **earlier}
         scale = SCALE * top_k
         settings = dict(config)
@@ -168,16 +163,39 @@ def switch(
 
 # ------------------------------------------------------------------------------------------------ the table
 
+FIRST, QUARTER, HALF = 1 / 8, 1 / 4, 1 / 2  # of the depth
+NO_LOSSES: dict[str, Any] = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+
 METHODS: tuple[Method, ...] = (
     Method("base", "baselines", "The pretrained base, not adapted.", base_only, equal=False),
     Method("lora-r16", "baselines", "LoRA of the rank that a token uses in LoRA-Switch, k * r.", lora(16), equal=False),
-    Method("lora-r64", "baselines", "LoRA of rank E * r: the same number of parameters, all used by every token.", lora(64)),
-    Method("moe-lora", "baselines", "Layer-wise MoE-LoRA, E=8, k=2: each of the linears has a router of its own.", layer_wise()),
+    Method("lora-r64", "baselines", "LoRA of rank E * r: equal parameters, all used by every token.", lora(RANK)),
+    Method("moe-lora", "baselines", "Layer-wise MoE-LoRA, E=8, k=2: each linear has a router of its own.", layer_wise()),
     Method("switch", "paper", "LoRA-Switch as in the paper: E=8, r=8, k=2, routed at the first linear.", switch()),
     Method("switch-k1", "paper", "One expert per token instead of two.", switch(1)),
     Method("switch-k4", "paper", "Four experts per token.", switch(4)),
     Method("switch-e16", "paper", "E=16, r=4, k=4: more and smaller experts, the same active rank.", switch(4, 16)),
     Method("switch-e32", "paper", "E=32, r=2, k=8: still more and smaller experts.", switch(8, 32)),
+    Method("deep-eighth", "routers", "Router at 1/8 of the depth, the layers below not adapted.", switch(block=FIRST)),
+    Method("deep-quarter", "routers", "Router at 1/4 of the depth, the layers below not adapted.", switch(block=QUARTER)),
+    Method("deep-quarter-shared", "routers", "Router at 1/4 of the depth; one shared expert next to 2 of 7 routed ones, and below "
+           "the router alone.", switch(2, 7, QUARTER, shared=1)),
+    Method("shared", "routers", "One shared expert and 2 of 7 routed ones, routed at the first linear.", switch(2, 7, shared=1)),
+    Method("context", "routers", "Routed at the first linear from the token's embedding and two running means of the "
+           "embeddings before it.", switch(router=routers.ContextRouter)),
+    Method("sigmoid", "routers", "Sigmoid gates, balanced by a bias instead of an auxiliary loss.",
+           switch(router=routers.SigmoidRouter, **NO_LOSSES)),
+    Method("switch-k8", "combined", "All 8 experts for every token: routing chooses the gates only.", switch(8)),
+    Method("deep-eighth-shared-k3", "combined", "Router at 1/8, 1 shared and 3 of 7 routed experts.",
+           switch(3, 7, FIRST, shared=1)),
+    Method("deep-quarter-shared-k3", "combined", "Router at 1/4, 1 shared and 3 of 7 routed experts.",
+           switch(3, 7, QUARTER, shared=1)),
+    Method("deep-half-shared-k3", "combined", "Router at 1/2, 1 shared and 3 of 7 routed experts.",
+           switch(3, 7, HALF, shared=1)),
+    Method("deep-quarter-sigmoid-k3", "combined", "Router at 1/4 with sigmoid gates, 1 shared and 3 of 7 routed experts.",
+           switch(3, 7, QUARTER, shared=1, router=routers.SigmoidRouter, **NO_LOSSES)),
+    Method("deep-quarter-shared-k7", "combined", "Router at 1/4, 1 shared and all 7 other experts with routed gates.",
+           switch(7, 7, QUARTER, shared=1)),
 )  # fmt: skip
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -208,6 +226,26 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def count(model: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(parameter.numel() for parameter in trainable(model))
+
+
+def active_rank(model: nn.Module) -> float:
+    """Rank of the adapter that a token uses, mean over all linears of the blocks weighted by their size: what decoding reads
+    on top of the backbone is proportional to it. An un-adapted linear counts as rank 0."""
+    rank_times_size, size = 0.0, 0
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in TARGETS:
+            continue
+        base: Any = module if isinstance(module, nn.Linear) else module.base_layer
+        here = base.in_features + base.out_features
+        size += here
+        if isinstance(module, LoRASwitchLayer):
+            top_k = module.top_k["default"] if module.num_experts["default"] else 0
+            rank_times_size += here * module.r["default"] * (top_k + module.num_shared_experts["default"])
+        elif isinstance(module, MoELoRALinear):
+            rank_times_size += here * module.top_k * module.experts_a.shape[1]
+        elif hasattr(module, "lora_A"):
+            rank_times_size += here * module.r["default"]  # type: ignore[operator]
+    return rank_times_size / size
 
 
 def reset(model: nn.Module, seed: int) -> None:

@@ -1,22 +1,29 @@
 """What the routing of a trained adapter depends on, in numbers.
 
-Every figure is of the test rows. With several routers (layer-wise MoE-LoRA) it is the mean over them. In nats:
+Every figure is of test rows. With several routers (layer-wise MoE-LoRA) it is the mean over them. Of the domains together, in
+nats:
 
 effective_experts        exp of the entropy of the mean load: how many experts, used evenly, would be as diverse
-mi_source                I(expert; source), of the picks; sources are the domains, each with the same weight
+mi_domain                I(expert; domain) of the picks, each domain with the same weight
 context_information      I(best expert; context | token): the expert is a function of token and context, so this is the
                          entropy of the best expert that is left when the token is known. Over tokens seen at least 20
-                         times, each with the Miller-Madow correction for its number of occurrences. 0 for a router that sees
-                         the token's embedding alone.
+                         times, each with the Miller-Madow correction for its number of occurrences. 0 for a router that
+                         sees the token's embedding alone.
 context_variance         share of the gates' variance that the token does not explain, within-token variances unbiased
-mi_source_given_token    I(best expert; source | token): how much the same token is routed differently in another domain, or
-                         under another task's instruction (questions only, not the answers). Less the value that the same
-                         counts give when the sources of each token's occurrences are shuffled, so that 0 means none.
+mi_domain_given_token    I(best expert; domain | token): how differently the same token is routed in different domains
+
+and of each family of tasks:
+
+mi_instruction_given_token   I(best expert; instruction | token) over the tokens of the questions, which are the same under
+                             every instruction: what the router knows of what is asked
+
+The last two are less the value that comes out when the domains (instructions) of each token's occurrences are shuffled, so
+that 0 means nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +36,6 @@ from moe_lora import MoELoRALinear
 from peft_loraswitch.layer import LoRASwitchLayer
 from peft_loraswitch.routing import route
 from pool import IGNORED, Rows
-from settings import Settings
 
 SEEN_OFTEN = 20  # occurrences of a token from which on its experts' entropy can be estimated
 
@@ -64,54 +70,57 @@ def recorded_gates(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
 
 
 @torch.no_grad()
-def rows(model: nn.Module, split: Split, settings: Settings, vocabulary: int) -> list[dict[str, Any]]:
+def rows(model: nn.Module, split: Split, rows_at_once: int, vocabulary: int) -> list[dict[str, Any]]:
     """The results' rows; none for a model without a router."""
     with recorded_gates(model) as probe:
-        routed = bool(probe)
-    if not routed:
-        return []
-    result: list[dict[str, Any]] = []
-    for kind, sources in (("domains", split.domains), ("tasks", split.tasks)):
-        if sources:
-            result += _rows_of(model, kind, sources, settings, vocabulary)
-    return result
-
-
-def _rows_of(
-    model: nn.Module, kind: str, sources: Mapping[str, Rows], settings: Settings, vocabulary: int
-) -> list[dict[str, Any]]:
-    gates, tokens, source = _collect(model, sources, settings)
-    each = [_of_one_router(one, tokens, source, len(sources), vocabulary) for one in gates]
-    mean = {name: sum(stats[name] for stats in each) / len(each) for name in each[0]}
-    result = [{"domain_or_task": kind, "metric": name, "value": value} for name, value in mean.items()]
+        if not probe:
+            return []
+    names = [name for rows in split.domains for name in rows.names]
+    gates, tokens, domain = _collect(model, split.domains, rows_at_once)
+    found = [_of_one_router(each, tokens, domain, len(names), vocabulary) for each in gates]
+    result = [_row("domains", metric, _mean(stats[metric] for stats in found)) for metric in found[0]]
     if len(gates) == 1:  # an expert's number means nothing across routers
-        for index, name in enumerate(sources):
-            load = _load(gates[0][source == index])
-            result += [
-                {"domain_or_task": name, "metric": f"load_{expert}", "value": float(share)}
-                for expert, share in enumerate(load)
-            ]
+        for index, name in enumerate(names):
+            load = _load(gates[0][domain == index]).tolist()
+            result += [_row(name, f"load_{expert}", share) for expert, share in enumerate(load)]
+    for family in split.families:
+        gates, tokens, task = _collect(model, [family], rows_at_once)
+        sizes = (gates[0].shape[-1], len(family.names), vocabulary)
+        value = _mean(mi_given_token(each.argmax(-1), task, tokens, sizes) for each in gates)
+        result.append(_row("+".join(family.names), "mi_instruction_given_token", value))
     return result
+
+
+def _row(domain_or_task: str, metric: str, value: float) -> dict[str, Any]:
+    return {"domain_or_task": domain_or_task, "metric": metric, "value": value}
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def _collect(
-    model: nn.Module, sources: Mapping[str, Rows], settings: Settings
+    model: nn.Module, sources: Sequence[Rows], rows_at_once: int
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """(gates [N, E] of each router, tokens [N], index of the source [N]) of all tokens that are not an answer."""
+    """(gates [N, E] of each router, tokens [N], index of the domain or task [N]) of all text, or of all questions."""
     model.eval()
     gates: dict[str, list[torch.Tensor]] = {}
     tokens, source = [], []
-    for index, rows_of_source in enumerate(sources.values()):
-        for start in range(0, len(rows_of_source.tokens), settings.rows_at_once):
-            part = slice(start, start + settings.rows_at_once)
-            batch, labels = rows_of_source.tokens[part], rows_of_source.labels[part]
-            counted = torch.ones_like(batch, dtype=torch.bool) if rows_of_source.items is None else labels == IGNORED
+    for index, rows_of_source in enumerate(sources):
+        for start in range(0, len(rows_of_source.tokens), rows_at_once):
+            part = slice(start, start + rows_at_once)
+            batch = rows_of_source.tokens[part]
+            owner = torch.full_like(batch, index) if rows_of_source.owner is None else rows_of_source.owner[part]
+            counted = owner >= 0
+            if rows_of_source.items is not None:
+                counted &= rows_of_source.labels[part] == IGNORED
             with recorded_gates(model) as found, autocast(batch.device):
-                model(input_ids=batch, use_cache=False)
+                model(input_ids=batch, use_cache=False, logits_to_keep=1)
             for name, (gate,) in found.items():
                 gates.setdefault(name, []).append(gate[counted])
             tokens.append(batch[counted])
-            source.append(torch.full_like(tokens[-1], index))
+            source.append(owner[counted])
     return [torch.cat(parts) for parts in gates.values()], torch.cat(tokens), torch.cat(source)
 
 
@@ -134,10 +143,10 @@ def _of_one_router(
     best = gates.argmax(-1)
     return {
         "effective_experts": float(entropy(load).exp()),
-        "mi_source": float(entropy(load) - entropy(loads).mean()),
+        "mi_domain": float(entropy(load) - entropy(loads).mean()),
         "context_information": context_information(best, tokens, gates.shape[-1], vocabulary),
         "context_variance": context_variance(gates, tokens, vocabulary),
-        "mi_source_given_token": mi_given_token(best, source, tokens, (gates.shape[-1], sources, vocabulary)),
+        "mi_domain_given_token": mi_given_token(best, source, tokens, (gates.shape[-1], sources, vocabulary)),
     }
 
 

@@ -52,8 +52,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="single methods to run (--list names them)")
     parser.add_argument("--list", action="store_true", help="list the methods and stop")
     parser.add_argument("--size", choices=list(SIZES), default="full", help="full: a GPU; smoke: seconds on a CPU")
-    parser.add_argument("--out", type=Path, help="folder of base, runs and results (default: outputs/quality-<size>)")
-    parser.add_argument("--data", type=Path, help="folder of the prepared texts (default: outputs/quality-data-<size>)")
+    parser.add_argument("--out", type=Path, help="folder of base, runs and results (default: outputs/quality/<size>)")
+    parser.add_argument("--data", type=Path, help="folder of the prepared texts (default: prepare.py's)")
     parser.add_argument("--devices", nargs="+", type=int, metavar="N", help="GPUs; families are spread over them")
     parser.add_argument("--parallel", type=int, metavar="N", help="methods at once on one GPU (default: what fits)")
     parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: 3)")
@@ -69,8 +69,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--seeds must be at least 1")
     if options.steps is not None and options.steps < 1:
         parser.error("--steps must be at least 1")
-    options.out = options.out or Path("outputs") / f"quality-{options.size}"
-    options.data = options.data or Path("outputs") / f"quality-data-{options.size}"
+    options.out = options.out or Path("outputs/quality") / options.size
+    options.data = options.data or Path("outputs/quality") / ("data" if options.size == "full" else f"data-{options.size}")
     return options
 
 

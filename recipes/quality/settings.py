@@ -35,9 +35,11 @@ class Settings:
     tuning_seed: int
     seeds: tuple[int, ...]
 
-    # measuring
-    blocks: int  # per domain, at most
-    task_rows: int  # per task, at most
+    # measuring: at most so many rows of each domain, and of each family of tasks
+    validation_rows: int
+    test_rows: int  # of a domain
+    test_task_rows: int  # of a family
+    routing_rows: int  # for the statistics of the router
     rows_at_once: int
 
     def fingerprint(self, *without: str) -> dict[str, Any]:
@@ -77,9 +79,11 @@ FULL = Settings(
     learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     tuning_seed=1000,
     seeds=(0, 1, 2),
-    blocks=96,
-    task_rows=64,
-    rows_at_once=64,
+    validation_rows=96,
+    test_rows=256,
+    test_task_rows=600,
+    routing_rows=96,
+    rows_at_once=128,
 )
 
 SMOKE = Settings(
@@ -99,8 +103,10 @@ SMOKE = Settings(
     learning_rates=(4e-3, 8e-3),
     tuning_seed=1000,
     seeds=(0,),
-    blocks=2,
-    task_rows=2,
+    validation_rows=2,
+    test_rows=4,
+    test_task_rows=4,
+    routing_rows=4,
     rows_at_once=8,
 )
 

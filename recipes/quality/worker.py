@@ -71,7 +71,8 @@ def wait_for_base(folder: Path, wanted: str) -> dict[str, Any]:
     while True:
         info = files.read_json(folder / "base.json")
         if info is not None and info.get("fingerprint") == wanted:
-            return info
+            if files.digest_of_file(folder / "model.safetensors") == info["sha256"]:
+                return info
         if os.getppid() != parent:
             raise RuntimeError("the command that makes the base has ended")
         time.sleep(0.5)
@@ -83,6 +84,7 @@ class Worker:
     def __init__(self, method: Method, prepared: Any, job: Job, wait: bool = False) -> None:
         self.method, self.job, self.settings = method, job, job.settings
         self.runs = job.out / "runs"
+        self.parent = os.getppid()
         device = torch.device(job.device)
         vocabulary = len(prepared.tokenizer)
         wanted = base.fingerprint(prepared.general, vocabulary, job.settings)
@@ -97,8 +99,13 @@ class Worker:
         # its own names, because an adapter renames the modules above the linears that it replaces
         self.trainable = methods.count(self.model)
         self.pool = training_pool(prepared, device)
-        self.validation = evaluate.validation_split(prepared, self.settings, device)
-        self.test = evaluate.test_split(prepared, self.settings, device)
+        size = (self.settings.validation_rows, self.settings.validation_rows, device)
+        self.validation = evaluate.rows_of(prepared.validation, {n: t.validation for n, t in prepared.tasks.items()}, *size)
+        size = (self.settings.test_rows, self.settings.test_task_rows, device)
+        tasks = {name: task.test for name, task in prepared.tasks.items()}
+        self.test = evaluate.rows_of(prepared.test, tasks, *size)
+        size = (self.settings.routing_rows, self.settings.routing_rows, device)
+        self.routed = evaluate.rows_of(prepared.test, tasks, *size)
         self.trainer = Trainer(self.model, self.pool, self.settings, device, job.compiled)
         self.run_seconds = 0.0  # of the longest run so far
         if self.trainable:
@@ -155,7 +162,7 @@ class Worker:
         def try_one(rate: float) -> float:
             if repr(rate) not in known:
                 self.train(rate, self.settings.tuning_seed)
-                loss = evaluate.mean_loss(evaluate.measure(self.model, self.validation, self.settings))
+                loss = evaluate.mean_loss(evaluate.measure(self.model, self.validation, self.settings.rows_at_once))
                 known[repr(rate)] = loss
                 files.write_json(path, {"fingerprint": self.fingerprint, "scores": known})
                 self.say(f"learning rate {rate:g}: validation loss {loss:.4f} ({self.speed()})")
@@ -168,14 +175,15 @@ class Worker:
         """Train, measure on the test split, write the run's file."""
         begun = time.perf_counter()
         training_loss = self.train(rate, seed) if self.trainable else None
-        scores = evaluate.measure(self.model, self.test, self.settings)
+        scores = evaluate.measure(self.model, self.test, self.settings.rows_at_once)
         rows = [{"domain_or_task": name, "metric": "loss", "value": score.loss} for name, score in scores.items()]
         rows += [
             {"domain_or_task": name, "metric": "exact_match", "value": score.exact_match}
             for name, score in scores.items()
             if score.exact_match is not None
         ]
-        rows += routing_statistics.rows(self.model, self.test, self.settings, self.vocabulary)
+        rows.append({"domain_or_task": "all", "metric": "active_rank", "value": methods.active_rank(self.model)})
+        rows += routing_statistics.rows(self.model, self.routed, self.settings.rows_at_once, self.vocabulary)
         files.write_json(
             self.run_file(seed),
             {
@@ -201,6 +209,8 @@ class Worker:
         )
 
     def train(self, rate: float, seed: int) -> float:
+        if os.getppid() != self.parent:
+            raise OutOfTime(f"{self.method.name}: the command that started this process has ended")
         now = time.time()
         if now + self.run_seconds > self.job.deadline:
             raise OutOfTime(f"{self.method.name}: no time left for another run of {self.run_seconds:.0f} s")
