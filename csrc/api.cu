@@ -37,6 +37,13 @@ bool fast(const ls_group &g) {
   return true;
 }
 
+// The stream multiplies the rows of A that were chosen, linear.cu all of them: not worth it when few of many are.
+bool can_shrink_inside(const ls_group &g, bool streams) {
+  for (int i = 0; i < g.n_items; ++i)
+    if (!aligned16(g.items[i].lora_a) || (!streams && g.tokens * g.top_k * g.items[i].rank > kHiddenInside)) return false;
+  return streams || g.num_experts <= 4 * g.tokens * g.top_k;
+}
+
 }  // namespace
 }  // namespace ls
 
@@ -76,7 +83,9 @@ LS_EXPORT int ls_device_supported(int device) {
 LS_EXPORT int64_t ls_hidden_elements(const ls_group *group) {
   ls::GroupParams p;
   p.g = *group;
-  return ls::layout_hidden(p);
+  const int64_t elements = ls::layout_hidden(p);
+  const bool may_split = group->dtype != LS_FLOAT32 && group->tokens <= LS_FAST_TOKENS;
+  return may_split ? elements * ls::kSplits * 2 : elements;  // floats take two elements of 16 bits
 }
 
 LS_EXPORT int ls_linear_path(const ls_group *group) {
@@ -95,12 +104,16 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   ls::GroupParams p;
   p.g = *group;
   ls::layout_hidden(p);
-  if (ls::any_rank(p.g)) {
+  const bool fast = ls::fast(p.g);
+  // Measured on an H200: up to kStreamTokens the stream is faster, beyond it the registers (csrc/README.md).
+  const int kernel = p.g.tuning & 3;
+  const bool streams = fast && (kernel == LS_TUNING_STREAM || (kernel == 0 && p.g.tokens <= kStreamTokens)) && ls::can_stream(p);
+  const bool one_launch = fast && !(p.g.tuning & LS_TUNING_TWO_LAUNCHES) && ls::can_shrink_inside(p.g, streams);
+  p.sync = ls::any_rank(p.g) && one_launch ? ls::next_sync(p.g.device, stream) : nullptr;
+  if (ls::any_rank(p.g) && !p.sync) {
     error = ls::launch_shrink(p, stream);
     if (error) return error;
   }
-  if (!ls::fast(p.g)) return ls::launch_linear_generic(p, stream);
-  // Measured on an H200: up to kStreamTokens the stream is faster, beyond it the registers (csrc/README.md).
-  const bool stream_wanted = p.g.tuning == LS_TUNING_STREAM || (p.g.tuning != LS_TUNING_REGISTERS && p.g.tokens <= kStreamTokens);
-  return stream_wanted && ls::can_stream(p) ? ls::launch_linear_stream(p, stream) : ls::launch_linear_registers(p, stream);
+  if (!fast) return ls::launch_linear_generic(p, stream);
+  return streams ? ls::launch_linear_stream(p, stream) : ls::launch_linear_registers(p, stream);
 }

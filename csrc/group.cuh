@@ -4,8 +4,16 @@
 
 namespace ls {
 
+// How the blocks of one launch agree that the shrink is done. Zero before and after every launch.
+struct alignas(16) Sync {
+  unsigned ticket, done, left, unused;  // next shrink task to hand out, tasks finished, blocks that need nothing more of this
+};
+
 struct GroupParams {
   ls_group g;
+  Sync *sync;                     // NULL: the shrink is a launch of its own, before this one
+  int shrink_begin[LS_MAX_GROUP + 1];  // with sync: first shrink task of each linear
+  int64_t hidden_elements;        // of all linears together
   int begin[LS_MAX_GROUP + 1];    // first block of each linear
   int has_rank;                   // any linear has experts
   int64_t hidden[LS_MAX_GROUP];   // first element of each linear's hidden, laid out [tokens, top_k, rank]
@@ -18,13 +26,40 @@ __device__ __forceinline__ int find_item(const GroupParams &p, int b) {
   return i;
 }
 
+constexpr int kSplits = 4;  // of the features, in linear.cu: each leaves partial sums in float, the readers add them up
+
+// One task's part of the hidden is in memory: this thread's writes, and those that a barrier put before this.
+__device__ __forceinline__ void shrink_done(Sync *sync) {
+  __threadfence();
+  atomicAdd(&sync->done, 1u);
+}
+// For one thread of a block; a __syncthreads() after it makes the hidden visible to the others.
+__device__ __forceinline__ unsigned shrinks_done(const Sync *sync) {
+  unsigned n;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(n) : "l"(&sync->done) : "memory");
+#else
+  n = 0;
+#endif
+  return n;
+}
+// One thread of each block, when the block needs the counters no more: the last one of all leaves zeros.
+__device__ __forceinline__ void leave(Sync *sync, unsigned blocks) {
+  if (atomicAdd(&sync->left, 1u) == blocks - 1) *sync = Sync{0, 0, 0, 0};
+}
+
+constexpr int kHiddenInside = 2048;  // elements of one linear's hidden that linear.cu has room for on chip
+
+Sync *next_sync(int device, void *stream);  // workspace.cu
+
+// Where each linear's hidden begins; returns the elements of all.
 inline int64_t layout_hidden(GroupParams &p) {
   int64_t n = 0;
   for (int i = 0; i < p.g.n_items; ++i) {
     p.hidden[i] = n;
     n += (int64_t(p.g.tokens) * p.g.top_k * p.g.items[i].rank + 7) / 8 * 8;  // every linear's start 16-byte aligned
   }
-  return n;
+  return p.hidden_elements = n;
 }
 
 inline bool any_rank(const ls_group &g) {

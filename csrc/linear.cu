@@ -3,6 +3,11 @@
 //
 // A block owns 16 * MT rows of one weight, its eight warps split the input features, partial sums meet in shared memory.
 // Weights go from memory straight into registers, U chunks ahead of their use.
+//
+// The first blocks of the grid own rows of A instead: all experts' A, one under the other, times all tokens is the shrink. Each
+// takes a part of the features only, so that they are done long before the others, who wait for them at the end of their
+// own rows. Blocks begin in the order of their index, and those with rows of A wait for nobody, so nobody waits for a block
+// that cannot begin.
 #include "mma.cuh"
 
 namespace ls {
@@ -11,17 +16,35 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
 
+// sum = A[row] x[token] over one part of the features, `row` of all experts' A: for every entry that chose that expert.
+__device__ __forceinline__ void store_hidden(const GroupParams &p, int item_index, const short *ids, int token, int row, int split, float sum) {
+  const ls_item &item = p.g.items[item_index];
+  float *hidden = static_cast<float *>(p.g.hidden) + split * p.hidden_elements + p.hidden[item_index];
+  for (int j = 0; j < p.g.top_k; ++j) {
+    const int entry = token * p.g.top_k + j;
+    if (ids[entry] == row / item.rank) hidden[int64_t(entry) * item.rank + row % item.rank] = p.g.gates[entry] * item.scaling * sum;
+  }
+}
+
 // NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered).
 template <class E, int NT, int MT, int U>
 __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
-  __shared__ float partial[kWarps][8 * NT][kRows + 4];
+  __shared__ __align__(16) float partial[kWarps][8 * NT][kRows + 4];  // and before that, the hidden
+  static_assert(sizeof(partial) >= kHiddenInside * sizeof(E), "the hidden needs room");
   __shared__ short ids[kIds];
   pdl_trigger();
-  const int item_index = find_item(p, blockIdx.x);
+  const int shrink_tiles = p.sync ? p.shrink_begin[p.g.n_items] : 0;
+  const bool shrinks = blockIdx.x < shrink_tiles;
+  int item_index = 0;
+  if (shrinks)
+    while (blockIdx.x >= p.shrink_begin[item_index + 1]) ++item_index;
+  else
+    item_index = find_item(p, blockIdx.x);
   const ls_item &item = p.g.items[item_index];
-  const int out = item.out_features, in = p.g.in_features, tokens = p.g.tokens;
-  const int row0 = (blockIdx.x - p.begin[item_index]) * kRows;
+  const int out = shrinks ? p.g.num_experts * item.rank : item.out_features, in = p.g.in_features, tokens = p.g.tokens;
+  const int tile = blockIdx.x - (shrinks ? p.shrink_begin : p.begin)[item_index];
+  const int row0 = (shrinks ? tile / kSplits : tile) * kRows;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const uint4 zero = make_uint4(0, 0, 0, 0);
 
@@ -38,8 +61,13 @@ __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const
     for (int n = 0; n < NT; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.f;
 
   uint4 w[2][U][MT][2], x[2][U][NT];
-  const int chunks = item.weight ? (in + kChunk - 1) / kChunk : 0;
-  const E *weight = static_cast<const E *>(item.weight) + t * kUnit;
+  const void *rows = shrinks ? item.lora_a : item.weight;
+  int first = 0, chunks = rows ? (in + kChunk - 1) / kChunk : 0;  // and one past the last
+  if (shrinks) {
+    const int all = chunks;
+    first = all * (tile % kSplits) / kSplits, chunks = all * (tile % kSplits + 1) / kSplits;
+  }
+  const E *weight = static_cast<const E *>(rows) + t * kUnit;
   const E *input = static_cast<const E *>(p.g.x) + t * kUnit;
 
   auto load_weights = [&](int c0, uint4(&v)[U][MT][2]) {
@@ -74,19 +102,22 @@ __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const
   };
 
   constexpr int kStep = kWarps * U;
-  int c = warp * U;
-  // With experts there is a shrink before this launch, which lets it begin only after its own wait: x and the ids are older
-  // and there already, once the fence has emptied L1 of what it may hold of them. The hidden is waited for at the end.
+  int c = first + warp * U;
+  load_weights(c, w[0]);
+  pdl_wait();
   if (p.has_rank) {
-    __threadfence();
-    load_weights(c, w[0]);
     read_ids(p, ids, threadIdx.x, kThreads);
     __syncthreads();
-  } else {
-    load_weights(c, w[0]);
-    pdl_wait();
   }
-  const ExpertColumns experts(p, item_index);
+  ExpertColumns experts(p, item_index);
+  const bool has_experts = item.rank > 0 && !shrinks;
+  if (has_experts && warp < experts.chunks) {
+    const ExpertColumns::Unit unit = experts.unit_of(warp, ids);
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) experts.template prefetch_b<E>(unit, row[m][h]);
+  }
   load_inputs(c, x[0]);
   while (c < chunks) {
     load_weights(c + kStep, w[1]);
@@ -99,19 +130,43 @@ __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const
     multiply(w[1], x[1]);
     c += kStep;
   }
-  if (p.has_rank) pdl_wait();
-  if (item.rank > 0) {
+  uint4 ew[MT][2];
+  if (has_experts && warp < experts.chunks) {
+    const ExpertColumns::Unit unit = experts.unit_of(warp, ids);
+#pragma unroll
+    for (int m = 0; m < MT; ++m) experts.template load_b<E>(unit, row[m][0], row[m][1], ew[m]);
+  }
+  if (shrink_tiles && !shrinks) {
+    if (threadIdx.x == 0)
+      while (shrinks_done(p.sync) < shrink_tiles) {
+      }
+    __syncthreads();
+    if (item.rank > 0) {
+      E *hidden = reinterpret_cast<E *>(&partial[0][0][0]);
+      const float *parts = static_cast<const float *>(p.g.hidden) + p.hidden[item_index];
+      for (int i = threadIdx.x; i < tokens * p.g.top_k * item.rank; i += kThreads) {
+        float sum = 0.f;
+#pragma unroll
+        for (int k = 0; k < kSplits; ++k) sum += __ldcg(parts + k * p.hidden_elements + i);
+        hidden[i] = from_float<E>(sum);
+      }
+      experts.hidden = reinterpret_cast<const char *>(hidden);
+      __syncthreads();
+    }
+  }
+  if (has_experts) {
+    uint4 ex[NT];
     for (int chunk = warp; chunk < experts.chunks; chunk += kWarps) {
       const ExpertColumns::Unit unit = experts.unit_of(chunk, ids);
-      uint4 ew[MT][2], ex[NT];
-#pragma unroll
-      for (int m = 0; m < MT; ++m) experts.template load_b<E>(unit, row[m][0], row[m][1], ew[m]);
       experts.template load_hidden<E, NT>(unit, ids, ex);
 #pragma unroll
-      for (int m = 0; m < MT; ++m)
+      for (int m = 0; m < MT; ++m) {
+        if (chunk != warp) experts.template load_b<E>(unit, row[m][0], row[m][1], ew[m]);
 #pragma unroll
         for (int n = 0; n < NT; ++n) mma32<E>(acc[m][n], ew[m], ex[n]);
+      }
     }
+    if (shrink_tiles) __syncthreads();  // `partial` is free
   }
 #pragma unroll
   for (int m = 0; m < MT; ++m)
@@ -126,12 +181,26 @@ __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const
     float sum = 0.f;
 #pragma unroll
     for (int k = 0; k < kWarps; ++k) sum += partial[k][token][r];
-    store_result<E>(item, token, row0 + r, sum);
+    if (shrinks)
+      store_hidden(p, item_index, ids, token, row0 + r, tile % kSplits, sum);
+    else
+      store_result<E>(item, token, row0 + r, sum);
+  }
+  if (!shrink_tiles) return;
+  if (shrinks) __syncthreads();
+  if (threadIdx.x == 0) {
+    if (shrinks) shrink_done(p.sync);
+    leave(p.sync, gridDim.x);
   }
 }
 
 template <class E, int NT, int MT, int U> int launch_shape(GroupParams &p, void *stream) {
   int n = 0;
+  for (int i = 0; i < p.g.n_items; ++i) {
+    p.shrink_begin[i] = n;
+    if (p.sync) n += (p.g.num_experts * p.g.items[i].rank + 16 * MT - 1) / (16 * MT) * kSplits;
+  }
+  p.shrink_begin[p.g.n_items] = n;
   for (int i = 0; i < p.g.n_items; ++i) {
     p.begin[i] = n;
     n += (p.g.items[i].out_features + 16 * MT - 1) / (16 * MT);

@@ -5,17 +5,19 @@
 // and multiplies what has arrived on tensor cores (mma.cuh): no barrier between warps but one for each tile, when their
 // partial sums meet.
 //
-// On sm_90 and newer the launch begins while the shrink runs. The shrink lets it begin only after its own wait, so x and the
-// expert ids, which are older than the shrink, are there already (they are read past L1, which could hold what was there
-// before). A single token's x goes to shared memory, and the wait for the hidden comes after the first tile's weights.
+// The shrink is done meanwhile by a warp more in each block, so that no ring runs dry: these warps draw rows of the chosen
+// experts' A until there are none left, then fetch the hidden, which the others need at the end of their first tile. They wait
+// for each other only when every row has been drawn, by a warp that is running: so nobody waits for a block that cannot begin.
 #include "mma.cuh"
 
 namespace ls {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that stream weights; one warp more shrinks
 constexpr int kSlice = 64;  // features of one stage: a 128-byte line of each row
-constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
+constexpr int kStreamTokens = 8;
+constexpr int kIds = kStreamTokens * LS_MAX_TOP_K;
+constexpr int kHiddenCopy = 1024;  // elements of the group's hidden that a block keeps in shared memory
 
 __device__ __forceinline__ void copy16(void *to, const void *from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
@@ -73,34 +75,117 @@ template <class E, int kRows> struct Cursor {
   }
 };
 
+// Barriers by number: of the streaming warps alone; x is in shared memory; the hidden is there.
+enum { kStreaming = 1, kInput = 2, kHidden = 3 };
+__device__ __forceinline__ void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// a . x over `in` features, by one warp; the loads of a go out before x is asked for.
+template <class E, class Ready> __device__ __forceinline__ float dot(const E *a, const E *x, int in, Ready x_is_ready) {
+  constexpr int kLoads = 16;
+  const int lane = threadIdx.x % 32;
+  float sum = 0.f;
+  for (int step = 0; step < in; step += kLoads * 32 * kUnit) {
+    const int begin = step + lane * kUnit;
+    uint4 v[kLoads];
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+      if (const int i = begin + n * 32 * kUnit; i < in) v[n] = load_static(a + i);
+    x_is_ready();
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) {
+      const int i = begin + n * 32 * kUnit;
+      if (i >= in) continue;
+      const uint4 xv = load_shared_input(x + i);
+      const uint32_t *pa = &v[n].x, *px = &xv.x;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const float2 fa = unpack2<E>(pa[q]), fx = unpack2<E>(px[q]);
+        sum += fa.x * fx.x + fa.y * fx.y;
+      }
+    }
+  }
+  return warp_sum(sum);
+}
+
+// The warp that shrinks: hidden[t, j, r] = scaling * gates[t, j] * lora_a[e][r] x[t], one element a task.
+template <class E, bool SINGLE> __device__ __forceinline__ void shrink(const GroupParams &p, const E *x, uint4 *copy) {
+  const int lane = threadIdx.x % 32, entries = p.g.tokens * p.g.top_k, tasks = p.shrink_begin[p.g.n_items];
+  int task = lane == 0 ? int(atomicAdd(&p.sync->ticket, 1u)) : 0;
+  const int id_lo = lane < entries ? valid_id(p, lane) : -1, id_hi = lane + 32 < entries ? valid_id(p, lane + 32) : -1;
+  bool asked = !SINGLE;
+  auto x_is_ready = [&] {
+    if (!asked) barrier(kInput, kThreads + 32), asked = true;
+  };
+  for (task = __shfl_sync(0xffffffffu, task, 0); task < tasks;) {
+    int i = 0;
+    while (task >= p.shrink_begin[i + 1]) ++i;
+    const ls_item &item = p.g.items[i];
+    const int row = task - p.shrink_begin[i], entry = row / item.rank, in = p.g.in_features;  // of [tokens, top_k, rank]
+    const int lo = __shfl_sync(0xffffffffu, id_lo, entry % 32), hi = __shfl_sync(0xffffffffu, id_hi, entry % 32);
+    const int expert = entry < 32 ? lo : hi;
+    const float gate = __ldcg(p.g.gates + entry);
+    float sum = 0.f;
+    if (expert >= 0) {
+      const E *a = static_cast<const E *>(item.lora_a) + (int64_t(expert) * item.rank + row % item.rank) * in;
+      sum = gate * item.scaling * dot<E>(a, x + int64_t(entry / p.g.top_k) * in, in, x_is_ready);
+    }
+    if (lane == 0) {
+      static_cast<E *>(p.g.hidden)[p.hidden[i] + row] = from_float<E>(sum);
+      shrink_done(p.sync);
+      task = int(atomicAdd(&p.sync->ticket, 1u));
+    }
+    task = __shfl_sync(0xffffffffu, task, 0);
+  }
+  x_is_ready();  // the others have announced it, needed or not
+  if (lane == 0) {
+    while (int(shrinks_done(p.sync)) < tasks) {
+    }
+    leave(p.sync, gridDim.x);
+  }
+  __syncwarp();
+  if (p.hidden_elements <= kHiddenCopy)
+    for (int i = lane; i < p.hidden_elements / kUnit; i += 32) copy[i] = __ldcg(static_cast<const uint4 *>(p.g.hidden) + i);
+  arrive(kHidden, kThreads + 32);
+}
+
 // NT tiles of 8 tokens, MT tiles of 16 rows, STAGES stages of a warp's ring. SINGLE: one token, its x in shared memory.
 template <class E, int NT, int MT, int STAGES, bool SINGLE>
-__global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_constant__ GroupParams p) {
+__global__ void __launch_bounds__(kThreads + 32, 2) stream_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
   constexpr int kBuffers = NT * MT > 2 ? 1 : 2;  // two spare a barrier a tile, where shared memory allows
   extern __shared__ __align__(128) unsigned char raw[];
   __shared__ float partial[kBuffers][kWarps][8 * NT][kRows + 4];
   __shared__ short ids[kIds];
+  __shared__ __align__(16) uint4 hidden_copy[kHiddenCopy / kUnit];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   E *ring = reinterpret_cast<E *>(raw) + warp * STAGES * kRows * kSlice;
   const int in = p.g.in_features, slices = (in + kSlice - 1) / kSlice, tokens = p.g.tokens;
   const int total = p.begin[p.g.n_items];
   const int begin = int(int64_t(total) * blockIdx.x / gridDim.x), end = int(int64_t(total) * (blockIdx.x + 1) / gridDim.x);
   pdl_trigger();
+  E *single = reinterpret_cast<E *>(raw) + kWarps * STAGES * kRows * kSlice;  // x of the one token
+  const E *all_x = SINGLE ? single : static_cast<const E *>(p.g.x);
+  if (warp == kWarps) {
+    pdl_wait();
+    if (p.sync) shrink<E, SINGLE>(p, all_x, hidden_copy);
+    return;
+  }
 
   Cursor<E, kRows> ahead(p, begin, end, warp < slices ? warp : slices, slices);
   if (warp >= slices) ahead.at = end;
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) ahead.copy(ring + s * kRows * kSlice, lane);
-  bool waited = !SINGLE || !p.has_rank;  // without experts there is no shrink: x comes from the launch before this one
-  if (waited) pdl_wait();
-  E *single = reinterpret_cast<E *>(raw) + kWarps * STAGES * kRows * kSlice;  // x of the one token
-  if (SINGLE)
+  pdl_wait();
+  if (SINGLE) {
     for (int i = threadIdx.x; i < in / kUnit; i += kThreads)
-      reinterpret_cast<uint4 *>(single)[i] = __ldcg(static_cast<const uint4 *>(p.g.x) + i);
+      reinterpret_cast<uint4 *>(single)[i] = load_shared_input(static_cast<const uint4 *>(p.g.x) + i);
+    if (p.sync) arrive(kInput, kThreads + 32);
+  }
   if (p.has_rank) read_ids(p, ids, threadIdx.x, kThreads);
-  __syncthreads();
-  const E *input = (SINGLE ? single : static_cast<const E *>(p.g.x)) + t * kUnit;
+  barrier(kStreaming, kThreads);
+  bool awaits = p.sync != nullptr;
+  const E *input = all_x + t * kUnit;
   int stage = 0, buffer = 0;
   for (int at = begin; at < end; buffer = (buffer + 1) % kBuffers) {
     const Tile tile = next_tile<kRows>(p, at, end);
@@ -112,7 +197,8 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
 #pragma unroll
       for (int n = 0; n < NT; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.f;
     const int last = tile.row + tile.rows - 1;
-    const ExpertColumns experts(p, tile.item);
+    ExpertColumns experts(p, tile.item);
+    if (p.sync && p.hidden_elements <= kHiddenCopy) experts.hidden = reinterpret_cast<const char *>(hidden_copy) + p.hidden[tile.item] * 2;
     const bool has_experts = item.rank > 0 && warp < experts.chunks;
     uint4 ew[2], ex[NT];
     if (MT == 1 && has_experts)  // arrives while the weights do
@@ -148,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
       ahead.copy(ring + (stage == 0 ? STAGES - 1 : stage - 1) * kRows * kSlice, lane);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
-    if (!waited) pdl_wait(), waited = true;
+    if (awaits) barrier(kHidden, kThreads + 32), awaits = false;
     if (has_experts) {
       for (int chunk = warp; chunk < experts.chunks; chunk += kWarps) {
         const ExpertColumns::Unit unit = experts.unit_of(chunk, ids);
@@ -169,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (n * 8 + t * 2 + i % 2 < tokens) partial[buffer][warp][n * 8 + t * 2 + i % 2][m * 16 + i / 2 * 8 + g] = acc[m][n][i];
-    __syncthreads();
+    barrier(kStreaming, kThreads);
     for (int i = threadIdx.x; i < kRows * tokens; i += kThreads) {
       const int r = i % kRows, token = i / kRows;
       if (r >= tile.rows) continue;
@@ -178,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(const __grid_consta
       for (int k = 0; k < kWarps; ++k) sum += partial[buffer][k][token][r];
       store_result<E>(item, token, tile.row + r, sum);
     }
-    if (kBuffers == 1) __syncthreads();
+    if (kBuffers == 1) barrier(kStreaming, kThreads);
   }
 }
 
@@ -204,7 +290,7 @@ template <class E, int NT, int MT, int STAGES, bool SINGLE> int launch_stream(Gr
     const int left = limit - int(attributes.sharedSizeBytes) - kRing;
     room = !SINGLE ? 0 : left < kMostRoom ? left : kMostRoom;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRing + room);
-    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, kRing + room);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads + 32, kRing + room);
     if (error != cudaSuccess) return error;
     blocks = sms * (each < 1 ? 1 : each > 2 ? 2 : each);
     fit.room.store(room, std::memory_order_relaxed);
@@ -216,9 +302,15 @@ template <class E, int NT, int MT, int STAGES, bool SINGLE> int launch_stream(Gr
   for (int i = 0; i < p.g.n_items; ++i) p.begin[i] = n, n += p.g.items[i].out_features;
   p.begin[p.g.n_items] = n;
   p.has_rank = any_rank(p.g);
+  const int grid = n < blocks ? n : blocks;
+  if (p.sync) {
+    int rows = 0;
+    for (int i = 0; i < p.g.n_items; ++i) p.shrink_begin[i] = rows, rows += p.g.tokens * p.g.top_k * p.g.items[i].rank;
+    p.shrink_begin[p.g.n_items] = rows;
+  }
   const int shared = kRing + (SINGLE ? p.g.in_features * 2 : 0);
   const bool overlap = may_overlap(kernel, p.g.device);
-  return launch<GroupParams>(kernel, dim3(n < blocks ? n : blocks), dim3(kThreads), p, stream, overlap, shared);
+  return launch<GroupParams>(kernel, dim3(grid), dim3(kThreads + 32), p, stream, overlap, shared);
 }
 
 template <class E> int launch_as(GroupParams &p, void *stream) {
@@ -228,7 +320,7 @@ template <class E> int launch_as(GroupParams &p, void *stream) {
 }  // namespace
 
 bool can_stream(const GroupParams &p) {
-  if (p.g.tokens > 8 || p.g.in_features % kChunk || p.g.device < 0 || p.g.device >= kMaxDevices) return false;
+  if (p.g.tokens > kStreamTokens || p.g.in_features % kChunk || p.g.device < 0 || p.g.device >= kMaxDevices) return false;
   for (int i = 0; i < p.g.n_items; ++i)
     if (!p.g.items[i].weight) return false;
   return true;

@@ -16,13 +16,14 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 1
+#define LS_ABI_VERSION 2
 #define LS_MAX_GROUP 8    /* linears in one launch */
 #define LS_MAX_TOP_K 8
 #define LS_MAX_EXPERTS 256
 #define LS_MAX_RANK 256
 #define LS_TUNING_STREAM 1 /* ls_group.tuning: linear_stream.cu wherever it can (up to 8 tokens) */
 #define LS_TUNING_REGISTERS 2 /* linear.cu */
+#define LS_TUNING_TWO_LAUNCHES 4 /* added to either, or alone: the shrink in a launch of its own */
 #define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
 
 #define LS_ERROR_ARGUMENT 100001 /* a size, a count or a dtype outside what this header allows */
@@ -95,6 +96,8 @@ typedef struct ls_merge_args {
   int32_t dtype;
   int32_t fast;   /* 1 if ls_merge_is_fast() said so for every item */
   int32_t device;
+  int32_t max_rank; /* the largest of the items' ranks */
+  int32_t reserved;
 } ls_merge_args;
 
 int ls_abi_version(void);
@@ -113,12 +116,19 @@ int ls_router(const void *x, const void *router, int64_t *experts, float *gates,
               int32_t num_experts, int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype,
               int32_t device, void *stream);
 
+/* Hands `bytes` of zeroed device memory to the library, 16-byte aligned, for counters by which the blocks of a launch tell
+ * each other that the shrink is done; it must stay allocated for as long as anything is launched. Once per device: a second
+ * call is refused. Every launch that a stream captures takes 16 bytes for good, every stream 16 bytes. Without it, or when
+ * it is used up, ls_linear makes two launches. A captured launch may run again (graph replay), but not while it runs. */
+int ls_set_workspace(int32_t device, void *zeroed, int64_t bytes);
+
 /* Elements of the group's dtype that ls_linear needs in `hidden`. */
 int64_t ls_hidden_elements(const ls_group *group);
 /* Which path ls_linear will take: enum ls_path, or -1 if the arguments are refused. */
 int ls_linear_path(const ls_group *group);
-/* The group's linears with their experts: two launches (the experts' shrink, then everything else), the second starting
- * early where the GPU has programmatic dependent launch (sm_90 and up). `group` is host memory. */
+/* The group's linears with their experts. One launch on the fast path (see ls_set_workspace), else two: the experts' shrink,
+ * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). `group`
+ * is host memory. */
 int ls_linear(const ls_group *group, void *stream);
 
 int64_t ls_merge_tiles(int32_t rows, int32_t columns); /* of the weight as stored */

@@ -82,6 +82,13 @@ struct ExpertColumns {
     w[1] = load_static(b + (int64_t(u.expert) * out + row_hi) * rank);
   }
 
+  // Have load_b's memory on its way to L2. `ids` must be there if `by_pair`.
+  template <class E> __device__ __forceinline__ void prefetch_b(const Unit &u, int row) const {
+    if (u.expert < 0) return;
+    const E *b = reinterpret_cast<const E *>(lora_b) + u.offset + (int64_t(u.expert) * out + row) * rank;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(b));
+  }
+
   // Fragments of the hidden, for NT * 8 tokens. After the wait.
   template <class E, int NT> __device__ __forceinline__ void load_hidden(const Unit &u, const short *ids, uint4 (&x)[NT]) const {
     const int g = threadIdx.x % 32 / 4;
@@ -106,12 +113,13 @@ struct ExpertColumns {
   }
 };
 
-// Every token's experts into shared memory; ids that are none become -1.
+// The expert of an entry [tokens, top_k], -1 if its id is none.
+__device__ __forceinline__ short valid_id(const GroupParams &p, int entry) {
+  const int64_t e = __ldcg(reinterpret_cast<const long long *>(p.g.experts) + entry);
+  return e >= 0 && e < p.g.num_experts ? short(e) : short(-1);
+}
 __device__ __forceinline__ void read_ids(const GroupParams &p, short *ids, int thread, int threads) {
-  for (int i = thread; i < p.g.tokens * p.g.top_k; i += threads) {
-    const int64_t e = __ldcg(reinterpret_cast<const long long *>(p.g.experts) + i);
-    ids[i] = e >= 0 && e < p.g.num_experts ? short(e) : short(-1);
-  }
+  for (int i = thread; i < p.g.tokens * p.g.top_k; i += threads) ids[i] = valid_id(p, i);
 }
 
 template <class E>

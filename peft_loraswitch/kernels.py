@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -23,9 +24,10 @@ SWITCH = "PEFT_LORASWITCH_KERNELS"
 LIBRARY = Path(__file__).with_name("libloraswitch.so")
 
 # csrc/loraswitch.h; tests compare these with the header
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
-TUNING_STREAM, TUNING_REGISTERS = 1, 2
+TUNING_STREAM, TUNING_REGISTERS, TUNING_TWO_LAUNCHES = 1, 2, 4
+WORKSPACE_BYTES = 1 << 20  # counters of 65,536 streams and captured launches: a model's graph takes about 130
 FAST_PATH, GENERIC_PATH = 0, 1
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -96,6 +98,8 @@ class MergeArgs(Structure):
         ("dtype", c_int32),
         ("fast", c_int32),
         ("device", c_int32),
+        ("max_rank", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -107,6 +111,7 @@ SIGNATURES = {
     "ls_device_supported": (c_int, [c_int]),
     "ls_driver_version": (c_int, [POINTER(c_int)]),
     "ls_router": (c_int, [c_void_p] * 4 + [c_int32] * 8 + [c_void_p]),
+    "ls_set_workspace": (c_int, [c_int32, c_void_p, c_int64]),
     "ls_hidden_elements": (c_int64, [POINTER(Group)]),
     "ls_linear_path": (c_int, [POINTER(Group)]),
     "ls_linear": (c_int, [POINTER(Group), c_void_p]),
@@ -195,6 +200,24 @@ def _check(code: int, what: str) -> None:
 
 def _stream(device: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+_workspaces: dict[int, torch.Tensor] = {}
+_workspaces_lock = threading.Lock()
+
+
+def give_workspace(device: int) -> None:
+    """Let groups of linears on CUDA device `device` run as one launch: once per process, 1 MiB for good.
+
+    Not while a CUDA graph is captured or compiled code runs: graphs would take the memory for theirs.
+    """
+    with _workspaces_lock:
+        if device in _workspaces:
+            return
+        zeroed = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", device))
+        torch.cuda.current_stream(device).synchronize()  # launches of any stream will use it
+        _check(library().ls_set_workspace(device, zeroed.data_ptr(), WORKSPACE_BYTES), "ls_set_workspace")
+        _workspaces[device] = zeroed
 
 
 @functools.cache
@@ -338,6 +361,7 @@ class MergeTable:
             item.scaling, item.transposed, item.first_tile = scalings[i], int(transposed[i]), args.n_tiles
             _, item.rank, item.in_features = lora_a[i].shape
             item.out_features = lora_b[i].shape[1]
+            args.max_rank = max(args.max_rank, item.rank)
             counts.append(lib.ls_merge_tiles(weights[i].shape[0], weights[i].shape[1]))
             args.n_tiles += counts[-1]
             args.fast = int(args.fast and lib.ls_merge_is_fast(byref(item), dtype))

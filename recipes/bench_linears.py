@@ -113,6 +113,7 @@ def measure(shape: str, layers: int, token_counts: list[int], ranks: list[int], 
     from peft_loraswitch import kernels
 
     torch.manual_seed(0)
+    kernels.give_workspace(torch.cuda.current_device())
     model = Layers(shape, layers)
     gigabytes = model.buffer.numel() * 2 / 1e9
     read = pure_read_ms(model.buffer)

@@ -18,6 +18,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.fixture(autouse=True)
 def kernels_must_be_there():
     assert kernels.available(), kernels.why_not()
+    kernels.give_workspace(torch.cuda.current_device())
+    yield
+    torch.cuda.synchronize()
+    counters = kernels._workspaces[torch.cuda.current_device()]
+    assert not counters.any(), "a launch left counters behind: the next one of its stream would go wrong"
 
 
 def randn(*shape, dtype, scale=1.0):
@@ -112,10 +117,19 @@ def test_delta_alone(dtype, tokens, rank):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 8, 12, 32])
+@pytest.mark.parametrize("launches", [0, kernels.TUNING_TWO_LAUNCHES])
 @pytest.mark.parametrize("tuning", [kernels.TUNING_STREAM, kernels.TUNING_REGISTERS])
 @pytest.mark.parametrize("in_features", [32, 1120, 1096])
-def test_linear_every_kernel_shape(dtype, tokens, tuning, in_features):
-    check_group([512, 100, 4096], in_features, [16, 8, 64], 8, 2, tokens, dtype, tuning=tuning)
+def test_linear_every_kernel_shape(dtype, tokens, tuning, launches, in_features):
+    check_group([512, 100, 4096], in_features, [16, 8, 64], 8, 2, tokens, dtype, tuning=tuning + launches)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize(("rank", "top_k"), [(256, 2), (256, 8), (64, 8)])
+def test_more_shrink_tasks_than_blocks(tokens, rank, top_k):
+    check_group([4096, 64], 1024, [rank, rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAM)
+    check_group([16], 1024, [rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAM)  # one block has it all
+    check_group([4096, 64], 1024, [rank, rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_REGISTERS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -274,6 +288,58 @@ def test_two_streams_at_once_do_not_disturb_each_other():
                 results.append(p(x, ids, gates)[0])
         torch.cuda.synchronize()
         assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_launches_that_fill_the_gpu_on_many_streams_do_not_wait_for_each_other_for_ever(tokens):
+    """Blocks of one launch wait for each other: with four launches at once, none of which fits beside another, that must end."""
+    group = make_group([16384], 4096, [64], 8, torch.bfloat16)
+    x = randn(tokens, 4096, dtype=torch.bfloat16)
+    ids, gates = oracle.random_ids(tokens, 8, 2, "cuda")
+    packed = kernels.PackedGroup(**group)
+    expected = packed(x, ids, gates)[0]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for _ in range(100):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(packed(x, ids, gates)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_graphs_captured_on_one_stream_can_be_replayed_on_two():
+    group = make_group([4096, 4096], 2048, [16, 16], 8, torch.bfloat16)
+    packed = kernels.PackedGroup(**group)
+    stream, graphs = torch.cuda.Stream(), []
+    for tokens in (1, 8):
+        x = randn(tokens, 2048, dtype=torch.bfloat16)
+        ids, gates = oracle.random_ids(tokens, 8, 2, "cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            expected = packed(x, ids, gates)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                results = packed(x, ids, gates)
+        graphs.append((graph, results, expected, (x, ids, gates), torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    for _ in range(300):
+        for graph, results, *_, replayed_on in graphs:
+            with torch.cuda.stream(replayed_on):
+                for result in results:
+                    result.fill_(float("nan"))
+                graph.replay()
+    torch.cuda.synchronize()
+    for _, results, expected, *_ in graphs:
+        assert all(torch.equal(result, e) for result, e in zip(results, expected, strict=True))
+
+
+def test_the_workspace_is_given_once():
+    device = torch.cuda.current_device()
+    kernels.give_workspace(device)
+    with pytest.raises(RuntimeError, match="ls_set_workspace"):
+        kernels._check(kernels.library().ls_set_workspace(device, kernels._workspaces[device].data_ptr(), 16), "ls_set_workspace")
 
 
 def test_soak_of_many_sizes():
