@@ -47,9 +47,9 @@ def read_json(path: Path) -> Any:
 
 
 def digest_of_file(path: Path) -> str:
-    """SHA-256 of the file's bytes, the first 16 characters."""
+    """SHA-256 of the file's bytes."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(*values: Any) -> str:
