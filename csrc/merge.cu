@@ -1,147 +1,332 @@
 // Merge: the chosen experts of one token into the weights of every adapted linear of a model, one launch.
 //
 // Bytes: each adapted weight read and written once (25.9 GB for the seven linears of Llama-2-7B in bf16) plus a few
-// megabytes of experts: nothing but memory traffic, as long as the low-rank product hides behind it. So that product
-// runs on tensor cores, and with its columns permuted so that every lane ends up with eight neighbouring columns of a
-// row: one 16-byte load of the source, one 16-byte store.
-#include "common.cuh"
+// megabytes of experts: nothing but memory traffic, as long as the low-rank product hides behind it. That product runs
+// on tensor cores with the weight's columns as the M side and its rows as the N side, the columns of four 16-column
+// fragments interleaved so that a lane's accumulators are eight neighbouring columns of two rows: 16-byte loads of the
+// source and 16-byte stores, each warp instruction four full 128-byte lines. The accumulators start from the source.
+#include "mma.cuh"
 
 namespace ls {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTileRows = 32, kStepColumns = 256, kTileColumns = 1024;
-constexpr int kRankStep = 16;                     // of the stacked ranks of all chosen experts, one mma deep
+#ifndef LS_MERGE_ROWS
+#define LS_MERGE_ROWS 512
+#endif
+#ifndef LS_MERGE_COLUMNS
+#define LS_MERGE_COLUMNS 256
+#endif
+#ifndef LS_MERGE_RING
+#define LS_MERGE_RING 4
+#endif
+#ifndef LS_MERGE_STORE
+#define LS_MERGE_STORE ".cs"
+#endif
+#ifndef LS_MERGE_BLOCKS
+#define LS_MERGE_BLOCKS 2
+#endif
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kTileRows = LS_MERGE_ROWS, kTileColumns = LS_MERGE_COLUMNS;  // what a block works on; warps are 64 columns wide
+constexpr int kStrip = 64, kStrips = kTileColumns / kStrip;
+constexpr int kGroup = 4;                         // wide: steps of eight rows that use a fragment of A together
 constexpr int kEntries = 2 * LS_MAX_TOP_K;        // experts to put in, experts to take out
+constexpr int kMaxUnits = kEntries * LS_MAX_RANK / kUnit;
+constexpr int kDeep = 4;                          // units (of eight ranks) that the four lanes of a row load at once
+constexpr int kDeepBytes = kDeep * kUnit * kStrip * 2;  // their fragments for one strip
+constexpr int kWideBlocks = 22;                   // of those in shared memory: 88 KB, which every GPU from sm_80 on has
+constexpr int kWideShared = kWideBlocks * kDeepBytes;
 
 struct Entry {
   int expert;  // -1: contributes nothing
   float gate;
 };
 
-// The experts of this launch, old ones with negative gates, into shared memory.
-__device__ __forceinline__ int read_entries(const ls_merge_args &p, Entry *entries) {
-  const int n = p.old_experts ? 2 * p.top_k : p.top_k;
-  if (threadIdx.x < n) {
-    const int j = threadIdx.x;
-    const int64_t e = j < p.top_k ? p.experts[j] : p.old_experts[j - p.top_k];
-    const float gate = j < p.top_k ? p.gates[j] : -p.old_gates[j - p.top_k];
-    entries[j] = Entry{e >= 0 && e < p.num_experts ? int(e) : -1, gate};
-  }
-  __syncthreads();
-  return n;
+// Expert j of this launch; the old ones come after the new ones, with negative gates.
+__device__ __forceinline__ Entry read_entry(const ls_merge_args &p, int j) {
+  const int64_t e = j < p.top_k ? p.experts[j] : p.old_experts[j - p.top_k];
+  const float gate = j < p.top_k ? p.gates[j] : -p.old_gates[j - p.top_k];
+  const bool valid = e >= 0 && e < p.num_experts;
+  return Entry{valid ? int(e) : -1, valid ? gate : 0.f};  // a gate that is NaN must not survive its expert
 }
 
-template <class E> __device__ __forceinline__ void mma16(float (&c)[4], const uint2 (&a)[2], uint32_t b0, uint32_t b1) {
-  if constexpr (sizeof(E) == 2) {
-    if constexpr (std::is_same<E, bf16>::value) {
-      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                   : "r"(a[0].x), "r"(a[1].x), "r"(a[0].y), "r"(a[1].y), "r"(b0), "r"(b1));
-    } else {
-      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                   : "r"(a[0].x), "r"(a[1].x), "r"(a[0].y), "r"(a[1].y), "r"(b0), "r"(b1));
-    }
+__device__ __forceinline__ int count_entries(const ls_merge_args &p) { return p.old_experts ? 2 * p.top_k : p.top_k; }
+
+// The part of a linear that this block works on: rows [row0, row_end), columns from column0.
+struct Tile {
+  int row0, row_end, column0;
+};
+
+__device__ __forceinline__ Tile find_tile(const ls_merge_item &item, int rows, int columns) {
+  const int tile = int(int64_t(blockIdx.x) - item.first_tile), across = (columns + kTileColumns - 1) / kTileColumns;
+  const int row0 = tile / across * kTileRows;
+  return Tile{row0, min(row0 + kTileRows, rows), tile % across * kTileColumns};
+}
+
+// The source, read once: past L1. Coherent, because in place it is what the last merge wrote.
+__device__ __forceinline__ uint4 load_source(const void *p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+// Rows of A and B: kept in L1, because the warps of a block share them.
+__device__ __forceinline__ void load_expert(const void *p, uint4 &v) {
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+}
+__device__ __forceinline__ void load_expert(const void *p, uint2 &v) {
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+}
+// The result, not needed again soon.
+__device__ __forceinline__ void store_weight(void *p, const uint4 &v) {
+  asm volatile("st.global" LS_MERGE_STORE ".v4.u32 [%0], {%1,%2,%3,%4};" :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+}
+
+// Of 64 columns, lane (g, t) = (lane / 4, lane % 4) holds columns 8g .. 8g+7 of rows 2t and 2t+1 of a step of eight rows.
+// Accumulator q of four is the fragment whose M index g stands for column 8g + 2q and g + 8 for column 8g + 2q + 1.
+template <class E> __device__ __forceinline__ void to_accumulators(const uint4 (&w)[2], float (&acc)[4][4]) {
+  const uint32_t *even = &w[0].x, *odd = &w[1].x;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const float2 a = unpack2<E>(even[q]), b = unpack2<E>(odd[q]);
+    acc[q][0] = a.x, acc[q][1] = b.x, acc[q][2] = a.y, acc[q][3] = b.y;
+  }
+}
+template <class E> __device__ __forceinline__ void from_accumulators(const float (&acc)[4][4], uint4 (&w)[2]) {
+  uint32_t *even = &w[0].x, *odd = &w[1].x;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) even[q] = pack2<E>(acc[q][0], acc[q][2]), odd[q] = pack2<E>(acc[q][1], acc[q][3]);
+}
+
+// Eight columns of four rows of A, a lane's part of 64 columns and 16 ranks, as the M fragments of the four accumulators.
+__device__ __forceinline__ void transpose(const uint4 (&a)[4], uint32_t (&fragments)[4][4]) {
+  const uint32_t *r0 = &a[0].x, *r1 = &a[1].x, *r2 = &a[2].x, *r3 = &a[3].x;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    fragments[q][0] = __byte_perm(r0[q], r1[q], 0x5410), fragments[q][1] = __byte_perm(r0[q], r1[q], 0x7632);
+    fragments[q][2] = __byte_perm(r2[q], r3[q], 0x5410), fragments[q][3] = __byte_perm(r2[q], r3[q], 0x7632);
   }
 }
 
-// 16-bit [out, in] weights, in % 8 == 0, rank % 8 == 0, 16-byte aligned. Warps: 2 along rows x 4 along columns, each 16 x 64
-// of a step of 32 x 256; a tile is kSteps of those along the columns, the next one's source on its way during this one.
-template <class E> __global__ void __launch_bounds__(kThreads, 2) merge_kernel(const __grid_constant__ ls_merge_args p) {
-  __shared__ Entry entries[kEntries];
-  __shared__ __align__(16) E down[kRankStep][kStepColumns + 8];  // rows of A
+// Four ranks of a row of B: scaled by the gate in float32, then rounded, for the N fragment.
+template <class E> __device__ __forceinline__ void scale(uint32_t lo, uint32_t hi, float factor, uint32_t (&b)[2]) {
+  const float2 x = unpack2<E>(lo), y = unpack2<E>(hi);
+  b[0] = pack2<E>(x.x * factor, x.y * factor), b[1] = pack2<E>(y.x * factor, y.y * factor);
+}
+
+// 16-bit [out, in] weights, in % 8 == 0, rank % 8 == 0, 16-byte aligned; HALVES * 16 ranks, of all experts, at most.
+// A stays in registers; the rows stream by, the next kRing steps of a warp on their way. No barrier.
+template <class E, int HALVES>
+__global__ void __launch_bounds__(kThreads, HALVES == 1 ? LS_MERGE_BLOCKS : 2) merge_narrow_kernel(const __grid_constant__ ls_merge_args p) {
+  constexpr int kRing = LS_MERGE_RING - (HALVES - 1);  // steps of eight rows whose source is on its way: what registers hold
+  using Raw = typename std::conditional<HALVES == 2, uint4, uint2>::type;  // this lane's ranks of a row of B
   const ls_merge_item item = p.items[p.tile_item[blockIdx.x]];
-  const int tile = int(int64_t(blockIdx.x) - item.first_tile);
-  const int column_tiles = (item.in_features + kTileColumns - 1) / kTileColumns;
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int out = item.out_features, in = item.in_features, rank = item.rank;
-  const int row0 = tile / column_tiles * kTileRows + warp / 4 * 16 + g;
-  const int first = tile % column_tiles * kTileColumns, last = min(first + kTileColumns, in);
+  const Tile tile = find_tile(item, out, in);
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  constexpr int kStepRows = kWarps / kStrips * 8;  // of the block
+  const int first = tile.row0 + warp / kStrips * 8, column = tile.column0 + warp % kStrips * kStrip + g * 8;
+  const bool inside = column < in;
   pdl_trigger();
   pdl_wait();
 
-  uint4 w[2][2], next[2][2];  // [row g, row g + 8][32-column block]: eight columns each
-  auto load_source = [&](int column0, uint4(&v)[2][2]) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const int row = row0 + h * 8, column = column0 + warp % 4 * 64 + b * 32 + t * 8;
-        if (row < out && column < last)
-          v[h][b] = *reinterpret_cast<const uint4 *>(static_cast<const E *>(item.source) + int64_t(row) * in + column);
-      }
+  // Rows beyond `end` are neither read nor written. What their registers hold meets no other row in the product.
+  const int source_end = inside ? tile.row_end : 0;
+  const int64_t element = int64_t(first + 2 * t) * in + column, stride = int64_t(kStepRows) * in;
+  const E *source = static_cast<const E *>(item.source) + element;
+  uint4 w[kRing][2] = {};
+  auto load_next_source = [&](int row, uint4(&v)[2]) {
+    if (row + 2 * t < source_end) v[0] = load_source(source);
+    if (row + 2 * t + 1 < source_end) v[1] = load_source(source + in);
+    source += stride;
   };
-  load_source(first, next);
-  const int n_entries = read_entries(p, entries);
-  const int units_each = rank / 8, units = n_entries * units_each;  // a unit: eight ranks of one expert
+#pragma unroll
+  for (int slot = 0; slot < kRing; ++slot) load_next_source(first + slot * kStepRows, w[slot]);
+  __syncwarp();  // for the compiler: those are on their way before the experts' ids are waited for
 
-  for (int column0 = first; column0 < last; column0 += kStepColumns) {
+  const int unit = HALVES == 2 ? t : t / 2, units_each = rank / kUnit;
+  const int rank0 = unit % units_each * kUnit + (HALVES == 2 ? 0 : t % 2 * 4);
+  Entry entry{-1, 0.f};
+  if (unit < count_entries(p) * units_each) entry = read_entry(p, unit / units_each);
+  const int up_end = entry.expert >= 0 ? tile.row_end : 0, expert = max(entry.expert, 0);
+  const float factor = entry.gate * item.scaling;
+  const E *up = static_cast<const E *>(item.lora_b) + (int64_t(expert) * out + first + g) * rank + rank0;
+  Raw raw[kRing] = {};
+  auto load_next_up = [&](int row, Raw &v) {
+    if (row + g < up_end) load_expert(up, v);
+    up += kStepRows * rank;
+  };
+  uint4 down[HALVES][4] = {};
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+  for (int i = 0; i < HALVES * 4; ++i)
+    if (entry.expert >= 0 && inside)
+      load_expert(static_cast<const E *>(item.lora_a) + (int64_t(expert) * rank + rank0 + i) * in + column, down[i / 4][i % 4]);
 #pragma unroll
-      for (int b = 0; b < 2; ++b) w[h][b] = next[h][b];
-    if (column0 + kStepColumns < last) load_source(column0 + kStepColumns, next);
-    float acc[2][4][4];  // [32-column block][8-column tile][fragment]
+  for (int slot = 0; slot < kRing; ++slot) load_next_up(first + slot * kStepRows, raw[slot]);
+  uint32_t a[HALVES][4][4];
 #pragma unroll
-    for (int b = 0; b < 2; ++b)
+  for (int half = 0; half < HALVES; ++half) transpose(down[half], a[half]);
+
+  E *weight = static_cast<E *>(item.weight) + element;
+  for (int begin = first; begin < tile.row_end; begin += kRing * kStepRows)
 #pragma unroll
-      for (int q = 0; q < 4; ++q) acc[b][q][0] = acc[b][q][1] = acc[b][q][2] = acc[b][q][3] = 0.f;
-    for (int unit0 = 0; unit0 < units; unit0 += kRankStep / 8) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < kRankStep * kStepColumns / 8; i += kThreads) {
-        const int k = i / (kStepColumns / 8), column = i % (kStepColumns / 8) * 8, unit = unit0 + k / 8;
-        const int expert = unit < units ? entries[unit / units_each].expert : -1;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (expert >= 0 && column0 + column < last) {
-          const int r = unit % units_each * 8 + k % 8;
-          v = *reinterpret_cast<const uint4 *>(static_cast<const E *>(item.lora_a) + (int64_t(expert) * rank + r) * in + column0 + column);
-        }
-        *reinterpret_cast<uint4 *>(&down[k][column]) = v;
+    for (int slot = 0; slot < kRing; ++slot) {
+      const int row = begin + slot * kStepRows;
+      float acc[4][4];
+      to_accumulators<E>(w[slot], acc);
+      const uint32_t *words = &raw[slot].x;
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        uint32_t b[2];
+        scale<E>(words[half * 2], words[half * 2 + 1], factor, b);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) mma<E>(acc[q], a[half][q][0], a[half][q][1], a[half][q][2], a[half][q][3], b[0], b[1]);
       }
-      // This lane's four ranks, 4t .. 4t+3 of the step, of rows g and g + 8: scaled by gate in float32, then rounded.
-      const int unit = unit0 + t / 2;
-      const Entry entry = unit < units ? entries[unit / units_each] : Entry{-1, 0.f};
-      const float factor = entry.gate * item.scaling;
-      uint2 up[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = row0 + h * 8;
-        up[h] = make_uint2(0, 0);
-        if (entry.expert >= 0 && row < out) {
-          const int r = unit % units_each * 8 + t % 2 * 4;
-          const uint2 v = *reinterpret_cast<const uint2 *>(static_cast<const E *>(item.lora_b) + (int64_t(entry.expert) * out + row) * rank + r);
-          const float2 lo = unpack2<E>(v.x), hi = unpack2<E>(v.y);
-          up[h] = make_uint2(pack2<E>(lo.x * factor, lo.y * factor), pack2<E>(hi.x * factor, hi.y * factor));
-        }
-      }
-      __syncthreads();
-#pragma unroll
-      for (int b = 0; b < 2; ++b)
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          // Column g of this 8-column tile stands for column 8 (g / 2) + 2 q + g % 2 of the 32-column block.
-          const E *d = &down[t * 4][warp % 4 * 64 + b * 32 + g / 2 * 8 + q * 2 + g % 2];
-          const auto *bits = reinterpret_cast<const unsigned short *>(d);
-          constexpr int kStride = kStepColumns + 8;
-          const uint32_t b0 = bits[0] | uint32_t(bits[kStride]) << 16, b1 = bits[2 * kStride] | uint32_t(bits[3 * kStride]) << 16;
-          mma16<E>(acc[b][q], up, b0, b1);
-        }
+      load_next_source(row + kRing * kStepRows, w[slot]);
+      load_next_up(row + kRing * kStepRows, raw[slot]);
+      uint4 result[2];
+      from_accumulators<E>(acc, result);
+      if (row + 2 * t < source_end) store_weight(weight, result[0]);
+      if (row + 2 * t + 1 < source_end) store_weight(weight + in, result[1]);
+      weight += stride;
     }
+}
+
+// Eight ranks of one expert. They are numbered through all experts of the launch.
+struct alignas(8) Unit {
+  short expert, place;  // -1: contributes nothing; ranks 8 place .. 8 place + 7
+  float factor;
+};
+
+// Fragments of A for `strips` strips from column0 on and `count` times 32 ranks, in the order in which mma takes them: of a
+// strip, of 32 ranks, of a half of those (four ranks of each unit), of an accumulator, of a lane.
+template <class E>
+__device__ __forceinline__ void fill_fragments(uint4 *fragments, const Unit *units, const ls_merge_item &item, int column0,
+                                               int strips, int count) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 2
+  for (int i = threadIdx.x / 32; i < strips * count * 2; i += kWarps) {
+    const int deep = i / 2 % count, strip = i / 2 / count, column = column0 + strip * kStrip + g * 8;
+    const Unit unit = units[deep * kDeep + t];
+    uint4 rows[4] = {};
+    if (unit.expert >= 0 && column < item.in_features) {
+      const int64_t row = int64_t(unit.expert) * item.rank + unit.place * kUnit + i % 2 * 4;
+      const E *down = static_cast<const E *>(item.lora_a) + row * item.in_features + column;
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+      for (int k = 0; k < 4; ++k) load_expert(down + int64_t(k) * item.in_features, rows[k]);
+    }
+    uint32_t f[4][4];
+    transpose(rows, f);
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const int row = row0 + h * 8, column = column0 + warp % 4 * 64 + b * 32 + t * 8;
-        if (row >= out || column >= last) continue;
-        uint32_t *v = &w[h][b].x;
+    for (int q = 0; q < 4; ++q) fragments[(i * 4 + q) * 32 + lane] = make_uint4(f[q][0], f[q][1], f[q][2], f[q][3]);
+  }
+}
+
+// The same for any rank. A waits in shared memory for all rows of the tile; each of its fragments, once loaded, serves
+// kGroup * 8 rows. If the ranks of all experts do not fit for the whole tile, for half or a quarter of its columns at a
+// time, and if not even then, chunks of them pass by for every group of rows.
+template <class E>
+__global__ void __launch_bounds__(kThreads, 2) merge_wide_kernel(const __grid_constant__ ls_merge_args p) {
+  extern __shared__ uint4 fragments[];
+  __shared__ Unit units[kMaxUnits];
+  const ls_merge_item item = p.items[p.tile_item[blockIdx.x]];
+  const int out = item.out_features, in = item.in_features, rank = item.rank;
+  const Tile tile = find_tile(item, out, in);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  pdl_trigger();
+  pdl_wait();
+
+  const int units_each = rank / kUnit, n_units = count_entries(p) * units_each, deep = (n_units + kDeep - 1) / kDeep;
+  int strips = kStrips;  // of the tile, at a time
+  while (strips > 1 && strips * deep > kWideBlocks) strips /= 2;
+  const int chunk = min(deep, kWideBlocks / strips);
+  const int strip = warp % strips, step_rows = kWarps / strips * kGroup * 8;
+
+  for (int strip0 = 0; strip0 < kStrips && tile.column0 + strip0 * kStrip < in; strip0 += strips) {
+    const int column0 = tile.column0 + strip0 * kStrip, column = column0 + strip * kStrip + g * 8;
+    const int source_end = column < in ? tile.row_end : 0;
+    for (int row0 = tile.row0; row0 < tile.row_end; row0 += step_rows) {
+      const int row = row0 + warp / strips * kGroup * 8;
+      const int64_t element = int64_t(row + 2 * t) * in + column;
+      uint4 w[kGroup][2] = {};
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          const float2 old = unpack2<E>(v[q]);
-          v[q] = pack2<E>(old.x + acc[b][q][h * 2], old.y + acc[b][q][h * 2 + 1]);
-        }
-        *reinterpret_cast<uint4 *>(static_cast<E *>(item.weight) + int64_t(row) * in + column) = w[h][b];
+      for (int j = 0; j < kGroup; ++j) {
+        const E *s = static_cast<const E *>(item.source) + element + int64_t(j) * 8 * in;
+        if (row + j * 8 + 2 * t < source_end) w[j][0] = load_source(s);
+        if (row + j * 8 + 2 * t + 1 < source_end) w[j][1] = load_source(s + in);
       }
+      if (strip0 == 0 && row0 == tile.row0)  // once, and behind the first loads of the source
+        for (int i = threadIdx.x; i < deep * kDeep; i += kThreads) {
+          const Entry entry = i < n_units ? read_entry(p, i / units_each) : Entry{-1, 0.f};
+          units[i] = Unit{short(entry.expert), short(i % units_each), entry.gate * item.scaling};
+        }
+      if (row0 == tile.row0 || chunk < deep) {
+        __syncthreads();
+        fill_fragments<E>(fragments, units, item, column0, strips, chunk);
+        __syncthreads();
+      }
+      float acc[kGroup][4][4];
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) to_accumulators<E>(w[j], acc[j]);
+      int up_row[kGroup];  // where the rows of B begin in an expert; beyond the end any row will do
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) up_row[j] = min(row + j * 8 + g, out - 1) * rank;
+
+      for (int begin = 0; begin < deep; begin += chunk) {
+        const int count = min(chunk, deep - begin);
+        if (begin > 0) {
+          __syncthreads();
+          fill_fragments<E>(fragments, units + begin * kDeep, item, column0, strips, count);
+          __syncthreads();
+        }
+        if (row >= tile.row_end) continue;
+        uint4 raw[kGroup];
+        auto load_up = [&](const Unit &unit) {
+          const E *up = static_cast<const E *>(item.lora_b) + int64_t(unit.expert) * out * rank + unit.place * kUnit;
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j)
+            if (unit.expert >= 0) {
+              load_expert(up + up_row[j], raw[j]);
+            } else {
+              raw[j] = make_uint4(0, 0, 0, 0);
+            }
+        };
+        Unit unit = units[begin * kDeep + t];
+        load_up(unit);
+        const uint4 *f = fragments + strip * count * 8 * 32 + lane;
+#pragma unroll 1
+        for (int i = 0; i < count; ++i, f += 8 * 32) {
+          const float factor = unit.factor;
+          uint32_t b[kGroup][2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int j = 0; j < kGroup; ++j) {
+              const uint32_t *words = &raw[j].x + half * 2;
+              scale<E>(words[0], words[1], factor, b[j]);
+            }
+            if (half == 1 && i + 1 < count) {  // the next ranks of B on their way during this product
+              unit = units[(begin + i + 1) * kDeep + t];
+              load_up(unit);
+            }
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              const uint4 a = f[(half * 4 + q) * 32];
+#pragma unroll
+              for (int j = 0; j < kGroup; ++j) mma<E>(acc[j][q], a.x, a.y, a.z, a.w, b[j][0], b[j][1]);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        E *d = static_cast<E *>(item.weight) + element + int64_t(j) * 8 * in;
+        uint4 result[2];
+        from_accumulators<E>(acc[j], result);
+        if (row + j * 8 + 2 * t < source_end) store_weight(d, result[0]);
+        if (row + j * 8 + 2 * t + 1 < source_end) store_weight(d + in, result[1]);
+      }
+    }
   }
 }
 
@@ -149,17 +334,17 @@ template <class E> __global__ void __launch_bounds__(kThreads, 2) merge_kernel(c
 template <class E> __global__ void __launch_bounds__(kThreads) merge_generic_kernel(const __grid_constant__ ls_merge_args p) {
   __shared__ Entry entries[kEntries];
   const ls_merge_item item = p.items[p.tile_item[blockIdx.x]];
-  const int tile = int(int64_t(blockIdx.x) - item.first_tile);
   const int rows = item.transposed ? item.in_features : item.out_features;
   const int columns = item.transposed ? item.out_features : item.in_features;
-  const int column_tiles = (columns + kTileColumns - 1) / kTileColumns;
-  const int row0 = tile / column_tiles * kTileRows, column0 = tile % column_tiles * kTileColumns;
+  const Tile tile = find_tile(item, rows, columns);
   pdl_trigger();
   pdl_wait();
-  const int n_entries = read_entries(p, entries);
+  const int n_entries = count_entries(p);
+  if (threadIdx.x < n_entries) entries[threadIdx.x] = read_entry(p, threadIdx.x);
+  __syncthreads();
   for (int at = threadIdx.x; at < kTileRows * kTileColumns; at += kThreads) {
-    const int row = row0 + at / kTileColumns, column = column0 + at % kTileColumns;
-    if (row >= rows || column >= columns) continue;
+    const int row = tile.row0 + at / kTileColumns, column = tile.column0 + at % kTileColumns;
+    if (row >= tile.row_end || column >= columns) continue;
     const int o = item.transposed ? column : row, i = item.transposed ? row : column;
     float sum = 0.f;
     for (int n = 0; n < n_entries; ++n) {
@@ -177,9 +362,18 @@ template <class E> __global__ void __launch_bounds__(kThreads) merge_generic_ker
 
 template <class E> int launch_merge(const ls_merge_args &p, void *stream) {
   auto kernel = merge_generic_kernel<E>;
+  int shared = 0;
   if constexpr (sizeof(E) == 2)
-    if (p.fast) kernel = merge_kernel<E>;
-  return launch<ls_merge_args>(kernel, dim3(unsigned(p.n_tiles)), dim3(kThreads), p, stream, may_overlap(kernel, p.device));
+    if (p.fast) {
+      const int units = p.max_rank / kUnit * p.top_k * (p.old_experts ? 2 : 1), deep = (units + kDeep - 1) / kDeep;
+      kernel = units <= 2 ? merge_narrow_kernel<E, 1> : units <= 4 ? merge_narrow_kernel<E, 2> : merge_wide_kernel<E>;
+      if (units > 4) {
+        shared = deep * kStrips * kDeepBytes < kWideShared ? deep * kStrips * kDeepBytes : kWideShared;
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWideShared);
+        if (error != cudaSuccess) return error;
+      }
+    }
+  return launch<ls_merge_args>(kernel, dim3(unsigned(p.n_tiles)), dim3(kThreads), p, stream, may_overlap(kernel, p.device), shared);
 }
 
 }  // namespace
@@ -190,14 +384,15 @@ LS_EXPORT int64_t ls_merge_tiles(int32_t rows, int32_t columns) {
 }
 
 LS_EXPORT int ls_merge_is_fast(const ls_merge_item *item, int32_t dtype) {
-  return dtype != LS_FLOAT32 && !item->transposed && item->in_features % 8 == 0 && item->rank % 8 == 0 &&
-         ls::aligned16(item->weight) && ls::aligned16(item->source) && ls::aligned16(item->lora_a) && ls::aligned16(item->lora_b);
+  return dtype != LS_FLOAT32 && !item->transposed && item->in_features % 8 == 0 && item->rank > 0 && item->rank % 8 == 0 &&
+         int64_t(item->out_features) * item->rank <= 0x7fffffff && ls::aligned16(item->weight) &&
+         ls::aligned16(item->source) && ls::aligned16(item->lora_a) && ls::aligned16(item->lora_b);
 }
 
 LS_EXPORT int ls_merge(const ls_merge_args *args, void *stream) {
   const ls_merge_args &p = *args;
   if (p.n_tiles < 0 || p.n_tiles > 0x7fffffff || p.n_items < 0 || p.top_k < 1 || p.top_k > LS_MAX_TOP_K || p.num_experts < 1 ||
-      p.num_experts > LS_MAX_EXPERTS)
+      p.num_experts > LS_MAX_EXPERTS || p.max_rank < 0 || p.max_rank > LS_MAX_RANK)
     return LS_ERROR_ARGUMENT;
   if (p.n_tiles == 0) return 0;
   if (!p.items || !p.tile_item || !p.experts || !p.gates || (p.old_experts && !p.old_gates)) return LS_ERROR_POINTER;

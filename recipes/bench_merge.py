@@ -1,55 +1,111 @@
-"""The merge launch alone: all linears of eight Llama-2-7B layers, against copying the same bytes.
+"""The merge launch alone: all linears of a few decoder layers, against copying the same bytes; and the drift in place.
 
-python recipes/bench_merge.py
+    python recipes/bench_merge.py [--shape llama-2-7b] [--layers 8] [--ranks 8 16 64] [--json FILE] [--no-drift]
+
+A merge from pristine weights reads and writes what `target.copy_(source)` does, a merge in place what `weights.add_(1)`
+does, plus the chosen experts: those two are its floors. Eight layers are 3.2 GB: fifty times an L2 cache.
 """
 
 from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 import bench_linears
 from peft_loraswitch import kernels
 
+DRIFT_STEPS = (1, 10, 100, 1000, 10000)
 
-def main() -> None:
-    torch.manual_seed(0)
-    model = bench_linears.Layers("llama-2-7b", 8)
+
+def measure(shape: str, layers: int, ranks: list[int]) -> dict[str, Any]:
+    """Milliseconds of a merge of all linears, one row a rank and mode, and their ratio to the floor of that mode."""
+    model = bench_linears.Layers(shape, layers)
     weights = [w for group in model.weights for w in group]
     target = torch.empty_like(model.buffer)
-    copy = bench_linears.graph_ms(lambda: target.copy_(model.buffer))
     gigabytes = 2 * model.buffer.numel() * 2 / 1e9
-    print(f"copy: {copy:.4f} ms, {gigabytes / copy:.3f} TB/s read and written", flush=True)
-    merged = [torch.empty_like(w) for w in weights]
-    ids, gates = torch.tensor([1, 5], device="cuda"), torch.tensor([0.6, 0.4], device="cuda")
-    for rank in (8, 16, 64):
+    floors = {
+        "pristine": bench_linears.graph_ms(lambda: target.copy_(model.buffer)),
+        "in place": bench_linears.graph_ms(lambda: target.add_(1.0)),
+    }
+    for mode, ms in floors.items():
+        print(f"floor, {mode}: {ms:.4f} ms, {gigabytes / ms:.3f} TB/s read and written", flush=True)
+    at, merged = 0, []
+    for weight in weights:
+        merged.append(target[at : at + weight.numel()].view_as(weight))
+        at += weight.numel()
+    chosen, taken_out = torch.tensor([1, 5], device="cuda"), torch.tensor([6, 2], device="cuda")
+    gates, old_gates = torch.tensor([0.6, 0.4], device="cuda"), torch.tensor([0.7, 0.3], device="cuda")
+    rows = []
+    for rank in ranks:
         experts = model.experts(rank)
         lora_a, lora_b = [a for pair in experts for a in pair[0]], [b for pair in experts for b in pair[1]]
-        scalings, transposed = [1.0] * len(weights), [False] * len(weights)
-        table = kernels.MergeTable(merged, weights, lora_a, lora_b, scalings, transposed)
-        pristine = bench_linears.graph_ms(lambda: table(ids, gates))  # noqa: B023
-        table = kernels.MergeTable(merged, merged, lora_a, lora_b, scalings, transposed)
-        in_place = bench_linears.graph_ms(lambda: table(ids, gates, ids, gates))  # noqa: B023
-        print(f"rank {rank}: from pristine {pristine:.4f} ms, {pristine / copy:.3f} x copy; in place {in_place:.4f} ms")
+        for mode, floor in floors.items():
+            sources, old = (weights, ()) if mode == "pristine" else (merged, (taken_out, old_gates))
+            target.copy_(model.buffer)
+            table = kernels.MergeTable(merged, sources, lora_a, lora_b, [1.0] * len(weights), [False] * len(weights))
+            ms = bench_linears.graph_ms(lambda: table(chosen, gates, *old))  # noqa: B023
+            row = {"rank": rank, "mode": mode, "ms": round(ms, 4), "over_floor": round(ms / floor, 4)}
+            row["tb_per_s"] = round(gigabytes / ms, 3)
+            rows.append(row)
+            print(f"  {row}", flush=True)
+    floor_ms = {mode: round(ms, 4) for mode, ms in floors.items()}
+    return {"shape": shape, "layers": layers, "gb": round(gigabytes, 3), "floor_ms": floor_ms, "rows": rows}
 
-    # Drift of the in-place switch, over steps of random experts, against the size of what is merged.
-    experts = model.experts(8)
-    source, a, b = weights[0].clone(), experts[0][0][0], experts[0][1][0]
+
+def drift(rank: int = 8, top_k: int = 2) -> list[dict[str, float]]:
+    """Relative error of a weight after steps of random experts in place, next to the size of what is merged."""
+    num_experts = bench_linears.NUM_EXPERTS
+    source = torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    a = torch.empty(num_experts, rank, 4096, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    b = torch.empty(num_experts, 4096, rank, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
     pristine = source.clone()
     table = kernels.MergeTable([source], [source], [a], [b], [16.0], [False])
-    old, old_gates = torch.tensor([-1, -1], device="cuda"), torch.zeros(2, device="cuda")
-    for step in range(1, 10001):
-        new, new_gates = torch.randperm(8, device="cuda")[:2], torch.rand(2, device="cuda")
+    old, old_gates = torch.full((top_k,), -1, device="cuda"), torch.zeros(top_k, device="cuda")
+    rows = []
+    for step in range(1, DRIFT_STEPS[-1] + 1):
+        new, new_gates = torch.randperm(num_experts, device="cuda")[:top_k], torch.rand(top_k, device="cuda")
         table(new, new_gates, old, old_gates)
         old, old_gates = new, new_gates
-        if step in (1, 10, 100, 1000, 10000):
-            update = (
-                sum(g * (b[e].double() @ a[e].double()) for e, g in zip(new, new_gates.double(), strict=True)) * 16.0
-            )
+        if step in DRIFT_STEPS:
+            update = torch.zeros_like(pristine, dtype=torch.float64)
+            for e, gate in zip(new.tolist(), new_gates.tolist(), strict=True):
+                update += 16.0 * gate * (b[e].double() @ a[e].double())
             exact = pristine.double() + update
-            drift = (source.double() - exact).norm() / exact.norm()
-            print(
-                f"in place, step {step}: relative error {drift:.2e}; the update itself is {update.norm() / exact.norm():.2e}"
-            )
+            error = float((source.double() - exact).norm() / exact.norm())
+            rows.append({"step": step, "relative_error": error, "update": float(update.norm() / exact.norm())})
+            print(f"in place, step {step}: relative error {error:.2e}; the update itself is {rows[-1]['update']:.2e}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-2-7b", choices=bench_linears.SHAPES)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--no-drift", action="store_true", help="times only")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or not kernels.available():
+        parser.error(f"needs a CUDA GPU and the kernels: {kernels.why_not()}")
+    torch.manual_seed(0)
+    result: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "kernels": kernels.build_info(),
+    }
+    result |= measure(args.shape, args.layers, args.ranks)
+    if not args.no_drift:
+        result["drift"] = drift()
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
