@@ -10,17 +10,12 @@ so half a cache is never taken for a whole one.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
-import os
 import re
-import shutil
 import sys
-import tempfile
 import time
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +29,11 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 import tasks as task_rows  # noqa: E402
 import texts  # noqa: E402
+from copies import Seen, split, without_copies  # noqa: E402
+from corpora import Document  # noqa: E402
+from files import digest_of_file, write_atomically, write_json  # noqa: E402
 from tasks import Amount, TaskRows, TaskSplit  # noqa: E402
-from texts import GENERAL, Document, Source  # noqa: E402
+from texts import GENERAL  # noqa: E402
 
 FORMAT = 1  # raise it when the files or what is in them change
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -65,8 +63,6 @@ SIZES = {
     "smoke": Size(2_048, 200_000, 8_000, 24_000, 4_000, 8_000, 600_000, 60_000, Amount(40, 24, 48)),
 }
 HELD_OUT_SHARE = {"validation": 0.07, "test": 0.12}  # of a domain's characters, at most
-HELD_OUT_DOCUMENT = 12_000  # characters taken from one held-out document, so that many are seen
-NEAR_COPY, NEAR_COPY_HELD_OUT = 0.5, 0.2  # share of runs of eight words that may have been seen before
 
 
 class CacheError(ValueError):
@@ -92,88 +88,6 @@ class Prepared:
     test: dict[str, np.ndarray]
     tasks: dict[str, TaskRows]
     sources: list[dict[str, Any]]
-
-
-# ------------------------------------------------------------------------------------------------- near-copies and splits
-
-
-class Seen:
-    """Runs of eight words that were seen, one in eight of them kept (chosen by its own hash, so the same run always is)."""
-
-    def __init__(self) -> None:
-        self.runs: set[int] = set()
-        self.words: dict[str, int] = {}
-
-    def _sample(self, text: str) -> set[int]:
-        words = re.findall(r"\w+", text.lower())
-        for word in words:
-            if word not in self.words:
-                self.words[word] = zlib.crc32(word.encode()) * 0x9E3779B97F4A7C15 % 2**64
-        hashes = np.array([self.words[word] for word in words], dtype=np.uint64)
-        runs = np.zeros(max(0, len(hashes) - 7), dtype=np.uint64)
-        for place in range(8):
-            runs = runs * np.uint64(0xD6E8FEB86659FD93) + hashes[place : place + len(runs)]
-        return set(runs[runs >> np.uint64(61) == 0].tolist())
-
-    def share(self, text: str) -> float:
-        """How much of the text was seen before; 0 for a text too short to tell."""
-        sample = self._sample(text)
-        return len(sample & self.runs) / len(sample) if len(sample) >= 4 else 0.0
-
-    def add(self, text: str) -> None:
-        self.runs |= self._sample(text)
-
-
-def without_copies(documents: list[Document], seen: Seen) -> list[Document]:
-    """Each long paragraph once, and no document half of which was seen before."""
-    paragraphs: set[int] = set()
-    kept = []
-    for document in documents:
-        parts = []
-        for part in re.split(r"(\n\s*\n)", document.text):
-            key = re.sub(r"\W+", " ", part).lower()
-            if len(key) > 80:
-                code = hash_of(key)
-                if code in paragraphs:
-                    continue
-                paragraphs.add(code)
-            parts.append(part)
-        text = re.sub(r"\n{4,}", "\n\n\n", "".join(parts)).strip("\n") + "\n"
-        if len(text) >= 200 and seen.share(text) < NEAR_COPY:
-            seen.add(text)
-            kept.append(Document(document.name, text, document.group))
-    return kept
-
-
-def hash_of(text: str) -> int:
-    """A 64-bit checksum that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def split(documents: list[Document], wanted: dict[str, int]) -> dict[str, list[Document]]:
-    """Whole groups to test and validation until they have the characters `wanted`, the others to train.
-
-    Only the beginning of a held-out document counts and is kept, and one that repeats much of the training text is dropped.
-    """
-    groups: dict[str, list[Document]] = {}
-    for document in documents:
-        groups.setdefault(document.group or document.name, []).append(document)
-    result: dict[str, list[Document]] = {"test": [], "validation": [], "train": []}
-    have = dict.fromkeys(wanted, 0)
-    for name in sorted(groups, key=lambda name: (hash_of("split " + name), name)):
-        place = next((place for place in wanted if have[place] < wanted[place]), "train")
-        for document in groups[name]:
-            if place != "train":
-                document = Document(document.name, document.text[:HELD_OUT_DOCUMENT], document.group)
-                have[place] += len(document.text)
-            result[place].append(document)
-    trained = Seen()
-    for document in result["train"]:
-        trained.add(document.text)
-    for place in wanted:
-        result[place] = [each for each in result[place] if trained.share(each.text) < NEAR_COPY_HELD_OUT]
-    result["train"].sort(key=lambda document: hash_of(document.name))
-    return result
 
 
 # ------------------------------------------------------------------------------------------------------------- tokenizer
@@ -331,11 +245,6 @@ def build(size: str, folder: Path, progress: bool = True) -> Prepared:
 # ------------------------------------------------------------------------------------------------------------------ cache
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save(prepared: Prepared, folder: Path, size: str) -> None:
     """Write the cache; `sources.json` goes first and comes back last, so a crash leaves no cache that looks whole."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -347,22 +256,16 @@ def save(prepared: Prepared, folder: Path, size: str) -> None:
             part: TaskSplit = getattr(rows, place)
             arrays[f"task/{place}/{name}/tokens"] = part.tokens
             arrays[f"task/{place}/{name}/item_ids"] = part.item_ids.astype(np.int8)  # at most 128 items fit a row
-    temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-    try:
-        prepared.tokenizer.backend_tokenizer.save(str(temporary / TOKENIZER))
-        np.savez_compressed(temporary / TOKENS, **arrays)  # type: ignore[arg-type]
-        about = {
-            "format": FORMAT,
-            "size": size,
-            "checksums": {name: _checksum(temporary / name) for name in (TOKENIZER, TOKENS)},
-            "sources": prepared.sources,
-        }
-        (temporary / SOURCES).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / SOURCES).unlink(missing_ok=True)
-        for name in (TOKENIZER, TOKENS, SOURCES):
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def write_tokens(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    (folder / SOURCES).unlink(missing_ok=True)
+    write_atomically(folder / TOKENIZER, lambda path: prepared.tokenizer.backend_tokenizer.save(str(path)))
+    write_atomically(folder / TOKENS, write_tokens)
+    checksums = {name: digest_of_file(folder / name) for name in (TOKENIZER, TOKENS)}
+    write_json(folder / SOURCES, {"format": FORMAT, "size": size, "checksums": checksums, "sources": prepared.sources})
 
 
 def load(folder: Path, size: str | None = None) -> Prepared:
@@ -391,7 +294,7 @@ def load(folder: Path, size: str | None = None) -> Prepared:
         path = folder / name
         if not path.exists():
             raise CacheError(f"{path} is not there; {again}")
-        if _checksum(path) != checksums.get(name):
+        if digest_of_file(path) != checksums.get(name):
             raise CacheError(f"{path} is damaged (its checksum is not the one in {SOURCES}); {again}")
     try:
         with np.load(io.BytesIO((folder / TOKENS).read_bytes())) as file:
