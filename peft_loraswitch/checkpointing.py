@@ -138,14 +138,18 @@ class _Block:
         again.opened_at, again.relays = SECOND_RUN, self.relays
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing
-        with self.state.within(again):
-            output = self.function(*args, **kwargs)
-        if again.used != self.used:
-            raise RuntimeError(
-                f"A checkpointed block ran with the adapter(s) {sorted(self.used or ())} and runs again, in backward, with "
-                f"{sorted(again.used)}: its gradients would be wrong. Switch adapters (set_adapter, disable_adapter) after "
-                "backward."
-            )
+        used, finished = self.used or set(), False
+        try:
+            with self.state.within(again):
+                output = self.function(*args, **kwargs)
+            finished = True
+        finally:  # torch stops the second run, by an exception, as soon as it has all that it needs
+            if again.used != used if finished else not again.used <= used:
+                raise RuntimeError(
+                    f"A checkpointed block ran with the adapter(s) {sorted(used)} and runs again, in backward, with "
+                    f"{sorted(again.used)}: its gradients would be wrong. Switch adapters (set_adapter, disable_adapter) "
+                    "after backward."
+                )
         return output
 
     def _relayed(self, adapter: str, routing: Routing) -> Routing:

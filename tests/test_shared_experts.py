@@ -1,0 +1,830 @@
+"""Shared experts (`num_shared_experts`): every token uses them, beside the routed ones, and alone before the router.
+
+The maths of every layer, in every dtype, is in `test_layer.py` (configurations "shared" and "shared-before-router").
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import multistream
+import test_checkpointing
+import test_compile
+import test_generation
+from helpers import (
+    HIDDEN,
+    adapted,
+    adapter_gradients,
+    padded,
+    randomize_adapter,
+    router_layer,
+    switch_config,
+    switch_layers,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    tiny_t5,
+    tokens,
+)
+from oracle import Oracle
+from peft_loraswitch import LoRASwitchConfig, frame, ops
+from peft_loraswitch.card import BEGIN
+from peft_loraswitch.fuse import adapted_layers
+from peft_loraswitch.routing import RoutingOptions, route, shared_routing
+from test_distributed import LOSSES, WORLD, batch_of, on_two
+from test_fuse import devices
+from test_layer import MODELS, assert_layers_equal_oracle, check_model_gradients
+
+NO_LOSSES = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+DEEP = "layers.1.self_attn.k_proj"  # q_proj of the same layer runs before it and sees the same tensor
+CONFIGS: dict[str, dict[str, Any]] = {
+    "beside": {"num_shared_experts": 1},
+    "before": {"num_shared_experts": 2, "router_module": DEEP},
+    "one-routed": {"num_shared_experts": 1, "num_experts": 1, "top_k": 1, "router_module": DEEP},
+    "top1": {"num_shared_experts": 3, "top_k": 1, "router_module": "layers.1.mlp.up_proj"},
+    "all-raw-gates": {"num_shared_experts": 2, "top_k": 4, "normalize_gates": False},
+    "larger-rank-before": {
+        "num_shared_experts": 1,
+        "router_module": "layers.1.self_attn.q_proj",
+        "rank_pattern": {r".*layers\.0\..*": 7},
+        "alpha_pattern": {"layers.0.mlp.up_proj": 3.0},
+    },
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def llama(**config: Any) -> PeftModel:
+    return adapted(tiny_llama(), **config)
+
+
+def by_name(model: nn.Module) -> dict[str, Any]:
+    return {name.removeprefix("model."): layer for name, layer in switch_layers(model.get_base_model()).items()}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return model(input_ids=ids, **kwargs)[0]
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) -> bool:
+    return bool((found - wanted).norm() <= tolerance * wanted.norm())
+
+
+# --------------------------------------------------------------------------------------------------- decision and maths
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0), (2, 3)], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_decision_carries_the_shared_experts_behind_the_chosen_ones(normalize, shape):
+    values = torch.randn(*shape, 5, requires_grad=True)
+    plain = route(values, RoutingOptions(5, 2, normalize))
+    both = route(values, RoutingOptions(5, 2, normalize, num_shared_experts=3))
+    assert both.experts.shape == both.gates.shape == (*shape, 5) and both.dense_gates.shape == (*shape, 8)
+    assert both.experts.dtype == torch.int64 and both.gates.dtype == both.dense_gates.dtype == torch.float32
+    assert torch.equal(both.experts[..., :2], plain.experts) and torch.equal(both.gates[..., :2], plain.gates)
+    assert torch.equal(both.experts[..., 2:], torch.tensor([5, 6, 7]).expand(*shape, 3))
+    assert (both.gates[..., 2:] == 1).all() and (both.dense_gates[..., 5:] == 1).all()
+    assert torch.equal(both.dense_gates[..., :5], plain.dense_gates)
+    assert both.experts.is_contiguous() and both.gates.is_contiguous()  # the kernels read them as they lie
+    weights = torch.randn(5)
+    gradients = [torch.autograd.grad((r.dense_gates[..., :5] * weights).sum(), values)[0] for r in (plain, both)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)], ids=str)
+def test_the_shared_experts_alone(shape):
+    routing = shared_routing(3, torch.Size(shape), torch.device("cpu"))
+    assert routing.token_shape == torch.Size(shape) and routing.experts.is_contiguous()
+    assert torch.equal(routing.experts, torch.arange(3).expand(*shape, 3))
+    assert torch.equal(routing.gates, torch.ones(*shape, 3)) and torch.equal(routing.dense_gates, routing.gates)
+
+
+@pytest.mark.compat
+@each_config
+def test_every_layer_equals_the_oracle(config):
+    model = llama(**config)
+    batch = {k: v for k, v in padded([7, 4], side="left").items() if k != "labels"}
+    assert_layers_equal_oracle(model, lambda: model(**batch))
+
+
+@pytest.mark.compat
+@each_config
+def test_gradients_equal_the_oracles(config):
+    check_model_gradients(llama(**config, **NO_LOSSES))
+
+
+@pytest.mark.parametrize("make, router", [(tiny_gpt2, "h.1.attn.c_attn"), (tiny_opt, "layers.1.self_attn.q_proj")])
+def test_gradients_of_other_architectures_equal_the_oracles(make, router):
+    """OPT lists k and v before q, which runs first: they have the shared experts alone, wherever they run."""
+    check_model_gradients(adapted(make(), num_shared_experts=1, router_module=router, **NO_LOSSES))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_shared_experts_nothing_changes(name):
+    """To the bit: the same adapter, with one shared expert that is zero, and without."""
+    task = "SEQ_CLS" if name in ("bert", "llama-classifier") else None
+    plain = adapted(MODELS[name](), task_type=task)
+    shared = adapted(MODELS[name](), task_type=task, num_shared_experts=1)
+    for layer, twin in zip(switch_layers(shared).values(), switch_layers(plain).values(), strict=True):
+        for part in ("loraswitch_A", "loraswitch_B"):
+            weight, other = (getattr(each, part)["default"].weight.data for each in (layer, twin))
+            weight.zero_()[:4] = other
+        if len(layer.loraswitch_router):
+            layer.loraswitch_router.load_state_dict(twin.loraswitch_router.state_dict())
+    assert close(logits(shared, tokens()), logits(plain, tokens()), 1e-6)
+
+
+@pytest.mark.parametrize("rank, shared", [(3, 1), (2, 3)])
+def test_one_routed_expert_and_shared_ones_are_pefts_lora_of_their_rank(rank, shared):
+    """With E = 1 the routed expert's gate is 1 too: (1 + S) * r from the router on, S * r before it."""
+    ours = llama(r=rank, num_experts=1, top_k=1, num_shared_experts=shared, router_module=DEEP, **NO_LOSSES).train()
+    layers = by_name(ours)
+    ranks = {
+        f".*{re.escape(name)}": layer.loraswitch_A["default"].weight.shape[0] * rank for name, layer in layers.items()
+    }
+    assert set(ranks.values()) == {rank * shared, rank * (1 + shared)}
+    alphas = {name: 6 / rank * value for name, value in ranks.items()}
+    config = LoraConfig(target_modules="all-linear", rank_pattern=ranks, alpha_pattern=alphas)
+    theirs = get_peft_model(tiny_llama(), config).train()
+    for name, layer in switch_layers(ours).items():
+        twin = theirs.get_submodule(name)
+        twin.lora_A["default"].weight.data.copy_(layer.loraswitch_A["default"].weight.flatten(0, 1))
+        twin.lora_B["default"].weight.data.copy_(layer.loraswitch_B["default"].weight.transpose(0, 1).flatten(1))
+        assert twin.scaling["default"] == pytest.approx(layer.scaling["default"])
+    batch = padded([7, 4])
+    found, wanted = (model(**batch) for model in (ours, theirs))
+    assert close(found.logits, wanted.logits, 2e-6)
+    found.loss.backward()
+    wanted.loss.backward()
+    for name, layer in switch_layers(ours).items():
+        gradient = layer.loraswitch_A["default"].weight.grad.flatten(0, 1)
+        assert close(gradient, theirs.get_submodule(name).lora_A["default"].weight.grad, 1e-5)
+
+
+def test_a_fresh_adapter_changes_no_bit():
+    ids = tokens()
+    before = logits(tiny_llama(), ids)
+    model = get_peft_model(tiny_llama(), switch_config(num_shared_experts=2, router_module=DEEP)).eval()
+    assert torch.equal(logits(model, ids), before)
+
+
+# ------------------------------------------------------------------------------------------------- what has which experts
+
+
+def test_which_linears_have_which_experts():
+    model = llama(num_experts=5, num_shared_experts=2, router_module=DEEP, rank_pattern={"layers.0.mlp.up_proj": 9})
+    layers = by_name(model)
+    before = [name for name in layers if name.startswith("layers.0.")] + ["layers.1.self_attn.q_proj"]
+    assert len(layers) == 14 and len(before) == 8
+    count = HIDDEN * 5  # the router
+    for name, layer in layers.items():
+        stacked, rank = 2 if name in before else 7, 9 if name == "layers.0.mlp.up_proj" else 3
+        assert layer.loraswitch_A["default"].weight.shape == (stacked, rank, layer.in_features)
+        assert layer.loraswitch_B["default"].weight.shape == (stacked, layer.out_features, rank)
+        assert bool(layer.loraswitch_router) == (name == DEEP)
+        count += stacked * rank * (layer.in_features + layer.out_features)
+    assert model.get_nb_trainable_parameters()[0] == count
+
+
+@pytest.mark.parametrize(
+    "fields, names",
+    [
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}, [1, 2]),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 2, "layers_pattern": "layers"}, [2]),
+        ({"target_modules": r".*\.q_proj", "exclude_modules": r".*layers\.1\..*"}, [0, 2]),
+    ],
+    ids=str,
+)
+def test_together_with_the_fields_that_select_layers(fields, names):
+    config = switch_config(num_shared_experts=1, router_module="layers.2.self_attn.q_proj", **fields)
+    model = get_peft_model(tiny_llama(num_hidden_layers=3), config)
+    stacked = {name: len(layer.loraswitch_A["default"].weight) for name, layer in by_name(model).items()}
+    assert stacked == {f"layers.{i}.self_attn.q_proj": 5 if i == 2 else 1 for i in names}
+
+
+def test_statistics_and_losses_are_those_of_the_routed_experts():
+    """The same routing with and without shared experts gives the same losses, load and entropy."""
+    coefs = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+    found = []
+    for shared in (0, 3):
+        model = adapted(tiny_llama(), num_shared_experts=shared, **coefs).train()
+        for parameter_name, parameter in model.named_parameters():
+            if "loraswitch_B" in parameter_name:
+                parameter.data.zero_()  # so that the model's own loss is the same
+            elif "loraswitch_router" in parameter_name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+        output = model(**padded([7, 4]))
+        output.loss.backward()
+        with model.record_routing() as recorded:
+            model(**padded([7, 4]))
+        found.append((output.loss, router_layer(model).loraswitch_router["default"].weight.grad, model.router_stats()))
+        assert recorded.summary()["load"] == pytest.approx(found[-1][2]["load"])
+    (loss, gradient, stats), (other_loss, other_gradient, other_stats) = found
+    assert torch.equal(loss, other_loss) and close(gradient, other_gradient, 1e-6) and gradient.any()
+    assert len(stats["load"]) == 4 and stats["load"] == pytest.approx(other_stats["load"])
+    assert stats["entropy"] == pytest.approx(other_stats["entropy"]) and stats["tokens"] == other_stats["tokens"] == 22
+    assert stats["balance_loss"] == pytest.approx(other_stats["balance_loss"])
+
+
+def test_gradients_reach_every_part():
+    gradients = adapter_gradients(_backward(llama(**CONFIGS["before"]).train()))
+    assert len(gradients) == 2 * 14 + 1
+    for name, gradient in gradients.items():
+        for part in gradient if "router" not in name else [gradient]:
+            assert part.any() or gradient.shape[0] == 6, name  # a routed expert that no token chose has none
+        assert gradient[-2:].any()  # the shared ones are chosen always
+
+
+def _backward(model: nn.Module) -> nn.Module:
+    model(**padded([7, 4])).loss.backward()
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("cache", test_generation.CACHES)
+def test_each_step_of_generate_has_the_logits_of_a_full_forward(cache):
+    model = adapted(tiny_llama(num_hidden_layers=3), task_type="CAUSAL_LM", **CONFIGS["before"])
+    prompt = tokens(2, 5)
+    torch.manual_seed(3)
+    out = test_generation.generate(model, prompt, **test_generation.CACHES[cache])
+    test_generation.check_logits(model, out, prompt)
+
+
+def test_left_padding_and_beams():
+    model = adapted(tiny_llama(num_hidden_layers=3), task_type="CAUSAL_LM", **CONFIGS["before"])
+    batch = padded([6, 2, 4], side="left")
+    out = test_generation.generate(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    for row, length in enumerate([6, 2, 4]):
+        alone = test_generation.generate(model, batch["input_ids"][row : row + 1, -length:])
+        assert torch.equal(alone.sequences[0], out.sequences[row, -length - test_generation.NEW :])
+    beams = [test_generation.generate(model, tokens(2, 5), num_beams=3, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(beams[0].sequences, beams[1].sequences)
+
+
+# ------------------------------------------------------------------------------------------------------ saving and loading
+
+LOAD = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+import peft_loraswitch
+from helpers import tiny_llama, tokens
+from peft import PeftModel
+model = PeftModel.from_pretrained(tiny_llama(), sys.argv[1], low_cpu_mem_usage=sys.argv[3] == "low")
+torch.save(model(input_ids=tokens()).logits.detach(), sys.argv[1] + "/logits.pt")
+"""
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("memory", ["low", "full"])
+def test_saved_and_loaded_by_a_fresh_process(memory, tmp_path):
+    model = llama(**CONFIGS["before"])
+    model.save_pretrained(tmp_path)
+    process = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path), str(Path(__file__).parent), memory]
+    subprocess.run(process, check=True, timeout=120)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model, tokens()))
+
+
+@pytest.mark.compat
+@each_config
+def test_saved_and_loaded(config, tmp_path):
+    model = llama(**config)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+    assert {name: getattr(again.peft_config["default"], name) for name in config} == config
+    transformers_model = tiny_llama()
+    transformers_model.load_adapter(str(tmp_path))
+    assert torch.equal(logits(transformers_model, tokens()), logits(model, tokens()))
+
+
+def test_a_configuration_without_the_field_and_the_field_without_use(tmp_path):
+    """Older versions do not know the field: an adapter that does not use it stays readable for them."""
+    LoRASwitchConfig(r=4).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert "num_shared_experts" not in saved
+    assert PeftConfig.from_pretrained(tmp_path).num_shared_experts == 0
+    path.write_text(json.dumps({**saved, "num_shared_experts": 0}))
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == LoRASwitchConfig(r=4).to_dict()
+    LoRASwitchConfig(num_shared_experts=2).save_pretrained(tmp_path)
+    assert json.loads(path.read_text())["num_shared_experts"] == 2
+    assert LoRASwitchConfig.from_pretrained(tmp_path).num_shared_experts == 2
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, "1", None, True, 10**6, [1]])
+def test_bad_values(value):
+    with pytest.raises(
+        ValueError, match=re.escape(f"num_shared_experts={value!r} must be a whole number from 0 to 4096")
+    ):
+        LoRASwitchConfig(num_shared_experts=value)
+
+
+@pytest.mark.parametrize("saved, configured", [(0, 1), (1, 0), (1, 2)])
+@pytest.mark.parametrize("router", [None, DEEP])
+def test_a_file_with_another_number_of_shared_experts(saved, configured, router, tmp_path):
+    llama(num_shared_experts=saved, router_module=router).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_shared_experts": configured}))
+    with pytest.raises(ValueError, match="experts|not in the model|missing"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    if router is None:
+        with pytest.raises(ValueError, match=f"holds {4 + saved} experts.*num_experts=4"):
+            PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_a_file_in_which_a_linear_has_the_other_kind_of_stack(tmp_path):
+    """S experts where E + S belong: each is a possible size, but not there."""
+    llama(**CONFIGS["before"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for part in "AB":
+        key = f"base_model.model.model.layers.1.mlp.up_proj.loraswitch_{part}.weight"
+        tensors[key] = tensors[key][:2].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"wrong shape: .*up_proj.* is \[2, "):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_the_card_says_so(tmp_path):
+    for config, wanted in [
+        ({}, None),
+        ({"num_shared_experts": 1}, "1 more, used by every token |"),
+        (
+            CONFIGS["before"],
+            "2 more, used by every token; the adapted modules before the routing layer have these alone |",
+        ),
+    ]:
+        llama(**config).save_pretrained(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert BEGIN in text and text.count("| shared experts |") == (wanted is not None)
+        assert wanted is None or f"| shared experts | {wanted}" in text
+
+
+# ------------------------------------------------------------------------------------------- several adapters, no forward
+
+
+def three_adapters() -> PeftModel:
+    """default: routed everywhere; before: shared experts alone up to q of layer 1; few: on two linears before that."""
+    model = llama()
+    model.add_adapter("before", switch_config(num_experts=3, r=2, **CONFIGS["before"]))
+    model.add_adapter(
+        "few", switch_config(target_modules=["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"], num_shared_experts=1)
+    )
+    for seed, name in enumerate(("before", "few"), start=3):
+        randomize_adapter(model, name, seed=seed)
+    return model.eval()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_switching_adapters(fused):
+    model, ids = three_adapters().requires_grad_(False), tokens(2, 4)
+    wanted = {}
+    for name in ("default", "before", "few"):
+        model.set_adapter(name)
+        model.requires_grad_(False)
+        with torch.no_grad():
+            wanted[name] = Oracle(model, name)(input_ids=ids).logits
+    with model.fuse_for_inference("fused") if fused else warnings.catch_warnings():
+        for name in ("before", "default", "few", "before"):
+            model.set_adapter(name)
+            model.requires_grad_(False)
+            assert close(logits(model, ids).double(), wanted[name])
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(tiny_llama(), ids))
+    model.delete_adapter("before")
+    model.set_adapter("few")
+    assert close(logits(model, ids).double(), wanted["few"])
+
+
+def test_several_adapters_at_once():
+    model, ids = three_adapters(), tokens(2, 4)
+    alone, x = {}, torch.randn(2, 3, HIDDEN)
+    for names in (["before"], ["few"], ["before", "few"]):
+        model.base_model.set_adapter(names)
+        layer = by_name(model)["layers.0.mlp.up_proj"]
+        alone[tuple(names)] = layer.loraswitch_A  # only to show that the layer holds both
+        logits(model, ids)
+    assert set(layer.loraswitch_A) == {"default", "before", "few"}
+    # on a linear that has shared experts only, both updates are added; it needs no forward of the model
+    model.base_model.set_adapter(["before"])
+    q_proj = by_name(model)["layers.0.self_attn.q_proj"]
+    found, base = q_proj(x), q_proj.base_layer(x)
+    a, b = q_proj.loraswitch_A["before"].weight, q_proj.loraswitch_B["before"].weight
+    update = sum(x @ a[i].T @ b[i].T for i in range(2)) * q_proj.scaling["before"]
+    assert close(found, base + update)
+
+
+def test_mixed_batches():
+    names = ["before", "__base__", "default", "few", "before"]
+    model, ids = three_adapters(), tokens(5, 6)
+    mixed = logits(model, ids, adapter_names=names)
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    generated = model.generate(input_ids=ids, adapter_names=names, **settings)
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                wanted = logits(model, ids[row : row + 1])
+        else:
+            model.set_adapter(name)
+            wanted = logits(model, ids[row : row + 1])
+            alone = model.generate(input_ids=ids[row : row + 1], **settings)
+            assert torch.equal(generated[row : row + 1], alone)
+        assert close(mixed[row : row + 1], wanted)
+
+
+def test_a_layer_that_routes_still_needs_a_forward():
+    model = llama(**CONFIGS["before"])
+    layers = by_name(model)
+    assert layers["layers.0.mlp.up_proj"](torch.randn(2, HIDDEN)).shape == (2, 48)
+    with pytest.raises(RuntimeError, match="'model.layers.1.mlp.up_proj' was reached before any routing"):
+        layers["layers.1.mlp.up_proj"](torch.randn(2, HIDDEN))
+
+
+@pytest.mark.parametrize("config", [{"num_experts": 1, "top_k": 1}, {}], ids=str)
+def test_it_cannot_be_merged_into_the_weights(config):
+    model = llama(num_shared_experts=1, **config)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge()
+    assert torch.equal(logits(model.unload(), tokens()), logits(tiny_llama(), tokens()))
+
+
+# -------------------------------------------------------------------------------------------------------- several streams
+
+
+def llava_with_both_streams() -> PeftModel:
+    router = "language_model.layers.0.self_attn.q_proj"
+    return adapted(multistream.llava(), num_shared_experts=1, router_module=router)
+
+
+def t5_with_both_streams(**config: Any) -> PeftModel:
+    """The encoder, before the decoder's first linear, and of the decoder what sees the decoder's tokens."""
+    targets = r"encoder\..*\.(q|k|v|o|wi|wo)|decoder\..*(SelfAttention\.(q|k|v|o)|EncDecAttention\.(q|o)|wi|wo)"
+    router = "decoder.block.0.layer.0.SelfAttention.q"
+    return adapted(tiny_t5(), target_modules=targets, num_shared_experts=2, router_module=router, **config)
+
+
+STREAMS = {
+    "llava": (llava_with_both_streams, multistream.llava_inputs),
+    "t5": (t5_with_both_streams, multistream.seq2seq_inputs),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_streams_before_the_routers_follow_no_decision(name):
+    """One adapter on a vision tower and the language model, or on encoder and decoder."""
+    model, inputs = (make() for make in STREAMS[name])
+    oracle = Oracle(model)
+    for layer in oracle.layers.values():
+        layer.weight = layer.base.weight  # T5's feed-forward asks its linears for their dtype
+    doubled = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits.double(), oracle(**doubled).logits, rtol=2e-4, atol=2e-4)
+    other = "vision_tower" if name == "llava" else "encoder.block"
+    layers = {n: layer for n, layer in switch_layers(model).items() if other in n}
+    assert len(layers) >= 12 and not any(any(layer.num_experts.values()) for layer in layers.values())
+
+
+def test_what_counts_as_a_token_is_the_routed_streams_business():
+    """The encoder's mask and its number of tokens say nothing about the decoder's tokens."""
+    model, inputs = t5_with_both_streams().train(), multistream.seq2seq_inputs()
+    assert inputs["attention_mask"].sum() == 10
+    model(**inputs, labels=tokens(2, 6, seed=1)).loss.backward()
+    assert model.router_stats()["tokens"] == 12
+    assert all(gradient.any() for gradient in adapter_gradients(model).values())
+    short = {**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, :4]}
+    with torch.no_grad(), model.eval().record_routing() as recorded:
+        model(**short, adapter_names=["default", "__base__"])
+    assert recorded.summary()["tokens"] == 4
+
+
+@pytest.mark.parametrize("names", [None, ["default", "__base__", "other"]], ids=["one", "mixed"])
+def test_generate_calls_the_encoder_outside_of_a_forward(names):
+    model = t5_with_both_streams()
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    randomize_adapter(model, "other", seed=9)
+    model.eval()
+    source = tokens(3, 6)
+    settings = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
+    found = model.generate(input_ids=source, **settings, **({"adapter_names": names} if names else {}))
+    for row, name in enumerate(names or ["default"] * 3):
+        ids = source[row : row + 1]
+        if name == "__base__":
+            with model.disable_adapter():
+                wanted = model.generate(input_ids=ids, use_cache=False, **settings)
+        else:
+            model.set_adapter(name)
+            wanted = model.generate(input_ids=ids, use_cache=False, **settings)
+        assert torch.equal(found[row : row + 1], wanted)
+
+
+def test_two_routed_streams_are_refused_as_before():
+    with pytest.raises(ValueError, match="different tokens"):
+        get_peft_model(multistream.llava(), switch_config(num_shared_experts=1))
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("step", [test_checkpointing.two_in_reverse, test_checkpointing.reference_between])
+@pytest.mark.parametrize("config", ["before", "one-routed-less"])
+def test_gradient_checkpointing(config, step, reentrant):
+    settings = CONFIGS["before"] if config == "before" else {"num_shared_experts": 1}
+    test_checkpointing.compare(lambda: adapted(tiny_llama(num_hidden_layers=3), **settings), step, reentrant)
+
+
+def test_gradient_checkpointing_of_another_stream():
+    plain = llava_with_both_streams().train()
+    recomputing = test_checkpointing.checkpointed(copy.deepcopy(plain), reentrant=False)
+    batch = multistream.llava_inputs()
+    for model in (plain, recomputing):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    test_checkpointing.assert_same_gradients(plain, recomputing)
+
+
+def test_a_checkpointed_block_of_shared_experts_that_would_learn_nothing():
+    """The router's block is not checkpointed and would not notice."""
+    model = adapted(tiny_llama(num_hidden_layers=4), **CONFIGS["before"]).train()
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    model.base_model.model.disable_input_require_grads()
+    with pytest.raises(
+        RuntimeError, match="experts of LoRA-Switch would silently learn nothing.*enable_input_require_grads"
+    ):
+        model(**padded([7, 5])).loss.backward()
+
+
+def test_switching_between_forward_and_backward_is_noticed_before_the_router_too():
+    model = adapted(tiny_llama(num_hidden_layers=3), router_module="layers.2.self_attn.q_proj", num_shared_experts=1)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))  # of the same shapes: torch cannot tell
+    test_checkpointing.checkpointed(model.train(), reentrant=False)
+    loss = model(**padded([7, 5])).loss
+    model.set_adapter("other")
+    with pytest.raises(RuntimeError, match="runs again, in backward, with"):
+        loss.backward()
+
+
+def process_gradients(rank: int, directory: str) -> list[dict[str, torch.Tensor]]:
+    """DistributedDataParallel twice (an unused parameter is reported in the second step), then FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    warnings.simplefilter("ignore")
+    model = llama(**CONFIGS["before"], **LOSSES).train()
+    wrapped = DistributedDataParallel(model)
+    for _ in range(2):
+        model.zero_grad()
+        wrapped(**batch_of(rank)).loss.backward()
+    results = [adapter_gradients(model)]
+    model = llama(**CONFIGS["before"], **LOSSES).train()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(**batch_of(rank)).loss.backward()
+    results.append({n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None})
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
+def test_ddp_and_fsdp2(tmp_path):
+    results = on_two(process_gradients, tmp_path)
+    alone = []
+    for rank in range(WORLD):
+        model = llama(**CONFIGS["before"], **LOSSES).train()
+        model(**batch_of(rank)).loss.backward()
+        alone.append(adapter_gradients(model))
+    for kind in range(2):
+        for rank in range(WORLD):
+            assert results[rank][kind].keys() == alone[0].keys()
+            for name in alone[0]:
+                expected = (alone[0][name] + alone[1][name]) / 2
+                torch.testing.assert_close(results[rank][kind][name], expected, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ torch.compile
+
+
+DEEP_TARGETS = ["q_proj", "k_proj", "down_proj"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("run", ["run_eval", "run_training", "run_checkpointed"])
+def test_graphs_and_outputs_equal_those_of_lora(run):
+    found = []
+    for adapt in (
+        test_compile.lora,
+        lambda base: test_compile.switch(base, **CONFIGS["before"], target_modules=DEEP_TARGETS),
+    ):
+        torch._dynamo.reset()
+        graphs = test_compile.Graphs()
+        getattr(test_compile, run)(adapt(test_compile.two_layers()), graphs)
+        found.append(graphs.outputs)
+    assert found[0] and found[0] == found[1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_equals_eager(checkpointing):
+    torch._dynamo.reset()
+    plain = adapted(tiny_llama(), **CONFIGS["before"], target_modules=DEEP_TARGETS).train()
+    model = copy.deepcopy(plain)
+    if checkpointing:
+        test_compile.checkpointing(model)
+    step = test_compile.compiled(model, "aot_eager")
+    batches = [padded([7, 5], seed=seed) for seed in range(2)]
+    test_compile.same_training(plain, step, model, batches, use_cache=False)
+
+
+# ------------------------------------------------------------------------------------------------------ fuse_for_inference
+
+
+@devices
+@pytest.mark.parametrize("strategy", ["fused", "merge"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_opt])
+@each_config
+def test_fused(config, make, strategy, device):
+    router = {tiny_gpt2: "h.1.attn.c_attn", tiny_opt: "layers.1.self_attn.q_proj"}.get(make)
+    if "router_module" in config and router:
+        config = {**config, "router_module": router}
+    model = adapted(make(), **config).requires_grad_(False).to(device)
+    batches = [tokens(b, n).to(device) for b, n in ((1, 1), (1, 3), (3, 7), (5, 8))]
+    wanted = [logits(model, ids) for ids in batches]
+    with model.fuse_for_inference(strategy):
+        for _ in range(2):
+            assert all(close(logits(model, ids), each) for ids, each in zip(batches, wanted, strict=True))
+    assert all(torch.equal(logits(model, ids), each) for ids, each in zip(batches, wanted, strict=True))
+
+
+EIGHT = {"num_shared_experts": 5, "top_k": 3, "num_experts": 6, "router_module": DEEP}  # as many as the kernels take
+
+
+@devices
+@pytest.mark.parametrize("config", [CONFIGS["beside"], CONFIGS["before"], EIGHT], ids=["beside", "before", "eight"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fused_16_bit_error_is_no_larger_than_the_unfused_models(dtype, config, device):
+    """With ranks of 8, for which the fast kernel is made."""
+    model = adapted(tiny_llama(), r=8, **config).requires_grad_(False).to(dtype)
+    reference = copy.deepcopy(model).float()
+    model.to(device)
+    for batch, length in ((1, 1), (1, 9), (3, 8), (4, 16)):
+        ids = tokens(batch, length)
+        exact, unfused = logits(reference, ids), logits(model, ids.to(device)).float().cpu()
+        with model.fuse_for_inference("fused"):
+            fused = logits(model, ids.to(device)).float().cpu()
+        assert (fused - exact).norm() <= 1.3 * (unfused - exact).norm() + 1e-3 * exact.norm()
+
+
+@devices
+@pytest.mark.parametrize("strategy", ["fused", "merge"])
+def test_fused_generate_gives_the_same_tokens(strategy, device):
+    model = llama(r=8, **EIGHT).requires_grad_(False).to(device)
+    batch = {name: value.to(device) for name, value in padded([5, 3], side="left").items() if name != "labels"}
+    for settings in ({}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}):
+        defaults: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        wanted = model.generate(**batch, **defaults, **settings)
+        with model.fuse_for_inference(strategy):
+            assert torch.equal(model.generate(**batch, **defaults, **settings), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("strategy", ["fused", "merge"])
+def test_fused_in_cuda_graphs(strategy):
+    """`ones` and `arange` of the shared experts are inside the graph, or constants of it; never stale."""
+    torch._dynamo.reset()
+    model = llama(r=8, **CONFIGS["before"]).requires_grad_(False).to("cuda")
+    batches = [tokens(1, 1, seed=seed).to("cuda") for seed in range(6)]
+    wanted = [logits(model, ids, use_cache=False) for ids in batches]
+    with model.fuse_for_inference(strategy):
+        step = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+        for ids, expected in zip(batches, wanted, strict=True):
+            assert close(logits(step, ids, use_cache=False).clone(), expected)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_merging_leaves_linears_before_the_router_alone(in_place):
+    model = llama(**CONFIGS["before"]).requires_grad_(False)
+    ids = tokens(2, 6)
+    steps = [logits(model, ids[:1, i : i + 1]) for i in range(6)]
+    mixed = logits(model, ids, adapter_names=["default", "__base__"])
+    weights = {name: layer.base_layer.weight.clone() for name, layer in by_name(model).items()}
+    with model.fuse_for_inference("merge", in_place=in_place):
+        for i in range(6):
+            assert close(logits(model, ids[:1, i : i + 1]), steps[i], 1e-5)
+        for name, layer in by_name(model).items():
+            merged = in_place and layer.num_experts["default"] > 0
+            assert torch.equal(layer.base_layer.weight, weights[name]) != merged
+        # what does not run merged must not see what is merged in place
+        assert close(logits(model, ids, adapter_names=["default", "__base__"]), mixed, 1e-5)
+        logits(model, ids[:1, :1])
+        with model.disable_adapter():
+            assert close(logits(model, ids), logits(tiny_llama(), ids), 1e-5)
+    assert all(torch.equal(layer.base_layer.weight, weights[name]) for name, layer in by_name(model).items())
+
+
+@devices
+@pytest.mark.parametrize("config", [{"num_shared_experts": 7}, {"top_k": 9, "num_experts": 9}, {"r": 300}], ids=str)
+def test_beyond_what_the_fused_ops_take(config, device, caplog):
+    model = llama(**config).requires_grad_(False).to(device)
+    batches = [tokens(1, 1).to(device), tokens(2, 3).to(device)]
+    wanted = [logits(model, ids) for ids in batches]
+    with pytest.raises(ValueError, match=r"strategy='merge' takes at most 8 experts per token .*use 'fused'"):
+        model.fuse_for_inference("merge")
+    caplog.clear()
+    with model.fuse_for_inference("fused"):
+        assert all(close(logits(model, ids), each) for ids, each in zip(batches, wanted, strict=True))
+    said = [record for record in caplog.records if "is served by PyTorch operations" in record.message]
+    assert len(said) <= 1  # once in a process: not at every layer or token
+
+
+@devices
+def test_beyond_the_limits_on_some_linears_only(device):
+    """7 experts a token before the router, 9 from there on."""
+    model = llama(num_shared_experts=7, top_k=2, router_module=DEEP).requires_grad_(False).to(device)
+    ids = tokens(1, 2).to(device)
+    wanted = logits(model, ids)
+    with model.fuse_for_inference("fused"):
+        assert close(logits(model, ids), wanted)
+
+
+def test_linears_that_share_a_tensor_with_one_before_the_router_keep_their_launch(monkeypatch):
+    """k routes, so q has the shared experts alone: its own launch, and one for k and v."""
+    model = llama(**CONFIGS["before"]).requires_grad_(False)
+    launches = []
+    original = ops.linear
+
+    def linear(x, experts, gates, weights, *args):
+        launches.append((experts.shape[-1], len(weights)))
+        return original(x, experts, gates, weights, *args)
+
+    monkeypatch.setattr(ops, "linear", linear)
+    ids = tokens(1, 1)
+    wanted = logits(model, ids)
+    with model.fuse_for_inference("fused"):
+        launches.clear()
+        assert close(logits(model, ids), wanted)
+    assert launches == [(2, 3), (2, 1), (2, 2), (2, 1), (2, 1), (4, 2), (4, 1), (4, 2), (4, 1)]  # (experts, linears)
+
+
+def test_shared_decisions_are_made_once_per_forward(monkeypatch):
+    made = []
+
+    def counted(*args):
+        made.append(args)
+        return shared_routing(*args)
+
+    model = llama(**CONFIGS["before"]).requires_grad_(False)
+    monkeypatch.setattr(frame, "shared_routing", counted)
+    logits(model, tokens())
+    assert len(made) == 1  # for eight linears
+    with model.fuse_for_inference("fused"):
+        logits(model, tokens(1, 1))
+        logits(model, tokens(1, 1))
+    assert len(made) == 4  # fuse_for_inference runs one token to find the groups
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_fused_and_compiled():
+    """One graph, one output, and the shared experts' constants in it once."""
+    torch._dynamo.reset()
+    model = llama(**CONFIGS["before"]).requires_grad_(False)
+    ids = tokens(1, 1)
+    wanted = logits(model, ids, use_cache=False)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with model.fuse_for_inference("fused"):
+        step = torch.compile(model, fullgraph=True, backend=backend)
+        for seed in range(3):
+            logits(step, tokens(1, 1, seed=seed), use_cache=False)
+        assert close(logits(step, ids, use_cache=False), wanted)
+    (graph,) = graphs
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    # before the router, and in the decision
+    assert sum("arange" in str(node.target) and node.args == (2,) for node in nodes) == 2
+    assert sum(str(node.target) == "loraswitch.linear.default" for node in nodes) == 9
+    assert len(next(node for node in graph.graph.nodes if node.op == "output").args[0]) == 1
+    assert len(adapted_layers(model)) == 14
