@@ -38,7 +38,9 @@ bool fast(const ls_group &g) {
 }
 
 // The stream multiplies the rows of A that were chosen, linear.cu all of them: not worth it when few of many are.
-bool can_shrink_inside(const ls_group &g, bool streams) {
+bool can_shrink_inside(const GroupParams &p, bool streams) {
+  const ls_group &g = p.g;
+  if (streams && p.hidden_elements > kHiddenInside) return false;
   for (int i = 0; i < g.n_items; ++i)
     if (!aligned16(g.items[i].lora_a) || (!streams && g.tokens * g.top_k * g.items[i].rank > kHiddenInside)) return false;
   return streams || g.num_experts <= 4 * g.tokens * g.top_k;
@@ -108,8 +110,8 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   // Measured on an H200: up to kStreamTokens the stream is faster, beyond it the registers (csrc/README.md).
   const int kernel = p.g.tuning & 3;
   const bool streams = fast && (kernel == LS_TUNING_STREAM || (kernel == 0 && p.g.tokens <= kStreamTokens)) && ls::can_stream(p);
-  const bool one_launch = fast && !(p.g.tuning & LS_TUNING_TWO_LAUNCHES) && ls::can_shrink_inside(p.g, streams);
-  p.sync = ls::any_rank(p.g) && one_launch ? ls::next_sync(p.g.device, stream) : nullptr;
+  const bool one_launch = fast && !(p.g.tuning & LS_TUNING_TWO_LAUNCHES) && ls::can_shrink_inside(p, streams);
+  p.sync = ls::any_rank(p.g) && one_launch ? ls::next_sync(p.g.device, stream, streams ? int(p.hidden_elements) : 0) : nullptr;
   if (ls::any_rank(p.g) && !p.sync) {
     error = ls::launch_shrink(p, stream);
     if (error) return error;

@@ -4,9 +4,12 @@
 
 namespace ls {
 
-// How the blocks of one launch agree that the shrink is done. Zero before and after every launch.
+// How the blocks of one launch agree that the shrink is done. All zero before and after every launch.
 struct alignas(16) Sync {
-  unsigned ticket, done, left, unused;  // next shrink task to hand out, tasks finished, blocks that need nothing more of this
+  unsigned ticket;  // linear_stream.cu: next shrink task to hand out; behind the struct, a word for each element of the hidden
+  unsigned done;    // linear.cu: tasks finished
+  unsigned left;    // blocks that need nothing more of this
+  unsigned unused;
 };
 
 struct GroupParams {
@@ -43,14 +46,15 @@ __device__ __forceinline__ unsigned shrinks_done(const Sync *sync) {
 #endif
   return n;
 }
-// One thread of each block, when the block needs the counters no more: the last one of all leaves zeros.
-__device__ __forceinline__ void leave(Sync *sync, unsigned blocks) {
-  if (atomicAdd(&sync->left, 1u) == blocks - 1) *sync = Sync{0, 0, 0, 0};
+// One thread of each block, when the block needs nothing more of it. Whether it was the last one, who then clears everything.
+__device__ __forceinline__ bool leave(Sync *sync, unsigned blocks) {
+  __threadfence();
+  return atomicAdd(&sync->left, 1u) == blocks - 1;
 }
 
-constexpr int kHiddenInside = 2048;  // elements of one linear's hidden that linear.cu has room for on chip
+constexpr int kHiddenInside = 2048;  // elements of the hidden (linear.cu: of one linear's) that a block has room for on chip
 
-Sync *next_sync(int device, void *stream);  // workspace.cu
+Sync *next_sync(int device, void *stream, int words);  // workspace.cu
 
 // Where each linear's hidden begins; returns the elements of all.
 inline int64_t layout_hidden(GroupParams &p) {

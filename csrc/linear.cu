@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const
   if (shrinks) __syncthreads();
   if (threadIdx.x == 0) {
     if (shrinks) shrink_done(p.sync);
-    leave(p.sync, gridDim.x);
+    if (leave(p.sync, gridDim.x)) *p.sync = Sync{0, 0, 0, 0};
   }
 }
 

@@ -10,6 +10,9 @@
 // for each other only when every row has been drawn, by a warp that is running: so nobody waits for a block that cannot begin.
 #include "mma.cuh"
 
+#ifndef LS_STAGES
+#define LS_STAGES 4
+#endif
 namespace ls {
 namespace {
 
@@ -17,7 +20,6 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that stream weights; one w
 constexpr int kSlice = 64;  // features of one stage: a 128-byte line of each row
 constexpr int kStreamTokens = 8;
 constexpr int kIds = kStreamTokens * LS_MAX_TOP_K;
-constexpr int kHiddenCopy = 1024;  // elements of the group's hidden that a block keeps in shared memory
 
 __device__ __forceinline__ void copy16(void *to, const void *from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
@@ -108,8 +110,13 @@ template <class E, class Ready> __device__ __forceinline__ float dot(const E *a,
   return warp_sum(sum);
 }
 
+// Value and flag in one word: whoever sees the flag has the value, and no fence is needed. Ranks are divisible by 8 here, so
+// every word is written.
+constexpr unsigned kThere = 0x10000;
+
 // The warp that shrinks: hidden[t, j, r] = scaling * gates[t, j] * lora_a[e][r] x[t], one element a task.
-template <class E, bool SINGLE> __device__ __forceinline__ void shrink(const GroupParams &p, const E *x, uint4 *copy) {
+template <class E, bool SINGLE> __device__ __forceinline__ void shrink(const GroupParams &p, const E *x, uint2 *copy) {
+  volatile unsigned *words = reinterpret_cast<volatile unsigned *>(p.sync + 1);
   const int lane = threadIdx.x % 32, entries = p.g.tokens * p.g.top_k, tasks = p.shrink_begin[p.g.n_items];
   int task = lane == 0 ? int(atomicAdd(&p.sync->ticket, 1u)) : 0;
   const int id_lo = lane < entries ? valid_id(p, lane) : -1, id_hi = lane + 32 < entries ? valid_id(p, lane + 32) : -1;
@@ -131,22 +138,24 @@ template <class E, bool SINGLE> __device__ __forceinline__ void shrink(const Gro
       sum = gate * item.scaling * dot<E>(a, x + int64_t(entry / p.g.top_k) * in, in, x_is_ready);
     }
     if (lane == 0) {
-      static_cast<E *>(p.g.hidden)[p.hidden[i] + row] = from_float<E>(sum);
-      shrink_done(p.sync);
+      const E value = from_float<E>(sum);
+      words[p.hidden[i] + row] = kThere | *reinterpret_cast<const unsigned short *>(&value);
       task = int(atomicAdd(&p.sync->ticket, 1u));
     }
     task = __shfl_sync(0xffffffffu, task, 0);
   }
   x_is_ready();  // the others have announced it, needed or not
-  if (lane == 0) {
-    while (int(shrinks_done(p.sync)) < tasks) {
-    }
-    leave(p.sync, gridDim.x);
+  for (int i = lane * 4; i < p.hidden_elements; i += 32 * 4) {
+    uint4 v;
+    do {
+      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(words + i) : "memory");
+    } while (!(v.x && v.y && v.z && v.w));
+    copy[i / 4] = make_uint2((v.x & 0xffff) | v.y << 16, (v.z & 0xffff) | v.w << 16);
   }
-  __syncwarp();
-  if (p.hidden_elements <= kHiddenCopy)
-    for (int i = lane; i < p.hidden_elements / kUnit; i += 32) copy[i] = __ldcg(static_cast<const uint4 *>(p.g.hidden) + i);
   arrive(kHidden, kThreads + 32);
+  const bool last = __shfl_sync(0xffffffffu, lane == 0 && leave(p.sync, gridDim.x), 0);
+  if (last)
+    for (int i = lane; i <= p.hidden_elements / 4; i += 32) reinterpret_cast<uint4 *>(p.sync)[i] = make_uint4(0, 0, 0, 0);
 }
 
 // NT tiles of 8 tokens, MT tiles of 16 rows, STAGES stages of a warp's ring. SINGLE: one token, its x in shared memory.
@@ -155,9 +164,10 @@ __global__ void __launch_bounds__(kThreads + 32, 2) stream_kernel(const __grid_c
   constexpr int kRows = 16 * MT;
   constexpr int kBuffers = NT * MT > 2 ? 1 : 2;  // two spare a barrier a tile, where shared memory allows
   extern __shared__ __align__(128) unsigned char raw[];
-  __shared__ float partial[kBuffers][kWarps][8 * NT][kRows + 4];
+  constexpr int kTokens = SINGLE ? 1 : 8 * NT;
+  __shared__ float partial[kBuffers][kWarps][kTokens][kRows + 4];
   __shared__ short ids[kIds];
-  __shared__ __align__(16) uint4 hidden_copy[kHiddenCopy / kUnit];
+  __shared__ __align__(16) uint2 hidden_copy[kHiddenInside / 4];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   E *ring = reinterpret_cast<E *>(raw) + warp * STAGES * kRows * kSlice;
   const int in = p.g.in_features, slices = (in + kSlice - 1) / kSlice, tokens = p.g.tokens;
@@ -198,7 +208,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) stream_kernel(const __grid_c
       for (int n = 0; n < NT; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.f;
     const int last = tile.row + tile.rows - 1;
     ExpertColumns experts(p, tile.item);
-    if (p.sync && p.hidden_elements <= kHiddenCopy) experts.hidden = reinterpret_cast<const char *>(hidden_copy) + p.hidden[tile.item] * 2;
+    if (p.sync) experts.hidden = reinterpret_cast<const char *>(hidden_copy) + p.hidden[tile.item] * 2;
     const bool has_experts = item.rank > 0 && warp < experts.chunks;
     uint4 ew[2], ex[NT];
     if (MT == 1 && has_experts)  // arrives while the weights do
@@ -254,7 +264,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) stream_kernel(const __grid_c
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (n * 8 + t * 2 + i % 2 < tokens) partial[buffer][warp][n * 8 + t * 2 + i % 2][m * 16 + i / 2 * 8 + g] = acc[m][n][i];
+          if (n * 8 + t * 2 + i % 2 < (SINGLE ? 1 : tokens)) partial[buffer][warp][n * 8 + t * 2 + i % 2][m * 16 + i / 2 * 8 + g] = acc[m][n][i];
     barrier(kStreaming, kThreads);
     for (int i = threadIdx.x; i < kRows * tokens; i += kThreads) {
       const int r = i % kRows, token = i / kRows;
@@ -268,36 +278,43 @@ __global__ void __launch_bounds__(kThreads + 32, 2) stream_kernel(const __grid_c
   }
 }
 
-// The device's blocks at once and, for a single token's x, the room that shared memory has beside the ring. 0: not asked yet.
+// What was found out about a device: the most shared memory beside the ring and, for a few widths, how many blocks fit at once.
 struct Fit {
-  std::atomic<int> blocks, room;
+  static constexpr int kWidths = 16;
+  std::atomic<int> room;  // 0: not asked yet
+  std::atomic<int64_t> blocks[kWidths];  // of each width (in the upper half): as many as fit
 };
-constexpr int kMostRoom = 32768;
 
 template <class E, int NT, int MT, int STAGES, bool SINGLE> int launch_stream(GroupParams &p, void *stream) {
   constexpr int kRing = kWarps * STAGES * 16 * MT * kSlice * 2;
   auto kernel = stream_kernel<E, NT, MT, STAGES, SINGLE>;
   static Fit fits[kMaxDevices];
   Fit &fit = fits[p.g.device];
-  int blocks = fit.blocks.load(std::memory_order_acquire), room = fit.room.load(std::memory_order_relaxed);
-  if (blocks == 0) {
-    int sms = 0, each = 0, limit = 0;
+  int room = fit.room.load(std::memory_order_acquire);
+  if (room == 0) {
+    int limit = 0;
     cudaFuncAttributes attributes;
-    cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, p.g.device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, p.g.device);
+    cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, p.g.device);
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    room = limit - int(attributes.sharedSizeBytes) - kRing;
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRing + room);
     if (error != cudaSuccess) return error;
-    const int left = limit - int(attributes.sharedSizeBytes) - kRing;
-    room = !SINGLE ? 0 : left < kMostRoom ? left : kMostRoom;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRing + room);
-    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads + 32, kRing + room);
-    if (error != cudaSuccess) return error;
-    blocks = sms * (each < 1 ? 1 : each > 2 ? 2 : each);
-    fit.room.store(room, std::memory_order_relaxed);
-    fit.blocks.store(blocks, std::memory_order_release);
+    fit.room.store(room, std::memory_order_release);
   }
   if constexpr (SINGLE)
     if (p.g.in_features * 2 > room) return launch_stream<E, NT, MT, STAGES, false>(p, stream);
+  const int shared = kRing + (SINGLE ? p.g.in_features * 2 : 0);
+  std::atomic<int64_t> &entry = fit.blocks[p.g.in_features / 256 % Fit::kWidths];
+  int64_t known = entry.load(std::memory_order_relaxed);
+  if (known >> 32 != p.g.in_features) {
+    int sms = 0, each = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, p.g.device);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads + 32, shared);
+    if (error != cudaSuccess) return error;
+    known = int64_t(p.g.in_features) << 32 | sms * (each < 1 ? 1 : each > 2 ? 2 : each);
+    entry.store(known, std::memory_order_relaxed);
+  }
+  const int blocks = int(known & 0xffffffff);
   int n = 0;
   for (int i = 0; i < p.g.n_items; ++i) p.begin[i] = n, n += p.g.items[i].out_features;
   p.begin[p.g.n_items] = n;
@@ -308,13 +325,12 @@ template <class E, int NT, int MT, int STAGES, bool SINGLE> int launch_stream(Gr
     for (int i = 0; i < p.g.n_items; ++i) p.shrink_begin[i] = rows, rows += p.g.tokens * p.g.top_k * p.g.items[i].rank;
     p.shrink_begin[p.g.n_items] = rows;
   }
-  const int shared = kRing + (SINGLE ? p.g.in_features * 2 : 0);
   const bool overlap = may_overlap(kernel, p.g.device);
   return launch<GroupParams>(kernel, dim3(grid), dim3(kThreads + 32), p, stream, overlap, shared);
 }
 
 template <class E> int launch_as(GroupParams &p, void *stream) {
-  return p.g.tokens == 1 ? launch_stream<E, 1, 1, 4, true>(p, stream) : launch_stream<E, 1, 1, 4, false>(p, stream);
+  return p.g.tokens == 1 ? launch_stream<E, 1, 1, LS_STAGES, true>(p, stream) : launch_stream<E, 1, 1, LS_STAGES, false>(p, stream);
 }
 
 }  // namespace

@@ -116,10 +116,11 @@ int ls_router(const void *x, const void *router, int64_t *experts, float *gates,
               int32_t num_experts, int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype,
               int32_t device, void *stream);
 
-/* Hands `bytes` of zeroed device memory to the library, 16-byte aligned, for counters by which the blocks of a launch tell
- * each other that the shrink is done; it must stay allocated for as long as anything is launched. Once per device: a second
- * call is refused. Every launch that a stream captures takes 16 bytes for good, every stream 16 bytes. Without it, or when
- * it is used up, ls_linear makes two launches. A captured launch may run again (graph replay), but not while it runs. */
+/* Hands `bytes` of zeroed device memory to the library, 16-byte aligned: counters and words by which the blocks of a launch
+ * tell each other that the shrink is done. It must stay allocated for as long as anything is launched. Once per device: a
+ * second call is refused. Every stream takes 8 KiB for good, every launch that a stream captures 16 bytes and 4 more for each
+ * element of the hidden (up to 2 tokens). Without it, or when it is used up, ls_linear makes two launches. A captured launch
+ * may run again (graph replay), but not twice at a time. */
 int ls_set_workspace(int32_t device, void *zeroed, int64_t bytes);
 
 /* Elements of the group's dtype that ls_linear needs in `hidden`. */

@@ -8,6 +8,7 @@ namespace ls {
 namespace {
 
 constexpr int kStreams = 256;  // of one device, that get counters
+constexpr int kWordsEach = 4;  // in the size of one Sync
 
 struct Workspace {
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
@@ -33,11 +34,12 @@ class Lock {
 
 }  // namespace
 
-// Counters for one launch on `stream`; NULL: none to be had, make two launches.
-Sync *next_sync(int device, void *stream) {
+// Counters and `words` words for one launch on `stream`; NULL: none to be had, make two launches.
+Sync *next_sync(int device, void *stream, int words) {
   if (device < 0 || device >= kMaxDevices) return nullptr;
   Workspace &w = workspaces[device];
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (words > kHiddenInside) return nullptr;
   if (cuda_stream == cudaStreamPerThread) return nullptr;  // one handle, many streams
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaStreamIsCapturing(cuda_stream, &status);
@@ -55,8 +57,10 @@ Sync *next_sync(int device, void *stream) {
       if (w.streams[i] == id) return w.of_stream[i];
     if (w.n_streams == kStreams) return nullptr;
   }
-  if (w.used == w.size) return nullptr;
-  Sync *sync = w.slots + w.used++;
+  const int64_t size = 1 + ((captured ? words : kHiddenInside) + kWordsEach - 1) / kWordsEach;
+  if (w.size - w.used < size) return nullptr;
+  Sync *sync = w.slots + w.used;
+  w.used += size;
   if (!captured) w.streams[w.n_streams] = id, w.of_stream[w.n_streams++] = sync;
   return sync;
 }
