@@ -90,7 +90,9 @@ def make(
     """
     for name, stream in (("general", general), ("general_held_out", held_out)):
         if len(stream) <= LENGTH:
-            raise ValueError(f"{name} holds {len(stream)} tokens, fewer than one row of {LENGTH}: prepare the texts again.")
+            raise ValueError(
+                f"{name} holds {len(stream)} tokens, fewer than one row of {LENGTH}: prepare the texts again."
+            )
     begun = time.perf_counter()
     model = new_model(vocabulary, settings).to(device)
     trained = pretrain(model, general, settings, device)

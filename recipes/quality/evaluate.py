@@ -12,7 +12,6 @@ from torch import nn
 
 from base import autocast
 from pool import IGNORED, Rows, of_tasks, of_text
-from settings import Settings
 
 
 @dataclass

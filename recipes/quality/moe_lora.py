@@ -101,7 +101,9 @@ class MoELoRAModel(nn.Module):
         for name, rank in ranks.items():
             parent, _, child = name.rpartition(".")
             base: Any = model.get_submodule(name)
-            setattr(model.get_submodule(parent), child, MoELoRALinear(base, num_experts, rank, top_k, scale, self.losses))
+            setattr(
+                model.get_submodule(parent), child, MoELoRALinear(base, num_experts, rank, top_k, scale, self.losses)
+            )
         self.model = model
 
     def forward(self, **inputs: Any) -> Any:

@@ -126,7 +126,9 @@ def plan(pool: Pool, settings: Settings, seed: int) -> torch.Tensor:
     columns = []
     for groups, rows in ((pool.domains, settings.rows - task_rows), (pool.tasks, task_rows)):
         if rows:
-            columns.append(_in_turns(list(groups.values()), settings.steps * rows, generator).reshape(settings.steps, rows))
+            columns.append(
+                _in_turns(list(groups.values()), settings.steps * rows, generator).reshape(settings.steps, rows)
+            )
     return torch.from_numpy(np.concatenate(columns, axis=1))
 
 

@@ -74,9 +74,7 @@ class ContextRouter(nn.Module):
     `len(decays)` vectors of the model's width per sequence, as much as a few keys of one layer.
     """
 
-    def __init__(
-        self, in_features: int, num_experts: int, top_k: int, decays: tuple[float, ...] = (0.8, 0.98)
-    ) -> None:
+    def __init__(self, in_features: int, num_experts: int, top_k: int, decays: tuple[float, ...] = (0.8, 0.98)) -> None:
         super().__init__()
         self.initial = decays
         self.weight = nn.Parameter(torch.empty(num_experts, in_features))

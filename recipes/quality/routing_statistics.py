@@ -180,7 +180,9 @@ def context_variance(gates: torch.Tensor, tokens: torch.Tensor, vocabulary: int)
     return float(within / total.clamp(min=1e-30))
 
 
-def mi_given_token(best: torch.Tensor, source: torch.Tensor, tokens: torch.Tensor, sizes: tuple[int, int, int]) -> float:
+def mi_given_token(
+    best: torch.Tensor, source: torch.Tensor, tokens: torch.Tensor, sizes: tuple[int, int, int]
+) -> float:
     """I(best; source | token) less its mean over five shuffles of the sources within each token: [N] each -> nats."""
     generator = torch.Generator(tokens.device).manual_seed(0)
     by_token = torch.argsort(tokens, stable=True)

@@ -30,7 +30,6 @@ sys.path[:0] = [path for path in (str(HERE), str(HERE.parents[1])) if path not i
 import torch  # noqa: E402
 
 import base  # noqa: E402
-import files  # noqa: E402
 import methods  # noqa: E402
 import results  # noqa: E402
 from methods import Method  # noqa: E402
@@ -70,7 +69,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.steps is not None and options.steps < 1:
         parser.error("--steps must be at least 1")
     options.out = options.out or Path("outputs/quality") / options.size
-    options.data = options.data or Path("outputs/quality") / ("data" if options.size == "full" else f"data-{options.size}")
+    options.data = options.data or Path("outputs/quality") / (
+        "data" if options.size == "full" else f"data-{options.size}"
+    )
     return options
 
 
@@ -143,9 +144,7 @@ def make_base(prepared: Any, options: argparse.Namespace, device: str) -> dict[s
         say(f"base: from {folder} (held-out loss {info['held_out_loss']:.3f})")
         return info
     say(f"base: pretraining on {device}")
-    return base.make(
-        folder, prepared.general, prepared.general_held_out, vocabulary, settings, torch.device(device)
-    )
+    return base.make(folder, prepared.general, prepared.general_held_out, vocabulary, settings, torch.device(device))
 
 
 # ----------------------------------------------------------------------------------------------- other processes

@@ -49,9 +49,7 @@ class Trainer:
         methods.reset(self.model, seed)
         self.model.train()
         parameters = methods.trainable(self.model)
-        optimizer = torch.optim.AdamW(
-            parameters, lr=learning_rate, weight_decay=0.0, fused=self.device.type == "cuda"
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=self.device.type == "cuda")
         rows = plan(pool, settings, seed).to(self.device)
         tail = max(1, settings.steps // 10)
         last_losses = torch.zeros((), device=self.device)

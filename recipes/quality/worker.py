@@ -92,7 +92,11 @@ class Worker:
         info = base.cached(folder, wanted)
         if info is None and not wait:
             raise RuntimeError(f"{folder} holds no base for these texts and settings: run without --worker first.")
-        weights = base.new_model(vocabulary, self.settings) if info is None else base.load(folder, vocabulary, self.settings, device)
+        weights = (
+            base.new_model(vocabulary, self.settings)
+            if info is None
+            else base.load(folder, vocabulary, self.settings, device)
+        )
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         frozen = weights.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.model = method.build(frozen)
@@ -100,7 +104,9 @@ class Worker:
         self.trainable = methods.count(self.model)
         self.pool = training_pool(prepared, device)
         size = (self.settings.validation_rows, self.settings.validation_rows, device)
-        self.validation = evaluate.rows_of(prepared.validation, {n: t.validation for n, t in prepared.tasks.items()}, *size)
+        self.validation = evaluate.rows_of(
+            prepared.validation, {n: t.validation for n, t in prepared.tasks.items()}, *size
+        )
         size = (self.settings.test_rows, self.settings.test_task_rows, device)
         tasks = {name: task.test for name, task in prepared.tasks.items()}
         self.test = evaluate.rows_of(prepared.test, tasks, *size)
@@ -246,5 +252,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
     if isinstance(value, (list, tuple, set)):
-        return sorted((_plain(item) for item in value), key=str) if isinstance(value, set) else [_plain(i) for i in value]
+        return (
+            sorted((_plain(item) for item in value), key=str) if isinstance(value, set) else [_plain(i) for i in value]
+        )
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
