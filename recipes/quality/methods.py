@@ -178,8 +178,8 @@ METHODS: tuple[Method, ...] = (
     Method("switch-e32", "paper", "E=32, r=2, k=8: still more and smaller experts.", switch(8, 32)),
     Method("deep-eighth", "routers", "Router at 1/8 of the depth, the layers below not adapted.", switch(block=FIRST)),
     Method("deep-quarter", "routers", "Router at 1/4 of the depth, the layers below not adapted.", switch(block=QUARTER)),
-    Method("deep-quarter-shared", "routers", "Router at 1/4 of the depth; one shared expert next to 2 of 7 routed ones, and below "
-           "the router alone.", switch(2, 7, QUARTER, shared=1)),
+    Method("deep-quarter-shared", "routers", "Router at 1/4 of the depth; one shared expert next to 2 of 7 routed ones, and "
+           "alone below the router.", switch(2, 7, QUARTER, shared=1)),
     Method("shared", "routers", "One shared expert and 2 of 7 routed ones, routed at the first linear.", switch(2, 7, shared=1)),
     Method("context", "routers", "Routed at the first linear from the token's embedding and two running means of the "
            "embeddings before it.", switch(router=routers.ContextRouter)),

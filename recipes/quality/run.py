@@ -35,7 +35,7 @@ import results  # noqa: E402
 from methods import Method  # noqa: E402
 from settings import SIZES, Settings  # noqa: E402
 
-GIB_PER_WORKER = 16  # of GPU memory, with some to spare
+GIB_PER_WORKER = 18  # of GPU memory, with some to spare
 STARTED = time.perf_counter()
 
 

@@ -92,15 +92,14 @@ class Worker:
         info = base.cached(folder, wanted)
         if info is None and not wait:
             raise RuntimeError(f"{folder} holds no base for these texts and settings: run without --worker first.")
-        weights = (
-            base.new_model(vocabulary, self.settings)
+        frozen: Any = (
+            base.new_model(vocabulary, self.settings)  # its weights come later
             if info is None
             else base.load(folder, vocabulary, self.settings, device)
         )
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        frozen = weights.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        frozen = frozen.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.model = method.build(frozen)
-        # its own names, because an adapter renames the modules above the linears that it replaces
         self.trainable = methods.count(self.model)
         self.pool = training_pool(prepared, device)
         size = (self.settings.validation_rows, self.settings.validation_rows, device)
