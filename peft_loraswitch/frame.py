@@ -9,6 +9,7 @@ module, so nothing leaks into the next forward, into a compiled graph's outputs,
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,12 @@ class RoutingFrame:
         self.paused: list[nn.Module] = []
         self.relays: dict[str, Relay] = {}
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
+        self.results: dict[str, tuple[torch.Tensor, torch.Tensor, str]] = {}
+
+    def leave(self, names: list[str], x: torch.Tensor, results: list[torch.Tensor], adapter: str) -> None:
+        """Leave `results` for all but the first of the layers `names`, which receive the same x (see fused.py)."""
+        for name, result in zip(names[1:], results[1:], strict=True):
+            self.results[name] = (x, result, adapter)
 
     def routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
         """What `layer` follows: this forward's decision for `adapter`, taken now, from x [..., in_features], if it is not
@@ -144,11 +151,25 @@ class _ThreadState(threading.local):
         self.adapter_names: Sequence[str] | None = None
 
 
+class _Current(threading.local):
+    """Per thread: the frames of the fused models' forwards in flight, by `RoutingState.key`. Fused layers look here, and not
+    at the state that they share: one object that is reached from every layer makes dynamo guard it once for each."""
+
+    def __init__(self) -> None:
+        self.frames: dict[int, RoutingFrame] = {}
+
+
+current = _Current()
+_keys = itertools.count()
+
+
 class RoutingState:
     """What all adapted layers of one backbone share: the current frame (per thread), the hooks, the statistics."""
 
     def __init__(self) -> None:
         self._local = _ThreadState()
+        self.key = next(_keys)  # a copy of the model has it too: their forwards do not run within each other
+        self.fused = False
         self.router_layers: dict[str, LoRASwitchLinear] = {}
         self.recorders: list[RoutingRecorder] = []  # `record_routing()` blocks in progress
         self._blocks: list[CheckpointedBlock] = []
@@ -256,12 +277,16 @@ class RoutingState:
                 else:
                     block.wrap(self)
         self._local.frame = frame
+        if self.fused:
+            current.frames[self.key] = frame
         return frame
 
     def close_frame(self, frame: RoutingFrame) -> None:
         for module in frame.paused:
             module.gradient_checkpointing = True  # type: ignore[assignment]
         self._local.frame = None
+        if self.fused:
+            current.frames.pop(self.key, None)
 
 
 def _outside_of_a_forward(layer_name: str) -> str:
@@ -345,6 +370,11 @@ class _OwnerHooks:
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         frame = self.state.frame
         if frame is None or frame.opened_at != self.depth:
+            # Nobody asks for the decision any more. torch 2.11 runs the hooks of the outermost module that it compiles outside
+            # of the graph: what the frame still holds there becomes an output of the graph.
+            if frame is not None and frame.deepest == self.depth and not (frame.training or self.state.recorders):
+                frame.routings.clear()
+                frame.shared.clear()
             return None
         self.state.close_frame(frame)
         if output is None:  # an exception is on its way

@@ -169,6 +169,12 @@ class LoRASwitchLayer(BaseTunerLayer):
             router: Any = self.loraswitch_router[adapter_name]
             router.reset_parameters()
 
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(adapter_names, *args, **kwargs)
+        # One name is kept as a string: a list that all layers share is one that dynamo guards once for each of them.
+        if isinstance(self._active_adapter, list) and len(self._active_adapter) == 1:
+            self._active_adapter = self._active_adapter[0]
+
     def delete_adapter(self, adapter_name: str) -> None:
         left = sorted(set(self.routing_state.router_layers) - {adapter_name})
         if list(self.active_adapters) == [adapter_name] and left:

@@ -36,7 +36,7 @@ class MergedWeights:
     """
 
     def __init__(self, layers: list[LoRASwitchLinear], in_place: bool) -> None:
-        from .fuse import FusedLayer, base_of, within_limits
+        from .fused import FusedLayer, base_of, within_limits
 
         self.layers, self.in_place = layers, in_place
         self.adapter = self._one_adapter(layers)
@@ -49,7 +49,9 @@ class MergedWeights:
             raise ValueError("strategy='merge' needs plain 16/32-bit linears of one dtype on one device: use 'fused'.")
         if len({layer.num_experts[self.adapter] for layer in self.served}) != 1:
             raise ValueError("strategy='merge' needs the same number of experts on every layer.")
-        if not all(within_limits(layer, self.adapter) for layer in self.served):
+        first = self.served[0]
+        active = first.top_k[self.adapter] + first.num_shared_experts[self.adapter]
+        if not all(within_limits(plan, self.adapter, active) for plan in plans):
             raise ValueError(
                 f"strategy='merge' takes at most {kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), "
                 f"{kernels.MAX_EXPERTS} experts and rank {kernels.MAX_RANK}: use 'fused'."
@@ -69,10 +71,9 @@ class MergedWeights:
         for tensor in (*self.weights, *self.lora_a, *self.lora_b):
             torch._dynamo.mark_static_address(tensor, guard=False)
         self.index = {id(layer): i for i, layer in enumerate(self.served)}
-        top_k = self.served[0].top_k[self.adapter] + self.served[0].num_shared_experts[self.adapter]
         # What is merged in place now; -1: nothing. Buffers with fixed addresses, so that a CUDA graph can keep them.
-        self.experts = torch.full((top_k,), -1, dtype=torch.int64, device=device)
-        self.gates = torch.zeros(top_k, dtype=torch.float32, device=device)
+        self.experts = torch.full((active,), -1, dtype=torch.int64, device=device)
+        self.gates = torch.zeros(active, dtype=torch.float32, device=device)
         self.nothing = self.experts.clone()
         for tensor in (self.experts, self.gates, self.nothing):
             torch._dynamo.mark_static_address(tensor, guard=False)

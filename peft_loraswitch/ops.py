@@ -138,12 +138,43 @@ def dense_gates(experts: Tensor, gates: Tensor, num_experts: int) -> Tensor:
     return zeros.scatter_add(1, experts.where(valid, 0), gates.where(valid, 0.0))
 
 
-def dense_factors(x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(hidden [T, E * r], up [E * r, out]) for x [T, in] and gates [T, E]; their product is what the experts add:
-    scaling * sum_e gates[:, e] B[e] A[e] x."""
-    hidden = F.linear(x, lora_a.flatten(0, 1)).view(x.shape[0], *lora_a.shape[:2])  # [T, E, r]
-    hidden = (hidden * (gates * scaling).to(hidden.dtype).unsqueeze(-1)).flatten(1)
-    return hidden, lora_b.transpose(1, 2).flatten(0, 1)
+def group_hidden(x: Tensor, lora_a: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+    """What the experts of each linear of a group make of x [T, in], times their gates: [T, E * r] for each.
+
+    One product for the whole group: the experts' A side by side are one wide matrix. Putting them there takes 1 % of the
+    time of the group's own products and no lasting memory, where a copy that is kept would take up to 5 % of the model's.
+
+    Args:
+        lora_a: [E, r, in] each.
+        gates: [T, E] each, in the dtype of x, times the linear's scaling; the same tensor where linears share it.
+    """
+    stacked = [a.flatten(0, 1) for a in lora_a]
+    hidden = F.linear(x, stacked[0] if len(stacked) == 1 else torch.cat(stacked))
+    shapes = [a.shape[:2] for a in lora_a]
+    if all(shape == shapes[0] for shape in shapes) and all(g is gates[0] for g in gates):
+        gated = hidden.view(x.shape[0], len(lora_a), *shapes[0]) * gates[0][:, None, :, None]
+        return list(gated.flatten(2).unbind(1))
+    parts = hidden.split([shape.numel() for shape in shapes], dim=1)
+    return [
+        (h.unflatten(1, shape) * g.unsqueeze(-1)).flatten(1) for h, shape, g in zip(parts, shapes, gates, strict=True)
+    ]
+
+
+def wide(lora_b: Tensor) -> Tensor:
+    """[E, out, r] -> [out, E * r]: B of all experts as one matrix (a copy: the experts' hidden is its inner dimension)."""
+    return lora_b.transpose(0, 1).flatten(1)
+
+
+def dense_linear(
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor, transposed: bool
+) -> Tensor:
+    """The linear's own product of x [T, in], plus what the experts make of `hidden` [T, E * r]: [T, out]."""
+    up, matrix = wide(lora_b).T, weight if transposed else weight.T
+    if torch.compiler.is_compiling():  # which joins the sum with what comes next
+        return F.linear(x, matrix.T, bias) + hidden @ up
+    # The larger product adds to the smaller one's result while it computes: one pass over the outputs less.
+    result = hidden @ up if bias is None else torch.addmm(bias, hidden, up)
+    return result.addmm_(x, matrix)
 
 
 def _add_chosen(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -164,8 +195,8 @@ def _experts_reference(
     """x [T, in], experts and gates [T, k] -> [T, out]"""
     if experts.numel() < lora_a.shape[0]:
         return _add_chosen(x, experts, gates, lora_a, lora_b, scaling)
-    hidden, up = dense_factors(x, dense_gates(experts, gates, lora_a.shape[0]), lora_a, lora_b, scaling)
-    return hidden @ up
+    scaled = (dense_gates(experts, gates, lora_a.shape[0]) * scaling).to(x.dtype)
+    return group_hidden(x, [lora_a], [scaled])[0] @ wide(lora_b).T
 
 
 def _route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:

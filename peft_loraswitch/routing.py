@@ -9,7 +9,7 @@ come after the routed ones, and in a `Routing` after the chosen ones, so that la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,9 @@ class Routing:
     gates: torch.Tensor
     dense_gates: torch.Tensor
     router_input: torch.Tensor | None = None
+    _scaled: dict[tuple[float, torch.dtype], torch.Tensor] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def token_shape(self) -> torch.Size:
@@ -92,6 +95,14 @@ class Routing:
             f"{tuple(shape)}: it does not process the tokens that were routed (a pooler, cross-attention, a table of "
             "positions or an expert of the backbone does not). Exclude it with exclude_modules."
         )
+
+    def scaled(self, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+        """`scaling * dense_gates` in `dtype`, [tokens, all experts]: made once for all layers that ask for the same."""
+        scaled = self._scaled.get((scaling, dtype))
+        if scaled is None:
+            scaled = (self.dense_gates.flatten(0, -2) * scaling).to(dtype)
+            self._scaled[scaling, dtype] = scaled
+        return scaled
 
 
 def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:

@@ -425,10 +425,10 @@ def test_an_error_while_fusing_leaves_the_model_unfused(monkeypatch):
     assert not is_fused(model) and torch.equal(logits(model, ids(1, 2, "cpu")), expected)
     monkeypatch.undo()
 
-    def fail_late(layer, adapter):
+    def fail_late(plan, adapter):
         raise RuntimeError("no room for a cast")
 
-    monkeypatch.setattr(fusing, "experts_of", fail_late)
+    monkeypatch.setattr(fusing.FusedLayer, "refresh", fail_late)
     with pytest.raises(RuntimeError, match="no room"):
         model.fuse_for_inference("fused")
     assert not is_fused(model) and not any("forward" in layer.__dict__ for layer in fusing.adapted_layers(model))

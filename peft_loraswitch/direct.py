@@ -1,0 +1,130 @@
+"""A group of linears called without a compiler: one C call, and as little Python before it as can be.
+
+What `kernels.PackedGroup` looks up and fills in field by field is here one template of bytes for each shape of input, into
+which a call packs its pointers. A call checks that all it points at is still where it was: `model.to(...)`, `load_state_dict`
+and plain assignment give parameters new memory, or new parameters, behind our back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import byref, c_char_p, c_int, c_void_p, sizeof
+from dataclasses import dataclass
+from struct import Struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .kernels import MAX_GROUP, Group, Item, PackedGroup, _check, library
+from .routing import Routing
+
+if TYPE_CHECKING:
+    from .fused import FusedLayer
+
+_POINTER = Struct("P")
+_INPUTS = Struct("PPPP")  # x, experts, gates, hidden: neighbours in `Group`
+assert Group.experts.offset == Group.x.offset + 8 and Group.hidden.offset == Group.x.offset + 24
+_OUTPUTS = [Group.items.offset + i * sizeof(Item) + Item.out.offset for i in range(MAX_GROUP)]
+_MOST_SHAPES = 64  # of inputs, kept for each group
+
+
+@dataclass
+class _Shape:
+    """What a call needs that depends on the shape of x and on top_k only."""
+
+    template: bytes
+    outputs: list[tuple[tuple[int, ...], tuple[int, ...]]]  # size and stride of each linear's result
+    hidden: int  # elements of scratch
+
+
+def launchable(x: Tensor) -> bool:
+    """Whether the kernels can read x as it is."""
+    return type(x) is Tensor and x.is_cuda and x.is_contiguous()
+
+
+class DirectGroup:
+    """The linears of a group with one adapter, as `lead()` calls them.
+
+    Args:
+        packed: the same as the kernels take it.
+        members: the group's layers, in the order of `packed`.
+    """
+
+    def __init__(self, packed: PackedGroup, members: list[FusedLayer], adapter: str) -> None:
+        self.packed, self.members, self.adapter = packed, members, adapter
+        self.names = [member.name for member in members]
+        self.device, self.dtype = packed.tensors[0].get_device(), packed.dtype
+        self.few_tokens = members[0].few_tokens
+        self.shapes: dict[tuple[torch.Size, int], _Shape] = {}
+        self.addresses = self._addresses()
+        function = library()["ls_linear"]  # of its own, so that it can take the group as bytes
+        function.restype, function.argtypes = c_int, [c_char_p, c_void_p]
+        self.function: Callable[[bytes, int], int] = function
+        self.empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what compiled code calls
+
+    def _addresses(self) -> list[Any]:
+        """Where everything is that the kernels read, and what else must not change between two calls."""
+        adapter = self.adapter
+        found: list[Any] = []
+        for member in self.members:
+            parts = member.parts
+            base = parts["base_layer"]
+            parameters = base._parameters
+            a = parts["loraswitch_A"]._modules[adapter]._parameters["weight"]
+            b = parts["loraswitch_B"]._modules[adapter]._parameters["weight"]
+            bias = parameters["bias"]
+            found += (
+                parameters["weight"].data_ptr(), a.data_ptr(), b.data_ptr(), None if bias is None else bias.data_ptr(),
+                len(base._forward_hooks) + len(base._forward_pre_hooks), member.scaling[adapter],
+            )  # fmt: skip
+            if member.casts_a and a.dtype is not self.dtype:
+                found += (a._version, b._version)
+        return found
+
+    def __call__(self, x: Tensor, routing: Routing) -> list[Tensor] | None:
+        """x [..., in] on the group's device -> [..., out] for each linear; None if something changed or does not fit."""
+        try:
+            if self._addresses() != self.addresses:
+                return None
+        except (KeyError, AttributeError):  # an adapter or a layer that is gone
+            return None
+        experts = routing.experts
+        key = (x.shape, experts.shape[-1])
+        shape = self.shapes.get(key) or self._shape(x, experts)
+        if shape is None or x.dtype is not self.dtype or x.get_device() != self.device or not launchable(x):
+            return None
+        gates = routing.gates
+        if experts.get_device() != self.device or not (experts.is_contiguous() and gates.is_contiguous()):
+            return None
+        if self.empty is not None and torch._C._cuda_getDevice() == self.device:
+            outputs = [self.empty(size, stride, self.dtype) for size, stride in shape.outputs]
+            hidden = self.empty((shape.hidden,), (1,), self.dtype)
+        else:
+            outputs = [x.new_empty(size) for size, _ in shape.outputs]
+            hidden = x.new_empty(shape.hidden)
+        buffer = bytearray(shape.template)
+        _INPUTS.pack_into(buffer, Group.x.offset, x.data_ptr(), experts.data_ptr(), gates.data_ptr(), hidden.data_ptr())
+        for output, offset in zip(outputs, _OUTPUTS, strict=False):
+            _POINTER.pack_into(buffer, offset, output.data_ptr())
+        code = self.function(bytes(buffer), torch._C._cuda_getCurrentRawStream(self.device))
+        if code:
+            _check(code, "ls_linear")
+        return outputs
+
+    def _shape(self, x: Tensor, experts: Tensor) -> _Shape | None:
+        """Worked out once for each shape of x; None if there are more tokens than the kernels are good for."""
+        group = Group.from_buffer_copy(self.packed.group)
+        group.top_k = experts.shape[-1]
+        group.tokens = experts.numel() // group.top_k
+        if group.tokens > self.few_tokens or x.numel() != group.tokens * group.in_features:
+            return None
+        outputs = []
+        for out in self.packed.out_features:
+            size = (*x.shape[:-1], out)
+            outputs.append((size, torch.empty(size, device="meta").stride()))
+        hidden = library().ls_hidden_elements(byref(group))
+        if len(self.shapes) >= _MOST_SHAPES:
+            self.shapes.clear()
+        shape = self.shapes[x.shape, group.top_k] = _Shape(bytes(group), outputs, hidden)
+        return shape

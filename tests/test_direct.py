@@ -1,0 +1,222 @@
+"""A fused layer's call of the kernels without a compiler, on a CPU: a stand-in for the library computes from the struct that
+it is given, so a wrong pointer, size or offset is a wrong result here too."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peft_loraswitch import direct, fused, kernels
+from peft_loraswitch.fuse import adapted_layers
+from test_fuse import adapted, close, ids, logits, tiny_llama
+
+
+def view(pointer: int, *shape: int, kind: Any = ctypes.c_float) -> torch.Tensor:
+    """The memory at `pointer` as a tensor; writing to it writes there."""
+    size = int(torch.Size(shape).numel())
+    dtype = torch.int64 if kind is ctypes.c_int64 else torch.float32
+    return torch.frombuffer((kind * size).from_address(pointer), dtype=dtype).view(shape)
+
+
+class StandIn:
+    """What `DirectGroup` and `PackedGroup` use of the library, in float32 on the host."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []  # (linears, tokens) of each
+        self.functions: list[Any] = []
+
+    def __getitem__(self, name: str) -> Any:
+        assert name == "ls_linear"
+
+        class Function:  # carries the attributes that ctypes functions have
+            restype: Any = None
+            argtypes: Any = None
+
+            def __call__(_, group: bytes, stream: int) -> int:
+                return self.linear(kernels.Group.from_buffer_copy(group))
+
+        return Function()
+
+    def ls_hidden_elements(self, group: Any) -> int:
+        return 64
+
+    def ls_linear_path(self, group: Any) -> int:
+        return kernels.FAST_PATH
+
+    def linear(self, group: kernels.Group) -> int:
+        tokens, k, width, experts = group.tokens, group.top_k, group.in_features, group.num_experts
+        self.calls.append((group.n_items, tokens))
+        x = view(group.x, tokens, width)
+        chosen, gates = view(group.experts, tokens, k, kind=ctypes.c_int64), view(group.gates, tokens, k)
+        view(group.hidden, 64).fill_(float("nan"))
+        for item in group.items[: group.n_items]:
+            out, rank = item.out_features, item.rank
+            weight = view(item.weight, *((width, out) if group.transposed else (out, width)))
+            result = x @ (weight if group.transposed else weight.T)
+            if item.bias:
+                result += view(item.bias, out)
+            a, b = view(item.lora_a, experts, rank, width), view(item.lora_b, experts, out, rank)
+            for t in range(tokens):
+                for e, gate in zip(chosen[t].tolist(), gates[t].tolist(), strict=True):
+                    result[t] += item.scaling * gate * (b[e] @ (a[e] @ x[t]))
+            view(item.out, tokens, out).copy_(result)
+        return 0
+
+
+@pytest.fixture
+def library(monkeypatch) -> Iterator[StandIn]:
+    stand_in = StandIn()
+    monkeypatch.setattr(direct, "library", lambda: stand_in)
+    monkeypatch.setattr(kernels, "library", lambda: stand_in)
+    monkeypatch.setattr(fused, "launchable", lambda x: x.is_contiguous())
+    monkeypatch.setattr(direct, "launchable", lambda x: x.is_contiguous())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    yield stand_in
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    model.fuse_for_inference("fused")
+    for layer in adapted_layers(model):
+        layer.fused.kernels = True
+    return model
+
+
+def made(**settings: Any) -> nn.Module:
+    return adapted(tiny_llama(attention_bias=True), **settings)
+
+
+def test_the_same_logits_by_four_calls_a_block(library):
+    model = made(rank_pattern={"k_proj": 4}, alpha_pattern={"v_proj": 50})
+    batches = [ids(1, 1, "cpu"), ids(2, 3, "cpu"), ids(1, 1, "cpu", seed=4)]
+    expected = [logits(model, tokens) for tokens in batches]
+    fuse(model)
+    for _ in range(2):  # the first of each shape packs, the others find it packed
+        for tokens, value in zip(batches, expected, strict=True):
+            assert close(logits(model, tokens), value)
+    called = library.calls
+    library.calls = []
+    assert close(logits(model, batches[0]), expected[0])
+    assert library.calls == [(3, 1), (1, 1), (2, 1), (1, 1)] * 2 and called
+
+
+def test_many_tokens_do_not_reach_the_kernels(library):
+    model = fuse(made())
+    logits(model, ids(1, 2, "cpu"))
+    library.calls.clear()
+    tokens = ids(3, 20, "cpu")
+    result = logits(model, tokens)
+    assert not library.calls
+    model.unfuse()
+    assert close(result, logits(model, tokens))
+
+
+@torch.no_grad()
+def moved(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * 1.1
+
+
+@torch.no_grad()
+def assigned(model: nn.Module) -> None:
+    state = {name: value * 1.1 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+@torch.no_grad()
+def in_place(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+
+
+def another_parameter(model: nn.Module) -> None:
+    layer = model.base_model.model.model.layers[1].self_attn.v_proj
+    layer.loraswitch_B["default"].weight = nn.Parameter(torch.randn_like(layer.loraswitch_B["default"].weight))
+
+
+def another_base_layer(model: nn.Module) -> None:
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    layer.base_layer.weight.data.mul_(2)
+
+
+def another_kind_of_base_layer(model: nn.Module) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    doubled = Doubled(layer.in_features, layer.out_features, bias=False)
+    doubled.load_state_dict(layer.base_layer.state_dict())
+    layer.base_layer = doubled
+
+
+def hook_on_base_layer(model: nn.Module) -> None:
+    model.base_model.model.model.layers[1].self_attn.v_proj.base_layer.register_forward_hook(lambda m, a, out: out * 2)
+
+
+def another_scaling(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].self_attn.v_proj.scaling["default"] *= 3
+
+
+def one_layer_disabled(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].self_attn.v_proj.enable_adapters(False)
+
+
+def first_of_a_group_disabled(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].mlp.gate_proj.enable_adapters(False)
+
+
+def adapter_taken_off_one_layer(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].self_attn.v_proj.delete_adapter("default")
+
+
+def layer_in_training(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].mlp.up_proj.train()
+
+
+CHANGES = [
+    moved, assigned, in_place, another_parameter, another_base_layer, another_kind_of_base_layer, hook_on_base_layer,
+    another_scaling, one_layer_disabled, first_of_a_group_disabled, adapter_taken_off_one_layer, layer_in_training,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("length", [1, 40])
+def test_what_is_changed_after_fusing_is_seen(change, length, library):
+    model = made()
+    tokens = ids(1, length, "cpu")
+    fuse(model)
+    before = logits(model, tokens)
+    change(model)
+    after = logits(model, tokens)
+    again = logits(model, tokens)
+    model.unfuse()
+    expected = logits(model, tokens)
+    assert close(after, expected) and close(again, expected)
+    assert change is layer_in_training or not close(before, expected)
+
+
+def test_memory_of_a_deleted_adapter_is_given_back(library):
+    import weakref
+
+    from peft_loraswitch import LoRASwitchConfig
+
+    model = fuse(made(target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("other", LoRASwitchConfig(r=4, num_experts=4, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter("other")
+    model.eval().requires_grad_(False)
+    logits(model, ids(1, 1, "cpu"))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    weight = weakref.ref(layer.loraswitch_A["other"].weight)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    model.eval().requires_grad_(False)
+    logits(model, ids(1, 1, "cpu"))
+    assert weight() is None
