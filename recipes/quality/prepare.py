@@ -101,8 +101,13 @@ def _sample(documents: list[Document], characters: int) -> Iterator[str]:
         characters -= len(document.text)
 
 
-def train_tokenizer(samples: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with single digits, in which every symbol of the tasks is one token."""
+def train_tokenizer(samples: Iterator[str], vocabulary: int, repeats: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with single digits, in which every symbol of the tasks is one token.
+
+    Args:
+        repeats: how often the symbols are shown on top of the text. BPE merges what is frequent, so that a symbol shown more
+            often than the rarest of the vocabulary's merges is sure to become one token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -117,10 +122,8 @@ def train_tokenizer(samples: Iterator[str], vocabulary: int) -> PreTrainedTokeni
 
     def with_symbols() -> Iterator[str]:
         yield from samples
-        # BPE merges what is frequent: repeated often enough, a symbol is sure to become one token.
         for symbol in task_rows.SYMBOLS:
-            for _ in range(100):
-                yield symbol * 1000
+            yield symbol * repeats
 
     tokenizer.train_from_iterator(with_symbols(), trainer)
     return _wrapped(tokenizer)
@@ -205,7 +208,7 @@ def build(size: str, folder: Path, progress: bool = True) -> Prepared:
         for name in domains:
             yield from _sample(parts[name]["train"], want.domain_sample)
 
-    tokenizer = train_tokenizer(samples(), want.vocabulary)
+    tokenizer = train_tokenizer(samples(), want.vocabulary, repeats=want.general_sample // 400)
 
     say("tokenising")
     used: dict[str, dict[str, int]] = {"train": {}, "validation": {}, "test": {}}

@@ -46,7 +46,7 @@ class _Text(html.parser.HTMLParser):
     BLOCKS = set("p div li tr table ul ol dl dt dd br section article blockquote pre".split())
     HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
     EMPTY = {"meta", "link", "img", "input", "br", "hr", "col", "wbr"}  # never closed, so they hide nothing
-    MENU = re.compile(r"\b(headerlink|navigation|sphinxsidebar|related|navheader|navfooter)\b")
+    MENU = re.compile(r"\b(headerlink|navigation|sphinxsidebar|related|navheader|navfooter|MAC)\b")
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -60,7 +60,7 @@ class _Text(html.parser.HTMLParser):
         if self.hidden:
             if tag == self.hidden[0]:
                 self.hidden.append(tag)
-        elif tag in self.HIDDEN or self.MENU.search(named) or any(name == "hidden" for name, _ in attrs):
+        elif tag in self.HIDDEN or self.MENU.search(named):
             if tag not in self.EMPTY:
                 self.hidden.append(tag)
         elif tag in self.HEADINGS or tag in ("p", "pre"):
@@ -134,17 +134,21 @@ def manual_text(source: str) -> str:
 
 
 def pieces(name: str, units: Iterable[str], size: int = 6000) -> list[Document]:
-    """Consecutive units (entries, verses, lines) joined to documents of about `size` characters."""
-    documents: list[Document] = []
+    """Consecutive units (entries, verses, lines) joined to documents of about `size` characters, nothing lost."""
+    parts: list[str] = []
     held: list[str] = []
+    length = 0
     for unit in units:
         held.append(unit)
-        if sum(map(len, held)) >= size:
-            documents.append(Document(f"{name}#{len(documents)}", "".join(held)))
-            held = []
-    if sum(map(len, held)) > size // 4:
-        documents.append(Document(f"{name}#{len(documents)}", "".join(held)))
-    return documents
+        length += len(unit)
+        if length >= size:
+            parts.append("".join(held))
+            held, length = [], 0
+    if parts and length < size // 4:
+        parts[-1] += "".join(held)
+    elif held:
+        parts.append("".join(held))
+    return [Document(f"{name}#{place}", part) for place, part in enumerate(parts)]
 
 
 def paragraphs(text: str) -> list[str]:
@@ -219,7 +223,7 @@ def cookies(pattern: str, skip: str = r"\.(dat|u8)$") -> Reader:
     def read(root: Path) -> Iterator[Document]:
         for name, path in files_of(root, pattern):
             if not re.search(skip, name):
-                units = [unit.strip("\n") + "\n\n" for unit in re.split(r"\n%.*\n", decoded(path))]
+                units = [unit.strip("\n") + "\n\n" for unit in re.split(r"(?m)^%.*\n", decoded(path))]
                 yield from pieces(name, units, 4000)
 
     return read
@@ -270,7 +274,7 @@ def legal(*patterns: str) -> Reader:
                 if len(paragraph) > 40 and not listing.match(paragraph):
                     kept.append(paragraph + "\n\n")
             if sum(map(len, kept)) > 300:
-                yield from pieces(name, kept, 12_000) or [Document(name, "".join(kept))]
+                yield from pieces(name, kept, 12_000)
 
     return read
 

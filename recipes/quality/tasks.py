@@ -5,11 +5,13 @@ A family has two or more variants. The question is the same, token for token; on
 =======  =======================  ==================================================================
 family   instructions             an item, and the answer under the other instruction
 =======  =======================  ==================================================================
-sort     ascending, descending    ` ascending: k b z = b k z`            other: ` z k b`
+sort     up, down                 ` up: k b z = b k z`                   other: ` z k b`
 echo     copy, reverse            ` copy: k b z = k b z`                 other: ` z b k`
-sum      decimal, octal           ` decimal:352+471=823`                 other: `1043`
+sum      ten, eight (the base)    ` ten:352+471=823`                     other: `1043`
 lookup   first, last              ` first: k=37 b=52 k=74 k=37`          other: `74`
 =======  =======================  ==================================================================
+
+Instructions are words that are frequent in the general text, so that the base has an embedding for them.
 
 A router that sees only the token's embedding sends all tokens of a question to the same experts under either instruction.
 
@@ -52,7 +54,7 @@ class Difficulty:
     pairs: int = 10
 
     def __post_init__(self) -> None:
-        for name, low, high in (("sort_letters", 2, 26), ("echo_letters", 2, 64), ("digits", 1, 16), ("pairs", 4, 40)):
+        for name, low, high in (("sort_letters", 2, 26), ("echo_letters", 2, 64), ("digits", 1, 16), ("pairs", 4, 100)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be from {low} to {high}")
 
@@ -125,8 +127,8 @@ FAMILIES: tuple[Family, ...] = (
         "sort",
         _draw_sort,
         {
-            "ascending": lambda question: _joined(sorted(_letters(question))),
-            "descending": lambda question: _joined(sorted(_letters(question), reverse=True)),
+            "up": lambda question: _joined(sorted(_letters(question))),
+            "down": lambda question: _joined(sorted(_letters(question), reverse=True)),
         },
     ),
     Family(
@@ -140,7 +142,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "sum",
         _draw_sum,
-        {"decimal": lambda question: _total(question, 10), "octal": lambda question: _total(question, 8)},
+        {"ten": lambda question: _total(question, 10), "eight": lambda question: _total(question, 8)},
     ),
     Family(
         "lookup",
@@ -156,7 +158,7 @@ _PIECE = re.compile(r" ?[a-z]+| =|[0-9:+=]")
 
 
 def task_name(family: Family, instruction: str) -> str:
-    """The name of a variant in the scores, e.g. `sort-ascending`."""
+    """The name of a variant in the scores, e.g. `sort-up`."""
     return f"{family.name}-{instruction}"
 
 
@@ -328,7 +330,7 @@ def _training(
 def make_tasks(
     tokenizer: PreTrainedTokenizerBase, amount: Amount, difficulty: Difficulty | None = None, seed: int = 0
 ) -> dict[str, TaskRows]:
-    """Every instruction of every family: name (`sort-ascending`) -> rows. The same arguments give the same rows.
+    """Every instruction of every family: name (`sort-up`) -> rows. The same arguments give the same rows.
 
     Raises:
         ValueError: the tokenizer has not one token for every symbol, or `difficulty` makes items longer than a row, or

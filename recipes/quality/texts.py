@@ -10,7 +10,6 @@ A `Source` is what one package contributes to one split. Documents are in an ord
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import subprocess
@@ -40,7 +39,6 @@ from readers import (  # noqa: E402
 )
 
 GENERAL = "general"
-PACKAGES_FILE = "packages.json"
 
 
 @dataclass
@@ -193,15 +191,10 @@ RECIPES: tuple[Recipe, ...] = (
             "r-doc-html",
         ),
     ),
-    Recipe(
-        "unicode-data",
-        "tables",
-        "Unicode",
-        rows("usr/share/unicode/NamesList.txt", "usr/share/unicode/allkeys.txt"),
-        2_000_000,
-    ),
+    Recipe("unicode-data", "tables", "Unicode", rows("usr/share/unicode/NamesList.txt"), 2_000_000),
     Recipe("ieee-data", "tables", "public domain", rows("usr/share/ieee-data/oui.csv"), 1_500_000),
     Recipe("pci.ids", "tables", "BSD-3-Clause or GPL-2+", rows("usr/share/misc/pci.ids"), 1_000_000),
+    Recipe("usb.ids", "tables", "BSD-3-Clause or GPL-2+", rows("var/lib/usbutils/usb.ids"), 1_000_000),
     Recipe("iso-codes", "tables", "LGPL-2.1+", iso_codes, 1_000_000),
 )
 
@@ -225,9 +218,6 @@ def fetch_command(folder: Path) -> str:
 
 def _versions(folder: Path) -> dict[str, str]:
     """Package to version, of the .deb files kept in `folder/deb`."""
-    path = folder / PACKAGES_FILE
-    if path.exists():
-        return {str(name): str(value) for name, value in json.loads(path.read_text()).items()}
     versions = {}
     for deb in sorted((folder / "deb").glob("*.deb")):
         name, number, *_ = deb.stem.split("_")
@@ -255,7 +245,9 @@ def fetch(folder: Path) -> None:
                 f"apt-get download failed (is this Debian 12, and has `apt-get update` been run?):\n{done.stderr.strip()}"
             )
     for deb in sorted(downloads.glob("*.deb")):
-        subprocess.run(["dpkg-deb", "-x", str(deb), str(folder)], check=True)
+        done = subprocess.run(["dpkg-deb", "-x", str(deb), str(folder)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise MissingTexts(f"dpkg-deb cannot unpack {deb}: delete it and fetch again\n{done.stderr.strip()}")
 
 
 def _full(folder: Path, progress: bool) -> list[Source]:
