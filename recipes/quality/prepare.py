@@ -58,9 +58,27 @@ class Size:
 
 SIZES = {
     "full": Size(
-        16_384, 20_000_000, 100_000, 1_200_000, 45_000, 80_000, 24_000_000, 1_500_000, Amount(1500, 384, 1024)
+        vocabulary=16_384,
+        general=20_000_000,
+        general_held_out=100_000,
+        train=1_200_000,
+        validation=45_000,
+        test=80_000,
+        general_sample=24_000_000,
+        domain_sample=1_500_000,
+        amount=Amount(train_rows=1500, validation_items=384, test_items=1024),
     ),
-    "smoke": Size(2_048, 200_000, 8_000, 24_000, 4_000, 8_000, 600_000, 60_000, Amount(40, 24, 48)),
+    "smoke": Size(
+        vocabulary=2_048,
+        general=200_000,
+        general_held_out=8_000,
+        train=24_000,
+        validation=4_000,
+        test=8_000,
+        general_sample=600_000,
+        domain_sample=60_000,
+        amount=Amount(train_rows=40, validation_items=24, test_items=48),
+    ),
 }
 HELD_OUT_SHARE = {"validation": 0.07, "test": 0.12}  # of a domain's characters, at most
 
@@ -134,9 +152,9 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _stream(
-    documents: list[Document], tokenizer: PreTrainedTokenizerFast, most: int, used: dict[str, int]
+    documents: list[Document], tokenizer: PreTrainedTokenizerFast, most: int, used: dict[str, tuple[int, int]]
 ) -> np.ndarray:
-    """uint16 [n], n <= most. `used` gets the number of tokens per document."""
+    """uint16 [n], n <= most. `used` gets the number of tokens and characters of each document."""
     pieces: list[np.ndarray] = []
     total = 0
     for first in range(0, len(documents), 64):
@@ -145,7 +163,7 @@ def _stream(
         for document, encoding in zip(batch, encoded, strict=True):
             ids = np.array([tokenizer.eos_token_id, *encoding.ids][: most - total], dtype=np.uint16)
             pieces.append(ids)
-            used[document.name] = len(ids)
+            used[document.name] = len(ids), len(document.text)
             total += len(ids)
             if total >= most:
                 return np.concatenate(pieces)
@@ -211,7 +229,7 @@ def build(size: str, folder: Path, progress: bool = True) -> Prepared:
     tokenizer = train_tokenizer(samples(), want.vocabulary, repeats=want.general_sample // 400)
 
     say("tokenising")
-    used: dict[str, dict[str, int]] = {"train": {}, "validation": {}, "test": {}}
+    used: dict[str, dict[str, tuple[int, int]]] = {"train": {}, "validation": {}, "test": {}}
     general = _stream(parts[GENERAL]["train"], tokenizer, want.general, used["train"])
     held_out = _stream(parts[GENERAL]["test"], tokenizer, want.general_held_out, used["test"])
     streams: dict[str, dict[str, np.ndarray]] = {}
@@ -222,9 +240,9 @@ def build(size: str, folder: Path, progress: bool = True) -> Prepared:
     made = task_rows.make_tasks(tokenizer, want.amount)
     listed = []
     for source in sources:
-        names = {document.name: document for document in source.documents}
-        tokens = {place: sum(count for name, count in used[place].items() if name in names) for place in used}
-        taken = {name for place in used for name in used[place] if name in names}
+        names = {document.name for document in source.documents}
+        counts = {place: [count for name, count in used[place].items() if name in names] for place in used}
+        taken = {name for place in used for name in used[place]} & names
         listed.append(
             {
                 "name": source.name,
@@ -234,9 +252,9 @@ def build(size: str, folder: Path, progress: bool = True) -> Prepared:
                 "licence": source.licence,
                 "files": len({re.sub(r"#\d+$", "", name) for name in taken}),
                 "documents": len(taken),
-                "characters": sum(len(names[name].text) for name in taken),
-                "tokens": sum(tokens.values()),
-                **{f"{place}_tokens": count for place, count in tokens.items()},
+                "characters": sum(characters for count in counts.values() for _, characters in count),
+                "tokens": sum(tokens for count in counts.values() for tokens, _ in count),
+                **{f"{place}_tokens": sum(tokens for tokens, _ in count) for place, count in counts.items()},
             }
         )
     say("done")
