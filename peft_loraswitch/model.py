@@ -259,7 +259,7 @@ def plan_injection(
             )
         router = found[0]
         before, names = names[: names.index(router)], names[names.index(router) :]
-    check_streams(model, names)
+    check_streams(model, names)  # those before the router follow no decision: they may see any tokens
     if config.num_shared_experts == 0:
         before = []
     return InjectionPlan([*before, *names], router, before)
@@ -328,7 +328,7 @@ def router_stats(model: nn.Module, adapter_name: str | None = None, reset: bool 
     Returns:
         dict: `tokens` (int); `load` (list of num_experts floats, share of the picks that went to each expert, sum 1);
         `entropy` (nats, of the router's softmax, mean over tokens; at most log(num_experts)); `dropped_experts` (indices
-        of experts that no token picked); `balance_loss` and `z_loss` (unweighted).
+        of experts that no token picked); `balance_loss` and `z_loss` (unweighted). Shared experts are not counted.
 
     Raises:
         ValueError: the model has no LoRA-Switch adapter, or the name is unknown or ambiguous.

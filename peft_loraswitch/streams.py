@@ -34,7 +34,8 @@ def check_streams(model: nn.Module, names: Sequence[str]) -> None:
 
     Args:
         model: the backbone.
-        names: full names of the linears that would be adapted, in module order.
+        names: full names of the linears that would be routed, in module order (those before the router, with shared
+            experts alone, follow no decision).
 
     Raises:
         ValueError: names the streams and a `target_modules` that works.

@@ -69,9 +69,11 @@ class Plain(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("config", [{}, {"num_shared_experts": 2, "router_module": "layers.1"}], ids=str)
 @pytest.mark.parametrize("training", [False, True])
-def test_no_host_synchronisation(training):
-    model = adapted(Plain().cuda(), task_type=None, target_modules=["layers.0", "layers.1", "layers.2"]).train(training)
+def test_no_host_synchronisation(training, config):
+    targets = ["layers.0", "layers.1", "layers.2"]
+    model = adapted(Plain().cuda(), task_type=None, target_modules=targets, **config).train(training)
     x = torch.randn(4, 7, 32, device="cuda")
     model(x).sum().backward()  # warm up
     torch.cuda.synchronize()
