@@ -1,476 +1,586 @@
 """What a routed adapter costs at decode time, on this GPU: the table at the top of the README.
 
     python recipes/bench_decode.py                       # all of it, into recipes/results/decode_<gpu>.json and .png
-    python recipes/bench_decode.py --models llama-2-7b --methods backbone fused --modes compiled
+    python recipes/bench_decode.py --devices 0 1 2 3     # the models spread over four GPUs, into one file
+    python recipes/bench_decode.py --models llama-2-7b --methods backbone fused --modes static --profile
+    python recipes/bench_decode.py --device cpu          # a rehearsal with tiny models: everything but the numbers
+    python recipes/decode_report.py                      # the table into the README
 
-Models have random weights, made on the GPU; nothing is downloaded. Each job (a model, a method, a rank) is a process of
-its own; as many as fit into the GPU's memory prepare at once (compiling takes the time), then they measure one at a time.
-Medians of at least five; every ratio is to the unadapted backbone in the same mode of the same run.
+Models have random weights, made on the GPU; nothing is downloaded. Each job (a model, a method, a rank) is a process of its
+own. Compiling takes the time, so as many processes as there are processors compile at once; the backbone's weights are
+in the GPU's memory once, in a process that shares them. One measurement runs at a time, while all other processes stand
+still: samples of a method and of the unadapted backbone take turns, and the ratio is that of their medians (of at least
+five). Results are written as they come; `--limit` ends the run, and what it did not reach is listed in the file's header.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import json
+import multiprocessing
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE)]
 
-NUM_EXPERTS, TOP_K = 8, 2
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROMPT, CACHE, PREFILL = 16, 512, 2048
-SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads
-    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32),
-    "mistral-7b": (32000, 4096, 14336, 32, 32, 8),
-    "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8),
-    "qwen3-0.6b": (151936, 1024, 3072, 28, 16, 8),
-}
+import decode_report  # noqa: E402
+import decode_worker  # noqa: E402
+from decode_plan import CONTEXT_GIB, METHODS, MODES, NUM_EXPERTS, SHAPES, TOP_K, Job, kind_of, plan  # noqa: E402
+
+ROUNDS = {"static": 5, "eager": 5}  # samples; 7 of everything else
+PROFILED = ("compiled:1", "static", "eager")
+LAST_WORDS = 10.0  # seconds before the limit in which nothing new is prepared, only measured
+Key = tuple[str, str, int, str]  # model, method, rank, mode
+
+
+class WorkerFailed(Exception):
+    """A process died, hung or reported an error."""
 
 
 @dataclass
-class Job:
-    """One process: a model with one method, measured in some modes. At most one of them compiles, which takes the time."""
+class Process:
+    """A job's process as the parent sees it: starting, waiting (for weights), preparing, ready, or done."""
 
-    model: str
-    layers: int
-    method: str  # backbone, lora (PEFT), torch (routing in plain PyTorch), kernels (ours without adapter), fused, merge
-    rank: int
-    modes: list[str]  # compiled:<batch>, static, eager, prefill, graph
+    job: Job
+    process: Any
+    connection: Connection
+    log: Path
+    started: float
+    state: str = "starting"
+    gib: float = 0.0
+    todo: list[str] = field(default_factory=list)  # ready and not yet measured
+    modes: list[str] = field(default_factory=list)  # ready
 
-    def gib(self) -> float:
-        """Device memory it needs, roughly."""
-        vocabulary, hidden, intermediate, _, heads, kv = SHAPES[self.model]
-        linears = self.layers * (2 * hidden * hidden + 2 * hidden * hidden * kv // heads + 3 * hidden * intermediate)
-        size = linears * (2 if self.method == "merge" else 1) + 2 * vocabulary * hidden
-        size += self.layers * NUM_EXPERTS * self.rank * (10 * hidden + 3 * intermediate)
-        cache = (
-            max(int(mode.partition(":")[2] or 1) for mode in self.modes)
-            * CACHE
-            * self.layers
-            * 2
-            * hidden
-            * kv
-            // heads
-        )
-        return (size + cache) * 2 / 2**30 + 1.5
+    def call(self, name: str, mode: str, timeout: float = 90.0) -> Any:
+        """The worker's answer.
 
-
-def jobs(models: list[str], methods: list[str], modes: list[str], layers: int) -> list[Job]:
-    wanted: list[tuple[str, str, int, list[str]]] = []
-    for name in models:
-        if name == "llama-2-7b":
-            wanted += [
-                (name, "backbone", 0, ["compiled:1", "prefill"]),
-                (name, "fused", 8, ["compiled:1", "prefill", "eager"]),
-            ]
-            wanted += [(name, "fused", 64, ["compiled:1", "prefill"]), (name, "fused", 16, ["compiled:1"])]
-            wanted += [(name, "backbone", 0, ["static", "eager"]), (name, "fused", 8, ["static"])]
-            wanted += [(name, "backbone", 0, ["compiled:8"]), (name, "fused", 8, ["compiled:8"])]
-            wanted += [(name, "backbone", 0, ["compiled:32"]), (name, "fused", 8, ["compiled:32"])]
-            wanted += [(name, "kernels", 0, ["compiled:1"]), (name, "lora", 16, ["compiled:1", "eager"])]
-            wanted += [(name, "torch", 8, ["eager", "compiled:1"])]
-            wanted += [(name, "backbone", 0, ["graph"]), (name, "merge", 8, ["graph"])]
-            continue
-        for method, rank in (("backbone", 0), ("fused", 8), ("fused", 64))[: 2 if name == "qwen3-0.6b" else 3]:
-            wanted += [(name, method, rank, ["compiled:1", "eager", "prefill"])]
-    chosen = []
-    for name, method, rank, job_modes in wanted:
-        depth = SHAPES[name][3] if name == "llama-2-7b" else min(layers, SHAPES[name][3])
-        job_modes = [mode for mode in job_modes if mode.split(":")[0] in modes]
-        if method in methods and job_modes:
-            chosen.append(Job(name, depth, method, rank, job_modes))
-    return chosen
-
-
-# ------------------------------------------------------------------------------------------------------- one process
-
-
-def build(job: Job):
-    """(model, seconds that fuse_for_inference took)"""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
-
-    from peft_loraswitch import LoRASwitchConfig
-
-    vocabulary, hidden, intermediate, _, heads, kv = SHAPES[job.model]
-    config_class = {"mistral-7b": MistralConfig, "qwen3-0.6b": Qwen3Config}.get(job.model, LlamaConfig)
-    extra = {"sliding_window": None} if job.model == "mistral-7b" else {}
-    if job.model == "qwen3-0.6b":
-        extra = {"head_dim": 128, "tie_word_embeddings": True}
-    config = config_class(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=job.layers,
-        num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=4096, **extra,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        if job.method == "lora":
-            model = get_peft_model(
-                model,
-                LoraConfig(r=job.rank, target_modules=TARGETS, init_lora_weights=False),
-                autocast_adapter_dtype=False,
-            )
-        elif job.method != "backbone":
-            adapter = LoRASwitchConfig(
-                r=max(job.rank, 1), num_experts=NUM_EXPERTS, top_k=TOP_K, target_modules=TARGETS, init_weights=False
-            )
-            model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    model = model.eval().requires_grad_(False)
-    seconds = 0.0
-    if job.method in ("kernels", "fused", "merge"):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model.fuse_for_inference(strategy="merge" if job.method == "merge" else "fused")
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    if job.method == "kernels":  # our own kernels, no experts: rank 0 is what a LoRASwitchConfig refuses
-        for module in model.modules():
-            if hasattr(module, "loraswitch_A"):
-                a, b = module.loraswitch_A["default"], module.loraswitch_B["default"]
-                a.weight = torch.nn.Parameter(a.weight[:, :0].contiguous(), requires_grad=False)
-                b.weight = torch.nn.Parameter(b.weight[:, :, :0].contiguous(), requires_grad=False)
-    return model, seconds
-
-
-def median_ms(run, repeats: int = 7) -> float:
-    """Median milliseconds of `run()`, by device events."""
-    import torch
-
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-class Decoder:
-    """A greedy decode step over a static cache: what a serving loop runs."""
-
-    def __init__(self, model, batch: int) -> None:
-        import torch
-        from transformers import StaticCache
-
-        self.model, self.batch = model, batch
-        self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
-        self.ids = torch.randint(5, 1000, (batch, PROMPT), device="cuda")
-        self.position = torch.full((batch, 1), PROMPT, dtype=torch.long, device="cuda")
-        with torch.no_grad():
-            out = model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.token = out.logits.argmax(-1)
-
-    def step(self, token, position):
-        out = self.model(input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True)
-        return out.logits[:, -1:].argmax(-1)
-
-
-def prepare_compiled(model, batch: int):
-    """tokens -> None: runs that many steps of a loop compiled with reduce-overhead."""
-    import torch
-
-    decoder = Decoder(model, batch)
-    # different tokens, so that different experts are chosen all over the batch
-    compiled = torch.compile(decoder.step, mode="reduce-overhead", fullgraph=True)
-
-    @torch.no_grad()
-    def run(tokens: int = 16) -> None:
-        token = decoder.token
-        for _ in range(tokens):
-            torch.compiler.cudagraph_mark_step_begin()
-            token = compiled(token, decoder.position).clone()
-
-    run(6)
-    return run
-
-
-def prepare_graph(model):
-    """One decode step captured as it is, without a compiler."""
-    import torch
-
-    decoder = Decoder(model, 1)
-    stream = torch.cuda.Stream()
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(2):
-            decoder.step(decoder.token, decoder.position)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            decoder.kept = decoder.step(decoder.token, decoder.position)
-
-    def run(tokens: int = 8) -> None:
-        for _ in range(tokens):
-            graph.replay()
-
-    run.keep = decoder  # type: ignore[attr-defined]
-    return run
-
-
-def generate(model, static: bool, tokens: int = 48) -> float:
-    """Milliseconds of a token of `generate`, prefill taken out as the difference of two lengths."""
-    import torch
-
-    ids = torch.randint(5, 1000, (1, PROMPT), device="cuda")
-    options = {"cache_implementation": "static"} if static else {}
-    seconds = []
-    for length in (tokens, 2 * tokens):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, min_new_tokens=length,
-            do_sample=False, pad_token_id=0, max_length=None, **options,
-        )  # fmt: skip
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return (seconds[1] - seconds[0]) / tokens * 1e3
-
-
-def worker(job: Job) -> None:
-    """Prepare, say so, wait for the word, measure, print rows."""
-    import torch
-
-    torch._inductor.config.triton.cudagraph_trees = True
-    model, fuse_seconds = build(job)
-    weights_gib = torch.cuda.memory_allocated() / 2**30
-    runs = {}
-    for mode in list(job.modes):
-        kind, _, batch = mode.partition(":")
+        Raises:
+            WorkerFailed: it has none.
+        """
         try:
-            if kind == "compiled":
-                runs[mode] = prepare_compiled(model, int(batch))
-            elif kind == "graph":
-                runs[mode] = prepare_graph(model)
-            elif kind in ("static", "eager"):
-                generate(model, kind == "static", 8)
-        except Exception:
-            traceback.print_exc()
-            print(f"SKIPPED {mode}", flush=True)
-            job.modes.remove(mode)
-    prompt = torch.randint(5, 1000, (1, PREFILL), device="cuda")
+            self.connection.send((name, mode))
+            if not self.connection.poll(timeout):
+                raise WorkerFailed(f"no answer to {name} {mode} in {timeout:.0f} s")
+            answer = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerFailed(f"died in {name} {mode}") from error
+        if isinstance(answer, tuple) and answer[0] == "failed":
+            raise WorkerFailed(str(answer[1]))
+        return answer
 
-    @torch.no_grad()
-    def prefill() -> None:
-        model(input_ids=prompt, logits_to_keep=1, use_cache=False)
 
-    if "prefill" in job.modes:
-        prefill()
-    torch.cuda.synchronize()
-    print("READY", flush=True)
-    sys.stdin.readline()
-    rows = []
-    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-    read_bytes = sum(size for name, size in sizes.items() if "loraswitch" not in name and "embed" not in name)
-    experts = sum(size for name, size in sizes.items() if "loraswitch_A" in name or "loraswitch_B" in name)
-    for mode in job.modes:
-        kind, _, batch = mode.partition(":")
-        torch.cuda.reset_peak_memory_stats()
-        tokens = batch_size = int(batch or 1)
-        if kind in ("compiled", "graph"):
-            each = 16 if kind == "compiled" else 8
-            ms = median_ms(runs[mode]) / each
-        elif kind == "prefill":
-            ms, tokens = median_ms(prefill), PREFILL
+class Run:
+    """All jobs of one device, from the plan to the rows."""
+
+    def __init__(self, jobs: list[Job], args: argparse.Namespace, result: dict[str, Any], folder: Path) -> None:
+        self.queue, self.args, self.result, self.folder = list(jobs), args, result, folder
+        self.device: str = args.device
+        # A process forked off one that has imported everything starts sooner, but CUDA does not survive a fork.
+        self.context: Any = multiprocessing.get_context("spawn" if self.device == "cuda" else "forkserver")
+        if self.device != "cuda":
+            self.context.set_forkserver_preload(["torch", "peft", "transformers", "torch._inductor.compile_fx"])
+        self.lock = decode_worker.DeviceLock(folder, self.device)
+        self.start = time.monotonic()
+        self.deadline = self.start + args.limit - LAST_WORDS
+        self.live: list[Process] = []
+        self.holders: dict[str, Process] = {}
+        self.memory: float | None = args.memory
+        self.share = not args.no_sharing
+        self.slowness = [1.3]  # measured over estimated time until ready
+        self.samples: dict[tuple[str, str], list[float]] = {}  # of the backbone
+        self.planned: list[Key] = [(j.model, j.method, j.rank, mode) for j in jobs for mode in j.modes]
+        self.measured: set[Key] = set()
+        self.reasons: dict[Key, str] = {}
+        self.rows: dict[Key, dict[str, Any]] = {}
+        self.ending: list[Process] = []  # killed; taking a CUDA context down is work for the GPU
+        self.blocked: Process | None = None  # the first that waits for memory
+        self.logs = 0
+
+    # -- the loop
+
+    def run(self) -> None:
+        try:
+            while (self.queue or self.live) and time.monotonic() < self.deadline:
+                self.start_processes()
+                self.hand_out_weights()
+                self.listen()
+                self.measure_what_is_ready()
+                self.retire()
+            self.deadline += LAST_WORDS - 2
+            self.measure_what_is_ready(everything=True)
+        finally:
+            for process in (*self.live, *self.holders.values()):
+                process.process.kill()
+            for process in self.live:
+                self.say_why(process.job, f"{process.state} when the time was up")
+            for job in self.queue:
+                self.say_why(job, "not begun")
+            self.write()
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.start:6.1f} s  {text}", flush=True)
+
+    def say_why(self, job: Job, why: str) -> None:
+        for mode in job.modes:
+            self.reasons.setdefault((job.model, job.method, job.rank, mode), why)
+
+    def drop(self, process: Process, why: str) -> None:
+        """Give a job up."""
+        self.say(f"FAILED {process.job}: {why}; the end of {process.log}:")
+        if process.log.exists():
+            print("    " + process.log.read_text()[-1500:].replace("\n", "\n    "), flush=True)
+        self.say_why(process.job, why)
+        self.end(process)
+
+    def end(self, process: Process) -> None:
+        process.state = "done"
+        process.process.kill()
+        process.connection.close()
+        self.live.remove(process)
+        self.ending.append(process)
+
+    # -- starting
+
+    def spawn(self, target: Any, job: Job) -> Process:
+        here, there = self.context.Pipe()
+        self.logs += 1
+        log = self.folder / f"{self.logs:02d}_{job.model}_{job.method}_{job.rank}.log"
+        arguments = (job, self.device, there, self.folder, str(log))
+        process = self.context.Process(target=target, args=arguments, daemon=True)
+        process.start()
+        there.close()
+        return Process(job, process, here, log, time.monotonic())
+
+    def start_processes(self) -> None:
+        busy = sum(process.state in ("starting", "waiting", "preparing") for process in self.live)
+        while self.queue and busy < self.args.slots:  # in the order of the plan
+            job = self.queue.pop(0)
+            left = self.deadline - time.monotonic()
+            expected = job.seconds() * statistics.median(self.slowness) if self.device == "cuda" else 0.0
+            if expected + 5 > left:
+                self.say_why(job, f"not begun: {expected:.0f} s expected, {left:.0f} s left")
+                continue
+            self.hold(job)
+            self.live.append(self.spawn(decode_worker.serve, job))
+            busy += 1
+
+    def hold(self, job: Job) -> None:
+        """Start the process that keeps the weights of the job's model, if there is none."""
+        if self.share and job.method != "ceilings" and job.model not in self.holders:
+            self.holders[job.model] = self.spawn(decode_worker.hold_weights, job)
+
+    def used(self) -> float:
+        """GiB of device memory that is spoken for."""
+        return sum(process.gib for process in (*self.live, *self.holders.values()))
+
+    def hand_out_weights(self) -> None:
+        """Let waiting processes build their models, in order, as far as memory goes."""
+        self.blocked = None
+        for process in [p for p in self.live if p.state == "waiting"]:
+            job = process.job
+            self.hold(job)
+            holder = self.holders.get(job.model) if self.share and job.method != "ceilings" else None
+            need = job.gib(shared_weights=holder is not None or job.method == "ceilings")
+            weights = job.weights_gib() + CONTEXT_GIB if holder and not holder.gib else 0.0
+            alone = need + (holder.gib or weights if holder else 0.0)
+            if self.memory is not None and alone > self.memory:
+                self.drop(process, f"needs {alone:.1f} GiB of device memory, {self.memory:.1f} can be used")
+                continue
+            if self.memory is not None and self.used() + need + weights > self.memory:
+                self.blocked = process
+                return  # who comes first is served first
+            if holder is None:
+                self.hand_out(process, None, need)
+            elif holder.state == "waiting":
+                holder.connection.send("load")
+                holder.state, holder.gib = "preparing", weights
+            elif holder.state == "ready":
+                self.hand_out(process, holder, need)
+
+    def hand_out(self, process: Process, holder: Process | None, need: float) -> None:
+        """Tell a waiting process to build its model, from the holder's weights or with its own."""
+        try:
+            process.connection.send(("shared" if holder else "own", None))
+            process.gib, process.state = need, "preparing"
+            if holder is None:
+                return
+            try:
+                holder.connection.send("send")
+                if not holder.connection.poll(60):
+                    raise EOFError("no answer")
+                process.connection.send_bytes(holder.connection.recv_bytes())
+            except EOFError as error:
+                self.stop_sharing(f"the process that holds the weights ended: {error}")
+                process.connection.send(None)  # its answer will be "unshared"
+        except OSError as error:
+            self.drop(process, f"its process ended: {error}")
+
+    # -- listening
+
+    def listen(self) -> None:
+        sources = {p.connection: p for p in (*self.live, *self.holders.values()) if p.state != "done"}
+        for connection in wait(list(sources), timeout=0.1):
+            process = sources[connection]  # type: ignore[index]
+            if process.state == "done":
+                continue
+            try:
+                message, content = process.connection.recv()
+            except (EOFError, OSError):
+                message, content = "failed", f"its process ended ({process.process.exitcode})"
+            self.heard(process, message, content)
+
+    def heard(self, process: Process, message: str, content: Any) -> None:
+        job = process.job
+        if process is self.holders.get(job.model):
+            if message in ("hello", "loaded"):
+                process.state = "waiting" if message == "hello" else "ready"
+            else:
+                self.stop_sharing(f"the weights of {job.model} could not be held: {content}")
+        elif message == "hello":
+            if not self.result["header"].get("gpu"):
+                self.result["header"].update(content)
+                self.say(f"{content}")
+            if self.memory is None:
+                self.memory = content["memory_gib"] - self.args.reserve
+            process.state = "waiting"
+        elif message == "unshared":
+            process.state, process.gib = "waiting", 0.0  # now for memory for weights of its own
+            self.stop_sharing(content)
+        elif message == "skipped":
+            mode, why = content
+            self.say(f"SKIPPED {job.model} {job.method} r={job.rank} {mode}: {why}; see {process.log}")
+            self.reasons[(job.model, job.method, job.rank, mode)] = why
+        elif message == "ready":
+            process.state, process.modes, process.todo = "ready", list(content), list(content)
+            took = time.monotonic() - process.started
+            self.slowness = [*self.slowness[-5:], min(4.0, max(0.5, took / job.seconds()))]
+            self.say(f"ready after {took:.0f} s: {job}")
         else:
-            ms = statistics.median(generate(model, kind == "static", 32 if kind == "static" else 16) for _ in range(5))
-        size = read_bytes + (
-            experts * min(1.0, TOP_K * tokens / NUM_EXPERTS) if job.method not in ("backbone", "lora") else 0
-        )
-        rows.append(
-            {
-                "model": job.model, "layers": job.layers, "method": job.method, "mode": kind,
-                "batch": batch_size, "tokens": tokens, "rank": job.rank,
-                "ms": round(ms, 4), "ratio": None, "gb_per_s": round(size / ms / 1e6, 1),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3), "weights_gib": round(weights_gib, 3),
-                "fuse_seconds": round(fuse_seconds, 3),
-            }
-        )  # fmt: skip
-    print("ROWS " + json.dumps(rows), flush=True)
+            self.drop(process, str(content))
 
+    def stop_sharing(self, why: str) -> None:
+        """Every process builds its own weights from now on."""
+        if self.share:
+            self.say(f"weights are not shared: {why}")
+        self.share = False
+        users = {p.job.model for p in self.live if p.state in ("preparing", "ready")}
+        for model in [model for model in self.holders if model not in users]:
+            self.holders.pop(model).process.kill()
 
-# -------------------------------------------------------------------------------------------------------- the parent
+    # -- measuring
 
+    def reference(self, job: Job, mode: str) -> Process | None:
+        """The live process of the unadapted backbone in this mode."""
+        for process in self.live:
+            if process.job.model == job.model and process.job.method == "backbone" and mode in process.job.modes:
+                return process
+        return None
 
-def run_wave(wave: list[Job], log: Path) -> list[dict]:
-    processes = []
-    for i, job in enumerate(wave):
-        command = [sys.executable, __file__, "--worker", json.dumps(asdict(job))]
-        stderr = open(log.with_suffix(f".{os.getpid()}.{i}.log"), "w")
-        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the jobs are the parallelism
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
-        )
-        processes.append((job, process, stderr))
-    rows = []
-    ready = []
-    for job, process, stderr in processes:
-        line = ""
-        while line.strip() != "READY" and (line := process.stdout.readline()):
-            if line.startswith("SKIPPED"):
-                print(f"  {job.model} {job.method} r={job.rank}: {line.strip()}, see {stderr.name}", flush=True)
-        if line.strip() == "READY":
-            ready.append((job, process))
+    def awaited(self, job: Job, mode: str) -> bool:
+        """Whether a reference for this mode is still to come."""
+        process = self.reference(job, mode)
+        queued = any(j.model == job.model and j.method == "backbone" and mode in j.modes for j in self.queue)
+        return queued or (process is not None and process.state != "ready")
+
+    def measure_what_is_ready(self, everything: bool = False) -> None:
+        """`everything`: also what something might still be compared with, or wait for."""
+        tasks = [(p, mode) for p in self.live if p.state == "ready" for mode in p.todo]
+        if not everything:
+            methods = [(p, mode) for p, mode in tasks if p.job.method not in ("backbone", "ceilings")]
+            methods = [(p, mode) for p, mode in methods if not self.awaited(p.job, mode)]
+            # What keeps the GPU for long comes when nobody waits for the GPU.
+            quiet = not any(p.state in ("starting", "waiting") for p in self.live)
+            others = [(p, mode) for p, mode in tasks if p.job.method == "ceilings" and quiet]
+            others += [(p, mode) for p, mode in tasks if p.job.method == "backbone" and not self.wanted(p, mode)]
+            tasks = methods or others
+        if tasks:
+            self.measure_all(tasks)
+
+    def measure_all(self, tasks: list[tuple[Process, str]]) -> None:
+        try:
+            if self.lock.exclusive(self.deadline):
+                while self.ending:
+                    self.ending.pop().process.join(5)
+                for process, mode in tasks:
+                    if time.monotonic() < self.deadline and process.state == "ready" and mode in process.todo:
+                        self.measure(process, mode)
+        finally:
+            self.lock.release()
+        self.write()
+
+    def wanted(self, process: Process, mode: str) -> bool:
+        """Whether a job that will be compared with this reference is still to come."""
+        jobs = [*self.queue, *(p.job for p in self.live if p.state != "ready" or mode in p.todo)]
+        return any(j.method != "backbone" and j.model == process.job.model and mode in j.modes for j in jobs)
+
+    def measure(self, process: Process, mode: str) -> None:
+        """One mode of one job, its reference's samples in between; everybody else stands still."""
+        job = process.job
+        process.todo.remove(mode)
+        reference = None if job.method == "backbone" else self.reference(job, mode)
+        if reference is not None and mode not in reference.modes:
+            reference = None
+        if reference is not None and mode in reference.todo:
+            reference.todo.remove(mode)
+        measured = [p for p in (reference, process) if p is not None]
+        others = [p for p in self.live if p not in measured]
+        for other in others:
+            self.signal(other, signal.SIGSTOP)
+        try:
+            if job.method == "ceilings":
+                self.keep_ceiling(mode, process.call("measure", mode))
+                self.measured.add((job.model, job.method, job.rank, mode))
+                return
+            for each in measured:
+                each.call("begin", mode)
+            times: dict[int, list[float]] = {id(each): [] for each in measured}
+            for n in range(ROUNDS.get(kind_of(mode), 7)):
+                for each in measured if n % 2 else measured[::-1]:
+                    times[id(each)].append(each.call("sample", mode))
+            for each in measured:
+                self.keep_row(each, mode, times[id(each)], times[id(reference)] if reference else None)
+            if self.args.profile and mode in PROFILED and (job.method, job.rank) in (("fused", 8), ("backbone", 0)):
+                for each in measured:
+                    name = f"{each.job.model} {each.job.method} r={each.job.rank} {mode}"
+                    self.result.setdefault("profile", {})[name] = each.call("profile", mode)
+        except WorkerFailed as error:
+            self.drop(process, str(error))
+            if reference is not None and not reference.process.is_alive():
+                self.drop(reference, str(error))
+        finally:
+            for other in others:
+                self.signal(other, signal.SIGCONT)
+
+    def signal(self, process: Process, number: int) -> None:
+        if process.process.is_alive():
+            os.kill(process.process.pid, number)
+
+    def keep_ceiling(self, mode: str, value: Any) -> None:
+        if mode == "copy":
+            self.result["copy_tb_per_s"] = value
         else:
-            print(f"  FAILED to prepare {job}: {Path(stderr.name).read_text()[-1500:]}", flush=True)
-    for job, process in ready:  # one at a time: nothing else runs on the GPU now
-        process.stdin.write("GO\n")
-        process.stdin.flush()
-        found = [line for line in process.stdout if line.startswith("ROWS ")]
-        process.wait()
-        if not found:
-            print(f"  FAILED to measure {job}", flush=True)
-            continue
-        rows += json.loads(found[0][5:])
-        for row in json.loads(found[0][5:]):
-            print(
-                f"  {row['model']:13s} {row['method']:9s} r={row['rank']:<3d} {row['mode']:9s} batch {row['batch']:<3d} "
-                f"{row['ms']:9.3f} ms {row['gb_per_s']:8.0f} GB/s  peak {row['peak_gib']:.2f} GiB  fuse {row['fuse_seconds']} s",
-                flush=True,
-            )
-    return rows
+            self.result["linears"][mode.partition(":")[2]] = value
+        self.say(f"ceilings: {mode} " + (f"{value} TB/s" if mode == "copy" else f"{len(value['rows'])} rows"))
+
+    def keep_row(self, process: Process, mode: str, times: list[float], reference: list[float] | None) -> None:
+        job, key = process.job, (process.job.model, process.job.method, process.job.rank, mode)
+        facts = process.call("finish", mode)
+        base = None if reference is None else statistics.median(reference)
+        if job.method == "backbone":
+            times = self.samples.setdefault((job.model, mode), []) + times
+            self.samples[(job.model, mode)] = times
+            base = statistics.median(times)
+        elif base is None and (job.model, mode) in self.samples:  # its process had to go: memory
+            base = statistics.median(self.samples[(job.model, mode)])
+        ms = statistics.median(times)
+        self.measured.add(key)
+        self.rows[key] = {
+            "model": job.model, "layers": job.shape.layers, "method": job.method, "mode": kind_of(mode),
+            "batch": facts.pop("batch"), "tokens": facts.pop("tokens"), "rank": job.rank, "ms": round(ms, 4),
+            "ratio": round(ms / base, 4) if base else None, "backbone_ms": round(base, 4) if base else None,
+            "gb_per_s": round(facts.pop("read_bytes") / ms / 1e6, 1), "samples": len(times),
+            "spread": round((max(times) - min(times)) / ms, 3), **facts,
+        }  # fmt: skip
+        if job.method != "backbone" or reference is None:
+            row = self.rows[key]
+            self.say(decode_report.line(row) + f"  peak {row['peak_gib']:.2f} GiB, fuse {row['fuse_seconds']} s")
+            if row["compilations"]:
+                self.say(f"  compiled {row['compilations']} times while it was measured")
+
+    # -- ending
+
+    def retire(self) -> None:
+        """Let go of processes that nobody needs, and, where memory is short, of references that somebody does."""
+        before = self.used()
+        for process in [p for p in self.live if p.state == "ready" and not p.todo]:
+            if process.job.method != "backbone" or not any(self.wanted(process, mode) for mode in process.modes):
+                self.end(process)
+        needed = {job.model for job in (*self.queue, *(p.job for p in self.live))}
+        for model in [model for model in self.holders if model not in needed]:
+            self.holders.pop(model).process.kill()
+        if any(p.state in ("starting", "preparing") for p in (*self.live, *self.holders.values())):
+            return
+        if self.used() == before and self.blocked is not None and self.blocked.state == "waiting":
+            self.make_room(self.blocked)
+
+    def make_room(self, waiting: Process) -> None:
+        """Nothing moves because there is no memory for `waiting`: let go of what it can do without."""
+        idle = [p for p in self.live if p.state == "ready"]
+        if idle:  # references that others would have been compared with: from now on with their rows
+            process = min(idle, key=lambda p: self.reference(waiting.job, p.modes[0]) is p if p.modes else False)
+            if process.todo:
+                self.measure_all([(process, mode) for mode in process.todo])
+            if process in self.live:
+                self.end(process)
+            return
+        unused = [model for model in self.holders if model != waiting.job.model]
+        if unused:
+            self.holders.pop(unused[0]).process.kill()  # begun again when a job of its model has its turn
+        elif self.memory is not None and self.used() > 0:
+            self.drop(waiting, f"no room: {self.used():.1f} of {self.memory:.1f} GiB are taken")
+
+    def write(self) -> None:
+        """What there is so far, with what is missing; a reader never sees half a file."""
+        header = self.result["header"]
+        missing = [key for key in self.planned if key not in self.measured]
+        header["missing"] = [
+            f"{model} {method} r={rank} {mode}: {self.reasons.get((model, method, rank, mode), 'not reached yet')}"
+            for model, method, rank, mode in missing
+        ]
+        header["seconds"] = round(time.monotonic() - self.start, 1)
+        self.result["rows"] = [self.rows[key] for key in self.planned if key in self.rows]
+        decode_report.write(self.result, self.args.output)
 
 
-def waves(todo: list[Job], gib: float, most: int) -> list[list[Job]]:
-    """Jobs that prepare together: as many as memory and processors allow, a model's backbone with its methods."""
-    result: list[list[Job]] = []
-    left = 0.0
-    for job in todo:
-        if not result or job.gib() > left or len(result[-1]) >= most:
-            result.append([])
-            left = gib
-        result[-1].append(job)
-        left -= job.gib()
-    return result
+# ----------------------------------------------------------------------------------------------------------- devices
 
 
-def add_ratios(rows: list[dict]) -> None:
-    """To the unadapted backbone in the same mode; a merge step to the same backbone step too (its floor is in the notes)."""
-    base = {(r["model"], r["mode"], r["batch"]): r["ms"] for r in rows if r["method"] == "backbone"}
-    for row in rows:
-        reference = base.get((row["model"], row["mode"], row["batch"]))
-        row["ratio"] = round(row["ms"] / reference, 4) if reference else None
+def spread(models: list[str], devices: list[str], jobs: list[Job]) -> dict[str, list[str]]:
+    """Models for each device, so that the busiest has as little to do as can be."""
+    cost = {model: sum(job.seconds() for job in jobs if job.model == model) for model in models}
+    result: dict[str, list[str]] = {device: [] for device in devices}
+    for model in sorted(models, key=lambda m: -cost[m]):
+        result[min(devices, key=lambda d: sum(cost[m] for m in result[d]))].append(model)
+    return {device: chosen for device, chosen in result.items() if chosen}
 
 
-def copy_rate() -> float:
-    """TB/s of reading and writing: what a merge cannot beat."""
-    import torch
+def run_devices(args: argparse.Namespace, argv: list[str], jobs: list[Job], folder: Path) -> dict[str, Any]:
+    """One process of this script for each device, with its share of the processors; their results in one."""
+    shares = spread(args.models, args.devices, jobs)
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // len(shares))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    runs: list[tuple[subprocess.Popen[bytes], Path]] = []
+    for n, (device, models) in enumerate(shares.items()):
+        output = folder / f"device{n}.json"
+        name = visible[int(device)] if device.isdigit() and len(visible) > int(device) and visible[0] else device
+        mine = cores[n * each : (n + 1) * each] or cores
+        # the last of a repeated option wins
+        command = [sys.executable, __file__, *argv, "--models", *models, "--devices", "--output", str(output)]
+        command += ["--slots", str(min(args.slots, max(2, each - 1)))]
+        command += ["--cores", *map(str, mine)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name}
+        print(f"device {device}: {', '.join(models)}", flush=True)
+        runs.append((subprocess.Popen(command, env=environment), output))
+    try:
+        for process, _ in runs:
+            process.wait()
+    finally:
+        for process, _ in runs:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(10)
+    parts = [json.loads(output.read_text()) for _, output in runs if output.exists()]
+    failed = [models for (_, output), models in zip(runs, shares.values(), strict=True) if not output.exists()]
+    return decode_report.merge(parts, [f"{model}: its process wrote nothing" for models in failed for model in models])
 
-    source, target = (torch.randint(9, (2**29,), dtype=torch.int32, device="cuda") for _ in range(2))
-    return round(2 * 2**31 / median_ms(lambda: target.copy_(source)) / 1e9, 3)
+
+def has_gpu() -> bool:
+    """Asks the driver, because importing torch takes seconds."""
+    try:
+        return int(ctypes.CDLL("libcuda.so.1").cuInit(0)) == 0
+    except OSError:
+        return False
 
 
-def linears_alone() -> dict:
-    """The linear layers of Llama-2-7B in one CUDA graph (bench_linears.py): over pure reading, over cuBLAS."""
-    import torch
-
-    import bench_linears
-
-    return bench_linears.measure("llama-2-7b", 8, [1], [0, 8, 16, 64], torch)
-
-
-def header() -> dict:
-    import peft
-    import torch
-    import transformers
-
-    from peft_loraswitch import kernels
-
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.split()
+def header(args: argparse.Namespace) -> dict[str, Any]:
+    """What the parent knows; the first worker adds GPU and versions."""
+    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
+    driver: list[str] = []
+    if args.device == "cuda" and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
     return {
-        "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "driver": driver[0] if driver else "",
-        "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
-        "kernels": kernels.build_info() if kernels.available() else kernels.why_not(),
-        "commit": os.environ.get("BENCH_COMMIT", commit), "dtype": "bfloat16", "num_experts": NUM_EXPERTS, "top_k": TOP_K,
+        "date": datetime.date.today().isoformat(), "gpu": "", "driver": driver[0] if driver else "",
+        "commit": os.environ.get("BENCH_COMMIT", git.stdout.strip()), "dtype": "bfloat16", "num_experts": NUM_EXPERTS,
+        "top_k": TOP_K, "devices": 1, "limit": args.limit,
     }  # fmt: skip
 
 
-def draw(rows: list[dict], gpu: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    chosen = [
-        r for r in rows if r["model"] == "llama-2-7b" and r["mode"] == "compiled" and r["batch"] == 1 and r["ratio"]
-    ]
-    chosen.sort(key=lambda r: r["ratio"], reverse=True)
-    names = {"kernels": "our kernels, no adapter", "lora": "PEFT LoRA", "torch": "routing in plain PyTorch"}
-    labels = [names.get(r["method"], r["method"]) + (f", r = {r['rank']}" if r["rank"] else "") for r in chosen]
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(chosen) + 1.2))
-    colors = ["#4477aa" if r["method"] == "fused" else "#bbbbbb" for r in chosen]
-    bars = axes.barh(labels, [r["ratio"] for r in chosen], color=colors)
-    axes.bar_label(bars, labels=[f" {r['ratio']:.2f}x, {r['ms']:.2f} ms" for r in chosen])
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlim(0, max(r["ratio"] for r in chosen) * 1.25)
-    axes.set_xlabel(f"decode step over the unadapted backbone (Llama-2-7B shape, batch 1, compiled, bf16, {gpu})")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
-def main() -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
-    methods = ["backbone", "lora", "torch", "kernels", "fused", "merge"]
-    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
-    parser.add_argument("--modes", nargs="+", default=["compiled", "static", "eager", "prefill", "graph"])
-    parser.add_argument("--layers", type=int, default=8, help="depth of the models other than llama-2-7b")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the picture goes beside it")
-    parser.add_argument("--no-linears", action="store_true", help="leave out the linear layers alone")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        worker(Job(**json.loads(args.worker)))
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("This benchmark needs a CUDA GPU.")
-    head = header()
-    output = (
-        args.output or HERE / "results" / f"decode_{head['gpu'].replace('NVIDIA ', '').replace(' ', '_').lower()}.json"
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--layers", type=int, help="depth of the models other than llama-2-7b; left out: their own")
+    parser.add_argument("--output", type=Path, help="JSON file; the picture goes beside it")
+    parser.add_argument("--limit", type=float, default=465.0, help="seconds after which the run ends (default: 465)")
+    parser.add_argument(
+        "--devices", nargs="*", default=[], help="GPUs to spread the models over, as in CUDA_VISIBLE_DEVICES"
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    print(head, flush=True)
-    started = time.time()
-    result = {"header": head, "linears": None, "rows": []}
-    result["copy_tb_per_s"] = copy_rate()
-    if not args.no_linears:
-        result["linears"] = linears_alone()
-        torch.cuda.empty_cache()
-    memory = torch.cuda.mem_get_info()[0] / 2**30 - 4
-    todo = jobs(args.models, args.methods, args.modes, args.layers)
-    for n, wave in enumerate(plan := waves(todo, memory, max(2, (os.cpu_count() or 4) // 2))):
-        print(f"wave {n + 1} of {len(plan)}: {len(wave)} jobs, {time.time() - started:.0f} s so far", flush=True)
-        result["rows"] += run_wave(wave, output)
-        add_ratios(result["rows"])
-        output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{'model':13s} {'method':9s} rank mode      batch        ms  ratio")
-    for r in result["rows"]:
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal with tiny models")
+    parser.add_argument(
+        "--slots", type=int, default=max(2, len(os.sched_getaffinity(0)) - 1), help="processes that compile at once"
+    )
+    parser.add_argument("--cores", type=int, nargs="+", help="processors to run on; left out: all")
+    parser.add_argument("--memory", type=float, help="GiB of device memory to use; left out: all but --reserve")
+    parser.add_argument("--reserve", type=float, default=4.0, help="GiB of device memory to leave free")
+    parser.add_argument("--no-linears", action="store_true", help="leave out what memory and the linears alone can do")
+    parser.add_argument("--no-sharing", action="store_true", help="every process makes its own copy of the weights")
+    parser.add_argument("--profile", action="store_true", help="also where the time of backbone and fused (r = 8) goes")
+    parser.add_argument("--logs", type=Path, help="folder for the processes' logs; left out: a temporary one")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    if args.cores:
+        os.sched_setaffinity(0, args.cores)
+    os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    folder = args.logs or Path(tempfile.mkdtemp(prefix="bench_decode_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.device == "cuda" and not has_gpu():
+        raise SystemExit("This benchmark needs a CUDA GPU. Without one: --device cpu, a rehearsal with tiny models.")
+    jobs = plan(args.models, args.methods, args.modes, args.device, args.layers, not args.no_linears)
+    print(
+        f"{len(jobs)} jobs, about {sum(job.seconds() for job in jobs):.0f} processor seconds until all are ready",
+        flush=True,
+    )
+    default_output, started = args.output is None, time.monotonic()
+    args.output = args.output or folder / "decode.json"
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated: what was measured so far is written"))
+    if len(args.devices) > 1:
+        result = run_devices(args, argv, jobs, folder)
+    else:
+        if args.devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = args.devices[0]
+        result = {"header": header(args), "linears": {}, "copy_tb_per_s": None, "rows": []}
+        try:
+            Run(jobs, args, result, folder).run()
+        except (KeyboardInterrupt, SystemExit):
+            print("stopped early", flush=True)
+    result["header"]["seconds"] = round(time.monotonic() - started, 1)
+    if not result["rows"]:
+        raise SystemExit(f"Nothing was measured: {result['header'].get('missing', [])[:3]}; logs in {folder}")
+    gpu = result["header"]["gpu"].replace("NVIDIA ", "").replace(" ", "_").lower()
+    output = HERE / "results" / f"decode_{gpu}.json" if default_output else args.output
+    decode_report.write(result, output)
+    for row in result["rows"]:
+        print(decode_report.line(row))
+    for bar in decode_report.bars(result):
         print(
-            f"{r['model']:13s} {r['method']:9s} {r['rank']:4d} {r['mode']:9s} {r['batch']:5d} {r['ms']:9.3f}  {r['ratio']}"
+            f"{bar['model']:13s} {bar['what']:55s} {bar['value']:7.3f}  bar {bar['bar']:.2f}  {'met' if bar['met'] else 'MISSED'}"
         )
-    try:
-        draw(result["rows"], head["gpu"], output.with_suffix(".png"))
-    except (ImportError, ValueError) as error:
-        print(f"no picture: {error}")
-    print(f"{output}: {time.time() - started:.0f} s")
+    for text in result["header"]["missing"]:
+        print(f"missing: {text}")
+    print(decode_report.draw(result, output.with_suffix(".png")))
+    print(f"{output}: {result['header']['seconds']:.0f} s, {len(result['rows'])} rows, logs in {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
