@@ -10,14 +10,12 @@
 // for each other only when every row has been drawn, by a warp that is running: so nobody waits for a block that cannot begin.
 #include "mma.cuh"
 
-#ifndef LS_STAGES
-#define LS_STAGES 4
-#endif
 namespace ls {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that stream weights; one warp more shrinks
 constexpr int kSlice = 64;  // features of one stage: a 128-byte line of each row
+constexpr int kStages = 5;  // of each warp's ring: measured, csrc/README.md
 constexpr int kStreamTokens = 8;
 constexpr int kIds = kStreamTokens * LS_MAX_TOP_K;
 
@@ -330,7 +328,7 @@ template <class E, int NT, int MT, int STAGES, bool SINGLE> int launch_stream(Gr
 }
 
 template <class E> int launch_as(GroupParams &p, void *stream) {
-  return p.g.tokens == 1 ? launch_stream<E, 1, 1, LS_STAGES, true>(p, stream) : launch_stream<E, 1, 1, LS_STAGES, false>(p, stream);
+  return p.g.tokens == 1 ? launch_stream<E, 1, 1, kStages, true>(p, stream) : launch_stream<E, 1, 1, kStages, false>(p, stream);
 }
 
 }  // namespace

@@ -10,24 +10,8 @@
 namespace ls {
 namespace {
 
-#ifndef LS_MERGE_ROWS
-#define LS_MERGE_ROWS 512
-#endif
-#ifndef LS_MERGE_COLUMNS
-#define LS_MERGE_COLUMNS 256
-#endif
-#ifndef LS_MERGE_RING
-#define LS_MERGE_RING 4
-#endif
-#ifndef LS_MERGE_STORE
-#define LS_MERGE_STORE ".cs"
-#endif
-#ifndef LS_MERGE_BLOCKS
-#define LS_MERGE_BLOCKS 2
-#endif
-
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTileRows = LS_MERGE_ROWS, kTileColumns = LS_MERGE_COLUMNS;  // what a block works on; warps are 64 columns wide
+constexpr int kTileRows = 512, kTileColumns = 256;  // what a block works on; warps are 64 columns wide
 constexpr int kStrip = 64, kStrips = kTileColumns / kStrip;
 constexpr int kGroup = 4;                         // wide: steps of eight rows that use a fragment of A together
 constexpr int kEntries = 2 * LS_MAX_TOP_K;        // experts to put in, experts to take out
@@ -79,7 +63,7 @@ __device__ __forceinline__ void load_expert(const void *p, uint2 &v) {
 }
 // The result, not needed again soon.
 __device__ __forceinline__ void store_weight(void *p, const uint4 &v) {
-  asm volatile("st.global" LS_MERGE_STORE ".v4.u32 [%0], {%1,%2,%3,%4};" :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
 }
 
 // Of 64 columns, lane (g, t) = (lane / 4, lane % 4) holds columns 8g .. 8g+7 of rows 2t and 2t+1 of a step of eight rows.
@@ -117,8 +101,8 @@ template <class E> __device__ __forceinline__ void scale(uint32_t lo, uint32_t h
 // 16-bit [out, in] weights, in % 8 == 0, rank % 8 == 0, 16-byte aligned; HALVES * 16 ranks, of all experts, at most.
 // A stays in registers; the rows stream by, the next kRing steps of a warp on their way. No barrier.
 template <class E, int HALVES>
-__global__ void __launch_bounds__(kThreads, HALVES == 1 ? LS_MERGE_BLOCKS : 2) merge_narrow_kernel(const __grid_constant__ ls_merge_args p) {
-  constexpr int kRing = LS_MERGE_RING - (HALVES - 1);  // steps of eight rows whose source is on its way: what registers hold
+__global__ void __launch_bounds__(kThreads, 2) merge_narrow_kernel(const __grid_constant__ ls_merge_args p) {
+  constexpr int kRing = 4 - (HALVES - 1);  // steps of eight rows whose source is on its way: what registers hold
   using Raw = typename std::conditional<HALVES == 2, uint4, uint2>::type;  // this lane's ranks of a row of B
   const ls_merge_item item = p.items[p.tile_item[blockIdx.x]];
   const int out = item.out_features, in = item.in_features, rank = item.rank;

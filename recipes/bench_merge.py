@@ -2,8 +2,8 @@
 
     python recipes/bench_merge.py [--shape llama-2-7b] [--layers 8] [--ranks 8 16 64] [--json FILE] [--no-drift]
 
-A merge from pristine weights reads and writes what `target.copy_(source)` does, a merge in place what `weights.add_(1)`
-does, plus the chosen experts: those two are its floors. Eight layers are 3.2 GB: fifty times an L2 cache.
+A merge from pristine weights reads and writes what `torch.add(source, 1, out=target)` does, a merge in place what
+`weights.add_(1)` does, plus the chosen experts: those two are its floors. Eight layers are 3.2 GB: fifty times an L2 cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def measure(shape: str, layers: int, ranks: list[int]) -> dict[str, Any]:
     target = torch.empty_like(model.buffer)
     gigabytes = 2 * model.buffer.numel() * 2 / 1e9
     floors = {
-        "pristine": bench_linears.graph_ms(lambda: target.copy_(model.buffer)),
+        "pristine": bench_linears.graph_ms(lambda: torch.add(model.buffer, 1.0, out=target)),
         "in place": bench_linears.graph_ms(lambda: target.add_(1.0)),
     }
     for mode, ms in floors.items():
