@@ -167,6 +167,17 @@ def test_page_text() -> None:
     assert readers.page_text(page) == expected
 
 
+def test_untranslated_paragraphs_are_left_out(tmp_path: Path) -> None:
+    long = "This whole paragraph was never translated at all."
+    (tmp_path / "a.html").write_text(
+        f"<p>{'Первый абзац. ' * 50}</p><p>{long}</p><p>SMTP</p><p>{'Второй: SMTP. ' * 50}</p>"
+    )
+    (document,) = readers.pages("*.html", script="[а-я]")(tmp_path)
+    assert [part.split()[0] for part in document.text.split("\n\n")] == ["Первый", "SMTP", "Второй:"]
+    (document,) = readers.pages("*.html")(tmp_path)
+    assert long in document.text
+
+
 def test_manual_text() -> None:
     source = '.\\" comment\n.TH LS 1\n.SH NAME\nls \\- list \\fIdirectory\\fP contents\n'
     source += ".SH OPTIONS\n.TP\n.B \\-a\ndo \\(aqnot\\(aq\n"

@@ -201,9 +201,22 @@ def plain(
     return read
 
 
-def pages(*patterns: str, skip: str = r"(?!)", cut: int | None = None) -> Reader:
-    """A reader of HTML."""
-    return plain(*patterns, transform=page_text, skip=skip, largest=1_000_000, cut=cut)
+def pages(*patterns: str, skip: str = r"(?!)", cut: int | None = None, script: str = "") -> Reader:
+    """A reader of HTML. `script`: long paragraphs without any of these characters were left untranslated and are left out."""
+
+    def transform(page: str) -> str:
+        return in_script(page_text(page), script)
+
+    return plain(*patterns, transform=transform, skip=skip, largest=1_000_000, cut=cut)
+
+
+def in_script(text: str, script: str) -> str:
+    """The text without its long paragraphs that have none of the characters that the regular expression finds.
+
+    >>> in_script("Да, это так.\\n\\nThis paragraph has been forgotten by translators.\\n\\nOK\\n", "[а-я]")
+    'Да, это так.\\n\\nOK\\n'
+    """
+    return "".join(part for part in paragraphs(text) if len(part) <= 40 or re.search(script, part))
 
 
 def dictionary(pattern: str) -> Reader:

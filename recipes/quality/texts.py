@@ -73,6 +73,7 @@ class Recipe:
 
 _DOC, _HELP, _FORTUNES = "usr/share/doc", "usr/share/libreoffice/help", "usr/share/games/fortunes"
 _INDEX = r"genindex|searchindex|py-modindex|/_static/|/_modules/|changelog|bookindex"
+_RUSSIAN, _JAPANESE = "[а-яА-Я]", "[\u3040-\u30ff\u4e00-\u9fff]"
 
 
 def _folder(name: str) -> str:
@@ -142,14 +143,25 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("bible-kjv-text", "scripture", "public domain", scripture, 6_000_000),
     Recipe("libreoffice-help-de", "german", "MPL-2.0", pages(f"{_HELP}/de/text/**/*.html"), 4_500_000),
     Recipe("fortunes-de", "german", "GPL-2+ (the collection)", cookies(f"{_FORTUNES}/de/*"), 1_500_000),
-    Recipe("libreoffice-help-ru", "russian", "MPL-2.0", pages(f"{_HELP}/ru/text/**/*.html"), 4_500_000),
+    Recipe(
+        "libreoffice-help-ru", "russian", "MPL-2.0", pages(f"{_HELP}/ru/text/**/*.html", script=_RUSSIAN), 4_500_000
+    ),
     Recipe("fortunes-ru", "russian", "GPL-2 or GPL-2+ (the collection)", cookies(f"{_FORTUNES}/ru/*"), 1_500_000),
-    Recipe("libreoffice-help-ja", "japanese", "MPL-2.0", pages(f"{_HELP}/ja/text/**/*.html"), 3_500_000),
+    Recipe(
+        "manpages-ru",
+        "russian",
+        "GPL-3+ (translation), pages as each says",
+        plain("usr/share/man/ru/man[0-9]/*.gz", transform=manual_text),
+        1_500_000,
+    ),
+    Recipe(
+        "libreoffice-help-ja", "japanese", "MPL-2.0", pages(f"{_HELP}/ja/text/**/*.html", script=_JAPANESE), 3_500_000
+    ),
     Recipe(
         "debian-reference-ja",
         "japanese",
         "GPL-2+",
-        pages("usr/share/debian-reference/ch*.ja.html", cut=6_000),
+        pages("usr/share/debian-reference/ch*.ja.html", script=_JAPANESE, cut=6_000),
         1_500_000,
     ),
     Recipe(
@@ -157,7 +169,7 @@ RECIPES: tuple[Recipe, ...] = (
         "japanese",
         "as each page says; free",
         plain("usr/share/man/ja/man[0-9]/*.gz", transform=manual_text),
-        2_000_000,
+        3_000_000,
     ),
     Recipe("pari-doc", "tex", "GPL-2+", plain("usr/share/pari/doc/*.tex", largest=3_000_000, cut=8_000), 4_000_000),
     Recipe(
