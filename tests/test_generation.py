@@ -197,13 +197,13 @@ def test_routing_does_not_outlive_a_forward_that_fails(where: str, training: boo
     inside = []
 
     def fail(module: Any, args: Any, output: Any) -> None:
-        inside.append(state.frame)
+        inside.append(set(state.frame.routings))
         raise ZeroDivisionError
 
     handle = broken.register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError):
         model(input_ids=tokens(), labels=tokens())
-    assert inside[0] is not None and "default" in inside[0].routings, "there was a decision in flight"
+    assert "default" in inside[0], "there was a decision in flight"
     assert state.frame is None
     handle.remove()
     # another batch of another shape is routed afresh
