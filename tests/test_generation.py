@@ -203,7 +203,8 @@ def test_routing_does_not_outlive_a_forward_that_fails(where: str, training: boo
     handle = broken.register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError):
         model(input_ids=tokens(), labels=tokens())
-    assert "default" in inside[0], "there was a decision in flight"
+    # there was a decision in flight, except where nobody asks for it any more
+    assert ("default" in inside[0]) == (where != "head" or training)
     assert state.frame is None
     handle.remove()
     # another batch of another shape is routed afresh
