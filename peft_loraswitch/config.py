@@ -28,7 +28,7 @@ class LoRASwitchConfig(PeftConfig):
 
     For token t an adapted linear computes `y = W x + b + s * sum_j g_tj B[e_tj] A[e_tj] x` with `s = lora_alpha / r` (or
     `lora_alpha / sqrt(r)` with `use_rslora`), the `top_k` experts `e_tj` and gates `g_tj` that the router picked for t, and
-    the `num_shared_experts` shared ones with gate 1 (arXiv 2401.06066).
+    the `num_shared_experts` shared ones with gate 1 / top_k (arXiv 2401.06066).
     Fields that `LoraConfig` has too mean the same here. Every field is validated when the config is made.
 
     Raises:
@@ -59,8 +59,8 @@ class LoRASwitchConfig(PeftConfig):
     num_shared_experts: int = field(
         default=0,
         metadata={
-            "help": "Experts that every token uses with gate 1, besides the routed ones, >= 0. Each adds r to the rank at "
-            "work on every token. With router_module they also adapt the linears before it."
+            "help": "Experts that every token uses with gate 1 / top_k, besides the routed ones, >= 0. Each adds r to the rank "
+            "at work on every token. With router_module they also adapt the linears before it."
         },
     )
     normalize_gates: bool | None = field(

@@ -92,7 +92,8 @@ class RoutingFrame:
         """All shared experts, for a layer that has no others; made once, since it is the same for all such layers."""
         routing = self.shared.get(adapter)
         if routing is None or routing.token_shape != x.shape[:-1] or routing.gates.device != x.device:
-            routing = shared_routing(layer.num_shared_experts[adapter], x.shape[:-1], x.device)
+            number, top_k = layer.num_shared_experts[adapter], layer.adapter_top_k[adapter]
+            routing = shared_routing(number, top_k, x.shape[:-1], x.device)
             # a checkpointed block must not change what lies outside of it while it is compiled
             if not (self.training and torch.compiler.is_compiling()):
                 self.shared[adapter] = routing

@@ -2,7 +2,7 @@
 
     y = W x + b + s * sum_j g_tj B[e_tj] A[e_tj] x          for each token t, with the forward's one decision (e, g)
 
-Experts are stacked: `num_experts` routed ones, then `num_shared_experts` that every token uses with gate 1. A linear before
+Experts are stacked: `num_experts` routed ones, then `num_shared_experts` that every token uses. A linear before
 the one that routes has the shared ones only, and follows no decision.
 
 No loop over experts and no wait for the device: A of all experts is one wide matrix, the hidden of experts that were not
@@ -70,6 +70,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         "lora_alpha",
         "scaling",
         "top_k",
+        "adapter_top_k",
         "num_experts",
         "num_shared_experts",
         "routing_options",
@@ -105,6 +106,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.top_k: dict[str, int] = {}  # this and num_experts: 0 on a linear before the one that routes
         self.num_experts: dict[str, int] = {}
+        self.adapter_top_k: dict[str, int] = {}  # of the linears that are routed, wherever this one is
         self.num_shared_experts: dict[str, int] = {}
         self.routing_options: dict[str, RoutingOptions] = {}
         self.router_is_named: dict[str, bool] = {}
@@ -132,6 +134,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.top_k[adapter_name], self.num_experts[adapter_name] = (
             (config.top_k, config.num_experts) if is_routed else (0, 0)
         )
+        self.adapter_top_k[adapter_name] = config.top_k
         self.num_shared_experts[adapter_name] = config.num_shared_experts
         stacked = self.num_experts[adapter_name] + config.num_shared_experts
         self.loraswitch_dropout[adapter_name] = (

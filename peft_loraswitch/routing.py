@@ -3,8 +3,9 @@
 `Router` turns hidden states into logits; `route` turns logits into a `Routing`, taken once per token and followed by
 every adapted layer. LoRA-Switch, arXiv 2405.17741: linear, softmax, top-k on the input of the first adapted linear.
 
-Shared experts (DeepSeekMoE, arXiv 2401.06066) are experts that every token uses with the gate 1. In a layer's stack they
-come after the routed ones, and in a `Routing` after the chosen ones, so that layers and kernels need not tell them apart.
+Shared experts (DeepSeekMoE, arXiv 2401.06066) are experts that every token uses, with the gate 1 / top_k: what even routing
+gives a chosen one, so that both kinds learn at the same pace. In a layer's stack they come after the routed ones, and in a
+`Routing` after the chosen ones, so that layers and kernels need not tell them apart.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Routing:
     Attributes:
         experts: int64 [*token_shape, top_k + num_shared_experts], indices of the chosen experts, best first, then those of
             the shared ones.
-        gates: float32, same shape, their weights; those of the shared experts are 1.
+        gates: float32, same shape, their weights; those of the shared experts are 1 / top_k.
         dense_gates: float32 [*token_shape, num_experts + num_shared_experts], the gates scattered over all experts, 0
             where not chosen. This is what layers multiply with, and the one path by which gradients reach the router.
         router_input: [*token_shape, in_features], detached; what the balance losses are computed from. None outside of
@@ -124,7 +125,7 @@ def with_shared(routing: Routing, options: RoutingOptions) -> Routing:
     """`routing` of the routed experts, followed by the shared ones."""
     if options.num_shared_experts == 0:
         return routing
-    shared = shared_routing(options.num_shared_experts, routing.token_shape, routing.experts.device)
+    shared = shared_routing(options.num_shared_experts, options.top_k, routing.token_shape, routing.experts.device)
     return Routing(
         experts=torch.cat([routing.experts, shared.experts + options.num_experts], dim=-1),
         gates=torch.cat([routing.gates, shared.gates], dim=-1),
@@ -132,9 +133,9 @@ def with_shared(routing: Routing, options: RoutingOptions) -> Routing:
     )
 
 
-def shared_routing(num_shared_experts: int, token_shape: torch.Size, device: torch.device) -> Routing:
+def shared_routing(num_shared_experts: int, top_k: int, token_shape: torch.Size, device: torch.device) -> Routing:
     """All shared experts for every token: what a linear follows that has no others (see `LoRASwitchConfig.router_module`)."""
-    gates = torch.ones((*token_shape, num_shared_experts), dtype=torch.float32, device=device)
+    gates = torch.full((*token_shape, num_shared_experts), 1 / top_k, dtype=torch.float32, device=device)
     experts = torch.arange(num_shared_experts, device=device).expand(gates.shape).contiguous()
     return Routing(experts=experts, gates=gates, dense_gates=gates)
 

@@ -97,7 +97,7 @@ def test_the_decision_carries_the_shared_experts_behind_the_chosen_ones(normaliz
     assert both.experts.dtype == torch.int64 and both.gates.dtype == both.dense_gates.dtype == torch.float32
     assert torch.equal(both.experts[..., :2], plain.experts) and torch.equal(both.gates[..., :2], plain.gates)
     assert torch.equal(both.experts[..., 2:], torch.tensor([5, 6, 7]).expand(*shape, 3))
-    assert (both.gates[..., 2:] == 1).all() and (both.dense_gates[..., 5:] == 1).all()
+    assert (both.gates[..., 2:] == 0.5).all() and (both.dense_gates[..., 5:] == 0.5).all()
     assert torch.equal(both.dense_gates[..., :5], plain.dense_gates)
     assert both.experts.is_contiguous() and both.gates.is_contiguous()  # the kernels read them as they lie
     weights = torch.randn(5)
@@ -107,10 +107,10 @@ def test_the_decision_carries_the_shared_experts_behind_the_chosen_ones(normaliz
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3)], ids=str)
 def test_the_shared_experts_alone(shape):
-    routing = shared_routing(3, torch.Size(shape), torch.device("cpu"))
+    routing = shared_routing(3, 4, torch.Size(shape), torch.device("cpu"))
     assert routing.token_shape == torch.Size(shape) and routing.experts.is_contiguous()
     assert torch.equal(routing.experts, torch.arange(3).expand(*shape, 3))
-    assert torch.equal(routing.gates, torch.ones(*shape, 3)) and torch.equal(routing.dense_gates, routing.gates)
+    assert torch.equal(routing.gates, torch.full((*shape, 3), 0.25)) and torch.equal(routing.dense_gates, routing.gates)
 
 
 @pytest.mark.compat
@@ -427,7 +427,7 @@ def test_several_adapters_at_once():
     q_proj = by_name(model)["layers.0.self_attn.q_proj"]
     found, base = q_proj(x), q_proj.base_layer(x)
     a, b = q_proj.loraswitch_A["before"].weight, q_proj.loraswitch_B["before"].weight
-    update = sum(x @ a[i].T @ b[i].T for i in range(2)) * q_proj.scaling["before"]
+    update = sum(x @ a[i].T @ b[i].T for i in range(2)) * q_proj.scaling["before"] / q_proj.adapter_top_k["before"]
     assert close(found, base + update)
 
 
