@@ -82,16 +82,22 @@ class Process:
         return answer
 
 
+def process_context(device: str) -> Any:
+    """How processes start. Forked off one that has imported everything they start sooner, but CUDA does not survive a fork."""
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "peft", "transformers", "torch._inductor.compile_fx"])
+    return context
+
+
 class Run:
     """All jobs of one device, from the plan to the rows."""
 
     def __init__(self, jobs: list[Job], args: argparse.Namespace, result: dict[str, Any], folder: Path) -> None:
         self.queue, self.args, self.result, self.folder = list(jobs), args, result, folder
         self.device: str = args.device
-        # A process forked off one that has imported everything starts sooner, but CUDA does not survive a fork.
-        self.context: Any = multiprocessing.get_context("spawn" if self.device == "cuda" else "forkserver")
-        if self.device != "cuda":
-            self.context.set_forkserver_preload(["torch", "peft", "transformers", "torch._inductor.compile_fx"])
+        self.context = process_context(self.device)
         self.lock = decode_worker.DeviceLock(folder, self.device)
         self.start = time.monotonic()
         self.deadline = self.start + args.limit - LAST_WORDS

@@ -1,0 +1,258 @@
+"""recipes/bench_decode.py without a GPU: the order of events with workers that only talk, and once with tiny models."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import bench_decode  # noqa: E402
+import decode_report  # noqa: E402
+import decode_worker  # noqa: E402
+import fake_decode_worker as fake  # noqa: E402
+from decode_plan import METHODS, MODES, SHAPES, TINY_SHAPES, Job, kind_of, plan  # noqa: E402
+
+SHAPE = TINY_SHAPES["mistral-7b"]
+
+
+def job(method: str, rank: int = 0, modes: tuple[str, ...] = ("compiled:1",), model: str = "mistral-7b") -> Job:
+    return Job(model, method, rank, modes, SHAPE)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs jobs with talking workers; gives the run when it is over."""
+    monkeypatch.setattr(decode_worker, "serve", fake.serve)
+    monkeypatch.setattr(decode_worker, "hold_weights", fake.hold_weights)
+    monkeypatch.setattr(bench_decode, "process_context", lambda device: multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(bench_decode, "LAST_WORDS", 4.0)
+
+    def go(jobs: list[Job], limit: float = 60.0, **options: Any) -> bench_decode.Run:
+        settings = {"device": "cpu", "memory": None, "reserve": 0.0, "slots": 3, "no_sharing": False, "profile": False}
+        args = argparse.Namespace(limit=limit, output=tmp_path / "out.json", **{**settings, **options})
+        result: dict[str, Any] = {"header": {"gpu": ""}, "linears": {}, "copy_tb_per_s": None, "rows": []}
+        it = bench_decode.Run(jobs, args, result, tmp_path)
+        it.run()
+        return it
+
+    return go
+
+
+def rows(run: Any) -> dict[tuple[str, int, str], tuple[float, float | None]]:
+    return {(r["method"], r["rank"], f"{r['mode']}:{r['batch']}"): (r["ms"], r["ratio"]) for r in run.result["rows"]}
+
+
+def test_samples_take_turns_with_the_backbones_and_everybody_else_stands_still(run, tmp_path):
+    heard = fake.HEARS_TICKS
+    jobs = [job("backbone", modes=("compiled:1", "graph")), job("fused", heard), job("lora", fake.TICKS)]
+    jobs += [job("merge", 8, ("graph",)), job("ceilings", modes=("copy", "linears:mistral-7b"))]
+    done = run(jobs)
+    assert rows(done) == {
+        ("backbone", 0, "compiled:1"): (2.0, 1.0), ("backbone", 0, "graph:1"): (2.0, 1.0),
+        ("fused", heard, "compiled:1"): (3.0, 1.5), ("lora", fake.TICKS, "compiled:1"): (4.0, 2.0),
+        ("merge", 8, "graph:1"): (8.0, 4.0),
+    }  # fmt: skip
+    order = (tmp_path / "samples").read_text().split()
+    assert len(order) == 3 * 2 * 7
+    assert all(order[i : i + 2].count("backbone") == 1 for i in range(0, len(order), 2)), "one of each in every round"
+    assert (tmp_path / "ticks").stat().st_size > 0 and (tmp_path / "heard").read_text().split() == 7 * ["0"]
+    merged = next(r for r in done.result["rows"] if r["method"] == "merge")
+    assert merged["floor_ms"] == 2.5 and merged["over_floor"] == 3.2  # 2 ms, and 2 GB at 4 TB/s
+    assert done.result["copy_tb_per_s"] == 4.0 and done.result["linears"] == {"mistral-7b": {"rows": []}}
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written == done.result and written["header"]["gpu"] == "fake" and written["header"]["missing"] == []
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(run):
+    jobs = [
+        job("backbone", modes=("compiled:1", "prefill")),
+        job("fused", fake.FAILS),
+        job("lora", fake.DIES_WHILE_MEASURED),
+    ]
+    done = run([*jobs, job("fused", fake.SKIPS, ("compiled:1", "prefill")), job("fused", 8)])
+    assert set(rows(done)) == {
+        ("backbone", 0, "compiled:1"), ("backbone", 0, "prefill:1"), ("fused", fake.SKIPS, "prefill:1"),
+        ("fused", 8, "compiled:1"),
+    }  # fmt: skip
+    missing = "\n".join(done.result["header"]["missing"])
+    assert f"fused r={fake.FAILS} compiled:1: OutOfMemoryError: too much" in missing
+    assert f"lora r={fake.DIES_WHILE_MEASURED} compiled:1: died in sample compiled:1" in missing
+    assert f"fused r={fake.SKIPS} compiled:1: Unsupported: a graph break" in missing
+    assert len(done.result["header"]["missing"]) == 3
+
+
+def test_the_limit_ends_the_run_and_what_is_ready_is_measured(run):
+    start = time.monotonic()
+    done = run([job("backbone"), job("fused", fake.NEVER_READY), job("fused", 8)], limit=10)
+    assert time.monotonic() - start < 12
+    assert set(rows(done)) == {("backbone", 0, "compiled:1"), ("fused", 8, "compiled:1")}
+    assert not [p for p in done.live if p.process.is_alive() and p.process.join(5)]
+
+
+def test_little_memory_means_one_after_the_other_not_nothing(run, tmp_path):
+    big = dataclasses.replace(SHAPE, vocabulary=2**29 // 32)  # 2 GiB of weights
+    jobs = [dataclasses.replace(j, shape=big) for j in (job("backbone"), job("fused", 8), job("merge", 8, ("graph",)))]
+    assert 2.0 < jobs[0].weights_gib() < 2.01
+    room = jobs[0].gib(shared_weights=False) + 0.5
+    done = run([*jobs, dataclasses.replace(job("fused", 16), shape=big)], no_sharing=True, memory=room)
+    assert rows(done)[("fused", 8, "compiled:1")] == (3.0, 1.5), "compared with the backbone that had to go"
+    assert ("fused", 16, "compiled:1") in rows(done) and not done.result["header"]["missing"]
+    done = run([*jobs], memory=2.5)
+    assert not done.result["rows"] and "GiB of device memory, 2.5 can be used" in done.result["header"]["missing"][0]
+
+
+def test_weights_that_cannot_be_shared_are_built_by_everyone(run, tmp_path):
+    done = run([job("backbone"), job("fused", fake.CANNOT_SHARE), job("fused", 8), job("lora", 16)], slots=1)
+    assert len(rows(done)) == 4 and not done.share and not done.result["header"]["missing"]
+    built = (tmp_path / "built").read_text()
+    assert "backbone 0 shared" in built and "lora 16 own" in built
+
+
+def test_the_lock_is_shared_or_alone(tmp_path):
+    first, second, alone = (decode_worker.DeviceLock(tmp_path, "x") for _ in range(3))
+    first.shared()
+    second.shared()  # at once
+    assert not alone.exclusive(time.monotonic() + 0.1)
+    first.release()
+    second.release()
+    assert alone.exclusive(time.monotonic() + 1)
+    late = []
+
+    def wait() -> None:
+        first.shared()
+        late.append(time.monotonic())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.1)
+    assert not late
+    alone.release()
+    thread.join(5)
+    assert late
+
+
+def test_the_plan_holds_what_is_asked_for_most_important_first():
+    jobs = plan(list(SHAPES), list(METHODS), list(MODES), "cuda")
+    keys = [(j.model, j.method, j.rank, mode) for j in jobs for mode in j.modes]
+    assert len(keys) == len(set(keys))
+    for model in ("llama-2-7b", "mistral-7b", "llama-3.1-8b"):
+        for mode in ("compiled:1", "compiled:8", "compiled:32", "static", "eager", "prefill"):
+            assert (model, "backbone", 0, mode) in keys and (model, "fused", 8, mode) in keys
+        for wanted in (
+            ("fused", 16, "compiled:1"),
+            ("fused", 64, "compiled:1"),
+            ("fused", 64, "prefill"),
+            ("merge", 8, "graph"),
+        ):
+            assert (model, *wanted) in keys
+        assert {
+            (model, method, rank, "compiled:1") for method, rank in (("kernels", 0), ("lora", 16), ("torch", 8))
+        } <= set(keys)
+        assert next(j.shape for j in jobs if j.model == model).layers == 32
+    assert ("qwen3-0.6b", "fused", 8, "compiled:1") in keys
+    assert [j.model for j in jobs[:12]] == 12 * ["llama-2-7b"] and jobs[-1].method in ("torch", "lora", "kernels")
+    for j in jobs:  # whatever is compared comes after what it is compared with
+        for mode in j.modes:
+            if j.method not in ("backbone", "ceilings"):
+                assert keys.index((j.model, "backbone", 0, mode)) < keys.index((j.model, j.method, j.rank, mode))
+    assert 12.5 < jobs[0].weights_gib() < 12.6 and 12 < SHAPES["llama-2-7b"].linear_elements() * 2 / 2**30 < 12.1
+    assert {kind_of(mode) for *_, mode in keys} == {*MODES, "copy", "linears"}
+
+
+def test_models_are_spread_by_what_they_take():
+    jobs = plan(list(SHAPES), list(METHODS), list(MODES), "cuda")
+    assert sorted(map(len, bench_decode.spread(list(SHAPES), ["0", "1", "2", "3"], jobs).values())) == [1, 1, 1, 1]
+    two = bench_decode.spread(list(SHAPES), ["0", "1"], jobs)
+    assert sorted(map(len, two.values())) == [2, 2] and sorted(m for models in two.values() for m in models) == sorted(
+        SHAPES
+    )
+    assert bench_decode.spread(["llama-2-7b"], ["0", "1"], jobs) == {"0": ["llama-2-7b"]}
+
+
+def test_results_of_devices_are_merged_only_if_they_can_be_compared():
+    def part(model: str, **header: str) -> dict[str, Any]:
+        head = {"gpu": "G", "torch": "2", "commit": "c", "missing": [f"{model} x"], **header}
+        return {"header": head, "linears": {model: 1}, "copy_tb_per_s": 4.0, "rows": [{"model": model}]}
+
+    merged = decode_report.merge([part("mistral-7b"), part("llama-2-7b")], ["qwen3-0.6b: gone"])
+    assert [r["model"] for r in merged["rows"]] == ["llama-2-7b", "mistral-7b"] and merged["header"]["devices"] == 2
+    assert merged["header"]["missing"] == ["mistral-7b x", "llama-2-7b x", "qwen3-0.6b: gone"]
+    with pytest.raises(SystemExit, match="differ in torch"):
+        decode_report.merge([part("mistral-7b"), part("llama-2-7b", torch="3")], [])
+    with pytest.raises(SystemExit, match="No device wrote"):
+        decode_report.merge([], ["a: its process wrote nothing"])
+
+
+def test_a_model_filled_with_shared_tensors_is_the_same_model():
+    tied = Job("qwen3-0.6b", "backbone", 0, ("graph",), TINY_SHAPES["qwen3-0.6b"])
+    for it in (job("backbone"), tied):
+        whole = decode_worker.empty_backbone(it, "cpu")
+        filled = decode_worker.empty_backbone(it, "meta")
+        decode_worker.fill(filled, decode_worker.tensors_of(whole))
+        ids = torch.randint(5, 90, (2, 7))
+        assert torch.equal(filled(input_ids=ids).logits, whole(input_ids=ids).logits)
+        assert (filled.lm_head.weight is filled.model.embed_tokens.weight) == it.shape.tied
+        assert filled.lm_head.weight.data_ptr() == whole.lm_head.weight.data_ptr()
+        assert sum(p.numel() for p in filled.parameters()) == sum(p.numel() for p in whole.parameters())
+        norms = (2 * it.shape.layers + 1) * it.shape.hidden + (
+            2 * it.shape.layers * it.shape.head_dim if it.shape.tied else 0
+        )
+        assert sum(p.numel() for p in whole.parameters()) == it.shape.elements() + norms
+    with pytest.raises(RuntimeError, match="without a value"):
+        decode_worker.fill(decode_worker.empty_backbone(tied, "meta"), {})
+
+
+@pytest.mark.slow
+def test_everything_but_the_numbers_on_a_cpu(tmp_path):
+    """Tiny models on two 'devices': real workers, compilation, shared weights, `generate`, fusing, one file and a picture."""
+    output = tmp_path / "results" / "out.json"
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "bench_decode.py"),
+        "--device",
+        "cpu",
+        "--devices",
+        "0",
+        "1",
+        "--slots",
+        "2",
+    ]
+    command += ["--models", "qwen3-0.6b", "mistral-7b", "--methods", "backbone", "fused", "merge"]
+    command += ["--modes", "compiled", "graph", "static", "--layers", "1", "--profile", "--limit", "300"]
+    result = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(output.read_text())
+    assert report["header"]["missing"] == [], result.stdout
+    assert report["header"]["devices"] == 2 and report["header"]["torch"] == torch.__version__
+    found = {(r["model"], r["method"], r["rank"], r["mode"], r["batch"]): r for r in report["rows"]}
+    assert len(found) == len(report["rows"]) == 14
+    for row in report["rows"]:
+        assert {"model", "method", "mode", "batch", "tokens", "rank", "ms", "ratio", "gb_per_s", "peak_gib"} <= set(row)
+        assert row["ms"] > 0 and row["samples"] >= 5
+        assert row["ratio"] == 1.0 if row["method"] == "backbone" else row["ratio"] > 0
+        assert row["ratio"] == pytest.approx(row["ms"] / row["backbone_ms"], abs=1e-3)
+    assert found[("mistral-7b", "merge", 8, "graph", 1)]["over_floor"] > 0
+    assert found[("mistral-7b", "fused", 64, "compiled", 1)]["fuse_seconds"] > 0
+    assert any("fused r=8 static" in name for name in report["profile"]), list(report["profile"])
+    assert output.with_suffix(".png").stat().st_size > 1000
+    assert {bar["model"] for bar in report["bars"]} == {"qwen3-0.6b", "mistral-7b"}
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit, match="needs a CUDA GPU.*--device cpu"):
+        bench_decode.main([])
