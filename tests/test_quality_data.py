@@ -343,7 +343,9 @@ def test_symbols_are_single_tokens(prepared: Prepared) -> None:
 def test_difficulty_is_a_parameter(prepared: Prepared) -> None:
     amount = tasks.Amount(2, 4, 4)
     easy = tasks.make_tasks(
-        prepared.tokenizer, amount, tasks.Difficulty(sort_letters=4, echo_letters=5, digits=2, pairs=4)
+        prepared.tokenizer,
+        amount,
+        tasks.Difficulty(sort_letters=(4, 4), echo_letters=(5, 5), digits=(2, 2), pairs=(4, 4)),
     )
     (word, question, _), *_ = items_of(prepared, easy["sort-up"].test.tokens[0])
     assert word in ("up", "down") and len(question.split()) == 5  # four letters and the equals sign
@@ -352,12 +354,12 @@ def test_difficulty_is_a_parameter(prepared: Prepared) -> None:
     assert (other == same).all() and (
         other != tasks.make_tasks(prepared.tokenizer, amount)["echo-copy"].train.tokens
     ).any()
-    with pytest.raises(ValueError, match="sort_letters is 30, must be from 2 to 26"):
-        tasks.Difficulty(sort_letters=30)
+    with pytest.raises(ValueError, match=r"sort_letters is \(3, 30\), must be from 2 to 26"):
+        tasks.Difficulty(sort_letters=(3, 30))
     with pytest.raises(ValueError, match="fewer than 60 different test questions: choose a higher difficulty"):
-        tasks.make_tasks(prepared.tokenizer, tasks.Amount(1, 1, 60), tasks.Difficulty(digits=1))
+        tasks.make_tasks(prepared.tokenizer, tasks.Amount(1, 1, 60), tasks.Difficulty(digits=(1, 1)))
     with pytest.raises(ValueError, match="lookup: an item of .* does not fit a row"):
-        tasks.make_tasks(prepared.tokenizer, tasks.Amount(1, 1, 1), tasks.Difficulty(pairs=70))
+        tasks.make_tasks(prepared.tokenizer, tasks.Amount(1, 1, 1), tasks.Difficulty(pairs=(70, 70)))
 
 
 def test_a_tokenizer_without_the_symbols_is_refused() -> None:

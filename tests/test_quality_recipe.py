@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -513,16 +514,17 @@ def test_what_cannot_run_is_said(words: list[str], message: str, monkeypatch: py
         command.main(command.parse(words))
 
 
-def test_families_are_spread_over_the_devices() -> None:
-    chosen = methods.chosen(["baselines", "routers", "paper"], None)
-    spread = command.spread(chosen, ["cuda:0", "cuda:1"])
-    assert {method.family for method in spread["cuda:0"]} == {"baselines", "routers"}
-    assert {method.family for method in spread["cuda:1"]} == {"paper"}
-    assert sum(map(len, spread.values())) == len(chosen)
-    assert command.spread(chosen[:1], ["cuda:0", "cuda:1"]) == {"cuda:0": chosen[:1]}
-    options = command.parse(["--steps", "7", "--seeds", "2", "--learning-rate", "0.001", "--no-compile"])
-    words = command.worker_arguments(options, chosen[0], "cuda:3")
-    parsed = command.parse(words)
-    assert (parsed.worker, parsed.devices, parsed.no_compile) == (chosen[0].name, [3], True)
-    assert command.settings_of(parsed) == command.settings_of(options)
-    assert (parsed.out, parsed.data, parsed.learning_rate) == (options.out, options.data, 0.001)
+def test_methods_run_wherever_there_is_room(monkeypatch) -> None:
+    """The next method goes to the first device that is free; none waits for a device that is slow."""
+    chosen = list(methods.METHODS[:6])
+    jobs, places = command.Jobs(None), {}
+
+    def one(method, device):
+        places[method.name] = device
+        time.sleep(0.6 if device == "cuda:0" else 0.01)
+        return 0
+
+    monkeypatch.setattr(jobs, "_one", one)
+    jobs.run(chosen, {"cuda:0": 1, "cuda:1": 1})
+    assert set(places) == {method.name for method in chosen} and jobs.finished == 6 and not jobs.failed
+    assert list(places.values()).count("cuda:0") == 1

@@ -2,8 +2,8 @@
 
 Sizes are chosen so that all methods but the base and the small LoRA train as many parameters as a LoRA of rank 64 (8 experts
 of rank 8), to within one percent: where routers or un-adapted layers change the count, the ranks of some linears differ by
-one (`equal_ranks`). The scale s of a method with k experts per token is k times that of LoRA, because its gates sum to 1:
-with even gates it then starts as a LoRA of rank k * r does.
+one (`equal_ranks`). The scale s of a method with k experts per token is k times that of LoRA, because its gates sum to 1 (and
+that of a shared expert is 1 / k): with even gates it then starts as a LoRA of rank k * r does.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def switch(
 
 # ------------------------------------------------------------------------------------------------ the table
 
-FIRST, QUARTER, HALF = 1 / 8, 1 / 4, 1 / 2  # of the depth
+FIRST, QUARTER = 1 / 8, 1 / 4  # of the depth
 NO_LOSSES: dict[str, Any] = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
 METHODS: tuple[Method, ...] = (
@@ -175,8 +175,6 @@ METHODS: tuple[Method, ...] = (
     Method("switch-k1", "paper", "One expert per token instead of two.", switch(1)),
     Method("switch-k4", "paper", "Four experts per token.", switch(4)),
     Method("switch-e16", "paper", "E=16, r=4, k=4: more and smaller experts, the same active rank.", switch(4, 16)),
-    Method("switch-e32", "paper", "E=32, r=2, k=8: still more and smaller experts.", switch(8, 32)),
-    Method("deep-eighth", "routers", "Router at 1/8 of the depth, the layers below not adapted.", switch(block=FIRST)),
     Method("deep-quarter", "routers", "Router at 1/4 of the depth, the layers below not adapted.", switch(block=QUARTER)),
     Method("deep-quarter-shared", "routers", "Router at 1/4 of the depth; one shared expert next to 2 of 7 routed ones, and "
            "alone below the router.", switch(2, 7, QUARTER, shared=1)),
@@ -190,10 +188,10 @@ METHODS: tuple[Method, ...] = (
            switch(3, 7, FIRST, shared=1)),
     Method("deep-quarter-shared-k3", "combined", "Router at 1/4, 1 shared and 3 of 7 routed experts.",
            switch(3, 7, QUARTER, shared=1)),
-    Method("deep-half-shared-k3", "combined", "Router at 1/2, 1 shared and 3 of 7 routed experts.",
-           switch(3, 7, HALF, shared=1)),
     Method("deep-quarter-sigmoid-k3", "combined", "Router at 1/4 with sigmoid gates, 1 shared and 3 of 7 routed experts.",
            switch(3, 7, QUARTER, shared=1, router=routers.SigmoidRouter, **NO_LOSSES)),
+    Method("deep-eighth-shared-k7", "combined", "Router at 1/8, 1 shared and all 7 other experts with routed gates.",
+           switch(7, 7, FIRST, shared=1)),
     Method("deep-quarter-shared-k7", "combined", "Router at 1/4, 1 shared and all 7 other experts with routed gates.",
            switch(7, 7, QUARTER, shared=1)),
 )  # fmt: skip

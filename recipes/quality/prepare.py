@@ -35,7 +35,7 @@ from files import digest_of_file, write_atomically, write_json  # noqa: E402
 from tasks import Amount, TaskRows, TaskSplit  # noqa: E402
 from texts import GENERAL  # noqa: E402
 
-FORMAT = 1  # raise it when the files or what is in them change
+FORMAT = 2  # raise it when the files or what is in them change
 END, PAD = "<|endoftext|>", "<|pad|>"
 TOKENIZER, TOKENS, SOURCES = "tokenizer.json", "tokens.npz", "sources.json"
 DEFAULT_FOLDER = Path("outputs/quality/data")

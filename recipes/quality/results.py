@@ -11,7 +11,7 @@ from typing import Any
 
 import files
 import methods
-from settings import Settings
+from settings import LENGTH, Settings
 
 COLUMNS = (
     "method", "seed", "domain_or_task", "metric", "value", "trainable_params", "learning_rate", "steps"
@@ -37,6 +37,40 @@ def header(settings: Settings, base: dict[str, Any], sources: Any) -> dict[str, 
         "settings": settings.fingerprint(),
         "base": base,
         "sources": sources,
+    }
+
+
+def data_sizes(prepared: Any, settings: Settings) -> dict[str, Any]:
+    """How much each domain and task is trained on, and how much of validation and test is measured.
+
+    Args:
+        prepared: as prepare.py makes it: train, validation and test of each domain, rows of each task.
+    """
+
+    def items(split: Any, rows: int | None = None) -> int:
+        return sum(len(set(row[row >= 0].tolist())) for row in split.item_ids[:rows])
+
+    def measured(stream: Any, rows: int) -> int:
+        return LENGTH * min(rows, len(stream) // LENGTH)
+
+    validation, test = settings.validation_rows, settings.test_rows
+    return {
+        "domains": {
+            name: {
+                "train_tokens": len(stream),
+                "validation_tokens": measured(prepared.validation[name], validation),
+                "test_tokens": measured(prepared.test[name], test),
+            }
+            for name, stream in prepared.train.items()
+        },
+        "tasks": {
+            name: {
+                "train_items": items(task.train),
+                "validation_items": items(task.validation, validation),
+                "test_items": items(task.test, settings.test_task_rows),
+            }
+            for name, task in prepared.tasks.items()
+        },
     }
 
 

@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="full", help="full: a GPU; smoke: seconds on a CPU")
     parser.add_argument("--out", type=Path, help="folder of base, runs and results (default: outputs/quality/<size>)")
     parser.add_argument("--data", type=Path, help="folder of the prepared texts (default: prepare.py's)")
-    parser.add_argument("--devices", nargs="+", type=int, metavar="N", help="GPUs; families are spread over them")
+    parser.add_argument("--devices", nargs="+", type=int, metavar="N", help="GPUs; the methods are spread over them")
     parser.add_argument("--parallel", type=int, metavar="N", help="methods at once on one GPU (default: what fits)")
     parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: 3)")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of each adaptation")
@@ -160,16 +160,20 @@ class Jobs:
     total: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def run(self, by_device: dict[str, list[Method]], slots: dict[str, int]) -> None:
-        """Run every method, and return when all are done."""
-        self.total = sum(map(len, by_device.values()))
-        threads = []
-        for device, waiting in by_device.items():
-            line: queue.SimpleQueue[Method] = queue.SimpleQueue()
-            for method in waiting:
-                line.put(method)
-            for _ in range(min(slots[device], len(waiting))):
-                threads.append(threading.Thread(target=self._serve, args=(device, line), daemon=True))
+    def run(self, chosen: Sequence[Method], slots: dict[str, int]) -> None:
+        """Run every method, the next one wherever there is room, and return when all are done.
+
+        Args:
+            slots: of each device, how many methods it runs at once.
+        """
+        self.total = len(chosen)
+        line: queue.SimpleQueue[Method] = queue.SimpleQueue()
+        for method in chosen:
+            line.put(method)
+        places = [device for turn in range(max(slots.values())) for device in slots if turn < slots[device]]
+        threads = [
+            threading.Thread(target=self._serve, args=(device, line), daemon=True) for device in places[: len(chosen)]
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -224,16 +228,6 @@ def worker_arguments(options: argparse.Namespace, method: Method, device: str) -
     return words + (["--no-compile"] if options.no_compile else [])
 
 
-def spread(chosen: Sequence[Method], devices: Sequence[str]) -> dict[str, list[Method]]:
-    """Methods by device: each family on one, families in turn."""
-    families = list(dict.fromkeys(method.family for method in chosen))
-    place = {family: devices[index % len(devices)] for index, family in enumerate(families)}
-    result: dict[str, list[Method]] = {device: [] for device in devices}
-    for method in chosen:
-        result[place[method.family]].append(method)
-    return {device: waiting for device, waiting in result.items() if waiting}
-
-
 # ---------------------------------------------------------------------------------------------------------- main
 
 
@@ -254,15 +248,15 @@ def main(options: argparse.Namespace) -> int:
         options.deadline = time.time() + options.limit
     say("texts: preparing, or reading what was prepared")
     prepared = prepare.prepare(options.data, options.size)
-    by_device = spread(chosen, devices)
-    slots = {device: in_parallel(options, device) for device in by_device}
-    for device, waiting in by_device.items():
-        say(f"{device}: {', '.join(m.name for m in waiting)}; {slots[device] or 1} at once")
+    slots = {device: in_parallel(options, device) for device in devices}
+    say(
+        f"{', '.join(m.name for m in chosen)}; at once: {', '.join(f'{n or 1} on {device}' for device, n in slots.items())}"
+    )
     failed: list[str] = []
     if all(slots.values()):
         # the methods' processes are built and compiled while the base trains
         jobs = Jobs(options)
-        runner = threading.Thread(target=jobs.run, args=(by_device, slots), daemon=True)
+        runner = threading.Thread(target=jobs.run, args=(chosen, slots), daemon=True)
         runner.start()
         try:
             info = make_base(prepared, options, devices[0])
@@ -276,11 +270,11 @@ def main(options: argparse.Namespace) -> int:
         failed = jobs.failed
     else:
         info = make_base(prepared, options, devices[0])
-        for device, waiting in by_device.items():
-            for method in waiting:
-                work(method, prepared, options, device, wait=False)
+        for method in chosen:
+            work(method, prepared, options, devices[0], wait=False)
     rows, runs = results.of_runs(options.out / "runs", info["sha256"])
     head = results.header(settings_of(options), info, getattr(prepared, "sources", None))
+    head["data"] = results.data_sizes(prepared, settings_of(options))
     for path in dict.fromkeys(filter(None, (options.out / "results.json", options.results))):
         results.write(path, head, rows, runs)
     say(f"{len(runs)} runs, {len(rows)} rows: {options.results or options.out / 'results.json'}")

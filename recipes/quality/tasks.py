@@ -39,7 +39,8 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How long the questions are. Longer is harder, for the model and for the number of distinct questions that there are.
+    """How long the questions are, from (shortest, longest): any length between, as often as another. Longer is harder, so that
+    a method gets some of them right long before it gets all right.
 
     Attributes:
         sort_letters: distinct letters to sort, at most 26.
@@ -48,15 +49,18 @@ class Difficulty:
         pairs: assignments to look up in; four keys share them, the one asked for has at least two different values.
     """
 
-    sort_letters: int = 10
-    echo_letters: int = 14
-    digits: int = 3
-    pairs: int = 10
+    sort_letters: tuple[int, int] = (3, 10)
+    echo_letters: tuple[int, int] = (3, 14)
+    digits: tuple[int, int] = (1, 3)
+    pairs: tuple[int, int] = (4, 10)
 
     def __post_init__(self) -> None:
         for name, low, high in (("sort_letters", 2, 26), ("echo_letters", 2, 64), ("digits", 1, 16), ("pairs", 4, 100)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be from {low} to {high}")
+            shortest, longest = getattr(self, name)
+            if not low <= shortest <= longest <= high:
+                raise ValueError(
+                    f"{name} is {(shortest, longest)}, must be from {low} to {high}, the shorter one first"
+                )
 
 
 @dataclass(frozen=True)
@@ -74,29 +78,31 @@ class Family:
 
 
 def _draw_sort(generator: random.Random, difficulty: Difficulty) -> str:
-    return "".join(f" {letter}" for letter in generator.sample(string.ascii_lowercase, difficulty.sort_letters)) + " ="
+    letters = generator.sample(string.ascii_lowercase, generator.randint(*difficulty.sort_letters))
+    return "".join(f" {letter}" for letter in letters) + " ="
 
 
 def _draw_echo(generator: random.Random, difficulty: Difficulty) -> str:
-    return (
-        "".join(f" {letter}" for letter in generator.choices(string.ascii_lowercase, k=difficulty.echo_letters)) + " ="
-    )
+    letters = generator.choices(string.ascii_lowercase, k=generator.randint(*difficulty.echo_letters))
+    return "".join(f" {letter}" for letter in letters) + " ="
 
 
 def _draw_sum(generator: random.Random, difficulty: Difficulty) -> str:
     """Summands whose sum differs between the bases: at least one column reaches eight."""
+    digits = generator.randint(*difficulty.digits)
     while True:
-        first, second = ("".join(generator.choices("01234567", k=difficulty.digits)) for _ in range(2))
+        first, second = ("".join(generator.choices("01234567", k=digits)) for _ in range(2))
         if any(int(a) + int(b) >= 8 for a, b in zip(first, second, strict=True)):
             return f"{first}+{second}="
 
 
 def _draw_lookup(generator: random.Random, difficulty: Difficulty) -> str:
     keys = generator.sample(string.ascii_lowercase, 4)
+    count = generator.randint(*difficulty.pairs)
     while True:
-        chosen = [generator.choice(keys) for _ in range(difficulty.pairs)]
+        chosen = [generator.choice(keys) for _ in range(count)]
         repeated = sorted(key for key in keys if chosen.count(key) > 1)
-        values = [f"{value:02d}" for value in generator.sample(range(100), difficulty.pairs)]
+        values = [f"{value:02d}" for value in generator.sample(range(100), count)]
         if repeated:
             pairs = "".join(f" {key}={value}" for key, value in zip(chosen, values, strict=True))
             return f"{pairs} {generator.choice(repeated)}="
