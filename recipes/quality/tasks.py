@@ -45,7 +45,8 @@ class Difficulty:
     Attributes:
         sort_letters: distinct letters to sort, at most 26.
         echo_letters: letters to copy or reverse; they may repeat, so a letter does not say what follows it.
-        digits: of each summand, all from 0 to 7 (so that they are numbers in both bases); three give 262,144 questions.
+        digits: of each summand, all from 0 to 7 (so that they are numbers in both bases). There are few short
+            questions and held-out ones are all different, so most of those have the greatest length.
         pairs: assignments to look up in; four keys share them, the one asked for has at least two different values.
     """
 
