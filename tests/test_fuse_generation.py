@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def test_continuous_batching(router: str | None, device: str, monkeypatch: pytes
     model = llama(device, router_module=router)
     prompts = [tokens(1, length, seed=length).to(device) for length in (5, 40, 3, 12)]
     settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    batching = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=48)
+    page = {"page_size" if "page_size" in signature(ContinuousBatchingConfig).parameters else "block_size": 16}
+    batching = ContinuousBatchingConfig(**page, num_blocks=16, max_batch_tokens=48)
     wanted = [generate(model, prompt)[0, prompt.shape[1] :].tolist() for prompt in prompts]
     with model.fuse_for_inference("fused"), unfused_calls(monkeypatch) as unfused:
         out = model.generate_batch(
