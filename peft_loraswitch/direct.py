@@ -20,7 +20,8 @@ from .kernels import MAX_GROUP, Group, Item, PackedGroup, _check, library
 from .routing import Routing
 
 if TYPE_CHECKING:
-    from .fused import FusedLayer
+    from .fused import FusedGroup
+    from .layer import LoRASwitchLinear
 
 _POINTER = Struct("P")
 _INPUTS = Struct("PPPP")  # x, experts, gates, hidden: neighbours in `Group`
@@ -43,19 +44,28 @@ def launchable(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cuda and x.is_contiguous()
 
 
+def versions_of(layer: LoRASwitchLinear, adapter: str) -> tuple[int, ...]:
+    """Changes whenever the experts of `adapter` are written to or replaced, as far as PyTorch can tell."""
+    a, b = layer.loraswitch_A[adapter].weight, layer.loraswitch_B[adapter].weight
+    return a._version, b._version, a.data_ptr(), b.data_ptr()
+
+
 class DirectGroup:
     """The linears of a group with one adapter, as `lead()` calls them.
 
     Args:
-        packed: the same as the kernels take it.
-        members: the group's layers, in the order of `packed`.
+        packed: the group's tensors as the kernels take them.
     """
 
-    def __init__(self, packed: PackedGroup, members: list[FusedLayer], adapter: str) -> None:
-        self.packed, self.members, self.adapter = packed, members, adapter
-        self.names = [member.name for member in members]
+    def __init__(self, packed: PackedGroup, group: FusedGroup) -> None:
+        self.packed, self.adapter = packed, group.adapter
+        names = ("base", "a", "b", "scaling", "hooks", "pre_hooks")
+        self.live = [
+            (layer, *(getattr(group, f"{name}{i}") for name in names))
+            for i, layer in enumerate(group.__dict__["layers"])
+        ]
         self.device, self.dtype = packed.tensors[0].get_device(), packed.dtype
-        self.few_tokens = members[0].few_tokens
+        self.few_tokens = group.few_tokens
         self.shapes: dict[tuple[torch.Size, int], _Shape] = {}
         self.addresses = self._addresses()
         function = library()["ls_linear"]  # of its own, so that it can take the group as bytes
@@ -67,27 +77,19 @@ class DirectGroup:
         """Where everything is that the kernels read, and what else must not change between two calls."""
         adapter = self.adapter
         found: list[Any] = []
-        for member in self.members:
-            parts = member.parts
-            base = parts["base_layer"]
-            parameters = base._parameters
-            a = parts["loraswitch_A"]._modules[adapter]._parameters["weight"]
-            b = parts["loraswitch_B"]._modules[adapter]._parameters["weight"]
-            bias = parameters["bias"]
+        for layer, base, a, b, scaling, hooks, pre_hooks in self.live:
+            bias = base["bias"]
             found += (
-                parameters["weight"].data_ptr(), a.data_ptr(), b.data_ptr(), None if bias is None else bias.data_ptr(),
-                len(base._forward_hooks) + len(base._forward_pre_hooks), member.scaling[adapter],
+                base["weight"].data_ptr(), a["weight"].data_ptr(), b["weight"].data_ptr(), scaling[adapter],
+                None if bias is None else bias.data_ptr(), len(hooks) + len(pre_hooks),
             )  # fmt: skip
-            if member.casts_a and a.dtype is not self.dtype:
-                found += (a._version, b._version)
+            if layer.fusing.casts:
+                found += versions_of(layer, adapter)
         return found
 
     def __call__(self, x: Tensor, routing: Routing) -> list[Tensor] | None:
         """x [..., in] on the group's device -> [..., out] for each linear; None if something changed or does not fit."""
-        try:
-            if self._addresses() != self.addresses:
-                return None
-        except (KeyError, AttributeError):  # an adapter or a layer that is gone
+        if self._addresses() != self.addresses:
             return None
         experts = routing.experts
         key = (x.shape, experts.shape[-1])

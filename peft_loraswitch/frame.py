@@ -60,12 +60,6 @@ class RoutingFrame:
         self.paused: list[nn.Module] = []
         self.relays: dict[str, Relay] = {}
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
-        self.results: dict[str, tuple[torch.Tensor, torch.Tensor, str]] = {}
-
-    def leave(self, names: list[str], x: torch.Tensor, results: list[torch.Tensor], adapter: str) -> None:
-        """Leave `results` for all but the first of the layers `names`, which receive the same x (see fused.py)."""
-        for name, result in zip(names[1:], results[1:], strict=True):
-            self.results[name] = (x, result, adapter)
 
     def routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
         """What `layer` follows: this forward's decision for `adapter`, taken now, from x [..., in_features], if it is not
@@ -153,11 +147,17 @@ class _ThreadState(threading.local):
 
 
 class _Current(threading.local):
-    """Per thread: the frames of the fused models' forwards in flight, by `RoutingState.key`. Fused layers look here, and not
-    at the state that they share: one object that is reached from every layer makes dynamo guard it once for each."""
+    """Per thread, what fused layers look at, instead of at the state that they share: one object that is reached from every
+    layer makes dynamo guard it once for each.
+
+    Attributes:
+        frames: of the fused models' forwards in flight, by `RoutingState.key`.
+        results: what the first linear of a group has computed for the others, by `fused_slot`: (input, result, adapter).
+    """
 
     def __init__(self) -> None:
         self.frames: dict[int, RoutingFrame] = {}
+        self.results: dict[int, tuple[torch.Tensor, torch.Tensor, str]] = {}
 
 
 current = _Current()
@@ -288,6 +288,7 @@ class RoutingState:
         self._local.frame = None
         if self.fused:
             current.frames.pop(self.key, None)
+            current.results.clear()
 
 
 def _outside_of_a_forward(layer_name: str) -> str:

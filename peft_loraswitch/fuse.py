@@ -1,21 +1,31 @@
 """fuse_for_inference(): the same model, its adapted linears served by the fused ops. unfuse() takes it back.
 
-Nothing is copied and nothing is merged: each adapted layer gets another `forward` (an attribute of the instance, see
-fused.py) that hands base weight and experts to one op, together with the linears that receive the same tensor (q, k, v;
-gate, up). Such groups are found by watching the tensors of one forward, not by names.
+Nothing is copied and nothing is merged: each adapted layer changes its class (see fused.py) to one whose forward hands
+base weight and experts to one op, together with the linears that receive the same tensor (q, k, v; gate, up). Such groups
+are found by watching the tensors of one forward, not by names.
 """
 
 from __future__ import annotations
 
 import logging
-from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import fused, kernels
-from .fused import FusedLayer, base_of, plan_of
+from . import kernels
+from .fused import (
+    FusedFollower,
+    FusedLeader,
+    FusedLinear,
+    FusedMerged,
+    base_of,
+    device_of,
+    facts_of,
+    put_on,
+    resolve,
+    take_off,
+)
 from .layer import LoRASwitchLinear
 
 logger = logging.getLogger(__name__)
@@ -59,7 +69,8 @@ def _watch_groups(model: nn.Module, layers: list[LoRASwitchLinear]) -> list[list
         if calls[id(layer)] == 1:
             base = base_of(layer)
             shared_only = frozenset(adapter for adapter, experts in layer.num_experts.items() if experts == 0)
-            key = (id(x), type(base), base.weight.dtype, base.weight.device, shared_only)
+            weight = getattr(base, "weight", None)
+            key = (id(x), type(base), getattr(weight, "dtype", None), getattr(weight, "device", None), shared_only)
             groups.setdefault(key, []).append(layer)
     return [g[i : i + kernels.MAX_GROUP] for g in groups.values() for i in range(0, len(g), kernels.MAX_GROUP)]
 
@@ -73,7 +84,7 @@ def adapted_layers(model: nn.Module) -> list[LoRASwitchLinear]:
 
 def is_fused(model: nn.Module) -> bool:
     """Whether `fuse_for_inference()` is in force on `model`."""
-    return any(hasattr(layer, "fused") for layer in adapted_layers(model))
+    return any(isinstance(layer, FusedLinear) for layer in adapted_layers(model))
 
 
 class Fusion:
@@ -125,7 +136,7 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
         raise ValueError(f"{type(model).__name__} carries no LoRA-Switch adapter: there is nothing to fuse.")
     if is_fused(model):
         raise RuntimeError("This model is fused already: call unfuse() first.")
-    on_gpu = any(base_of(layer).weight.device.type == "cuda" for layer in layers)
+    on_gpu = any(device_of(base_of(layer)).type == "cuda" for layer in layers)
     reason = kernels.why_not() if on_gpu else "the model is on a CPU"
     if strategy == "auto" and not on_gpu:
         logger.warning(
@@ -142,17 +153,20 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
 
         merging = MergedWeights(layers, in_place)
     groups = _watch_groups(model, layers)
-    plans = {id(layer): FusedLayer(layer, merging) for layer in layers}
-    forwards = {id(layer): fused.merge if merging else fused.lead for layer in layers}
-    for first, *others in groups:
-        if others and not merging and all(plans[id(layer)].plain for layer in (first, *others)):
-            plans[id(first)].take_in([plans[id(layer)] for layer in others])
-            forwards |= {id(layer): fused.follow for layer in others}
+    facts = {id(layer): facts_of(layer) for layer in layers}
+    kinds: dict[int, type[FusedLinear]] = {id(layer): FusedMerged if merging else FusedLeader for layer in layers}
+    together = [group for group in groups if not merging and all(facts[id(layer)].plain for layer in group)]
+    for group in together:
+        kinds |= {id(layer): FusedFollower for layer in group[1:]}
     try:
         for layer in layers:
-            install(layer, plans[id(layer)], forwards[id(layer)])
-            for adapter in layer.loraswitch_A:
-                plans[id(layer)].refresh(adapter)  # casts are made now, not within a compiled forward
+            put_on(layer, kinds[id(layer)], merging)
+        for first, *others in together:
+            first.fusing.members += others  # type: ignore[union-attr, operator]
+            for other in others:
+                other.fusing.leader = first  # type: ignore[union-attr]
+        for layer in layers:
+            resolve(layer)  # type: ignore[arg-type]
         layers[0].routing_state.fused = True
     except BaseException:
         unfuse(model)
@@ -162,46 +176,11 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
 
 def unfuse(model: nn.Module) -> None:
     """Take `fuse()` back; weights are then what they were, bit for bit. Nothing to do if the model is not fused."""
-    layers = [layer for layer in adapted_layers(model) if hasattr(layer, "fused")]
+    layers = [layer for layer in adapted_layers(model) if isinstance(layer, FusedLinear)]
     if not layers:
         return
-    merging: Any = plan_of(layers[0]).merging
-    if merging is not None:
-        merging.restore()
+    if layers[0].fusing.merging is not None:
+        layers[0].fusing.merging.restore()
     layers[0].routing_state.fused = False
     for layer in layers:
         take_off(layer)
-
-
-def install(layer: LoRASwitchLinear, plan: FusedLayer, forward: Any) -> None:
-    """Put `plan` and `forward` on a layer, without registering anything as a module of it."""
-    layer.__dict__["fused"] = plan
-    layer.__dict__["fused_key"] = plan.key
-    layer.__dict__["train"] = MethodType(_train, layer)
-    layer.__dict__["forward"] = MethodType(forward, layer)
-    plan.handle = layer.register_load_state_dict_post_hook(_loaded)
-
-
-def take_off(layer: LoRASwitchLinear) -> None:
-    plan_of(layer).handle.remove()
-    for name in ("fused", "fused_key", "train", "forward"):
-        layer.__dict__.pop(name, None)
-
-
-def _train(self: LoRASwitchLinear, mode: bool = True) -> LoRASwitchLinear:
-    """Stands in for `train` of a fused layer: experts may be other ones when training ends."""
-    trained = self.training and not mode
-    nn.Module.train(self, mode)
-    if trained:
-        _refresh_all(self)
-    return self
-
-
-def _loaded(layer: nn.Module, incompatible_keys: Any) -> None:
-    _refresh_all(layer)
-
-
-@torch.no_grad()
-def _refresh_all(layer: Any) -> None:
-    for adapter in layer.loraswitch_A:
-        plan_of(layer).refresh(adapter, changed=True)

@@ -1,24 +1,30 @@
-"""The forwards of fused layers: what `fuse_for_inference()` puts on each adapted linear, and what they need to know of it.
+"""A fused layer: the class that `fuse_for_inference()` makes of an adapted linear, and the groups that such layers form.
 
 The first linear of a group (linears that receive the same tensor) computes for all of them and leaves the others' results
-in the forward's frame, where they pick them up if they really receive that tensor. Whatever the ops do not serve
-(training, gradients, mixed batches, several active adapters, autocast) takes the unfused forward, which is always right.
+where they pick them up, if they really receive that tensor. Whatever the ops do not serve (training, gradients, mixed
+batches, several active adapters, autocast) takes the unfused forward, which is always right.
 
-Host time is what these functions are written for. Eager: a group of linears must cost less than the calls it replaces. Under
-`torch.compile`: dynamo guards what a forward reads, at every call, and checks a whole decoder block by the versions of its
-modules' dictionaries if it finds there nothing but modules, dictionaries, tensors and constants; one object of another
-kind, a list, or one object reached by two ways has it compare thousands of values one by one. Hence `FusedLayer`.
+Host time is what the forwards are written for. Eager: a group of linears must cost less than the calls it replaces. Under
+`torch.compile`: dynamo guards, at every call, each object that a forward read while it was traced. It guards a whole decoder
+block by the versions of its modules' dictionaries if it finds nothing there but modules, dictionaries, tensors and
+constants; an object of another kind, a list, or one object reached by two ways has it compare thousands of values one by
+one, and a longer way to a tensor costs bytecode at every call. So a forward reads a few constants of its layer and one
+`FusedGroup`, which holds all else; whatever changes a layer (its methods below) has it resolved anew.
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
 from . import kernels, ops
-from .direct import DirectGroup, launchable
+from .direct import DirectGroup, launchable, versions_of
 from .frame import RoutingFrame, current
 from .layer import LoRASwitchLinear
 from .routing import Routing, with_shared
@@ -35,170 +41,179 @@ except ImportError:  # pragma: no cover
 FEW_TOKENS = kernels.FAST_TOKENS
 FEW_TOKENS_GENERIC = 4
 
+_slots = itertools.count()
 
-class FusedLayer(nn.Module):
-    """What fusing keeps for one adapted layer, at `layer.fused`: its own parts by another way than through the layer.
 
-    A module only so that dynamo guards it cheaply (see above); never registered, so it is in no state_dict. Everything that
-    can change is reached through live dictionaries of the layer, so that what is replaced there is replaced here.
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What the ops ask of a base layer.
 
     Attributes:
-        key: of the thread's frame in `frame.current.frames`.
-        parts: the layer's dictionary of modules (base_layer, loraswitch_A, ...).
-        scaling, num_experts, num_shared_experts: the layer's own dictionaries, by adapter.
-        plain: the base layer is a 16/32-bit nn.Linear or Conv1D without hooks, whose weight the kernels can read.
-        base_type: its type; another one means that somebody replaced it after fusing.
+        plain: it is a 16/32-bit nn.Linear or Conv1D without hooks, whose weight the ops can read.
         transposed: it is a Conv1D.
-        merging: the `merging.MergedWeights` of strategy "merge", else None.
-        kernels: whether the kernels run on the layer's device; few_tokens: up to how many tokens the fused op is used.
-        casts_a, casts_b: by adapter, experts in the dtype of the base weight, if theirs is another.
-        others: how many more linears are in the group that this layer leads; they are `other0`, `other1`, ...
-        direct: by adapter, the group as the kernels take it when no compiler is at work.
+        kernels: the kernels run on its device; few_tokens: up to how many tokens the fused ops are used.
     """
 
-    def __init__(self, layer: LoRASwitchLinear, merging: Any = None) -> None:
-        super().__init__()
-        base: Any = layer.get_base_layer()
-        self.key = layer.routing_state.key
-        self.name = layer.name
-        self.parts: dict[str, Any] = layer._modules
-        self.scaling, self.num_experts = layer.scaling, layer.num_experts
-        self.num_shared_experts = layer.num_shared_experts
-        self.base_type = type(base)
-        self.transposed = self.base_type is Conv1D
-        self.plain = self.base_type in (nn.Linear, Conv1D) and base.weight.dtype in ops.FLOATS
-        # Hooks on the base layer (accelerate's offloading, a user's) must run, so its own forward must.
-        self.plain = self.plain and layer.base_layer is base and not (base._forward_hooks or base._forward_pre_hooks)
-        self.plain = self.plain and not hasattr(base, "_hf_hook")
-        self.__dict__["merging"] = merging
-        self.casts_a: dict[str, Tensor] = {}
-        self.casts_b: dict[str, Tensor] = {}
-        self.versions: dict[str, tuple[int, int]] = {}
-        self.others = 0
-        self.direct: dict[str, DirectGroup] = {}
-        self.handle: Any = None  # of the layer's hook after load_state_dict
-        # Looked up once: a compiler that traces the forward cannot ask a library.
-        device = base.weight.device
-        self.kernels = device.type == "cuda" and kernels.available(device.index or 0)
-        if self.kernels:
-            kernels.give_workspace(device.index or 0)
-        fast = base.weight.dtype in (torch.float16, torch.bfloat16) and not self.transposed
-        self.few_tokens = FEW_TOKENS if fast or device.type != "cuda" else FEW_TOKENS_GENERIC
-        if device.type == "cuda" and not self.kernels:
-            self.few_tokens = 0  # library products beat the ops' PyTorch path on a GPU
-
-    def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: pointers do not travel
-        return {**self.__dict__, "direct": {}, "casts_a": {}, "casts_b": {}, "versions": {}}
-
-    def take_in(self, others: list[FusedLayer]) -> None:
-        """Lead the group of this layer and `others`."""
-        for i, other in enumerate(others):
-            setattr(self, f"other{i}", other)
-        self.others = len(others)
-
-    def members(self) -> list[FusedLayer]:
-        """This layer and the others of the group that it leads."""
-        return [self, *(getattr(self, f"other{i}") for i in range(self.others))]
-
-    def still_plain(self) -> bool:
-        """Whether the base layer is what it was when the model was fused: hooks or another module may have come since."""
-        base = self.parts["base_layer"]
-        return self.plain and type(base) is self.base_type and not (base._forward_hooks or base._forward_pre_hooks)
-
-    def has(self, adapter: str) -> bool:
-        return adapter in self.parts["loraswitch_A"]._modules
-
-    def experts(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """lora_a [E, r, in] and lora_b [E, out, r] in the dtype that the layer computes in."""
-        a: Tensor = self.parts["loraswitch_A"]._modules[adapter].weight
-        b: Tensor = self.parts["loraswitch_B"]._modules[adapter].weight
-        dtype = self.parts["base_layer"].weight.dtype if self.plain else a.dtype
-        if a.dtype == dtype:
-            return a, b
-        if torch.compiler.is_compiling():
-            if adapter not in self.casts_a or self.casts_a[adapter].dtype != dtype:
-                return a.to(dtype), b.to(dtype)
-            return self.casts_a[adapter], self.casts_b[adapter]
-        self.refresh(adapter)
-        return self.casts_a[adapter], self.casts_b[adapter]
-
-    def refresh(self, adapter: str, changed: bool = False) -> None:
-        """Bring the casts of `adapter` up to date with its experts, in place where compiled code may read them.
-
-        Args:
-            changed: cast in any case. Otherwise only if PyTorch has counted a change, which `tensor.data` gets around.
-        """
-        a, b = (self.parts[f"loraswitch_{name}"]._modules[adapter].weight.detach() for name in "AB")
-        dtype = self.parts["base_layer"].weight.dtype if self.plain else a.dtype
-        if a.dtype == dtype:
-            return
-        versions = (a._version, b._version)
-        old = self.casts_a.get(adapter)
-        if old is not None and old.dtype == dtype and old.device == a.device and old.shape == a.shape:
-            if changed or versions != self.versions[adapter]:
-                old.copy_(a)
-                self.casts_b[adapter].copy_(b)
-        else:
-            self.casts_a[adapter], self.casts_b[adapter] = a.to(dtype), b.to(dtype)
-            for cast in (self.casts_a[adapter], self.casts_b[adapter]):
-                torch._dynamo.mark_static_address(cast, guard=False)  # CUDA graphs read it in place, like a parameter
-        self.versions[adapter] = versions
-
-
-def plan_of(layer: nn.Module) -> FusedLayer:
-    return layer.fused  # type: ignore[return-value]
+    plain: bool
+    transposed: bool
+    kernels: bool
+    few_tokens: int
 
 
 def base_of(layer: LoRASwitchLinear) -> Any:
     return layer.get_base_layer()
 
 
-# ---------------------------------------------------------------------------------------------------------- forwards
+def device_of(base: nn.Module) -> torch.device:
+    return next(iter([*base.parameters(), *base.buffers()])).device  # a quantised one may have no `weight`
 
 
-def lead(self: LoRASwitchLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """x [..., in_features] -> [..., out_features]: stands in for `forward` of the first of a group, or of a single one."""
-    plan: FusedLayer = self.fused  # type: ignore[assignment]
-    frame = current.frames.get(plan.key)
-    adapter = _one(self._active_adapter)
-    if frame is None or adapter is None or self.training or self._disable_adapters or args or kwargs:
-        return LoRASwitchLinear.forward(self, x, *args, **kwargs)
-    routing = _served(self, plan, adapter, x, frame)
-    if routing is None:
-        return LoRASwitchLinear.forward(self, x)
-    if plan.kernels and not torch.compiler.is_compiling():
-        group = plan.direct.get(adapter)
-        results = group(x, routing) if group is not None else None
-        if results is not None:
-            if len(results) > 1:
-                frame.leave(group.names, x, results, adapter)  # type: ignore[union-attr]
-            return results[0]
-    return compute(self, plan, adapter, x, routing, frame)
+def facts_of(layer: LoRASwitchLinear) -> BaseFacts:
+    base = base_of(layer)
+    transposed = type(base) is Conv1D
+    plain = type(base) in (nn.Linear, Conv1D) and base.weight.dtype in ops.FLOATS and layer.base_layer is base
+    plain = plain and type(base.weight) in (nn.Parameter, Tensor)  # torchao's weights are of other classes
+    # Hooks on the base layer (accelerate's offloading, a user's) must run, so its own forward must.
+    hook = getattr(base, "_hf_hook", None)  # one that only moves inputs is not needed: other devices go unfused
+    only_moves = isinstance(hook, AlignDevicesHook) and not hook.offload
+    plain = plain and not hooked(base) and (hook is None or only_moves)
+    device = device_of(base)
+    usable = device.type == "cuda" and kernels.available(device.index or 0)
+    if usable:
+        kernels.give_workspace(device.index or 0)
+    fast = not transposed and not (plain and base.weight.dtype == torch.float32)
+    few_tokens = FEW_TOKENS if fast or device.type != "cuda" else FEW_TOKENS_GENERIC
+    if device.type == "cuda" and not usable:
+        few_tokens = 0  # library products beat the ops' PyTorch path on a GPU
+    return BaseFacts(plain, transposed, usable, few_tokens)
 
 
-def follow(self: LoRASwitchLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Stands in for `forward` of the others of a group."""
-    frame = current.frames.get(self.fused_key)  # type: ignore[call-overload]
-    if frame is not None:
-        waiting = frame.results.pop(self.name, None)
+def hooked(base: nn.Module) -> bool:
+    return bool(base._forward_hooks or base._forward_pre_hooks)
+
+
+class Fusing:
+    """What fusing keeps for one layer, at `layer.fusing`; no compiled forward looks at it.
+
+    Attributes:
+        members: the layers that this one computes for, itself first; for a layer that another computes for, itself.
+        leader: the layer that computes for this one (perhaps itself).
+        merging: the `merging.MergedWeights` of strategy "merge", else None.
+        casts: by adapter, the experts in the dtype of the base weight, if theirs is another, and of which versions.
+    """
+
+    def __init__(self, layer: FusedLinear, merging: Any = None) -> None:
+        self.members, self.leader, self.merging = [layer], layer, merging
+        self.casts: dict[str, Casts] = {}
+        self.handle: Any = layer.register_load_state_dict_post_hook(_loaded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "casts": {}}
+
+
+@dataclass
+class Casts:
+    """lora_a and lora_b of one adapter in another dtype, each in a dictionary like a module's `_parameters`."""
+
+    a: dict[str, Any]
+    b: dict[str, Any]
+    versions: tuple[int, ...]
+
+
+class FusedLinear(LoRASwitchLinear):
+    """A `LoRASwitchLinear` for as long as its model is fused: the class of the layer is changed, and changed back.
+
+    Attributes:
+        fusing: see `Fusing`.
+        fused_groups: by adapter, the group that this layer computes when it finds no result waiting.
+        fused_slot: number of the layer, under which its result waits.
+    """
+
+    fusing: Fusing
+    fused_groups: dict[str, FusedGroup]
+    fused_slot: int
+
+    # ---------------------------------------------------------------------------- what changes a layer resolves it anew
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "base_layer":
+            resolve(self)
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(*args, **kwargs)
+        resolve(self)
+
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().delete_adapter(*args, **kwargs)
+        resolve(self)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)
+        resolve(self)
+        return result
+
+    def train(self, mode: bool = True) -> FusedLinear:
+        trained = self.training and not mode
+        super().train(mode)
+        if trained:
+            refresh_casts(self, changed=True)
+        return self
+
+
+def _loaded(layer: Any, incompatible_keys: Any) -> None:
+    refresh_casts(layer, changed=True)
+
+
+class FusedLeader(FusedLinear):
+    """The first of a group, or a single one."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in_features] -> [..., out_features]"""
+        group = self.fused_groups.get(_one(self._active_adapter))  # type: ignore[arg-type]
+        if group is None or self.training or self._disable_adapters or args or kwargs:
+            return LoRASwitchLinear.forward(self, x, *args, **kwargs)
+        frame = current.frames.get(group.key)
+        routing = None if frame is None else group.routing(self, x, frame)
+        if routing is None:
+            return LoRASwitchLinear.forward(self, x)
+        if group.direct is not None and not torch.compiler.is_compiling():
+            results = group.direct(x, routing)
+            if results is not None:
+                return group.leave(x, results)
+        return compute(self, group, x, routing)
+
+
+class FusedFollower(FusedLeader):
+    """One of the others of a group."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in_features] -> [..., out_features]"""
+        waiting = current.results.pop(self.fused_slot, None)
         if waiting is not None and waiting[0] is x and not (args or kwargs):
             if waiting[2] == _one(self._active_adapter) and not (self.training or self._disable_adapters):
                 return waiting[1]
-    return lead(self, x, *args, **kwargs)
+        return FusedLeader.forward(self, x, *args, **kwargs)
 
 
-def merge(self: LoRASwitchLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Stands in for `forward` under strategy "merge"."""
-    plan = plan_of(self)
-    frame, adapter = current.frames.get(plan.key), _one(self._active_adapter)
-    routing = None
-    if not (frame is None or adapter is None or self.training or self._disable_adapters or args or kwargs):
-        routing = _served(self, plan, adapter, x, frame)
-    if frame is None or adapter is None or routing is None:
-        plan.merging.leave_out(frame)  # type: ignore[union-attr, operator]
-        return LoRASwitchLinear.forward(self, x, *args, **kwargs)
-    merged = plan.merging.forward(self, adapter, x, routing, frame)  # type: ignore[union-attr, operator]
-    return compute(self, plan, adapter, x, routing, frame) if merged is None else merged
+class FusedMerged(FusedLinear):
+    """A layer under strategy "merge"."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in_features] -> [..., out_features]"""
+        group = self.fused_groups.get(_one(self._active_adapter))  # type: ignore[arg-type]
+        frame = current.frames.get(self.routing_state.key)
+        routing = None
+        if not (group is None or frame is None or self.training or self._disable_adapters or args or kwargs):
+            routing = group.routing(self, x, frame)
+        if group is None or frame is None or routing is None:
+            self.fusing.merging.leave_out(frame)
+            return LoRASwitchLinear.forward(self, x, *args, **kwargs)
+        merged = self.fusing.merging.forward(self, group.adapter, x, routing, frame)
+        return compute(self, group, x, routing) if merged is None else merged
 
 
 def _one(active: str | list[str]) -> str | None:
@@ -208,132 +223,276 @@ def _one(active: str | list[str]) -> str | None:
     return active[0] if len(active) == 1 else None
 
 
-def _served(layer: LoRASwitchLinear, plan: FusedLayer, adapter: str, x: Tensor, frame: RoutingFrame) -> Routing | None:
-    """What the tokens of x follow if the fused ops can serve this call, None if it must take the unfused forward."""
-    experts = plan.parts["loraswitch_A"]._modules.get(adapter)
-    if experts is None or frame.adapter_names is not None:
+# ------------------------------------------------------------------------------------------------------------- groups
+
+
+class FusedGroup(nn.Module):
+    """Linears that receive the same tensor, with one adapter, as the ops take them.
+
+    A module only so that dynamo guards it cheaply (see above); never registered, so it is in no state_dict. The parameters
+    are reached through the live dictionaries of the modules that own them, so that new ones are seen.
+
+    Attributes:
+        adapter: its name; key: of the thread's frame in `frame.current.frames`.
+        size: number of linears; slot0, slot1, ...: their `fused_slot`.
+        base0, base1, ...: `_parameters` of their base layers; a0, b0, ...: of their experts, or the casts of those.
+        scaling0, ...: their layers' dictionaries; hooks0, pre_hooks0, ...: those of their base layers.
+        plain, transposed, kernels, few_tokens: see `BaseFacts`.
+        routed: they follow the decision; False: they have shared experts only.
+        within: the ops take an adapter of this size.
+        direct: the group as the kernels take it when no compiler is at work, once it has been called so.
+    """
+
+    def __init__(self, layers: list[FusedLinear], adapter: str, facts: BaseFacts) -> None:
+        super().__init__()
+        first = layers[0]
+        self.adapter, self.key, self.size = adapter, first.routing_state.key, len(layers)
+        self.plain, self.transposed, self.kernels = facts.plain, facts.transposed, facts.kernels
+        self.few_tokens = facts.few_tokens
+        self.routed = first.num_experts[adapter] > 0
+        active = first.top_k[adapter] + first.num_shared_experts[adapter]
+        self.within = all(within_limits(layer, adapter, active) for layer in layers)
+        for i, layer in enumerate(layers):
+            base, casts = base_of(layer), refresh_cast(layer, adapter)
+            values = {
+                "slot": layer.fused_slot, "base": base._parameters, "scaling": layer.scaling,
+                "hooks": base._forward_hooks, "pre_hooks": base._forward_pre_hooks,
+                "a": casts.a if casts else layer.loraswitch_A[adapter]._parameters,
+                "b": casts.b if casts else layer.loraswitch_B[adapter]._parameters,
+            }  # fmt: skip
+            for name, value in values.items():
+                setattr(self, f"{name}{i}", value)
+        self.direct: DirectGroup | None = None
+        self.__dict__["layers"] = layers  # for eager calls; dynamo never looks
+
+    def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: pointers do not travel
+        return {**self.__dict__, "direct": None}
+
+    def hooked(self) -> bool:
+        """Whether hooks have come to a base layer that had none."""
+        return any(getattr(self, f"hooks{i}") or getattr(self, f"pre_hooks{i}") for i in range(self.size))
+
+    def leave(self, x: Tensor, results: list[Tensor]) -> Tensor:
+        """The first of `results`; the others are left where the group's other linears look for them."""
+        for i in range(1, self.size):
+            current.results[getattr(self, f"slot{i}")] = (x, results[i], self.adapter)
+        return results[0]
+
+    def routing(self, layer: FusedLinear, x: Tensor, frame: RoutingFrame) -> Routing | None:
+        """What the tokens of x follow, if the ops can serve this call; None if it must take the unfused forward."""
+        a = self.a0["weight"]  # type: ignore[index]
+        if frame.adapter_names is not None or x.dtype != a.dtype or x.get_device() != a.get_device() or x.numel() == 0:
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or layer.loraswitch_A[self.adapter].weight.requires_grad):
+            return None
+        if torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type):
+            return None
+        if self.routed:
+            routing = frame.routings.get(self.adapter)
+            if routing is None:
+                routing = self._decide(layer, x, frame)
+        else:
+            routing = frame.shared_routing(self.adapter, layer, x)
+        if routing.experts.get_device() != x.get_device():  # a model spread over several devices
+            routing = routing.on(x.device)
+        if x.shape[:-1] != routing.token_shape:
+            routing.dense_gates_for(x, layer.name)  # the tokens flattened, or an error that says what is wrong
+        return routing
+
+    def _decide(self, layer: FusedLinear, x: Tensor, frame: RoutingFrame) -> Routing:
+        """The decision of this forward: one launch on a GPU, the unfused way elsewhere or when it is being recorded."""
+        state, adapter = layer.routing_state, self.adapter
+        if not self.kernels or frame.training or state.recorders:
+            return frame.routing(adapter, layer, x)
+        router_layer = state.router_layer(adapter, layer)
+        options = router_layer.routing_options[adapter]
+        if options.top_k > kernels.MAX_TOP_K or options.num_experts > kernels.MAX_EXPERTS:
+            return frame.routing(adapter, layer, x)
+        weight: Any = router_layer.loraswitch_router[adapter].weight
+        experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
+        dense = torch.zeros((*experts.shape[:-1], options.num_experts), dtype=gates.dtype, device=gates.device)
+        decided = Routing(experts=experts, gates=gates, dense_gates=dense.scatter(-1, experts, gates))
+        routing = with_shared(decided, options)
+        if not torch.compiler.is_compiling():
+            frame.used.add(adapter)
+        frame.routings[adapter] = routing
+        return routing
+
+    def parts(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor], list[float]]:
+        """weights, biases, lora_a, lora_b, scalings"""
+        bases = [getattr(self, f"base{i}") for i in range(self.size)]
+        lora_a = [getattr(self, f"a{i}")["weight"] for i in range(self.size)]
+        lora_b = [getattr(self, f"b{i}")["weight"] for i in range(self.size)]
+        scalings = [getattr(self, f"scaling{i}")[self.adapter] for i in range(self.size)]
+        return [base["weight"] for base in bases], [base["bias"] for base in bases], lora_a, lora_b, scalings
+
+
+def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: Any = None) -> None:
+    """Make `layer` a fused one; `resolve()` has to follow."""
+    if type(layer) is not LoRASwitchLinear:
+        raise ValueError(f"'{layer.name}' is a {type(layer).__name__}: only a LoRASwitchLinear itself can be fused.")
+    layer.__class__ = kind
+    _rewrap(layer)
+    layer.fusing = Fusing(layer, merging)  # type: ignore[assignment, arg-type]
+    layer.fused_groups, layer.fused_slot = {}, next(_slots)  # type: ignore[assignment]
+
+
+def take_off(layer: FusedLinear) -> None:
+    """What it was before `put_on()`."""
+    if "fusing" in layer.__dict__:
+        layer.fusing.handle.remove()
+    for name in ("fusing", "fused_groups", "fused_slot"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = LoRASwitchLinear  # type: ignore[assignment]
+    _rewrap(layer)
+
+
+def _rewrap(layer: LoRASwitchLinear) -> None:
+    """accelerate's hook on the layer itself keeps the forward that it runs, and would keep that of another class."""
+    if "_old_forward" in layer.__dict__:
+        layer._old_forward = MethodType(type(layer).forward, layer)  # type: ignore[assignment]
+
+
+def resolve(layer: FusedLinear) -> None:
+    """Make the groups of the layer that computes for `layer` anew: something of `layer` has changed."""
+    leader = layer.fusing.leader
+    _resolve(leader, leader.fusing.members)
+    for member in leader.fusing.members[1:]:
+        _resolve(member, [member])  # for when it receives another tensor than its leader did
+
+
+def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
+    facts = facts_of(layer)
+    groups = {}
+    for adapter in layer.loraswitch_A:
+        together = [m for m in members if m is layer or (facts.plain and _same_launch(m, layer, adapter, facts))]
+        groups[adapter] = FusedGroup(together, adapter, facts)
+    layer.__dict__["fused_groups"] = groups
+    for adapter in [name for name in layer.fusing.casts if name not in groups]:
+        del layer.fusing.casts[adapter]
+
+
+def _same_launch(member: FusedLinear, leader: FusedLinear, adapter: str, facts: BaseFacts) -> bool:
+    if adapter not in member.loraswitch_A or member.num_experts[adapter] != leader.num_experts[adapter]:
+        return False
+    ours, theirs = base_of(leader).weight, base_of(member).weight
+    return facts_of(member) == facts and ours.dtype == theirs.dtype and ours.device == theirs.device
+
+
+def within_limits(layer: LoRASwitchLinear, adapter: str, active: int) -> bool:
+    """Whether the ops take an adapter of this size, with so many experts for each token; beyond, two dense products serve
+    it, with one line of log."""
+    stack, rank, _ = layer.loraswitch_A[adapter].weight.shape
+    if active <= kernels.MAX_TOP_K and stack <= kernels.MAX_EXPERTS and rank <= kernels.MAX_RANK:
+        return True
+    kernels._log_once(
+        f"LoRA-Switch: adapter '{adapter}' is served by PyTorch operations: the fused ones take at most "
+        f"{kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), {kernels.MAX_EXPERTS} experts and rank "
+        f"{kernels.MAX_RANK}."
+    )
+    return False
+
+
+# -------------------------------------------------------------------------------------------------------------- casts
+
+
+def refresh_casts(layer: FusedLinear, changed: bool = False) -> None:
+    for adapter in layer.loraswitch_A:
+        refresh_cast(layer, adapter, changed)
+
+
+@torch.no_grad()
+def refresh_cast(layer: FusedLinear, adapter: str, changed: bool = False) -> Casts | None:
+    """The experts of `adapter` in the dtype of the base weight, brought up to date in place, where compiled code reads them;
+    None if they have that dtype themselves.
+
+    Args:
+        changed: cast in any case. Otherwise only if PyTorch has counted a change, which writing to `tensor.data` gets around.
+    """
+    a, b = layer.loraswitch_A[adapter].weight, layer.loraswitch_B[adapter].weight
+    dtype = base_of(layer).weight.dtype if facts_of(layer).plain else a.dtype
+    if a.dtype == dtype:
+        layer.fusing.casts.pop(adapter, None)
         return None
-    weight = experts._parameters["weight"]
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return None
-    dtype = plan.parts["base_layer"].weight.dtype if plan.plain else weight.dtype
-    if x.dtype != dtype or x.get_device() != weight.get_device() or x.numel() == 0:
-        return None
-    if torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type):
-        return None
-    if plan.num_experts[adapter] == 0:
-        routing: Routing | None = frame.shared_routing(adapter, layer, x)
+    casts = layer.fusing.casts.get(adapter)
+    versions = versions_of(layer, adapter)
+    old = None if casts is None else casts.a["weight"]
+    if casts is not None and old is not None and (old.dtype, old.device, old.shape) == (dtype, a.device, a.shape):
+        if changed or versions != casts.versions:
+            casts.a["weight"].copy_(a)
+            casts.b["weight"].copy_(b)
+            casts.versions = versions
+        return casts
+    if casts is None:
+        casts = layer.fusing.casts[adapter] = Casts({}, {}, versions)
+    for cast, weight in ((casts.a, a), (casts.b, b)):  # into the dictionaries that groups know
+        cast["weight"] = weight.detach().to(dtype)
+        torch._dynamo.mark_static_address(cast["weight"], guard=False)  # CUDA graphs read it in place, like a parameter
+    casts.versions = versions
+    return casts
+
+
+# -------------------------------------------------------------------------------------------------------- computation
+
+
+def compute(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
+    """The output of `layer` with the group's adapter, unmerged; the outputs of the group's other linears are left for them."""
+    if torch.compiler.is_compiling():
+        if group.plain and group.hooked():
+            return LoRASwitchLinear.forward(layer, x)
     else:
-        routing = frame.routings.get(adapter)
-    if routing is None:
-        routing = _decide(layer, plan, adapter, frame, x)
-    if x.shape[:-1] != routing.token_shape:
-        routing.dense_gates_for(x, layer.name)  # the tokens flattened, or an error that says what is wrong
-    return routing
-
-
-def _decide(layer: LoRASwitchLinear, plan: FusedLayer, adapter: str, frame: RoutingFrame, x: Tensor) -> Routing:
-    """The decision of this forward: one launch on a GPU, the unfused way elsewhere or when it is being recorded."""
-    state = layer.routing_state
-    if not plan.kernels or frame.training or state.recorders:
-        return frame.routing(adapter, layer, x)
-    router_layer = state.router_layer(adapter, layer)
-    options = router_layer.routing_options[adapter]
-    if options.top_k > kernels.MAX_TOP_K or options.num_experts > kernels.MAX_EXPERTS:
-        return frame.routing(adapter, layer, x)
-    weight: Any = router_layer.loraswitch_router[adapter].weight
-    experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
-    dense = torch.zeros((*experts.shape[:-1], options.num_experts), dtype=gates.dtype, device=gates.device)
-    routing = with_shared(Routing(experts=experts, gates=gates, dense_gates=dense.scatter(-1, experts, gates)), options)
-    if not torch.compiler.is_compiling():
-        frame.used.add(adapter)
-    frame.routings[adapter] = routing
-    return routing
-
-
-# ------------------------------------------------------------------------------------------------------- computation
-
-
-def compute(
-    layer: LoRASwitchLinear, plan: FusedLayer, adapter: str, x: Tensor, routing: Routing, frame: RoutingFrame
-) -> Tensor:
-    """The layer's output with the adapter, unmerged; the other linears of its group find theirs in the frame."""
-    tokens = x.numel() // x.shape[-1]
-    if not plan.still_plain():
-        return _beside_base(layer, plan, adapter, x, routing)
-    group = [plan]
-    for member in plan.members()[1:]:
-        if member.has(adapter) and member.num_experts[adapter] == plan.num_experts[adapter] and member.still_plain():
-            group.append(member)
-    active = routing.experts.shape[-1]
-    if tokens > plan.few_tokens or not all(within_limits(member, adapter, active) for member in group):
-        results = _dense(group, adapter, x, routing)
-    else:
-        results = _few(group, adapter, x, routing)
-    if len(group) > 1:
-        frame.leave([member.name for member in group], x, results, adapter)
-    return results[0]
-
-
-def _few(group: list[FusedLayer], adapter: str, x: Tensor, routing: Routing) -> list[Tensor]:
-    """The outputs of a group for a few tokens: base weights and experts in one op."""
-    plan = group[0]
-    bases = [member.parts["base_layer"] for member in group]
-    experts = [member.experts(adapter) for member in group]
-    weights, biases = [base.weight for base in bases], [base.bias for base in bases]
-    lora_a, lora_b = [a for a, _ in experts], [b for _, b in experts]
-    scalings = [member.scaling[adapter] for member in group]
-    if plan.kernels and not torch.compiler.is_compiling() and launchable(x):
+        group = _checked(layer, group)
+    if not group.plain:
+        return _beside_base(layer, group, x, routing)
+    if x.numel() // x.shape[-1] > group.few_tokens or not group.within:
+        return group.leave(x, _dense(group, x, routing))
+    parts = group.parts()
+    if group.kernels and not torch.compiler.is_compiling() and launchable(x):
+        weights, _, lora_a, lora_b, _ = parts
         if all(t.is_contiguous() for t in (*weights, *lora_a, *lora_b)):
-            packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, plan.transposed)
+            packed = kernels.PackedGroup(*parts, group.transposed)
             kernels.warn_if_generic(packed, x, routing.experts)
-            for name in [name for name in plan.direct if not plan.has(name)]:  # deleted since
-                del plan.direct[name]
-            plan.direct[adapter] = DirectGroup(packed, group, adapter)
-    return ops.linear(x, routing.experts, routing.gates, weights, biases, lora_a, lora_b, scalings, plan.transposed)
+            group.direct = DirectGroup(packed, group)
+    return group.leave(x, ops.linear(x, routing.experts, routing.gates, *parts, group.transposed))
 
 
-def _dense(group: list[FusedLayer], adapter: str, x: Tensor, routing: Routing) -> list[Tensor]:
+def _checked(layer: FusedLinear, group: FusedGroup) -> FusedGroup:
+    """`group`, up to date with what no method of the layer is told of: hooks that have come, casts that are old."""
+    if group.plain and group.hooked():
+        resolve(layer)
+        group = layer.fused_groups[group.adapter]
+    for member in group.layers:  # type: ignore[union-attr]
+        if member.fusing.casts:
+            refresh_cast(member, group.adapter)
+    return group
+
+
+def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     """The outputs of a group for many tokens: one shrink for the whole group, and a product more for each linear."""
+    weights, biases, lora_a, lora_b, scalings = group.parts()
     rows = x.reshape(-1, x.shape[-1])
-    experts = [member.experts(adapter) for member in group]
-    gates = [routing.scaled(member.scaling[adapter], x.dtype) for member in group]
-    hidden = ops.group_hidden(rows, [a for a, _ in experts], gates)
+    hidden = ops.group_hidden(rows, lora_a, [routing.scaled(scaling, x.dtype) for scaling in scalings])
     results = []
-    for member, h, (_, b) in zip(group, hidden, experts, strict=True):
-        base = member.parts["base_layer"]
-        result = ops.dense_linear(rows, h, base.weight, base.bias, b, member.transposed)
+    for h, weight, bias, b in zip(hidden, weights, biases, lora_b, strict=True):
+        result = ops.dense_linear(rows, h, weight, bias, b, group.transposed)
         results.append(result.view(*x.shape[:-1], b.shape[1]))
     return results
 
 
-def _beside_base(layer: LoRASwitchLinear, plan: FusedLayer, adapter: str, x: Tensor, routing: Routing) -> Tensor:
+def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
     """The base layer's own forward (quantised, hooked), and the experts added to what it returns."""
+    a: Any = group.a0["weight"]  # type: ignore[index]
+    b: Any = group.b0["weight"]  # type: ignore[index]
+    scaling: Any = group.scaling0[group.adapter]  # type: ignore[index]
+    if a.dtype != x.dtype:  # no casts any more, since the base layer is not plain any more
+        return LoRASwitchLinear.forward(layer, x)
     base = layer.base_layer(x)
-    a, b = plan.experts(adapter)
-    unfit = (
-        base.dtype != x.dtype or base.device != x.device or not within_limits(plan, adapter, routing.experts.shape[-1])
-    )
-    if x.numel() // x.shape[-1] <= plan.few_tokens and not unfit:
-        return ops.delta(base, x, routing.experts, routing.gates, a, b, plan.scaling[adapter])
+    unfit = base.dtype != x.dtype or base.device != x.device or not group.within
+    if x.numel() // x.shape[-1] <= group.few_tokens and not unfit:
+        return ops.delta(base, x, routing.experts, routing.gates, a, b, scaling)
     rows = x.to(a.dtype).reshape(-1, x.shape[-1])
-    (hidden,) = ops.group_hidden(rows, [a], [routing.scaled(plan.scaling[adapter], a.dtype)])
+    (hidden,) = ops.group_hidden(rows, [a], [routing.scaled(scaling, a.dtype)])
     if base.dtype != hidden.dtype:
         return base + (hidden @ ops.wide(b).T).to(base.dtype).view(base.shape)
     # out of place: a quantised base layer may return a view
     return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, ops.wide(b).T).view(base.shape)
-
-
-def within_limits(plan: FusedLayer, adapter: str, active: int) -> bool:
-    """Whether the ops take an adapter of this size, with so many experts for each token; beyond, two dense products serve
-    it, with one line of log."""
-    stack, rank, _ = plan.parts["loraswitch_A"]._modules[adapter].weight.shape
-    if active <= kernels.MAX_TOP_K and stack <= kernels.MAX_EXPERTS and rank <= kernels.MAX_RANK:
-        return True
-    if not torch.compiler.is_compiling():
-        kernels._log_once(
-            f"LoRA-Switch: adapter '{adapter}' is served by PyTorch operations: the fused ones take at most "
-            f"{kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), {kernels.MAX_EXPERTS} experts and rank "
-            f"{kernels.MAX_RANK}."
-        )
-    return False

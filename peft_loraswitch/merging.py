@@ -36,7 +36,7 @@ class MergedWeights:
     """
 
     def __init__(self, layers: list[LoRASwitchLinear], in_place: bool) -> None:
-        from .fused import FusedLayer, base_of, within_limits
+        from .fused import base_of, facts_of, within_limits
 
         self.layers, self.in_place = layers, in_place
         self.adapter = self._one_adapter(layers)
@@ -44,19 +44,19 @@ class MergedWeights:
         self.served = [layer for layer in layers if layer.num_experts.get(self.adapter)]
         self.bases = [base_of(layer) for layer in self.served]
         kinds = {(base.weight.dtype, base.weight.device) for base in self.bases}
-        plans = [FusedLayer(layer) for layer in self.served]
-        if not all(plan.plain for plan in plans) or len(kinds) != 1:
+        facts = [facts_of(layer) for layer in self.served]
+        if not all(fact.plain for fact in facts) or len(kinds) != 1:
             raise ValueError("strategy='merge' needs plain 16/32-bit linears of one dtype on one device: use 'fused'.")
         if len({layer.num_experts[self.adapter] for layer in self.served}) != 1:
             raise ValueError("strategy='merge' needs the same number of experts on every layer.")
         first = self.served[0]
         active = first.top_k[self.adapter] + first.num_shared_experts[self.adapter]
-        if not all(within_limits(plan, self.adapter, active) for plan in plans):
+        if not all(within_limits(layer, self.adapter, active) for layer in self.served):
             raise ValueError(
                 f"strategy='merge' takes at most {kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), "
                 f"{kernels.MAX_EXPERTS} experts and rank {kernels.MAX_RANK}: use 'fused'."
             )
-        self.transposed = [plan.transposed for plan in plans]
+        self.transposed = [fact.transposed for fact in facts]
         self.scalings = [layer.scaling[self.adapter] for layer in self.served]
         dtype, device = kinds.pop()
         experts: list[Any] = [
@@ -78,7 +78,7 @@ class MergedWeights:
         for tensor in (self.experts, self.gates, self.nothing):
             torch._dynamo.mark_static_address(tensor, guard=False)
         self.warned = False
-        self.kernels = plans[0].kernels
+        self.kernels = facts[0].kernels
         if self.kernels:  # now: not while a CUDA graph is recorded, whose memory it would live in
             ops.merge_table(*self._arguments())
 

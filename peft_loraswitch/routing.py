@@ -74,28 +74,41 @@ class Routing:
     _scaled: dict[tuple[float, torch.dtype], torch.Tensor] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
+    _elsewhere: dict[torch.device, Routing] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def token_shape(self) -> torch.Size:
         return self.experts.shape[:-1]
 
     def dense_gates_for(self, x: torch.Tensor, layer_name: str) -> torch.Tensor:
-        """`dense_gates` in the token shape of a layer's input x [..., in_features], checked: [..., all experts].
+        """`dense_gates` in the token shape and on the device of a layer's input x [..., in_features], checked: [..., all experts].
 
         Raises:
             RuntimeError: x does not hold the tokens that were routed.
         """
         shape = x.shape[:-1]
+        gates = self.dense_gates if self.dense_gates.device == x.device else self.dense_gates.to(x.device)
         if shape == self.token_shape:
-            return self.dense_gates
+            return gates
         # Some models flatten (batch, sequence) on the way (OPT's decoder); a same-rank difference is other tokens.
         if len(shape) != len(self.token_shape) and shape.numel() == self.token_shape.numel():
-            return self.dense_gates.reshape(*shape, self.dense_gates.shape[-1])
+            return gates.reshape(*shape, gates.shape[-1])
         raise RuntimeError(
             f"LoRA-Switch routed tokens of shape {tuple(self.token_shape)}, but the adapted layer '{layer_name}' sees "
             f"{tuple(shape)}: it does not process the tokens that were routed (a pooler, cross-attention, a table of "
             "positions or an expert of the backbone does not). Exclude it with exclude_modules."
         )
+
+    def on(self, device: torch.device) -> Routing:
+        """This decision on another device, for the layers that a model spread over several (`device_map`) has there; copied
+        once for all of them."""
+        if self.experts.device == device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Routing(
+                self.experts.to(device), self.gates.to(device), self.dense_gates.to(device)
+            )
+        return self._elsewhere[device]
 
     def scaled(self, scaling: float, dtype: torch.dtype) -> torch.Tensor:
         """`scaling * dense_gates` in `dtype`, [tokens, all experts]: made once for all layers that ask for the same."""

@@ -84,7 +84,8 @@ def library(monkeypatch) -> Iterator[StandIn]:
 def fuse(model: nn.Module) -> nn.Module:
     model.fuse_for_inference("fused")
     for layer in adapted_layers(model):
-        layer.fused.kernels = True
+        for group in layer.fused_groups.values():
+            group.kernels = True
     return model
 
 

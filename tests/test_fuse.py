@@ -14,6 +14,7 @@ from helpers import LAYERS, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
 from peft_loraswitch import LoRASwitchConfig, LoRASwitchLinear
 from peft_loraswitch import fuse as fusing
 from peft_loraswitch.fuse import is_fused
+from peft_loraswitch.fused import FusedLeader
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -379,7 +380,7 @@ def test_linears_that_are_not_plain_use_the_delta_op(device):
     tokens = [ids(1, 1, device), ids(3, 20, device)]
     expected = [logits(model, t) for t in tokens]
     with model.fuse_for_inference("fused"):
-        assert not any(layer.fused.plain for layer in fusing.adapted_layers(model))
+        assert not any(layer.fused_groups["default"].plain for layer in fusing.adapted_layers(model))
         assert all(close(logits(model, t), e) for t, e in zip(tokens, expected, strict=True))
 
 
@@ -407,31 +408,27 @@ def test_merge_refuses_what_it_cannot_serve():
     assert not is_fused(model)
 
 
-def test_an_error_while_fusing_leaves_the_model_unfused(monkeypatch):
+@pytest.mark.parametrize("step", ["put_on", "resolve", "facts_of"])
+def test_an_error_while_fusing_leaves_the_model_unfused(step, monkeypatch):
     model = adapted(tiny_llama())
     expected = logits(model, ids(1, 2, "cpu"))
-    made = []
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    original, calls = getattr(fusing, step), []
 
-    def fail(layer, merging=None):
-        made.append(layer)
-        if len(made) > 5:
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > 5:
             raise RuntimeError("out of memory, say")
-        return original(layer, merging)
+        return original(*args)
 
-    original = fusing.FusedLayer
-    monkeypatch.setattr(fusing, "FusedLayer", fail)
+    monkeypatch.setattr(fusing, step, fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.fuse_for_inference("fused")
     assert not is_fused(model) and torch.equal(logits(model, ids(1, 2, "cpu")), expected)
+    assert all(module.__dict__.keys() == before[name].keys() for name, module in model.named_modules())
     monkeypatch.undo()
-
-    def fail_late(plan, adapter):
-        raise RuntimeError("no room for a cast")
-
-    monkeypatch.setattr(fusing.FusedLayer, "refresh", fail_late)
-    with pytest.raises(RuntimeError, match="no room"):
-        model.fuse_for_inference("fused")
-    assert not is_fused(model) and not any("forward" in layer.__dict__ for layer in fusing.adapted_layers(model))
+    with model.fuse_for_inference("fused"):
+        assert close(logits(model, ids(1, 2, "cpu")), expected)
 
 
 def test_a_model_that_takes_no_input_ids_is_served_without_groups(caplog):
@@ -481,3 +478,28 @@ def test_unload_of_a_fused_model_gives_the_backbone_back():
     backbone = model.unload()
     assert not any(isinstance(m, LoRASwitchLinear) for m in backbone.modules())
     assert torch.equal(logits(backbone, ids(1, 3, "cpu")), expected)
+
+
+@pytest.mark.parametrize("hooked", ["base layers", "layers"])
+def test_hooks_by_which_accelerate_spreads_a_model_over_devices(hooked):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model = adapted(tiny_llama())
+    expected = [logits(model, ids(1, n, "cpu")) for n in (1, 40)]
+    for layer in fusing.adapted_layers(model):
+        add_hook_to_module(layer.base_layer if hooked == "base layers" else layer, AlignDevicesHook("cpu"))
+    with model.fuse_for_inference("fused"):
+        assert all(layer.fused_groups["default"].plain for layer in fusing.adapted_layers(model))
+        ran = []
+        handle = fusing.adapted_layers(model)[3].register_forward_hook(lambda module, *_: ran.append(type(module)))
+        assert all(close(logits(model, ids(1, n, "cpu")), e) for n, e in zip((1, 40), expected, strict=True))
+        assert ran == [FusedLeader] * 2
+        handle.remove()
+        calls = []
+        attention = model.base_model.model.model.layers[0].self_attn
+        attention.q_proj.base_layer.register_forward_hook(lambda *_: calls.append("the base layer's own forward"))
+        assert close(logits(model, ids(1, 1, "cpu")), expected[0]) and calls
+    assert all(torch.equal(logits(model, ids(1, n, "cpu")), e) for n, e in zip((1, 40), expected, strict=True))
+    for layer in fusing.adapted_layers(model):
+        remove_hook_from_module(layer, recurse=True)
+    assert torch.equal(logits(model, ids(1, 1, "cpu")), expected[0])
