@@ -81,7 +81,7 @@ class Routing:
         return self.experts.shape[:-1]
 
     def dense_gates_for(self, x: torch.Tensor, layer_name: str) -> torch.Tensor:
-        """`dense_gates` in the token shape and on the device of a layer's input x [..., in_features], checked: [..., all experts].
+        """`dense_gates` in token shape and device of a layer's input x [..., in_features], checked: [..., all experts].
 
         Raises:
             RuntimeError: x does not hold the tokens that were routed.
