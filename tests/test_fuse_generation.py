@@ -15,10 +15,12 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
+from torch import nn
 
 from helpers import adapted, padded, randomize_adapter, switch_config, switch_layers, tiny_gpt2, tiny_llama, tokens
 from peft_loraswitch import LoRASwitchLinear
 from peft_loraswitch.fuse import is_fused
+from peft_loraswitch.routing import Routing
 from test_quantized import BACKENDS, LINEARS, _saved
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -264,6 +266,28 @@ def test_quantised_backbones(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # -------------------------------------------------------------------------------------------------------- two devices
+
+
+class TwoPlaces(nn.Module):
+    """Two linears, the second on the meta device: shapes and devices as on a second GPU, without data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8, device="meta")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).to("meta"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (3, 40, 16)])
+def test_a_decision_is_followed_on_another_device(shape: tuple[int, ...]):
+    model = adapted(TwoPlaces(), target_modules=["first", "second"])
+    out = model(torch.randn(shape))
+    assert out.device.type == "meta" and out.shape == (*shape[:-1], 8)
+    routing = Routing(*(torch.rand(3, n) for n in (2, 2, 4)))
+    there = routing.on(torch.device("meta"))
+    assert there is routing.on(torch.device("meta")) and there.experts.is_meta and there.dense_gates.shape == (3, 4)
+    assert routing.on(torch.device("cpu")) is routing
 
 
 @pytest.mark.gpu
