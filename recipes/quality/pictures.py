@@ -197,7 +197,8 @@ def draw_quality_by_cost(plt: Any, data: Data) -> Any:
         ticks = [x for x in (-10, -5, -2, -1, 0, 0.5, 1, 2, 5, 10, 20, 50, 100) if 1.4 * lowest <= x <= 1.8 * highest]
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
-        values = [each[metric][0] for each in data["methods"].values()]
+        spreads = [each[metric] for each in data["methods"].values()]
+        values = [mean + sign * (sd or 0) for mean, sd in spreads for sign in (-1, 1)]
         room = 0.08 * (max(values) - min(values) or 1)
         axis.set_ylim(min(values) - room, max(values) + room)
         if metric == "loss":
