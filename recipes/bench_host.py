@@ -5,7 +5,8 @@
     python recipes/bench_host.py --methods fused --modes static --profile
 
 Modes: `eager` (`generate` as it is), `static` (`generate(cache_implementation="static")`, whose step transformers compiles),
-`step` (that compiled step called alone), `layers` (the linears of one decoder layer, called one after the other).
+`step` (that compiled step called alone), `layers` (the linears of one decoder layer, called one after the other), `prefill`
+(one forward of --prompt tokens, not compiled; microseconds of the whole).
 On a CPU the compiled graph is replaced by its results, so that guards and arguments are all that is left of a step.
 """
 
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {"tiny": (64, 64, 96, 4), "llama-2-7b": (32000, 4096, 11008, 32)}  # vocabulary, hidden, intermediate, heads
 METHODS = ("backbone", "lora", "torch", "fused")
-MODES = ("eager", "static", "step", "layers")
+MODES = ("eager", "static", "step", "layers", "prefill")
 PROMPT = 16
 
 
@@ -138,6 +139,23 @@ class Bench:
         self.synchronize()
         return time.perf_counter() - start
 
+    def prefill(self, tokens: int) -> Callable[[], float]:
+        """Seconds of a forward of so many tokens, of which the last one's logits are wanted."""
+        import torch
+
+        ids = torch.randint(5, 60, (1, tokens), device=self.device)
+
+        @torch.no_grad()
+        def run() -> float:
+            self.synchronize()
+            start = time.perf_counter()
+            self.model(input_ids=ids, logits_to_keep=1, use_cache=False)
+            self.synchronize()
+            return time.perf_counter() - start
+
+        run()
+        return run
+
     def per_token(self, static: bool, repeats: int = 7) -> float:
         """Microseconds of a token; the prefill is taken out as the difference of two lengths."""
         self.generate(static, 8)
@@ -243,6 +261,12 @@ def measure(method: str, modes: list[str], args: argparse.Namespace) -> list[dic
 
     if "layers" in modes:
         add("layers", layers_us(bench))
+    if "prefill" in modes:
+        run = bench.prefill(args.prompt)
+        times = sorted(run() for _ in range(9))
+        more = {"device_us": round(device_us(run, 1), 1)} if args.device == "cuda" else {}
+        add("prefill", times[len(times) // 2] * 1e6, **more)
+        profiled(args, f"{method} prefill", run)
     if "eager" in modes:
         us = bench.per_token(static=False)
         busy: dict[str, Any] = {}
@@ -305,6 +329,7 @@ def main() -> None:
     parser.add_argument("--shape", default="tiny", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=2048, help="tokens of `prefill`")
     parser.add_argument("--device", default=None, choices=["cpu", "cuda"])
     parser.add_argument("--profile", action="store_true", help="print which functions take the host's time")
     parser.add_argument("--output", type=Path, default=None, help="JSON file")

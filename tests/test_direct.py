@@ -204,6 +204,53 @@ def test_what_is_changed_after_fusing_is_seen(change, length, library):
     assert change is layer_in_training or not close(before, expected)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_after_fusing_is_seen_by_compiled_code(change):
+    torch._dynamo.reset()
+    model = made()
+    tokens = ids(1, 1, "cpu")
+    model.fuse_for_inference("fused")
+    before = logits(model, tokens, use_cache=False)
+    compiled = torch.compile(model, backend="eager")
+    if change is not hook_on_base_layer:  # dynamo does not look for hooks that come to a compiled model, fused or not
+        logits(compiled, tokens, use_cache=False)
+    change(model)
+    after = logits(compiled, tokens, use_cache=False)
+    model.unfuse()
+    expected = logits(model, tokens, use_cache=False)
+    assert close(after, expected)
+    assert change is layer_in_training or not close(before, expected)
+
+
+def test_casts_follow_experts_that_are_loaded_or_trained():
+    """float32 experts on a bf16 backbone, for compiled code, which does not look whether they have changed."""
+    torch._dynamo.reset()
+    model = made(dtype=torch.bfloat16)
+    experts = {n: p for n, p in model.named_parameters() if "loraswitch_A" in n or "loraswitch_B" in n}
+    for parameter in experts.values():
+        parameter.data = parameter.data.float()
+    model.fuse_for_inference("fused")
+    tokens = ids(1, 1, "cpu")
+    compiled = torch.compile(model, backend="eager")
+
+    def follows() -> bool:
+        fused = logits(compiled, tokens, use_cache=False).float()
+        model.unfuse()
+        expected = logits(model, tokens, use_cache=False).float()
+        model.fuse_for_inference("fused")
+        return close(fused, expected, 0.03)
+
+    first = logits(compiled, tokens, use_cache=False)
+    assert follows()
+    model.load_state_dict({name: value.clone() * 2 for name, value in experts.items()}, strict=False)
+    assert follows() and not torch.equal(logits(compiled, tokens, use_cache=False), first)
+    model.train()
+    for parameter in experts.values():  # as an optimiser that writes to .data does
+        parameter.data.mul_(-1)
+    model.eval()
+    assert follows()
+
+
 def test_memory_of_a_deleted_adapter_is_given_back(library):
     import weakref
 
