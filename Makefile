@@ -1,11 +1,16 @@
 # The README's two commands, and the linters. `make` is a convenience: nothing here needs it.
+# `make wheel VENV=/path/to/python` takes an environment of yours that has PyTorch, PEFT and setuptools.
 PYTHON ?= python3
 VENV = .venv/bin/python
+# What an environment is ready by: ours by a file written when it is, another by itself.
+READY = $(if $(filter .venv/bin/python,$(VENV)),.venv/.ready,$(VENV))
 
-.PHONY: setup quickstart test lint format wheel
+.PHONY: setup quickstart test lint format wheel table
 
-setup:
-	$(PYTHON) -m venv .venv && $(VENV) -m pip install -r requirements-dev.txt -e .
+setup: $(READY)
+
+.venv/.ready: requirements-dev.txt pyproject.toml setup.py
+	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -r requirements-dev.txt -e . && touch $@
 
 quickstart: setup
 	$(VENV) recipes/quickstart.py
@@ -13,14 +18,19 @@ quickstart: setup
 test: setup
 	$(VENV) -m pytest -n 2
 
-lint:
+lint: setup
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 	$(VENV) -m mypy
 
-format:
+format: setup
 	$(VENV) -m ruff check --fix .
 	$(VENV) -m ruff format .
 
+# The kernels for all architectures in a wheel, in dist/: tag and size checked, installed into an empty environment, imported.
 wheel: setup
 	$(VENV) csrc/check_wheel.py
+
+# The README's decode table from recipes/results/decode_h200.json.
+table:
+	$(PYTHON) recipes/decode_report.py

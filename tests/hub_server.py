@@ -22,10 +22,13 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from hub_store import LFS_SUFFIXES, LFS_THRESHOLD, File, HubError, HubStore, Repo, card_problems
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 
 class Handler(BaseHTTPRequestHandler):

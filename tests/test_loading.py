@@ -252,7 +252,7 @@ def test_modules_to_save_come_back(tmp_path):
     wanted = model(tokens()).logits
     assert torch.equal(PeftModel.from_pretrained(tiny_llama_classifier(), tmp_path)(tokens()).logits, wanted)
     backbone = tiny_llama_classifier()
-    if Version(transformers.__version__) >= Version("5.23"):
+    if Version(transformers.__version__) >= Version("5.20"):
         backbone.load_adapter(tmp_path)
         assert torch.equal(backbone(tokens()).logits, wanted)
     else:  # older versions leave the head as it was, without a word: we do not

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +24,7 @@ def check_wheel(*options: str) -> str:
 
 def test_a_machine_without_nvcc_gets_a_pure_python_wheel_that_says_so(tmp_path):
     out = check_wheel("--no-nvcc", "--output", str(tmp_path))
-    assert "py3-none-any.whl" in out and "installs into an empty environment" in out
+    assert "py3-none-any.whl" in out and "installs into an empty environment and imports" in out
 
 
 @pytest.mark.slow
@@ -34,9 +37,38 @@ def test_the_wheel_with_kernels(tmp_path):
     if setup.find_nvcc() is None:
         pytest.skip("no nvcc on this machine: nothing to compile the kernels with")
     out = check_wheel("--output", str(tmp_path))
-    assert "py3-none-manylinux_2_" in out and "its library loads there" in out
+    assert "py3-none-manylinux_2_" in out and "imports, and its library loads" in out
+    assert "sm_80+sm_86+sm_89+sm_90+sm_100+sm_120+compute_90" in out
 
 
 def test_setup_neither_imports_torch_nor_downloads():
     source = (ROOT / "setup.py").read_text()
     assert not [word for word in ("import torch", "urllib", "requests", '"pip"') if word in source.split('"""', 2)[2]]
+
+
+def test_the_package_is_written_for_the_python_it_says_it_needs():
+    """Python 3.10, the floor of the oldest PyTorch, PEFT and Transformers that are supported."""
+    metadata = (ROOT / "pyproject.toml").read_text()
+    assert 'requires-python = ">=3.10"' in metadata
+    assert 'python_version = "3.10"' in metadata, "mypy must look the standard library up as it was in 3.10"
+    files = sorted((ROOT / "peft_loraswitch").glob("*.py"))
+    assert len(files) > 15
+    for file in files:
+        ast.parse(file.read_text(), str(file), feature_version=(3, 10))
+        future = re.search(
+            r"from typing import .*\b(Self|assert_never|LiteralString|Unpack|override)\b", file.read_text()
+        )
+        assert future is None, f"{file.name}: {future.group() if future else ''} is not in Python 3.10"
+
+
+def test_python_3_10_compiles_it(tmp_path):
+    python = shutil.which("python3.10")
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip("no python3.10 on this machine")
+    shutil.copytree(
+        ROOT / "peft_loraswitch", tmp_path / "package", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    result = subprocess.run(
+        [python, "-m", "compileall", "-q", str(tmp_path / "package")], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -129,7 +129,7 @@ def test_the_enum_on_other_pythons(version):
 def test_the_enum_where_python_keeps_a_list_of_hashable_values():
     """Later 3.12 and 3.13 look up `"LORASWITCH" in PeftType` in a list of their own."""
 
-    class Types(str, enum.Enum):  # noqa: UP042 (as PEFT's own)
+    class Types(str, enum.Enum):  # as PEFT's own
         LORA = "LORA"
 
     if not hasattr(Types, "_hashable_values_"):
