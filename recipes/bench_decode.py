@@ -47,7 +47,11 @@ Key = tuple[str, str, int, str]  # model, method, rank, mode
 
 
 class WorkerFailed(Exception):
-    """A process died, hung or reported an error."""
+    """`process` died, hung or reported an error."""
+
+    def __init__(self, process: Process, why: str) -> None:
+        super().__init__(why)
+        self.process = process
 
 
 @dataclass
@@ -73,12 +77,12 @@ class Process:
         try:
             self.connection.send((name, mode))
             if not self.connection.poll(timeout):
-                raise WorkerFailed(f"no answer to {name} {mode} in {timeout:.0f} s")
+                raise WorkerFailed(self, f"no answer to {name} {mode} in {timeout:.0f} s")
             answer = self.connection.recv()
         except (EOFError, OSError) as error:
-            raise WorkerFailed(f"died in {name} {mode}") from error
+            raise WorkerFailed(self, f"died in {name} {mode}") from error
         if isinstance(answer, tuple) and answer[0] == "failed":
-            raise WorkerFailed(str(answer[1]))
+            raise WorkerFailed(self, str(answer[1]))
         return answer
 
 
@@ -363,9 +367,9 @@ class Run:
                     name = f"{each.job.model} {each.job.method} r={each.job.rank} {mode}"
                     self.result.setdefault("profile", {})[name] = each.call("profile", mode)
         except WorkerFailed as error:
-            self.drop(process, str(error))
-            if reference is not None and not reference.process.is_alive():
-                self.drop(reference, str(error))
+            self.drop(error.process, str(error))
+            if error.process is reference:  # once more, against what the reference has measured before
+                process.todo.append(mode)
         finally:
             for other in others:
                 self.signal(other, signal.SIGCONT)

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ from decode_plan import CACHE, NUM_EXPERTS, PREFILL, PROMPT, TARGETS, TOP_K, Job
 # `generate` whose difference is taken.
 LOOP_STEPS = {"compiled": (10, 3), "graph": (8, 2)}
 LENGTHS = {"static": (8, 40), "eager": (4, 16)}
-Loop = Callable[[int], None]
+
+
+@dataclass
+class Loop:
+    """`run(steps)` runs so many; `rewind()` makes room for the next: a cache ends somewhere."""
+
+    run: Callable[[int], None]
+    rewind: Callable[[], None] = lambda: None
 
 
 class DeviceLock:
@@ -168,6 +176,12 @@ class Decoder:
         out = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.token = out.logits.argmax(-1)
 
+    def rewind(self) -> None:
+        """Back to the end of the prompt: every step adds a token to the cache."""
+        layers: Any = self.cache.layers
+        for layer in layers:
+            layer.cumulative_length.fill_(PROMPT)
+
     def step(self, token: Any, position: Any) -> Any:
         out = self.model(input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True)
         return out.logits[:, -1:].argmax(-1)
@@ -189,7 +203,7 @@ def compiled_loop(model: Any, batch: int, device: str) -> Loop:
             token = step(token, decoder.position).clone()
 
     run(6)
-    return run
+    return Loop(run, decoder.rewind)
 
 
 def captured_loop(model: Any, device: str) -> Loop:
@@ -203,7 +217,7 @@ def captured_loop(model: Any, device: str) -> Loop:
             for _ in range(tokens):
                 decoder.step(decoder.token, decoder.position)
 
-        return uncaptured
+        return Loop(uncaptured, decoder.rewind)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -218,7 +232,7 @@ def captured_loop(model: Any, device: str) -> Loop:
         for _ in range(tokens):
             graph.replay()
 
-    return run
+    return Loop(run, decoder.rewind)
 
 
 def generate(model: Any, static: bool, tokens: int, device: str) -> float:
@@ -269,6 +283,12 @@ class Worker:
         callback_handler.register_start_callback(begin)
         callback_handler.register_end_callback(end)
 
+    def breathe(self) -> None:
+        """Let a measurement in that waits for the GPU."""
+        synchronize(self.device)
+        self.lock.release()
+        self.lock.shared()
+
     def build(self, tensors: dict[str, Any] | None) -> None:
         """`tensors`: the backbone's, if another process holds them."""
         if tensors is None:
@@ -296,7 +316,7 @@ class Worker:
                     self.model(input_ids=ids, logits_to_keep=1, use_cache=False)
 
             prefill(1)
-            self.loops[mode] = prefill
+            self.loops[mode] = Loop(prefill)
         elif kind in LENGTHS:
             # The longest first: a cache that grows later would be compiled for again.
             for _ in range(2 if kind == "static" else 1):
@@ -324,8 +344,9 @@ class Worker:
             short, long = LENGTHS[kind]
             times = [generate(self.model, kind == "static", length, self.device) for length in (short, long)]
             return (times[1] - times[0]) / (long - short) * 1e3
-        run = self.loops[mode]
+        run = self.loops[mode].run
         steps, lead = LOOP_STEPS.get(kind, (1, 0))
+        self.loops[mode].rewind()
         run(lead)
         if self.device != "cuda":
             begin = time.perf_counter()
@@ -383,7 +404,8 @@ class Worker:
             if kind in LENGTHS:
                 generate(self.model, kind == "static", forwards, self.device)
             else:
-                self.loops[mode](forwards)
+                self.loops[mode].rewind()
+                self.loops[mode].run(forwards)
                 synchronize(self.device)
 
         start = time.perf_counter()
@@ -533,6 +555,7 @@ def serve(job: Job, device: str, connection: Connection, locks: Path, log: str) 
         start = time.monotonic()
         worker.build(tensors)
         for mode in job.modes:
+            worker.breathe()
             try:
                 worker.prepare(mode)
                 print(f"{mode} is ready after {time.monotonic() - start:.1f} s", flush=True)

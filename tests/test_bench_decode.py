@@ -23,7 +23,7 @@ import bench_decode  # noqa: E402
 import decode_report  # noqa: E402
 import decode_worker  # noqa: E402
 import fake_decode_worker as fake  # noqa: E402
-from decode_plan import METHODS, MODES, SHAPES, TINY_SHAPES, Job, kind_of, plan  # noqa: E402
+from decode_plan import CACHE, METHODS, MODES, NUM_EXPERTS, SHAPES, TINY_SHAPES, TOP_K, Job, kind_of, plan  # noqa: E402
 
 SHAPE = TINY_SHAPES["mistral-7b"]
 
@@ -92,6 +92,18 @@ def test_what_fails_is_named_and_the_rest_goes_on(run):
     assert f"lora r={fake.DIES_WHILE_MEASURED} compiled:1: died in sample compiled:1" in missing
     assert f"fused r={fake.SKIPS} compiled:1: Unsupported: a graph break" in missing
     assert len(done.result["header"]["missing"]) == 3
+
+
+def test_a_reference_that_dies_takes_nobody_with_it(run):
+    """What it had measured until then is what the others are compared with."""
+    jobs = [job("backbone", fake.DIES_LATER, ("compiled:1", "prefill")), job("fused", 8), job("fused", 16)]
+    done = run([*jobs, job("fused", 64, ("compiled:1", "prefill"))], slots=1)
+    found = rows(done)
+    assert found[("fused", 8, "compiled:1")] == found[("fused", 16, "compiled:1")] == (3.0, 1.5)
+    assert found[("fused", 64, "compiled:1")] == (3.0, 1.5) and found[("fused", 64, "prefill:1")] == (3.0, None)
+    assert done.result["header"]["missing"] == [
+        f"mistral-7b backbone r={fake.DIES_LATER} prefill: died in sample compiled:1"
+    ]
 
 
 def test_the_limit_ends_the_run_and_what_is_ready_is_measured(run):
@@ -213,6 +225,26 @@ def test_a_model_filled_with_shared_tensors_is_the_same_model():
         assert sum(p.numel() for p in whole.parameters()) == it.shape.elements() + norms
     with pytest.raises(RuntimeError, match="without a value"):
         decode_worker.fill(decode_worker.empty_backbone(tied, "meta"), {})
+
+
+def test_samples_can_be_taken_for_ever(tmp_path):
+    """A reference is sampled with each of its partners: more steps in all than its cache has room for."""
+    it = dataclasses.replace(job("fused", 4, ("graph", "prefill")), shape=dataclasses.replace(SHAPE, layers=1))
+    worker = decode_worker.Worker(it, "cpu", decode_worker.DeviceLock(tmp_path, "cpu"))
+    with torch.no_grad():
+        worker.build(decode_worker.tensors_of(decode_worker.empty_backbone(it, "cpu")))
+        for mode in it.modes:
+            worker.prepare(mode)
+        samples = CACHE // sum(decode_worker.LOOP_STEPS["graph"]) + 2
+        assert all(worker.sample("graph") > 0 for _ in range(samples)) and worker.sample("prefill") > 0
+        worker.begin("graph")
+        facts = worker.finish("graph")
+        assert facts["adapted_bytes"] == 2 * it.shape.linear_elements() and facts["tokens"] == 1
+        weights = it.shape.elements() - it.shape.vocabulary * it.shape.hidden  # an embedding is looked up, not read
+        experts = it.shape.expert_elements(it.rank) * TOP_K // NUM_EXPERTS
+        rest = 3 * it.shape.hidden + NUM_EXPERTS * it.shape.hidden  # norms, router
+        assert facts["read_bytes"] == pytest.approx(2 * (weights + experts + rest), rel=0.01)
+        assert worker.profile("graph")["host_ms"]
 
 
 @pytest.mark.slow
