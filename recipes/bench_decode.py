@@ -346,7 +346,7 @@ class Run:
         if reference is not None and mode in reference.todo:
             reference.todo.remove(mode)
         measured = [p for p in (reference, process) if p is not None]
-        others = [p for p in self.live if p not in measured]
+        others = [p for p in (*self.live, *self.holders.values()) if p not in measured]
         for other in others:
             self.signal(other, signal.SIGSTOP)
         try:
@@ -488,11 +488,13 @@ def run_devices(args: argparse.Namespace, argv: list[str], jobs: list[Job], fold
     try:
         for process, _ in runs:
             process.wait()
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped early", flush=True)
     finally:
         for process, _ in runs:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(10)
+            process.terminate()
+        for process, _ in runs:
+            process.wait(30)
     parts = [json.loads(output.read_text()) for _, output in runs if output.exists()]
     failed = [models for (_, output), models in zip(runs, shares.values(), strict=True) if not output.exists()]
     return decode_report.merge(parts, [f"{model}: its process wrote nothing" for models in failed for model in models])
