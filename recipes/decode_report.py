@@ -281,6 +281,7 @@ def facts(result: Result) -> list[str]:
     short = [f"{NAMES[m]} with {n} of {SHAPES[m].layers} layers" for m, n in layers.items() if n != SHAPES[m].layers]
     if short:
         text.append(f"Shortened: {', '.join(short)}.")
+    text += head.get("notes", [])
     if head.get("missing"):
         text.append(f"Not measured in that run: {len(head['missing'])} rows, named in the file's header.")
     return text
