@@ -25,7 +25,16 @@ except ImportError:  # setuptools before 70.1
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libloraswitch.so"
-SOURCES = ["api.cu", "workspace.cu", "router.cu", "shrink.cu", "linear.cu", "linear_stream.cu", "linear_generic.cu", "merge.cu"]
+SOURCES = [
+    "api.cu",
+    "workspace.cu",
+    "router.cu",
+    "shrink.cu",
+    "linear.cu",
+    "linear_stream.cu",
+    "linear_generic.cu",
+    "merge.cu",
+]
 ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 # PTX of 9.0, not older: it is what newer chips translate, and only it has the dependent-launch instructions they use.
 PTX = "90"

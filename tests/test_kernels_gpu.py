@@ -128,7 +128,9 @@ def test_linear_every_kernel_shape(dtype, tokens, tuning, launches, in_features)
 @pytest.mark.parametrize(("rank", "top_k"), [(256, 2), (256, 8), (64, 8)])
 def test_more_shrink_tasks_than_blocks(tokens, rank, top_k):
     check_group([4096, 64], 1024, [rank, rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAM)
-    check_group([16], 1024, [rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAM)  # one block has it all
+    check_group(
+        [16], 1024, [rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAM
+    )  # one block has it all
     check_group([4096, 64], 1024, [rank, rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_REGISTERS)
 
 
@@ -339,7 +341,9 @@ def test_the_workspace_is_given_once():
     device = torch.cuda.current_device()
     kernels.give_workspace(device)
     with pytest.raises(RuntimeError, match="ls_set_workspace"):
-        kernels._check(kernels.library().ls_set_workspace(device, kernels._workspaces[device].data_ptr(), 16), "ls_set_workspace")
+        kernels._check(
+            kernels.library().ls_set_workspace(device, kernels._workspaces[device].data_ptr(), 16), "ls_set_workspace"
+        )
 
 
 def test_soak_of_many_sizes():
