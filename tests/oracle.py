@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import torch
@@ -56,10 +57,10 @@ def delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, decision: Decision,
 
 
 def scaling_of(config: LoRASwitchConfig, name: str, rank: int) -> float:
-    """s of the linear `name`: alpha_pattern wins over lora_alpha, where its key is the end of the name."""
+    """s of the linear `name`: alpha_pattern wins over lora_alpha, where its key is the end of the name or a regex of it."""
     alpha = config.lora_alpha
     for key, value in config.alpha_pattern.items():
-        if name == key or name.endswith("." + key):
+        if re.fullmatch(rf"(.*\.)?({key})", name):
             alpha = value
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
