@@ -429,8 +429,8 @@ def test_the_readmes_adapter_block_is_one() -> None:
     block = text.split("--adapter '")[1].split("'")[0]
     config = LoRASwitchConfig(**json.loads(block))
     (pattern, rank), (same, alpha) = *config.rank_pattern.items(), *config.alpha_pattern.items()
-    assert config.router_module == "layers.8.self_attn.q_proj" and same == pattern
-    assert [re.fullmatch(rf"(.*\.)?({pattern})", f"model.layers.{n}.mlp.up_proj") is not None for n in (0, 7, 8, 17)] == [
+    assert config.router_module == "layers.4.self_attn.q_proj" and same == pattern
+    assert [re.fullmatch(rf"(.*\.)?({pattern})", f"model.layers.{n}.mlp.up_proj") is not None for n in (0, 3, 4, 13)] == [
         True, True, False, False,
     ]  # fmt: skip
     total = config.r * (config.num_experts + config.num_shared_experts)
