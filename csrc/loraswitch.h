@@ -122,6 +122,8 @@ int ls_router(const void *x, const void *router, int64_t *experts, float *gates,
  * element of the hidden (up to 2 tokens). Without it, or when it is used up, ls_linear makes two launches. A captured launch
  * may run again (graph replay), but not twice at a time. */
 int ls_set_workspace(int32_t device, void *zeroed, int64_t bytes);
+/* Bytes of it that no stream and no captured launch has taken yet; -1: none was given. */
+int64_t ls_workspace_left(int32_t device);
 
 /* Elements of the group's dtype that ls_linear needs in `hidden`. */
 int64_t ls_hidden_elements(const ls_group *group);

@@ -76,3 +76,10 @@ LS_EXPORT int ls_set_workspace(int32_t device, void *zeroed, int64_t bytes) {
   w.slots = static_cast<ls::Sync *>(zeroed), w.size = bytes / int64_t(sizeof(ls::Sync));
   return 0;
 }
+
+LS_EXPORT int64_t ls_workspace_left(int32_t device) {
+  if (device < 0 || device >= ls::kMaxDevices) return -1;
+  ls::Workspace &w = ls::workspaces[device];
+  ls::Lock lock(w.busy);
+  return w.slots ? (w.size - w.used) * int64_t(sizeof(ls::Sync)) : -1;
+}

@@ -27,7 +27,7 @@ LIBRARY = Path(__file__).with_name("libloraswitch.so")
 ABI_VERSION = 2
 MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
 TUNING_STREAM, TUNING_REGISTERS, TUNING_TWO_LAUNCHES = 1, 2, 4
-WORKSPACE_BYTES = 8 << 20  # a captured model of 32 layers takes 20 KiB at rank 8, 150 KiB at rank 64
+WORKSPACE_BYTES = 32 << 20  # a captured model of 32 layers takes 25 KiB at rank 8, 150 KiB at rank 64
 FAST_PATH, GENERIC_PATH = 0, 1
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -112,6 +112,7 @@ SIGNATURES = {
     "ls_driver_version": (c_int, [POINTER(c_int)]),
     "ls_router": (c_int, [c_void_p] * 4 + [c_int32] * 8 + [c_void_p]),
     "ls_set_workspace": (c_int, [c_int32, c_void_p, c_int64]),
+    "ls_workspace_left": (c_int64, [c_int32]),
     "ls_hidden_elements": (c_int64, [POINTER(Group)]),
     "ls_linear_path": (c_int, [POINTER(Group)]),
     "ls_linear": (c_int, [POINTER(Group), c_void_p]),
@@ -207,7 +208,7 @@ _workspaces_lock = threading.Lock()
 
 
 def give_workspace(device: int) -> None:
-    """Let groups of linears on CUDA device `device` run as one launch: once per process, 8 MiB for good.
+    """Let groups of linears on CUDA device `device` run as one launch: once per process, 32 MiB for good.
 
     Not while a CUDA graph is captured or compiled code runs: graphs would take the memory for theirs.
     """
@@ -279,6 +280,11 @@ class PackedGroup:
             if item.rank:
                 item.lora_a, item.lora_b = a.data_ptr(), b.data_ptr()
         self._hidden_sizes: dict[tuple[int, int], int] = {}
+        if self.device.type == "cuda" and 0 <= library().ls_workspace_left(group.device) < WORKSPACE_BYTES // 64:
+            _log_once(
+                f"LoRA-Switch: so many CUDA graphs have been captured on device {group.device} in this process that more will "
+                "run two launches for each group of linears instead of one (about 2 % slower)."
+            )
 
     def is_current(self) -> bool:
         """Whether every tensor is still where it was when the group was packed."""
