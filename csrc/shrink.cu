@@ -1,7 +1,7 @@
 // Shrink: hidden[t, j, :] = scaling * gates[t, j] * lora_a[e] x[t], e = experts[t, j], for every linear of a group.
 //
-// Small (128 KB for two experts of rank 8 at 4096) and on the critical path, so it is spread over many small blocks and
-// lets the main kernel start as soon as it has: that one needs the hidden only at the end of its first rows.
+// As a launch of its own, where the launch that needs the hidden cannot do it itself. Small (128 KB for two experts of rank 8
+// at 4096) and on the critical path, so it is spread over many small blocks.
 #include "group.cuh"
 
 namespace ls {
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(const __grid_constant_
   const int row = (blockIdx.x - p.begin[item_index]) * ROWS;  // of the top_k * rank rows of this token
   const int j = row / rank, r0 = row % rank;
   pdl_wait();
-  pdl_trigger();  // after the wait: whoever starts now may read what came before this launch (linear_stream.cu)
+  pdl_trigger();
   const int64_t slot = int64_t(token) * p.g.top_k + j;
   const int64_t e = p.g.experts[slot];
   const E *x = static_cast<const E *>(p.g.x) + int64_t(token) * in;
