@@ -404,6 +404,10 @@ class Run:
             "gb_per_s": round(facts.pop("read_bytes") / ms / 1e6, 1), "samples": len(times),
             "spread": round((max(times) - min(times)) / ms, 3), **facts,
         }  # fmt: skip
+        if job.method == "backbone":  # who was measured before it, because memory let nobody wait, gets a ratio now
+            for (model, _, _, other_mode), row in self.rows.items():
+                if (model, other_mode) == (job.model, mode) and row["ratio"] is None:
+                    row["ratio"], row["backbone_ms"] = round(row["ms"] / ms, 4), round(ms, 4)
         if job.method != "backbone" or reference is None:
             row = self.rows[key]
             self.say(decode_report.line(row) + f"  peak {row['peak_gib']:.2f} GiB, fuse {row['fuse_seconds']} s")
