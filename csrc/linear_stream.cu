@@ -16,8 +16,8 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that stream weights; one warp more shrinks
 constexpr int kSlice = 64;  // features of one stage: a 128-byte line of each row
 constexpr int kStages = 5;  // of each warp's ring: measured, csrc/README.md
-constexpr int kStreamTokens = 8;
-constexpr int kIds = kStreamTokens * LS_MAX_TOP_K;
+constexpr int kMostTokens = 8;
+constexpr int kIds = kMostTokens * LS_MAX_TOP_K;
 
 __device__ __forceinline__ void copy16(void *to, const void *from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
@@ -334,7 +334,7 @@ template <class E> int launch_as(GroupParams &p, void *stream) {
 }  // namespace
 
 bool can_stream(const GroupParams &p) {
-  if (p.g.tokens > kStreamTokens || p.g.in_features % kChunk || p.g.device < 0 || p.g.device >= kMaxDevices) return false;
+  if (p.g.tokens > kMostTokens || p.g.in_features % kChunk || p.g.device < 0 || p.g.device >= kMaxDevices) return false;
   for (int i = 0; i < p.g.n_items; ++i)
     if (!p.g.items[i].weight) return false;
   return true;

@@ -27,7 +27,7 @@ from . import kernels, ops
 from .direct import DirectGroup, launchable, versions_of
 from .frame import RoutingFrame, current
 from .layer import LoRASwitchLinear
-from .routing import Routing, with_shared
+from .routing import Routing, routing_of
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -310,9 +310,7 @@ class FusedGroup(nn.Module):
             return frame.routing(adapter, layer, x)
         weight: Any = router_layer.loraswitch_router[adapter].weight
         experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
-        dense = torch.zeros((*experts.shape[:-1], options.num_experts), dtype=gates.dtype, device=gates.device)
-        decided = Routing(experts=experts, gates=gates, dense_gates=dense.scatter(-1, experts, gates))
-        routing = with_shared(decided, options)
+        routing = routing_of(experts, gates, options)
         if not torch.compiler.is_compiling():
             frame.used.add(adapter)
         frame.routings[adapter] = routing

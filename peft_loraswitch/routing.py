@@ -130,12 +130,13 @@ def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
     gates, experts = torch.topk(probabilities, options.top_k, dim=-1)
     if options.normalize_gates:
         gates = gates / gates.sum(dim=-1, keepdim=True)
-    dense_gates = torch.zeros_like(probabilities).scatter(-1, experts, gates)
-    return with_shared(Routing(experts=experts, gates=gates, dense_gates=dense_gates), options)
+    return routing_of(experts, gates, options)
 
 
-def with_shared(routing: Routing, options: RoutingOptions) -> Routing:
-    """`routing` of the routed experts, followed by the shared ones."""
+def routing_of(experts: torch.Tensor, gates: torch.Tensor, options: RoutingOptions) -> Routing:
+    """The decision for these experts and gates, [*token_shape, top_k] each, and the shared experts."""
+    dense_gates = gates.new_zeros((*gates.shape[:-1], options.num_experts)).scatter(-1, experts, gates)
+    routing = Routing(experts=experts, gates=gates, dense_gates=dense_gates)
     if options.num_shared_experts == 0:
         return routing
     shared = shared_routing(options.num_shared_experts, options.top_k, routing.token_shape, routing.experts.device)
