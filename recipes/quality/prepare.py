@@ -24,7 +24,7 @@ from typing import Any
 sys.path[:0] = [path for path in [str(Path(__file__).resolve().parent)] if path not in sys.path]
 
 import numpy as np  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 import tasks as task_rows  # noqa: E402
@@ -34,9 +34,9 @@ from corpora import Document  # noqa: E402
 from files import digest_of_file, write_atomically, write_json  # noqa: E402
 from tasks import Amount, TaskRows, TaskSplit  # noqa: E402
 from texts import GENERAL  # noqa: E402
+from tiny import END, PAD, train_bpe  # noqa: E402
 
 FORMAT = 2  # raise it when the files or what is in them change
-END, PAD = "<|endoftext|>", "<|pad|>"
 TOKENIZER, TOKENS, SOURCES = "tokenizer.json", "tokens.npz", "sources.json"
 DEFAULT_FOLDER = Path("outputs/quality/data")
 
@@ -126,25 +126,13 @@ def train_tokenizer(samples: Iterator[str], vocabulary: int, repeats: int) -> Pr
         repeats: how often the symbols are shown on top of the text. BPE merges what is frequent, so that a symbol shown more
             often than the rarest of the vocabulary's merges is sure to become one token.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
 
     def with_symbols() -> Iterator[str]:
         yield from samples
         for symbol in task_rows.SYMBOLS:
             yield symbol * repeats
 
-    tokenizer.train_from_iterator(with_symbols(), trainer)
-    return _wrapped(tokenizer)
+    return _wrapped(train_bpe(with_symbols(), vocabulary, single_digits=True))
 
 
 def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
