@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADER = (ROOT / "csrc" / "loraswitch.h").read_text()
 
 
-@pytest.fixture(scope="session")
-def library() -> Path:
-    """The library of an in-place build; built here if there is an nvcc and none yet."""
+def setup_with_nvcc() -> Any:
+    """setup.py as a module; the test is skipped where there is no compiler."""
     sys.path.insert(0, str(ROOT))
     try:
         import setup
@@ -29,7 +29,13 @@ def library() -> Path:
         sys.path.pop(0)
     if setup.find_nvcc() is None:
         pytest.skip("no nvcc on this machine: nothing to compile the kernels with")
-    assert setup.build_kernels(kernels.LIBRARY)
+    return setup
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The library of an in-place build; built here if there is an nvcc and none yet."""
+    assert setup_with_nvcc().build_kernels(kernels.LIBRARY)
     return kernels.LIBRARY
 
 

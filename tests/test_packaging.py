@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from test_kernels import setup_with_nvcc
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,13 +31,7 @@ def test_a_machine_without_nvcc_gets_a_pure_python_wheel_that_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_the_wheel_with_kernels(tmp_path):
-    sys.path.insert(0, str(ROOT))
-    try:
-        import setup
-    finally:
-        sys.path.pop(0)
-    if setup.find_nvcc() is None:
-        pytest.skip("no nvcc on this machine: nothing to compile the kernels with")
+    setup_with_nvcc()
     out = check_wheel("--output", str(tmp_path))
     assert "py3-none-manylinux_2_" in out and "imports, and its library loads" in out
     assert "sm_80+sm_86+sm_89+sm_90+sm_100+sm_120+compute_90" in out
