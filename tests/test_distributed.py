@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -36,8 +37,14 @@ def process(rank: int, port: int, job: Any, directory: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     try:
         torch.save(job(rank, directory), f"{directory}/{rank}.pt")
+        dist.barrier()  # nobody leaves while another still reads from it
     finally:
         dist.destroy_process_group()
+    # Without Python's shutdown: a thread of gloo that outlives the group (FSDP's mesh keeps it) and asks for the interpreter
+    # then is killed by it, which C++ answers with abort(). Seen once in some hundred runs.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def on_two(job: Any, directory: Any) -> list[Any]:
