@@ -59,11 +59,7 @@ class DirectGroup:
 
     def __init__(self, packed: PackedGroup, group: FusedGroup) -> None:
         self.packed, self.adapter = packed, group.adapter
-        names = ("base", "a", "b", "scaling", "hooks", "pre_hooks")
-        self.live = [
-            (layer, *(getattr(group, f"{name}{i}") for name in names))
-            for i, layer in enumerate(group.__dict__["layers"])
-        ]
+        self.live: list[tuple[Any, ...]] = group.__dict__["live"]
         self.device, self.dtype = packed.tensors[0].get_device(), packed.dtype
         self.few_tokens = group.few_tokens
         self.shapes: dict[tuple[torch.Size, int], _Shape] = {}

@@ -5,16 +5,18 @@ where they pick them up, if they really receive that tensor. Whatever the ops do
 batches, several active adapters, autocast) takes the unfused forward, which is always right.
 
 Host time is what the forwards are written for. Eager: a group of linears must cost less than the calls it replaces. Under
-`torch.compile`: dynamo guards, at every call, each object that a forward read while it was traced. It guards a whole decoder
-block by the versions of its modules' dictionaries if it finds nothing there but modules, dictionaries, tensors and
-constants; an object of another kind, a list, or one object reached by two ways has it compare thousands of values one by
-one, and a longer way to a tensor costs bytecode at every call. So a forward reads a few constants of its layer and one
-`FusedGroup`, which holds all else; whatever changes a layer (its methods below) has it resolved anew.
+`torch.compile`: dynamo guards, at every call, each object that a forward read while it was traced. Constants and tensors in
+the dictionary of one object are nearly free, since the version of the dictionary stands for them; every object and every
+dictionary on the way costs a visit. Where all of a decoder block is modules, dictionaries, tensors and constants, some
+versions of torch guard it as one; an object of another kind, a list, or one object reached by two ways rules that out. So a
+forward reads a few constants of its layer and one `FusedGroup`, which holds all else; whatever changes a layer (its methods
+below, and `Experts.replaced`) has it resolved anew.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -116,7 +118,8 @@ class Fusing:
 
 @dataclass
 class Casts:
-    """lora_a and lora_b of one adapter in another dtype, each in a dictionary like a module's `_parameters`."""
+    """lora_a and lora_b of one adapter in another dtype, each in a dictionary like a module's `_parameters`, and of which
+    versions."""
 
     a: dict[str, Any]
     b: dict[str, Any]
@@ -129,11 +132,15 @@ class FusedLinear(LoRASwitchLinear):
     Attributes:
         fusing: see `Fusing`.
         fused_groups: by adapter, the group that this layer computes when it finds no result waiting.
+        fused_group, fused_adapter: the one to use now, and its adapter; None in training, with adapters disabled or with
+            several of them active.
         fused_slot: number of the layer, under which its result waits.
     """
 
     fusing: Fusing
     fused_groups: dict[str, FusedGroup]
+    fused_group: FusedGroup | None
+    fused_adapter: str | None
     fused_slot: int
 
     # ---------------------------------------------------------------------------- what changes a layer resolves it anew
@@ -142,6 +149,8 @@ class FusedLinear(LoRASwitchLinear):
         super().__setattr__(name, value)
         if name == "base_layer":
             resolve(self)
+        elif name in ("_active_adapter", "_disable_adapters", "training"):
+            _select(self)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         super().update_layer(*args, **kwargs)
@@ -163,6 +172,10 @@ class FusedLinear(LoRASwitchLinear):
             refresh_casts(self, changed=True)
         return self
 
+    def resolve_experts(self) -> None:
+        """What `Experts.replaced` calls."""
+        resolve(self)
+
 
 def _loaded(layer: Any, incompatible_keys: Any) -> None:
     refresh_casts(layer, changed=True)
@@ -173,14 +186,14 @@ class FusedLeader(FusedLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
-        group = self.fused_groups.get(_one(self._active_adapter))  # type: ignore[arg-type]
-        if group is None or self.training or self._disable_adapters or args or kwargs:
+        group = self.fused_group
+        if group is None or args or kwargs:
             return LoRASwitchLinear.forward(self, x, *args, **kwargs)
         frame = current.frames.get(group.key)
         routing = None if frame is None else group.routing(self, x, frame)
         if routing is None:
             return LoRASwitchLinear.forward(self, x)
-        if group.direct is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and group.direct is not None:
             results = group.direct(x, routing)
             if results is not None:
                 return group.leave(x, results)
@@ -193,9 +206,8 @@ class FusedFollower(FusedLeader):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
         waiting = current.results.pop(self.fused_slot, None)
-        if waiting is not None and waiting[0] is x and not (args or kwargs):
-            if waiting[2] == _one(self._active_adapter) and not (self.training or self._disable_adapters):
-                return waiting[1]
+        if waiting is not None and waiting[0] is x and waiting[2] == self.fused_adapter and not (args or kwargs):
+            return waiting[1]
         return FusedLeader.forward(self, x, *args, **kwargs)
 
 
@@ -204,10 +216,10 @@ class FusedMerged(FusedLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
-        group = self.fused_groups.get(_one(self._active_adapter))  # type: ignore[arg-type]
+        group = self.fused_group
         frame = current.frames.get(self.routing_state.key)
         routing = None
-        if not (group is None or frame is None or self.training or self._disable_adapters or args or kwargs):
+        if not (group is None or frame is None or args or kwargs):
             routing = group.routing(self, x, frame)
         if group is None or frame is None or routing is None:
             self.fusing.merging.leave_out(frame)
@@ -229,22 +241,23 @@ def _one(active: str | list[str]) -> str | None:
 class FusedGroup(nn.Module):
     """Linears that receive the same tensor, with one adapter, as the ops take them.
 
-    A module only so that dynamo guards it cheaply (see above); never registered, so it is in no state_dict. The parameters
-    are reached through the live dictionaries of the modules that own them, so that new ones are seen.
+    A module only so that dynamo guards it cheaply (see above); never registered, so it is in no state_dict.
 
     Attributes:
         adapter: its name; key: of the thread's frame in `frame.current.frames`.
+        number: its own, and that of the group which takes its place (another would have code compiled again).
         size: number of linears; slot0, slot1, ...: their `fused_slot`.
-        base0, base1, ...: `_parameters` of their base layers; a0, b0, ...: of their experts, or the casts of those.
-        scaling0, ...: their layers' dictionaries; hooks0, pre_hooks0, ...: those of their base layers.
+        base0, base1, ...: `_parameters` of their base layers, where new ones are seen; a0, b0, ...: the experts' weights, or
+            the casts of those; scaling0, ...: their layers' dictionaries.
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
         direct: the group as the kernels take it when no compiler is at work, once it has been called so.
     """
 
-    def __init__(self, layers: list[FusedLinear], adapter: str, facts: BaseFacts) -> None:
+    def __init__(self, layers: list[FusedLinear], adapter: str, facts: BaseFacts, number: int | None = None) -> None:
         super().__init__()
+        self._register(number)
         first = layers[0]
         self.adapter, self.key, self.size = adapter, first.routing_state.key, len(layers)
         self.plain, self.transposed, self.kernels = facts.plain, facts.transposed, facts.kernels
@@ -252,25 +265,31 @@ class FusedGroup(nn.Module):
         self.routed = first.num_experts[adapter] > 0
         active = first.top_k[adapter] + first.num_shared_experts[adapter]
         self.within = all(within_limits(layer, adapter, active) for layer in layers)
-        for i, layer in enumerate(layers):
-            base, casts = base_of(layer), refresh_cast(layer, adapter)
-            values = {
-                "slot": layer.fused_slot, "base": base._parameters, "scaling": layer.scaling,
-                "hooks": base._forward_hooks, "pre_hooks": base._forward_pre_hooks,
-                "a": casts.a if casts else layer.loraswitch_A[adapter]._parameters,
-                "b": casts.b if casts else layer.loraswitch_B[adapter]._parameters,
-            }  # fmt: skip
-            for name, value in values.items():
-                setattr(self, f"{name}{i}", value)
+        live = self.__dict__["live"] = [_live(layer, adapter) for layer in layers]  # dynamo never looks at this one
+        for i, (layer, base, a, b, scaling, *_) in enumerate(live):
+            values = {"slot": layer.fused_slot, "base": base, "a": a["weight"], "b": b["weight"], "scaling": scaling}
+            self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.direct: DirectGroup | None = None
-        self.__dict__["layers"] = layers  # for eager calls; dynamo never looks
+
+    def _register(self, number: int | None) -> None:
+        self.number = next(_numbers) if number is None else number
+        _groups[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: pointers do not travel
         return {**self.__dict__, "direct": None}
 
-    def hooked(self) -> bool:
-        """Whether hooks have come to a base layer that had none."""
-        return any(getattr(self, f"hooks{i}") or getattr(self, f"pre_hooks{i}") for i in range(self.size))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register(None)
+
+    def is_current(self) -> bool:
+        """Whether the experts' weights are still these tensors, and no hook has come to a base layer that had none."""
+        for i, (_, _, a, b, _, hooks, pre_hooks) in enumerate(self.__dict__["live"]):
+            if getattr(self, f"a{i}") is not a["weight"] or getattr(self, f"b{i}") is not b["weight"]:
+                return False
+            if self.plain and (hooks or pre_hooks):
+                return False
+        return True
 
     def leave(self, x: Tensor, results: list[Tensor]) -> Tensor:
         """The first of `results`; the others are left where the group's other linears look for them."""
@@ -280,7 +299,7 @@ class FusedGroup(nn.Module):
 
     def routing(self, layer: FusedLinear, x: Tensor, frame: RoutingFrame) -> Routing | None:
         """What the tokens of x follow, if the ops can serve this call; None if it must take the unfused forward."""
-        a = self.a0["weight"]  # type: ignore[index]
+        a: Tensor = self.a0  # type: ignore[assignment]
         if frame.adapter_names is not None or x.dtype != a.dtype or x.get_device() != a.get_device() or x.numel() == 0:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or layer.loraswitch_A[self.adapter].weight.requires_grad):
@@ -319,10 +338,30 @@ class FusedGroup(nn.Module):
     def parts(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor], list[float]]:
         """weights, biases, lora_a, lora_b, scalings"""
         bases = [getattr(self, f"base{i}") for i in range(self.size)]
-        lora_a = [getattr(self, f"a{i}")["weight"] for i in range(self.size)]
-        lora_b = [getattr(self, f"b{i}")["weight"] for i in range(self.size)]
+        lora_a = [getattr(self, f"a{i}") for i in range(self.size)]
+        lora_b = [getattr(self, f"b{i}") for i in range(self.size)]
         scalings = [getattr(self, f"scaling{i}")[self.adapter] for i in range(self.size)]
         return [base["weight"] for base in bases], [base["bias"] for base in bases], lora_a, lora_b, scalings
+
+
+_numbers = itertools.count()
+_groups: weakref.WeakValueDictionary[int, FusedGroup] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _has_hooks(number: int) -> bool:
+    """Whether a base layer of the group has hooks, asked when a compiler traces and not again: like PyTorch itself, compiled
+    code does not notice hooks that come later, and is spared two guards a linear."""
+    return any(hooks or pre_hooks for *_, hooks, pre_hooks in _groups[number].__dict__["live"])
+
+
+def _live(layer: FusedLinear, adapter: str) -> tuple[Any, ...]:
+    """A layer, and the dictionaries that always hold its present state: its base layer's parameters, lora_a and lora_b as the
+    ops take them (the experts' own parameters, or their casts), its scalings, its base layer's hooks and pre-hooks."""
+    base, casts = base_of(layer), refresh_cast(layer, adapter)
+    a = casts.a if casts else layer.loraswitch_A[adapter]._parameters
+    b = casts.b if casts else layer.loraswitch_B[adapter]._parameters
+    return layer, base._parameters, a, b, layer.scaling, base._forward_hooks, base._forward_pre_hooks
 
 
 def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: Any = None) -> None:
@@ -333,13 +372,16 @@ def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: Any = None
     _rewrap(layer)
     layer.fusing = Fusing(layer, merging)  # type: ignore[assignment, arg-type]
     layer.fused_groups, layer.fused_slot = {}, next(_slots)  # type: ignore[assignment]
+    layer.__dict__.update(fused_group=None, fused_adapter=None)
 
 
 def take_off(layer: FusedLinear) -> None:
     """What it was before `put_on()`."""
     if "fusing" in layer.__dict__:
         layer.fusing.handle.remove()
-    for name in ("fusing", "fused_groups", "fused_slot"):
+    for experts in (*layer.loraswitch_A.values(), *layer.loraswitch_B.values()):
+        experts.__dict__.pop("replaced", None)
+    for name in ("fusing", "fused_groups", "fused_group", "fused_adapter", "fused_slot"):
         layer.__dict__.pop(name, None)
     layer.__class__ = LoRASwitchLinear  # type: ignore[assignment]
     _rewrap(layer)
@@ -364,10 +406,21 @@ def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
     groups = {}
     for adapter in layer.loraswitch_A:
         together = [m for m in members if m is layer or (facts.plain and _same_launch(m, layer, adapter, facts))]
-        groups[adapter] = FusedGroup(together, adapter, facts)
+        before = layer.fused_groups.get(adapter)
+        groups[adapter] = FusedGroup(together, adapter, facts, None if before is None else before.number)
+        for experts in (layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]):
+            experts.replaced = layer.resolve_experts
     layer.__dict__["fused_groups"] = groups
+    _select(layer)
     for adapter in [name for name in layer.fusing.casts if name not in groups]:
         del layer.fusing.casts[adapter]
+
+
+def _select(layer: FusedLinear) -> None:
+    """The group that serves `layer` as it is set now."""
+    adapter = None if layer.training or layer._disable_adapters else _one(layer._active_adapter)
+    group = layer.fused_groups.get(adapter)  # type: ignore[arg-type]
+    layer.__dict__.update(fused_group=group, fused_adapter=None if group is None else adapter)
 
 
 def _same_launch(member: FusedLinear, leader: FusedLinear, adapter: str, facts: BaseFacts) -> bool:
@@ -397,6 +450,8 @@ def within_limits(layer: LoRASwitchLinear, adapter: str, active: int) -> bool:
 def refresh_casts(layer: FusedLinear, changed: bool = False) -> None:
     for adapter in layer.loraswitch_A:
         refresh_cast(layer, adapter, changed)
+    if not all(group.is_current() for group in layer.fused_groups.values()):
+        resolve(layer)
 
 
 @torch.no_grad()
@@ -436,7 +491,7 @@ def refresh_cast(layer: FusedLinear, adapter: str, changed: bool = False) -> Cas
 def compute(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
     """The output of `layer` with the group's adapter, unmerged; the outputs of the group's other linears are left for them."""
     if torch.compiler.is_compiling():
-        if group.plain and group.hooked():
+        if group.plain and _has_hooks(group.number):
             return LoRASwitchLinear.forward(layer, x)
     else:
         group = _checked(layer, group)
@@ -455,13 +510,14 @@ def compute(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) 
 
 
 def _checked(layer: FusedLinear, group: FusedGroup) -> FusedGroup:
-    """`group`, up to date with what no method of the layer is told of: hooks that have come, casts that are old."""
-    if group.plain and group.hooked():
-        resolve(layer)
-        group = layer.fused_groups[group.adapter]
-    for member in group.layers:  # type: ignore[union-attr]
+    """`group`, up to date with what no method of the layer is told of: hooks that have come, weights put straight into a
+    dictionary, casts that are old."""
+    for member, *_ in group.live:  # type: ignore[union-attr, misc]
         if member.fusing.casts:
             refresh_cast(member, group.adapter)
+    if not group.is_current():
+        resolve(layer)
+        group = layer.fused_groups[group.adapter]
     return group
 
 
@@ -479,8 +535,8 @@ def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
 
 def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
     """The base layer's own forward (quantised, hooked), and the experts added to what it returns."""
-    a: Any = group.a0["weight"]  # type: ignore[index]
-    b: Any = group.b0["weight"]  # type: ignore[index]
+    a: Any = group.a0
+    b: Any = group.b0
     scaling: Any = group.scaling0[group.adapter]  # type: ignore[index]
     if a.dtype != x.dtype:  # no casts any more, since the base layer is not plain any more
         return LoRASwitchLinear.forward(layer, x)

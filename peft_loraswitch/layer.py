@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,22 @@ from .frame import NO_ADAPTER, RoutingFrame, RoutingState
 from .routing import Router, Routing, RoutingOptions
 
 
-class ExpertsA(nn.Module):
+class Experts(nn.Module):
+    """The weights of all experts of one linear, stacked.
+
+    Attributes:
+        replaced: called when `weight` has become another parameter; a fused layer, which keeps hold of it, wants to know.
+    """
+
+    replaced: Callable[[], None] | None = None
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # assignment ends here
+        super().register_parameter(name, param)
+        if self.replaced is not None:
+            self.replaced()
+
+
+class ExpertsA(Experts):
     """Down-projections of all experts. `weight` [num_experts, r, in_features]."""
 
     def __init__(self, num_experts: int, r: int, in_features: int) -> None:
@@ -39,7 +55,7 @@ class ExpertsA(nn.Module):
         return F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (num_experts, r))
 
 
-class ExpertsB(nn.Module):
+class ExpertsB(Experts):
     """Up-projections of all experts. `weight` [num_experts, out_features, r]."""
 
     def __init__(self, num_experts: int, out_features: int, r: int) -> None:

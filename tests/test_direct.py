@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ from torch import nn
 from peft_loraswitch import direct, fused, kernels
 from peft_loraswitch.fuse import adapted_layers
 from test_fuse import adapted, close, ids, logits, tiny_llama
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+import bench_host
 
 
 def view(pointer: int, *shape: int, kind: Any = ctypes.c_float) -> torch.Tensor:
@@ -188,7 +193,13 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+def weight_put_into_a_dictionary(model: nn.Module) -> None:
+    """As accelerate places weights. No method is told, so compiled code does not see it before the next eager forward."""
+    experts = model.base_model.model.model.layers[1].self_attn.v_proj.loraswitch_A["default"]
+    experts._parameters["weight"] = nn.Parameter(torch.randn_like(experts.weight))
+
+
+@pytest.mark.parametrize("change", [*CHANGES, weight_put_into_a_dictionary])
 @pytest.mark.parametrize("length", [1, 40])
 def test_what_is_changed_after_fusing_is_seen(change, length, library):
     model = made()
@@ -220,6 +231,71 @@ def test_what_is_changed_after_fusing_is_seen_by_compiled_code(change):
     expected = logits(model, tokens, use_cache=False)
     assert close(after, expected)
     assert change is layer_in_training or not close(before, expected)
+
+
+def compiled_steps(model: nn.Module) -> tuple[Any, list[Any]]:
+    """`model` compiled, and the list that gets its graphs."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    return torch.compile(model, backend=backend), graphs
+
+
+def test_what_changes_nothing_does_not_compile_again():
+    model = made()
+    tokens = ids(1, 1, "cpu")
+    model.fuse_for_inference("fused")
+    compiled, graphs = compiled_steps(model)
+    first = logits(compiled, tokens, use_cache=False)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    model.to("cpu")
+    model.train()
+    model.eval()
+    assert close(logits(compiled, tokens, use_cache=False), first) and len(graphs) == 1
+
+
+def test_a_hook_on_a_copy_is_the_copys():
+    model = made()
+    tokens = ids(1, 1, "cpu")
+    model.fuse_for_inference("fused")
+    twin = copy.deepcopy(model)
+    hook_on_base_layer(twin)
+    found = [logits(compiled_steps(each)[0], tokens, use_cache=False) for each in (model, twin)]
+    for each, value in zip((model, twin), found, strict=True):
+        each.unfuse()
+        assert close(value, logits(each, tokens, use_cache=False))
+    assert not close(*found)
+
+
+def test_unfused_layers_are_as_they_were():
+    model = made()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    model.fuse_for_inference("fused")
+    model.unfuse()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_a_fused_linear_costs_few_guards():
+    """What dynamo checks at every call of compiled code, on the way to three tensors of a linear. Beyond the tensors' own
+    checks it visits two dictionaries: the weights of the base layer, and the scaling."""
+
+    def guards_of_a_block(method: str) -> int:
+        found = []
+        for layers in (2, 3):
+            torch._dynamo.reset()
+            bench = bench_host.Bench(bench_host.build(method, "tiny", layers, 8, "cpu"), "cpu")
+            bench.time_step()
+            bench.generate(True, 3)
+            found.append(bench_host.guards_of(bench.backbone))
+        return found[1] - found[0]
+
+    backbone, fused = guards_of_a_block("backbone"), guards_of_a_block("fused")
+    assert backbone > 100  # they were found
+    assert (fused - backbone) / 7 < 25
 
 
 def test_casts_follow_experts_that_are_loaded_or_trained():
