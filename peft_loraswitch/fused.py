@@ -5,12 +5,12 @@ where they pick them up, if they really receive that tensor. Whatever the ops do
 batches, several active adapters, autocast) takes the unfused forward, which is always right.
 
 Host time is what the forwards are written for. Eager: a group of linears must cost less than the calls it replaces. Under
-`torch.compile`: dynamo guards, at every call, each object that a forward read while it was traced. Constants and tensors in
-the dictionary of one object are nearly free, since the version of the dictionary stands for them; every object and every
-dictionary on the way costs a visit. Where all of a decoder block is modules, dictionaries, tensors and constants, some
-versions of torch guard it as one; an object of another kind, a list, or one object reached by two ways rules that out. So a
-forward reads a few constants of its layer and one `FusedGroup`, which holds all else; whatever changes a layer (its methods
-below, and `Experts.replaced`) has it resolved anew.
+`torch.compile`: dynamo guards, at every call, each object that a forward read while it was traced. Constants in the dictionary
+of one object are nearly free, since the version of the dictionary stands for them; each tensor, object and dictionary on the
+way costs a visit (csrc/README.md). Where all of a decoder block is modules, dictionaries, tensors and constants, some versions
+of torch guard it as one; an object of another kind, a list, or one object reached by two ways rules that out. So a forward
+reads a few constants of its layer and one `FusedGroup`, which holds all else; whatever changes a layer (its methods below, and
+`Experts.replaced`) has it resolved anew.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python recipes/bench_host.py --methods fused --modes static --profile
 
 Modes: `eager` (`generate` as it is), `static` (`generate(cache_implementation="static")`, whose step transformers compiles),
-`step` (that compiled step called alone), `layers` (the linears of one decoder layer, called one after the other), `prefill`
-(one forward of --prompt tokens, not compiled; microseconds of the whole).
+`step` (that compiled step called alone; on a CPU also without guards), `layers` (the linears of one decoder layer, called one
+after the other), `prefill` (one forward of --prompt tokens, not compiled; microseconds of the whole).
 On a CPU the compiled graph is replaced by its results, so that guards and arguments are all that is left of a step.
 """
 
@@ -163,6 +163,18 @@ class Bench:
         found = [self.generate(static, 64) - self.generate(static, 24) for _ in range(repeats)]
         return statistics.median(found) / 40 * 1e6
 
+    def steps(self, step: Callable[..., Any], repeats: int = 400) -> list[float]:
+        """Seconds of each of so many calls of the compiled step, with the arguments that `generate` gave it last."""
+        import torch
+
+        times = []
+        with torch.no_grad():
+            for _ in range(repeats):
+                start = time.perf_counter()
+                step(**self.caught, return_dict=True)
+                times.append(time.perf_counter() - start)
+        return times
+
     def time_step(self) -> Timed:
         """From now on the compiled step of `generate` is timed, and its arguments are kept in `caught`."""
         prepare = self.backbone.prepare_inputs_for_generation
@@ -290,13 +302,10 @@ def measure(method: str, modes: list[str], args: argparse.Namespace) -> list[dic
         add("static", us, **extra)
         if "step" in modes:
             if args.device == "cpu":
-                with torch.no_grad():
-                    times = []
-                    for _ in range(400):
-                        start = time.perf_counter()
-                        timed.function(**bench.caught, return_dict=True)
-                        times.append(time.perf_counter() - start)
-                add("step", min(times) * 1e6, median=round(statistics.median(times) * 1e6, 1))
+                times = bench.steps(timed.function)
+                with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                    unguarded = round(min(bench.steps(timed.function)) * 1e6, 1)
+                add("step", min(times) * 1e6, median=round(statistics.median(times) * 1e6, 1), unguarded_us=unguarded)
             else:
                 add("step", min(timed.seconds) * 1e6, median=extra["step_host_us"])
         profiled(args, f"{method} static", lambda: bench.generate(True, 64))

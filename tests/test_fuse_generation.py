@@ -137,6 +137,24 @@ def test_left_padded_samples_decode_as_they_do_alone(make: Any, device: str):
 
 
 @devices
+def test_a_compiled_step_whose_guards_are_skipped(device: str):
+    """What the README proposes where the host is the bottleneck; a CPU's step is compiled if asked for."""
+    torch._dynamo.reset()
+    model, prompts = llama(device), [tokens(1, 5, seed=seed).to(device) for seed in range(3)]
+    wanted = [generate(model, prompt) for prompt in prompts]
+    compiled = tf.CompileConfig(backend="inductor" if device == "cuda" else "eager", mode=None)
+    compiled._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compiled}
+    with model.fuse_for_inference("fused"):
+        generate(model, prompts[0], **options)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            found = [generate(model, prompt, **options) for prompt in prompts]
+    assert graphs and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert all(torch.equal(got, expected) for got, expected in zip(found, wanted, strict=True))
+
+
+@devices
 @pytest.mark.parametrize("static", [False, True])
 def test_adapters_are_switched_between_calls(static: bool, device: str):
     """On a GPU a static cache has `generate` compile its step: what it compiled for one adapter must not serve another."""
