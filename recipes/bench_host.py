@@ -220,6 +220,16 @@ def device_us(run: Callable[[], object], tokens: int) -> float:
     return sum(event.self_device_time_total for event in found.key_averages()) / tokens
 
 
+def graph_launch_us(run: Callable[[], object]) -> float | None:
+    """Microseconds that a launch of a CUDA graph keeps the host, from the profiler; None without one."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        run()
+    launches = [event for event in found.key_averages() if event.key == "cudaGraphLaunch"]
+    return round(launches[0].cpu_time_total / launches[0].count, 1) if launches else None
+
+
 def layers_us(bench: Bench, repeats: int = 30) -> float:
     """Microseconds of host time for one linear of a decoder layer, called as a decode step calls it, with its group."""
     import torch
@@ -298,6 +308,7 @@ def measure(method: str, modes: list[str], args: argparse.Namespace) -> list[dic
         }  # fmt: skip
         if args.device == "cuda":
             extra["device_us"] = round(device_us(lambda: bench.generate(True, 17), 16), 1)
+            extra["graph_launch_us"] = graph_launch_us(lambda: bench.generate(True, 17))
             extra |= {key: value for key, value in counters["inductor"].items() if "cudagraph" in key}
         add("static", us, **extra)
         if "step" in modes:

@@ -294,7 +294,7 @@ def test_a_fused_linear_costs_few_guards():
         return found[1] - found[0]
 
     backbone, fused = guards_of_a_block("backbone"), guards_of_a_block("fused")
-    assert backbone > 100  # they were found
+    assert backbone > 50  # they were found
     assert (fused - backbone) / 7 < 25
 
 
