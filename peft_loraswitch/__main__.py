@@ -13,9 +13,9 @@ from . import __version__, kernels
 
 def _version(package: str) -> str:
     try:
-        return version(package)
+        return f"{package} {version(package)}"
     except PackageNotFoundError:
-        return "not installed"
+        return f"{package} not installed"
 
 
 def _driver() -> str:
@@ -32,7 +32,7 @@ def report() -> str:
     """What `main` prints."""
     lines = [
         f"peft_loraswitch {__version__}, Python {platform.python_version()}, {platform.platform()}",
-        ", ".join(f"{name} {_version(name)}" for name in ("torch", "peft", "transformers", "accelerate", "trl")),
+        ", ".join([f"torch {torch.__version__}", *map(_version, ("peft", "transformers", "accelerate", "trl"))]),
         f"torch's CUDA: {torch.version.cuda or 'none'}; driver: {_driver()}",
     ]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
