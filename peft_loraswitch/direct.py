@@ -59,7 +59,7 @@ class DirectGroup:
 
     def __init__(self, packed: PackedGroup, group: FusedGroup) -> None:
         self.packed, self.adapter = packed, group.adapter
-        self.live: list[tuple[Any, ...]] = group.__dict__["live"]
+        self.live = group.live
         self.device, self.dtype = packed.tensors[0].get_device(), packed.dtype
         self.few_tokens = group.few_tokens
         self.shapes: dict[tuple[torch.Size, int], _Shape] = {}

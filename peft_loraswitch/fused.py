@@ -19,7 +19,7 @@ import itertools
 import weakref
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -118,8 +118,7 @@ class Fusing:
 
 @dataclass
 class Casts:
-    """lora_a and lora_b of one adapter in another dtype, each in a dictionary like a module's `_parameters`, and of which
-    versions."""
+    """lora_a and lora_b of one adapter in another dtype, each in a dictionary like a module's `_parameters`."""
 
     a: dict[str, Any]
     b: dict[str, Any]
@@ -132,8 +131,8 @@ class FusedLinear(LoRASwitchLinear):
     Attributes:
         fusing: see `Fusing`.
         fused_groups: by adapter, the group that this layer computes when it finds no result waiting.
-        fused_group, fused_adapter: the one to use now, and its adapter; None in training, with adapters disabled or with
-            several of them active.
+        fused_group, fused_adapter: the one to use now, and its adapter (for followers, which need no more of it); None in
+            training, with adapters disabled or with several of them active.
         fused_slot: number of the layer, under which its result waits.
     """
 
@@ -252,6 +251,7 @@ class FusedGroup(nn.Module):
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
+        live: see `Live`, of each linear; no compiled forward looks at it.
         direct: the group as the kernels take it when no compiler is at work, once it has been called so.
     """
 
@@ -265,9 +265,10 @@ class FusedGroup(nn.Module):
         self.routed = first.num_experts[adapter] > 0
         active = first.top_k[adapter] + first.num_shared_experts[adapter]
         self.within = all(within_limits(layer, adapter, active) for layer in layers)
-        live = self.__dict__["live"] = [_live(layer, adapter) for layer in layers]  # dynamo never looks at this one
-        for i, (layer, base, a, b, scaling, *_) in enumerate(live):
-            values = {"slot": layer.fused_slot, "base": base, "a": a["weight"], "b": b["weight"], "scaling": scaling}
+        self.live = [_live(layer, adapter) for layer in layers]
+        for i, one in enumerate(self.live):
+            values = {"slot": one.layer.fused_slot, "base": one.base, "scaling": one.scaling}
+            values |= {"a": one.a["weight"], "b": one.b["weight"]}
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.direct: DirectGroup | None = None
 
@@ -284,10 +285,10 @@ class FusedGroup(nn.Module):
 
     def is_current(self) -> bool:
         """Whether the experts' weights are still these tensors, and no hook has come to a base layer that had none."""
-        for i, (_, _, a, b, _, hooks, pre_hooks) in enumerate(self.__dict__["live"]):
-            if getattr(self, f"a{i}") is not a["weight"] or getattr(self, f"b{i}") is not b["weight"]:
+        for i, one in enumerate(self.live):
+            if getattr(self, f"a{i}") is not one.a["weight"] or getattr(self, f"b{i}") is not one.b["weight"]:
                 return False
-            if self.plain and (hooks or pre_hooks):
+            if self.plain and one.hooked:
                 return False
         return True
 
@@ -352,16 +353,36 @@ _groups: weakref.WeakValueDictionary[int, FusedGroup] = weakref.WeakValueDiction
 def _has_hooks(number: int) -> bool:
     """Whether a base layer of the group has hooks, asked when a compiler traces and not again: like PyTorch itself, compiled
     code does not notice hooks that come later, and is spared two guards a linear."""
-    return any(hooks or pre_hooks for *_, hooks, pre_hooks in _groups[number].__dict__["live"])
+    return any(one.hooked for one in _groups[number].live)
 
 
-def _live(layer: FusedLinear, adapter: str) -> tuple[Any, ...]:
-    """A layer, and the dictionaries that always hold its present state: its base layer's parameters, lora_a and lora_b as the
-    ops take them (the experts' own parameters, or their casts), its scalings, its base layer's hooks and pre-hooks."""
+class Live(NamedTuple):
+    """A layer, and the dictionaries that always hold its present state.
+
+    Attributes:
+        base: its base layer's parameters.
+        a, b: lora_a and lora_b as the ops take them: the experts' own parameters, or their casts.
+        hooks, pre_hooks: its base layer's.
+    """
+
+    layer: FusedLinear
+    base: dict[str, Any]
+    a: dict[str, Any]
+    b: dict[str, Any]
+    scaling: dict[str, float]
+    hooks: dict[int, Any]
+    pre_hooks: dict[int, Any]
+
+    @property
+    def hooked(self) -> bool:
+        return bool(self.hooks or self.pre_hooks)
+
+
+def _live(layer: FusedLinear, adapter: str) -> Live:
     base, casts = base_of(layer), refresh_cast(layer, adapter)
     a = casts.a if casts else layer.loraswitch_A[adapter]._parameters
     b = casts.b if casts else layer.loraswitch_B[adapter]._parameters
-    return layer, base._parameters, a, b, layer.scaling, base._forward_hooks, base._forward_pre_hooks
+    return Live(layer, base._parameters, a, b, layer.scaling, base._forward_hooks, base._forward_pre_hooks)
 
 
 def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: Any = None) -> None:
@@ -512,9 +533,9 @@ def compute(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) 
 def _checked(layer: FusedLinear, group: FusedGroup) -> FusedGroup:
     """`group`, up to date with what no method of the layer is told of: hooks that have come, weights put straight into a
     dictionary, casts that are old."""
-    for member, *_ in group.live:  # type: ignore[union-attr, misc]
-        if member.fusing.casts:
-            refresh_cast(member, group.adapter)
+    for member in group.live:
+        if member.layer.fusing.casts:
+            refresh_cast(member.layer, group.adapter)
     if not group.is_current():
         resolve(layer)
         group = layer.fused_groups[group.adapter]
