@@ -112,9 +112,6 @@ class Fusing:
         self.casts: dict[str, Casts] = {}
         self.handle: Any = layer.register_load_state_dict_post_hook(_loaded)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "casts": {}}
-
 
 @dataclass
 class Casts:

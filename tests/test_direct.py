@@ -327,6 +327,26 @@ def test_casts_follow_experts_that_are_loaded_or_trained():
     assert follows()
 
 
+def test_casts_of_a_copy_follow_the_copys_experts():
+    model = made(dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "loraswitch_A" in name or "loraswitch_B" in name:
+            parameter.data = parameter.data.float()
+    model.fuse_for_inference("fused")
+    tokens = ids(1, 3, "cpu")
+    first = logits(model, tokens)
+    twin = copy.deepcopy(model)
+    twin.train()
+    for name, parameter in twin.named_parameters():
+        if "loraswitch_B" in name:
+            parameter.data.mul_(-3)
+    twin.eval()
+    after = logits(twin, tokens).float()
+    twin.unfuse()
+    assert close(after, logits(twin, tokens).float(), 0.03) and not close(after, first.float(), 0.03)
+    assert torch.equal(logits(model, tokens), first)
+
+
 def test_memory_of_a_deleted_adapter_is_given_back(library):
     import weakref
 
