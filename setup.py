@@ -28,11 +28,15 @@ LIBRARY = "libloraswitch.so"
 SOURCES = [
     "api.cu",
     "workspace.cu",
+    "capture.cu",
     "router.cu",
     "shrink.cu",
     "linear.cu",
+    "linear_panel.cu",
     "linear_stream.cu",
     "linear_generic.cu",
+    "expand.cu",
+    "widen.cu",
     "merge.cu",
 ]
 ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]

@@ -1,4 +1,6 @@
 // What needs no kernel of its own: versions, errors, argument checks, and the two launches that make a group.
+#include <algorithm>
+
 #include "group.cuh"
 
 #ifndef LS_ARCHITECTURES
@@ -37,13 +39,31 @@ bool fast(const ls_group &g) {
   return true;
 }
 
-// The stream multiplies the rows of A that were chosen, linear.cu all of them: not worth it when few of many are.
-bool can_shrink_inside(const GroupParams &p, bool streams) {
+enum Kernel { kGeneric, kStream, kPanel, kRegisters };
+constexpr int kStreamTokens = 2;  // beyond which linear.cu is faster
+
+// The stream multiplies the rows of A that were chosen, the others all of them: not worth it when few of many are.
+bool can_shrink_inside(GroupParams &p, Kernel kernel) {
   const ls_group &g = p.g;
-  if (streams && p.hidden_elements > kHiddenInside) return false;
+  if (kernel == kGeneric) return false;
   for (int i = 0; i < g.n_items; ++i)
-    if (!aligned16(g.items[i].lora_a) || (!streams && g.tokens * g.top_k * g.items[i].rank > kHiddenInside)) return false;
-  return streams || g.num_experts <= 4 * g.tokens * g.top_k;
+    if (!aligned16(g.items[i].lora_a)) return false;
+  if (kernel == kStream) return p.hidden_elements <= kHiddenInside;
+  if (g.num_experts > 4 * g.tokens * g.top_k) return false;
+  if (kernel == kPanel) return panel_can_shrink(p);
+  for (int i = 0; i < g.n_items; ++i)
+    if (g.tokens * g.top_k * g.items[i].rank > kHiddenInside) return false;
+  return true;
+}
+
+// Measured on an H200 (csrc/README.md): the panel wherever its hidden is small enough.
+Kernel choose(GroupParams &p) {
+  if (!fast(p.g)) return kGeneric;
+  const int wanted = p.g.tuning & 3;
+  const bool panel = (wanted == LS_TUNING_PANEL || wanted == 0) && can_panel(p);
+  if (panel && (wanted == LS_TUNING_PANEL || !any_rank(p.g) || can_shrink_inside(p, kPanel))) return kPanel;
+  if ((wanted == LS_TUNING_STREAM || (wanted == 0 && p.g.tokens <= kStreamTokens)) && can_stream(p)) return kStream;
+  return kRegisters;
 }
 
 }  // namespace
@@ -87,15 +107,14 @@ LS_EXPORT int64_t ls_hidden_elements(const ls_group *group) {
   p.g = *group;
   const int64_t elements = ls::layout_hidden(p);
   const bool may_split = group->dtype != LS_FLOAT32 && group->tokens <= LS_FAST_TOKENS;
-  return may_split ? elements * ls::kSplits * 2 : elements;  // floats take two elements of 16 bits
+  const int splits = elements <= ls::kPanelHidden ? std::max(ls::kSplits, ls::panel_parts(*group)) : ls::kSplits;
+  return may_split ? elements * splits * 2 : elements;  // floats take two elements of 16 bits
 }
 
 LS_EXPORT int ls_linear_path(const ls_group *group) {
   if (ls::check(*group)) return -1;
   return ls::fast(*group) ? LS_PATH_FAST : LS_PATH_GENERIC;
 }
-
-static constexpr int kStreamTokens = 2;
 
 LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   int error = ls::check(*group);
@@ -106,16 +125,18 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   ls::GroupParams p;
   p.g = *group;
   ls::layout_hidden(p);
-  const bool fast = ls::fast(p.g);
-  // Measured on an H200: up to kStreamTokens the stream is faster, beyond it the registers (csrc/README.md).
-  const int kernel = p.g.tuning & 3;
-  const bool streams = fast && (kernel == LS_TUNING_STREAM || (kernel == 0 && p.g.tokens <= kStreamTokens)) && ls::can_stream(p);
-  const bool one_launch = fast && !(p.g.tuning & LS_TUNING_TWO_LAUNCHES) && ls::can_shrink_inside(p, streams);
-  p.sync = ls::any_rank(p.g) && one_launch ? ls::next_sync(p.g.device, stream, streams ? int(p.hidden_elements) : 0) : nullptr;
+  const ls::Kernel kernel = ls::choose(p);
+  const bool one_launch = !(p.g.tuning & LS_TUNING_TWO_LAUNCHES) && ls::any_rank(p.g) && ls::can_shrink_inside(p, kernel);
+  p.sync = one_launch ? ls::next_sync(p.g.device, stream, kernel == ls::kStream ? int(p.hidden_elements) : 0) : nullptr;
   if (ls::any_rank(p.g) && !p.sync) {
     error = ls::launch_shrink(p, stream);
     if (error) return error;
   }
-  if (!fast) return ls::launch_linear_generic(p, stream);
-  return streams ? ls::launch_linear_stream(p, stream) : ls::launch_linear_registers(p, stream);
+  switch (kernel) {
+    case ls::kGeneric: return ls::launch_linear_generic(p, stream);
+    case ls::kStream: return ls::launch_linear_stream(p, stream);
+    case ls::kPanel: return ls::launch_linear_panel(p, stream);
+    case ls::kRegisters: return ls::launch_linear_registers(p, stream);
+  }
+  return LS_ERROR_ARGUMENT;
 }

@@ -112,6 +112,10 @@ template <class Params> inline bool may_overlap(void (*kernel)(Params), int devi
   return k == 1;
 }
 
+bool follows_ours(cudaStream_t stream);  // capture.cu
+void launched(cudaStream_t stream);
+
+// `overlap`: the kernel may begin before its predecessor has ended, if that is one of ours.
 template <class Params>
 inline int launch(void (*kernel)(Params), dim3 grid, dim3 block, const Params &params, void *stream, bool overlap,
                   size_t dynamic_shared = 0) {
@@ -121,13 +125,14 @@ inline int launch(void (*kernel)(Params), dim3 grid, dim3 block, const Params &p
   config.dynamicSmemBytes = dynamic_shared;
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute;
-  if (overlap) {
+  if (overlap && follows_ours(config.stream)) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
   cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
+  if (error == cudaSuccess) launched(config.stream);
   if (error != cudaSuccess) cudaGetLastError();  // cleared, so that the framework does not meet it at its next call
   return static_cast<int>(error);
 }

@@ -52,6 +52,7 @@ __device__ __forceinline__ bool leave(Sync *sync, unsigned blocks) {
   return atomicAdd(&sync->left, 1u) == blocks - 1;
 }
 
+constexpr int kPanelHidden = 4096;   // elements of the hidden that a block of linear_panel.cu has room for
 constexpr int kHiddenInside = 2048;  // elements of the hidden (linear.cu: of one linear's) that a block has room for on chip
 
 Sync *next_sync(int device, void *stream, int words);  // workspace.cu
@@ -74,7 +75,11 @@ inline bool any_rank(const ls_group &g) {
 
 int launch_shrink(GroupParams &p, void *stream);
 bool can_stream(const GroupParams &p);
+bool can_panel(GroupParams &p);
+bool panel_can_shrink(GroupParams &p);
+int panel_parts(const ls_group &g);  // as kSplits, in linear_panel.cu
 int launch_linear_stream(GroupParams &p, void *stream);
+int launch_linear_panel(GroupParams &p, void *stream);
 int launch_linear_registers(GroupParams &p, void *stream);
 int launch_linear_generic(GroupParams &p, void *stream);
 

@@ -8,6 +8,7 @@
 // The shrink is done meanwhile by a warp more in each block, so that no ring runs dry: these warps draw rows of the chosen
 // experts' A until there are none left, then fetch the hidden, which the others need at the end of their first tile. They wait
 // for each other only when every row has been drawn, by a warp that is running: so nobody waits for a block that cannot begin.
+#include "copies.cuh"
 #include "mma.cuh"
 
 namespace ls {
@@ -18,12 +19,6 @@ constexpr int kSlice = 64;  // features of one stage: a 128-byte line of each ro
 constexpr int kStages = 5;  // of each warp's ring: measured, csrc/README.md
 constexpr int kMostTokens = 8;
 constexpr int kIds = kMostTokens * LS_MAX_TOP_K;
-
-__device__ __forceinline__ void copy16(void *to, const void *from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // Rows [row, row + rows) of linear `item`.
 struct Tile {
@@ -77,8 +72,6 @@ template <class E, int kRows> struct Cursor {
 
 // Barriers by number: of the streaming warps alone; x is in shared memory; the hidden is there.
 enum { kStreaming = 1, kInput = 2, kHidden = 3 };
-__device__ __forceinline__ void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-__device__ __forceinline__ void arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // a . x over `in` features, by one warp; the loads of a go out before x is asked for.
 template <class E, class Ready> __device__ __forceinline__ float dot(const E *a, const E *x, int in, Ready x_is_ready) {

@@ -16,14 +16,16 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 2
+#define LS_ABI_VERSION 3
 #define LS_MAX_GROUP 8    /* linears in one launch */
 #define LS_MAX_TOP_K 8
 #define LS_MAX_EXPERTS 256
 #define LS_MAX_RANK 256
 #define LS_TUNING_STREAM 1 /* ls_group.tuning: linear_stream.cu wherever it can (up to 8 tokens) */
 #define LS_TUNING_REGISTERS 2 /* linear.cu */
-#define LS_TUNING_TWO_LAUNCHES 4 /* added to either, or alone: the shrink in a launch of its own */
+#define LS_TUNING_PANEL 3 /* linear_panel.cu wherever it can */
+#define LS_TUNING_TWO_LAUNCHES 4 /* added to any of them, or alone: the shrink in a launch of its own */
+#define LS_TUNING_IMPATIENT 8 /* added: no block of linear_panel.cu waits for another's part of the hidden, for tests */
 #define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
 
 #define LS_ERROR_ARGUMENT 100001 /* a size, a count or a dtype outside what this header allows */
@@ -65,6 +67,38 @@ typedef struct ls_group {
   int32_t tuning;     /* 0: choose the kernel; LS_TUNING_* for tests and benchmarks */
   int32_t reserved;
 } ls_group;
+
+/* One linear of a group, for ls_expand and ls_widen. */
+typedef struct ls_expand_item {
+  const void *lora_b; /* [experts, out, rank] */
+  const void *bias;   /* [out] or NULL */
+  void *out;          /* [tokens, out], written completely; ls_widen: [out, experts * rank] */
+  float scaling;      /* lora_alpha / rank */
+  int32_t out_features;
+  int32_t rank;
+  int32_t reserved;
+} ls_expand_item;
+
+/* out[t] = bias + scaling * sum_j gates[t,j] lora_b[e] hidden[t,e], e = experts[t,j], for every linear: what the experts add
+ * for many tokens, once `hidden` (lora_a x, of all experts) is there. An id outside [0, num_experts) contributes nothing.
+ * 16-bit dtypes; ranks and out_features divisible by 8; at most 128 ranks of all experts of a linear; lora_b, bias, out and
+ * hidden aligned to 16 bytes. Sums are float32; the hidden times its gate is rounded to the dtype.
+ *
+ * With more ranks that is a product for a library, which takes lora_b of all experts as one matrix: ls_widen writes
+ * out[o, e * rank + q] = lora_b[e, o, q]. 16-bit dtypes; ranks divisible by 8; lora_b and out aligned to 16 bytes; bias,
+ * scaling, hidden, experts, gates, tokens and top_k are not looked at. */
+typedef struct ls_expand_args {
+  ls_expand_item items[LS_MAX_GROUP];
+  const void *hidden;     /* [tokens, the linears' experts * rank side by side] */
+  const int64_t *experts; /* [tokens, top_k] */
+  const float *gates;     /* [tokens, top_k] */
+  int32_t n_items;
+  int32_t tokens; /* any number */
+  int32_t num_experts;
+  int32_t top_k;
+  int32_t dtype;
+  int32_t device;
+} ls_expand_args;
 
 /* One adapted linear of a model, for ls_merge. The table lives in device memory. */
 typedef struct ls_merge_item {
@@ -133,6 +167,14 @@ int ls_linear_path(const ls_group *group);
  * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). `group`
  * is host memory. */
 int ls_linear(const ls_group *group, void *stream);
+
+/* 1 if ls_expand takes a group of these sizes, dtype, lora_b and bias, else 0. `args` is host memory, here and below. */
+int ls_expand_takes(const ls_expand_args *args);
+/* One launch. */
+int ls_expand(const ls_expand_args *args, void *stream);
+/* The same for ls_widen. */
+int ls_widen_takes(const ls_expand_args *args);
+int ls_widen(const ls_expand_args *args, void *stream);
 
 int64_t ls_merge_tiles(int32_t rows, int32_t columns); /* of the weight as stored */
 int ls_merge_is_fast(const ls_merge_item *item, int32_t dtype); /* `item` is host memory */

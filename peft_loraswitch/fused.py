@@ -247,7 +247,7 @@ class FusedGroup(nn.Module):
             the casts of those; scaling0, ...: their layers' dictionaries.
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
-        within: the ops take an adapter of this size.
+        within: the ops take an adapter of this size; expands: so does the kernel for many tokens.
         live: see `Live`, of each linear; no compiled forward looks at it.
         direct: the group as the kernels take it when no compiler is at work, once it has been called so.
     """
@@ -263,6 +263,7 @@ class FusedGroup(nn.Module):
         active = first.top_k[adapter] + first.num_shared_experts[adapter]
         self.within = all(within_limits(layer, adapter, active) for layer in layers)
         self.live = [_live(layer, adapter) for layer in layers]
+        self.expands = self.kernels and self.within and all(kernels.expands(one.b["weight"]) for one in self.live)
         for i, one in enumerate(self.live):
             values = {"slot": one.layer.fused_slot, "base": one.base, "scaling": one.scaling}
             values |= {"a": one.a["weight"], "b": one.b["weight"]}
@@ -543,12 +544,33 @@ def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     """The outputs of a group for many tokens: one shrink for the whole group, and a product more for each linear."""
     weights, biases, lora_a, lora_b, scalings = group.parts()
     rows = x.reshape(-1, x.shape[-1])
+    added = _expand(group, rows, routing, biases, lora_a, lora_b, scalings)
+    if added is not None:
+        for result, weight in zip(added, weights, strict=True):
+            result.addmm_(rows, weight if group.transposed else weight.T)
+        return [result.view(*x.shape[:-1], result.shape[1]) for result in added]
     hidden = ops.group_hidden(rows, lora_a, [routing.scaled(scaling, x.dtype) for scaling in scalings])
     results = []
-    for h, weight, bias, b in zip(hidden, weights, biases, lora_b, strict=True):
-        result = ops.dense_linear(rows, h, weight, bias, b, group.transposed)
-        results.append(result.view(*x.shape[:-1], b.shape[1]))
+    for h, weight, bias, wide in zip(hidden, weights, biases, ops.wides(lora_b), strict=True):
+        result = ops.dense_linear(rows, h, weight, bias, wide, group.transposed)
+        results.append(result.view(*x.shape[:-1], wide.shape[0]))
     return results
+
+
+def _expand(
+    group: FusedGroup, rows: Tensor, routing: Routing, biases: list[Tensor | None], lora_a: list[Tensor],
+    lora_b: list[Tensor], scalings: list[float],
+) -> list[Tensor] | None:  # fmt: skip
+    """What the chosen experts add to rows [T, in], plus the biases: [T, out] for each linear; None if the kernel is not for it.
+    Not by way of the op, whose checks the group has made already."""
+    if torch.compiler.is_compiling() or not group.expands:  # a compiler does better with PyTorch's operations
+        return None
+    if type(rows) is not Tensor or not all(t is None or t.is_contiguous() for t in (*lora_b, *biases)):
+        return None
+    top_k = routing.experts.shape[-1]
+    experts, gates = routing.experts.reshape(-1, top_k), routing.gates.reshape(-1, top_k)
+    hidden = ops.all_hidden(rows, lora_a)
+    return kernels.expand(hidden, experts.contiguous(), gates.contiguous(), biases, lora_b, scalings)
 
 
 def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
@@ -562,9 +584,12 @@ def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Rout
     unfit = base.dtype != x.dtype or base.device != x.device or not group.within
     if x.numel() // x.shape[-1] <= group.few_tokens and not unfit:
         return ops.delta(base, x, routing.experts, routing.gates, a, b, scaling)
-    rows = x.to(a.dtype).reshape(-1, x.shape[-1])
-    (hidden,) = ops.group_hidden(rows, [a], [routing.scaled(scaling, a.dtype)])
-    if base.dtype != hidden.dtype:
-        return base + (hidden @ ops.wide(b).T).to(base.dtype).view(base.shape)
+    rows = x.reshape(-1, x.shape[-1])
+    added = _expand(group, rows, routing, [None], [a], [b], [scaling])
     # out of place: a quantised base layer may return a view
-    return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, ops.wide(b).T).view(base.shape)
+    if added is not None:
+        return base + added[0].to(base.dtype).view(base.shape)
+    (hidden,), (wide,) = ops.group_hidden(rows, [a], [routing.scaled(scaling, a.dtype)]), ops.wides([b])
+    if base.dtype != hidden.dtype:
+        return base + (hidden @ wide.T).to(base.dtype).view(base.shape)
+    return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, wide.T).view(base.shape)

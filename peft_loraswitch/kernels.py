@@ -13,8 +13,10 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p, sizeof
 from pathlib import Path
+from struct import Struct
+from typing import NamedTuple
 
 import torch
 
@@ -24,9 +26,9 @@ SWITCH = "PEFT_LORASWITCH_KERNELS"
 LIBRARY = Path(__file__).with_name("libloraswitch.so")
 
 # csrc/loraswitch.h; tests compare these with the header
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
-TUNING_STREAM, TUNING_REGISTERS, TUNING_TWO_LAUNCHES = 1, 2, 4
+TUNING_STREAM, TUNING_REGISTERS, TUNING_PANEL, TUNING_TWO_LAUNCHES, TUNING_IMPATIENT = 1, 2, 3, 4, 8
 WORKSPACE_BYTES = 32 << 20  # a captured model of 32 layers takes 25 KiB at rank 8, 150 KiB at rank 64
 FAST_PATH, GENERIC_PATH = 0, 1
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -103,6 +105,33 @@ class MergeArgs(Structure):
     ]
 
 
+class ExpandItem(Structure):
+    _fields_ = [
+        ("lora_b", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("scaling", c_float),
+        ("out_features", c_int32),
+        ("rank", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class ExpandArgs(Structure):
+    _fields_ = [
+        ("items", ExpandItem * MAX_GROUP),
+        ("hidden", c_void_p),
+        ("experts", c_void_p),
+        ("gates", c_void_p),
+        ("n_items", c_int32),
+        ("tokens", c_int32),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("dtype", c_int32),
+        ("device", c_int32),
+    ]
+
+
 SIGNATURES = {
     "ls_abi_version": (c_int, []),
     "ls_build_info": (c_char_p, []),
@@ -116,6 +145,10 @@ SIGNATURES = {
     "ls_hidden_elements": (c_int64, [POINTER(Group)]),
     "ls_linear_path": (c_int, [POINTER(Group)]),
     "ls_linear": (c_int, [POINTER(Group), c_void_p]),
+    "ls_expand_takes": (c_int, [POINTER(ExpandArgs)]),
+    "ls_expand": (c_int, [c_char_p, c_void_p]),  # a struct as bytes: filled in by `struct`, faster than field by field
+    "ls_widen_takes": (c_int, [POINTER(ExpandArgs)]),
+    "ls_widen": (c_int, [c_char_p, c_void_p]),
     "ls_merge_tiles": (c_int64, [c_int32, c_int32]),
     "ls_merge_is_fast": (c_int, [POINTER(MergeItem), c_int32]),
     "ls_merge": (c_int, [POINTER(MergeArgs), c_void_p]),
@@ -334,6 +367,115 @@ def warn_if_generic(packed: PackedGroup, x: torch.Tensor, experts: torch.Tensor)
             f"{layout} weights; the fast one needs [out, in] weights, in_features and ranks divisible by 8, memory "
             f"aligned to 16 bytes and at most {FAST_TOKENS} tokens."
         )
+
+
+MOST_RANKS = 128  # of all experts of a linear, for `expand`
+
+
+def expands(lora_b: torch.Tensor) -> bool:
+    """Whether `expand` takes a linear of this size and dtype; a line of log for 16-bit ones of odd sizes."""
+    num_experts, out, rank = lora_b.shape
+    if lora_b.dtype == torch.float32:
+        return False
+    if out % 8 or rank % 8:
+        _log_once(
+            f"LoRA-Switch: PyTorch operations serve many tokens of linears with out_features={out}, rank {rank}: the kernels "
+            "need both divisible by 8."
+        )
+        return False
+    return 0 < num_experts * rank <= MOST_RANKS
+
+
+class _Expansion(NamedTuple):
+    """A group of linears as `expand` and `widen` take it.
+
+    Attributes:
+        template: an `ExpandArgs` with all that does not differ from call to call.
+        expands, widens: whether the kernel takes them.
+    """
+
+    template: bytes
+    expands: bool
+    widens: bool
+
+
+_CALL = Struct("PPPii")  # hidden, experts, gates, n_items, tokens: neighbours in `ExpandArgs`
+assert (
+    ExpandArgs.gates.offset == ExpandArgs.hidden.offset + 16
+    and ExpandArgs.tokens.offset == ExpandArgs.gates.offset + 12
+)
+_POINTER = Struct("P")
+_OUTPUTS = [ExpandArgs.items.offset + i * sizeof(ExpandItem) + ExpandItem.out.offset for i in range(MAX_GROUP)]
+
+
+_empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what compiled code calls
+
+
+def _empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`like.new_empty((rows, columns))` in less time."""
+    if _empty_strided_cuda is not None and torch._C._cuda_getDevice() == like.get_device():
+        return _empty_strided_cuda((rows, columns), (columns, 1), like.dtype)
+    return like.new_empty((rows, columns))
+
+
+@functools.lru_cache(maxsize=4096)
+def _expansion(
+    linears: tuple[tuple[int, int | None, torch.Size, float], ...], dtype: torch.dtype, top_k: int, device: int
+) -> _Expansion:
+    """linears: address of lora_b, address of the bias, shape [E, out, r] of lora_b, scaling."""
+    args = ExpandArgs(
+        n_items=len(linears), num_experts=linears[0][2][0], top_k=top_k, dtype=DTYPES[dtype], device=device
+    )
+    for item, (lora_b, bias, (_, out, rank), scaling) in zip(args.items, linears, strict=False):
+        item.lora_b, item.bias, item.out_features, item.rank, item.scaling = lora_b, bias, out, rank, scaling
+    takes = [bool(function(byref(args))) for function in (library().ls_expand_takes, library().ls_widen_takes)]
+    return _Expansion(bytes(args), *takes)
+
+
+def expand(
+    hidden: torch.Tensor,
+    experts: torch.Tensor,
+    gates: torch.Tensor,
+    biases: Sequence[torch.Tensor | None],
+    lora_b: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+) -> list[torch.Tensor] | None:
+    """hidden [T, sum of E * r], experts, gates [T, k], all contiguous -> [T, out] for each linear; None if the kernel does not
+    take them. One launch."""
+    linears = tuple(
+        [
+            (b.data_ptr(), None if bias is None else bias.data_ptr(), b.shape, scaling)
+            for b, bias, scaling in zip(lora_b, biases, scalings, strict=True)
+        ]
+    )
+    device, address = hidden.get_device(), hidden.data_ptr()
+    expansion = _expansion(linears, hidden.dtype, experts.shape[1], device)
+    if not expansion.expands or address % 16:
+        return None
+    tokens, buffer = hidden.shape[0], bytearray(expansion.template)
+    results = [_empty(hidden, tokens, linear[2][1]) for linear in linears]
+    _CALL.pack_into(
+        buffer, ExpandArgs.hidden.offset, address, experts.data_ptr(), gates.data_ptr(), len(results), tokens
+    )
+    for result, offset in zip(results, _OUTPUTS, strict=False):
+        _POINTER.pack_into(buffer, offset, result.data_ptr())
+    _check(library().ls_expand(bytes(buffer), _stream(device)), "ls_expand")
+    return results
+
+
+def widen(lora_b: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """[E, out, r] each, contiguous, with the same E -> [out, E * r] each: `ops.wide`; None if the kernel does not take them. One
+    launch."""
+    device = lora_b[0].get_device()
+    expansion = _expansion(tuple([(b.data_ptr(), None, b.shape, 0.0) for b in lora_b]), lora_b[0].dtype, 1, device)
+    if not expansion.widens:
+        return None
+    buffer = bytearray(expansion.template)
+    results = [_empty(b, b.shape[1], b.shape[0] * b.shape[2]) for b in lora_b]
+    for result, offset in zip(results, _OUTPUTS, strict=False):
+        _POINTER.pack_into(buffer, offset, result.data_ptr())
+    _check(library().ls_widen(bytes(buffer), _stream(device)), "ls_widen")
+    return results
 
 
 class MergeTable:

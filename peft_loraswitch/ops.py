@@ -2,6 +2,7 @@
 
     route   x, router                                   -> experts, gates
     linear  x, experts, gates, a group of linears       -> their outputs, experts included
+    expand  all experts' hidden, a group of linears     -> what their chosen experts add, plus the biases (many tokens)
     delta   base, x, experts, gates, one linear's experts -> base plus what the experts add
     merge   weights, sources, a model's experts         -> weights = sources + the chosen experts (written in place)
 
@@ -25,6 +26,9 @@ _library.define("route(Tensor x, Tensor router, int top_k, bool normalize) -> (T
 _library.define(
     "linear(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, "
     "float[] scalings, bool transposed=False) -> Tensor[]"
+)
+_library.define(
+    "expand(Tensor hidden, Tensor experts, Tensor gates, Tensor?[] biases, Tensor[] lora_b, float[] scalings) -> Tensor[]"
 )
 _library.define(
     "delta(Tensor base, Tensor x, Tensor experts, Tensor gates, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor"
@@ -104,6 +108,42 @@ def _check_linear(
             )
 
 
+def _check_expand(
+    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> None:  # fmt: skip
+    if not 1 <= len(lora_b) <= kernels.MAX_GROUP:
+        raise ValueError(f"expand: a group has 1 to {kernels.MAX_GROUP} linears, not {len(lora_b)}")
+    if not len(lora_b) == len(biases) == len(scalings):
+        raise ValueError("expand: the lists differ in length")
+    if experts.dtype is not torch.int64 or gates.dtype is not torch.float32:
+        raise ValueError("expand: experts must be int64, gates float32")
+    if hidden.dim() != 2 or experts.dim() != 2 or experts.shape != gates.shape or len(experts) != len(hidden):
+        shapes = [list(t.shape) for t in (hidden, experts, gates)]
+        raise ValueError(f"expand: hidden, experts, gates must be [T, n], [T, k], [T, k], not {shapes}")
+    if not 1 <= experts.shape[1] <= kernels.MAX_TOP_K:
+        raise ValueError(f"expand: top_k={experts.shape[1]} must be 1 to {kernels.MAX_TOP_K}")
+    dtype, width, device = hidden.dtype, 0, hidden.get_device()
+    if dtype not in FLOATS:
+        raise ValueError(f"expand: hidden is {dtype}: must be one of {FLOATS}")
+    for b, bias in zip(lora_b, biases, strict=True):
+        if b.dim() != 3 or b.shape[0] != lora_b[0].shape[0]:
+            raise ValueError("expand: every lora_b must be [E, out, r], with the same number of experts")
+        num_experts, out, rank = b.shape
+        if num_experts > kernels.MAX_EXPERTS or rank > kernels.MAX_RANK:
+            limits = f"at most {kernels.MAX_EXPERTS} and {kernels.MAX_RANK}"
+            raise ValueError(f"expand: {num_experts} experts of rank {rank}, {limits}")
+        if b.dtype is not dtype or b.get_device() != device:
+            raise ValueError("expand: a lora_b is of another dtype or device than hidden")
+        if bias is not None and (bias.dtype is not dtype or bias.shape != (out,) or bias.get_device() != device):
+            raise ValueError("expand: a bias must be [out], in the dtype of hidden")
+        width += num_experts * rank
+    if width != hidden.shape[1]:
+        raise ValueError(f"expand: hidden has {hidden.shape[1]} columns, the experts have {width} ranks")
+    if experts.get_device() != device or gates.get_device() != device:
+        raise ValueError("expand: tensors are on several devices")
+
+
 def _check_delta(base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     _check_experts("delta", x, experts, gates, lora_a, lora_b)
     _require(
@@ -138,26 +178,35 @@ def dense_gates(experts: Tensor, gates: Tensor, num_experts: int) -> Tensor:
     return zeros.scatter_add(1, experts.where(valid, 0), gates.where(valid, 0.0))
 
 
-def group_hidden(x: Tensor, lora_a: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
-    """What the experts of each linear of a group make of x [T, in], times their gates: [T, E * r] for each.
+def all_hidden(x: Tensor, lora_a: Sequence[Tensor]) -> Tensor:
+    """What all experts of each linear of a group make of x [T, in], side by side: [T, sum of E * r].
 
     One product for the whole group: the experts' A side by side are one wide matrix. Putting them there takes 1 % of the
     time of the group's own products and no lasting memory, where a copy that is kept would take up to 5 % of the model's.
+    """
+    stacked = [a.flatten(0, 1) for a in lora_a]
+    return F.linear(x, stacked[0] if len(stacked) == 1 else torch.cat(stacked))
+
+
+def gated(hidden: Tensor, gates: Tensor, rank: int) -> Tensor:
+    """One linear's hidden [T, E * r] times its gates [T, E]."""
+    return (hidden.unflatten(1, (gates.shape[1], rank)) * gates.unsqueeze(-1)).flatten(1)
+
+
+def group_hidden(x: Tensor, lora_a: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+    """`all_hidden` times the gates: [T, E * r] for each linear.
 
     Args:
         lora_a: [E, r, in] each.
         gates: [T, E] each, in the dtype of x, times the linear's scaling; the same tensor where linears share it.
     """
-    stacked = [a.flatten(0, 1) for a in lora_a]
-    hidden = F.linear(x, stacked[0] if len(stacked) == 1 else torch.cat(stacked))
+    hidden = all_hidden(x, lora_a)
     shapes = [a.shape[:2] for a in lora_a]
     if all(shape == shapes[0] for shape in shapes) and all(g is gates[0] for g in gates):
-        gated = hidden.view(x.shape[0], len(lora_a), *shapes[0]) * gates[0][:, None, :, None]
-        return list(gated.flatten(2).unbind(1))
+        together = hidden.view(x.shape[0], len(lora_a), *shapes[0]) * gates[0][:, None, :, None]
+        return list(together.flatten(2).unbind(1))
     parts = hidden.split([shape.numel() for shape in shapes], dim=1)
-    return [
-        (h.unflatten(1, shape) * g.unsqueeze(-1)).flatten(1) for h, shape, g in zip(parts, shapes, gates, strict=True)
-    ]
+    return [gated(h, g, shape[1]) for h, shape, g in zip(parts, shapes, gates, strict=True)]
 
 
 def wide(lora_b: Tensor) -> Tensor:
@@ -165,11 +214,20 @@ def wide(lora_b: Tensor) -> Tensor:
     return lora_b.transpose(0, 1).flatten(1)
 
 
+def wides(lora_b: Sequence[Tensor]) -> list[Tensor]:
+    """`wide` of each linear of a group: one launch where there are kernels."""
+    made = None
+    plain = type(lora_b[0]) in (Tensor, torch.nn.Parameter)  # and no fake
+    if plain and lora_b[0].is_cuda and not torch.compiler.is_compiling() and _usable(*lora_b):
+        made = kernels.widen(lora_b)
+    return [wide(b) for b in lora_b] if made is None else made
+
+
 def dense_linear(
-    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor, transposed: bool
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide_b: Tensor, transposed: bool
 ) -> Tensor:
     """The linear's own product of x [T, in], plus what the experts make of `hidden` [T, E * r]: [T, out]."""
-    up, matrix = wide(lora_b).T, weight if transposed else weight.T
+    up, matrix = wide_b.T, weight if transposed else weight.T
     if torch.compiler.is_compiling():  # which joins the sum with what comes next
         return F.linear(x, matrix.T, bias) + hidden @ up
     # The larger product adds to the smaller one's result while it computes: one pass over the outputs less.
@@ -222,6 +280,20 @@ def _linear_pytorch(
     return results
 
 
+def _expand_pytorch(
+    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    _check_expand(hidden, experts, gates, biases, lora_b, scalings)
+    chosen = dense_gates(experts, gates, lora_b[0].shape[0])
+    parts = hidden.split([b.shape[0] * b.shape[2] for b in lora_b], dim=1)
+    results = []
+    for h, bias, b, up, scaling in zip(parts, biases, lora_b, wides(lora_b), scalings, strict=True):
+        h = gated(h, (chosen * scaling).to(h.dtype), b.shape[2])
+        results.append(h @ up.T if bias is None else torch.addmm(bias, h, up.T))
+    return results
+
+
 def _delta_pytorch(
     base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
@@ -251,7 +323,8 @@ def _merge_pytorch(
 
 
 for _name, _function in (
-    ("route", _route_pytorch), ("linear", _linear_pytorch), ("delta", _delta_pytorch), ("merge", _merge_pytorch)
+    ("route", _route_pytorch), ("linear", _linear_pytorch), ("expand", _expand_pytorch), ("delta", _delta_pytorch),
+    ("merge", _merge_pytorch),
 ):  # fmt: skip
     _library.impl(_name, _function, "CPU")
 
@@ -273,6 +346,14 @@ def _linear_fake(
     return [x.new_empty((*x.shape[:-1], b.shape[1])) for b in lora_b]
 
 
+def _expand_fake(
+    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    _check_expand(hidden, experts, gates, biases, lora_b, scalings)
+    return [hidden.new_empty((hidden.shape[0], b.shape[1])) for b in lora_b]
+
+
 def _delta_fake(
     base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
@@ -280,7 +361,9 @@ def _delta_fake(
     return x.new_empty(base.shape)
 
 
-for _name, _fake in (("route", _route_fake), ("linear", _linear_fake), ("delta", _delta_fake), ("merge", _check_merge)):
+for _name, _fake in (
+    ("route", _route_fake), ("linear", _linear_fake), ("expand", _expand_fake), ("delta", _delta_fake), ("merge", _check_merge)
+):  # fmt: skip
     torch.library.register_fake(f"loraswitch::{_name}", _fake, lib=_library)
 
 
@@ -312,6 +395,19 @@ def _linear_cuda(
     x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
     kernels.warn_if_generic(packed, x, experts)
     return packed(x, experts, gates)
+
+
+def _expand_cuda(
+    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    _check_expand(hidden, experts, gates, biases, lora_b, scalings)
+    if hidden.numel() and _usable(*lora_b, *[bias for bias in biases if bias is not None]):
+        hidden, experts, gates = hidden.contiguous(), experts.contiguous(), gates.contiguous()
+        results = kernels.expand(hidden, experts, gates, biases, lora_b, scalings)
+        if results is not None:
+            return results
+    return _expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
 
 
 def _delta_cuda(
@@ -359,11 +455,12 @@ def _merge_cuda(
 
 
 for _name, _function in (
-    ("route", _route_cuda), ("linear", _linear_cuda), ("delta", _delta_cuda), ("merge", _merge_cuda)
+    ("route", _route_cuda), ("linear", _linear_cuda), ("expand", _expand_cuda), ("delta", _delta_cuda), ("merge", _merge_cuda)
 ):  # fmt: skip
     _library.impl(_name, _function, "CUDA")
 
 route = torch.ops.loraswitch.route.default
 linear = torch.ops.loraswitch.linear.default
+expand = torch.ops.loraswitch.expand.default
 delta = torch.ops.loraswitch.delta.default
 merge = torch.ops.loraswitch.merge.default

@@ -24,6 +24,16 @@ def delta(x, experts, gates, lora_a, lora_b, scaling) -> torch.Tensor:
     return result
 
 
+def expand(hidden, experts, gates, bias, lora_b, scaling) -> torch.Tensor:
+    """bias + what the chosen experts make of one linear's hidden [T, E * r], [T, out] in float64, an expert at a time."""
+    hidden = hidden.double().view(hidden.shape[0], lora_b.shape[0], lora_b.shape[2])
+    result = hidden.new_zeros(hidden.shape[0], lora_b.shape[1])
+    for e in range(lora_b.shape[0]):
+        gate = (gates.double() * (experts == e)).sum(-1, keepdim=True) * scaling
+        result += gate * (hidden[:, e] @ lora_b[e].double().T)
+    return result if bias is None else result + bias.double()
+
+
 def linear(x, experts, gates, weight, bias, lora_a, lora_b, scaling, transposed=False, base=None) -> torch.Tensor:
     """[T, out] in float64."""
     result = delta(x, experts, gates, lora_a, lora_b, scaling)

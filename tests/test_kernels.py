@@ -74,6 +74,7 @@ def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
         pytest.skip("no gcc on this machine")
     structs = {"ls_item": kernels.Item, "ls_group": kernels.Group, "ls_merge_item": kernels.MergeItem}
     structs["ls_merge_args"] = kernels.MergeArgs
+    structs |= {"ls_expand_item": kernels.ExpandItem, "ls_expand_args": kernels.ExpandArgs}
     constants = {
         "LS_ABI_VERSION": kernels.ABI_VERSION,
         "LS_MAX_GROUP": kernels.MAX_GROUP,
@@ -81,6 +82,7 @@ def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
     }
     constants |= {"LS_MAX_EXPERTS": kernels.MAX_EXPERTS, "LS_MAX_RANK": kernels.MAX_RANK}
     constants |= {"LS_FAST_TOKENS": kernels.FAST_TOKENS, "LS_TUNING_STREAM": kernels.TUNING_STREAM}
+    constants |= {"LS_TUNING_PANEL": kernels.TUNING_PANEL, "LS_TUNING_IMPATIENT": kernels.TUNING_IMPATIENT}
     constants |= {"LS_TUNING_REGISTERS": kernels.TUNING_REGISTERS, "LS_FLOAT32": kernels.DTYPES[torch.float32]}
     constants |= {"LS_FLOAT16": kernels.DTYPES[torch.float16], "LS_BFLOAT16": kernels.DTYPES[torch.bfloat16]}
     constants |= {"LS_PATH_FAST": kernels.FAST_PATH, "LS_PATH_GENERIC": kernels.GENERIC_PATH}
@@ -135,6 +137,19 @@ def test_launches_without_a_gpu_return_an_error_and_do_not_crash(library):
     group.items[0].out = 4096
     assert lib.ls_linear_path(ctypes.byref(group)) == kernels.FAST_PATH
     assert 0 < lib.ls_linear(ctypes.byref(group), None) < 1000
+    args = kernels.ExpandArgs(n_items=1, tokens=200_000, num_experts=8, top_k=2, dtype=2)
+    args.items[0] = kernels.ExpandItem(lora_b=4096, out_features=136, rank=8)
+    assert lib.ls_expand_takes(ctypes.byref(args)) == 1
+    assert lib.ls_expand(bytes(args), None) == 100002  # no hidden
+    args.hidden = args.experts = args.gates = args.items[0].out = 4096
+    assert 0 < lib.ls_expand(bytes(args), None) < 1000 and 0 < lib.ls_widen(bytes(args), None) < 1000
+    for field, value, widens in (
+        ("rank", 24, 1), ("rank", 12, 0), ("rank", 264, 0), ("out_features", 20, 1), ("bias", 4098, 1), ("lora_b", 4104, 0)
+    ):  # fmt: skip
+        other = kernels.ExpandArgs.from_buffer_copy(args)
+        setattr(other.items[0], field, value)
+        assert lib.ls_expand_takes(ctypes.byref(other)) == 0 and lib.ls_expand(bytes(other), None) == 100001
+        assert lib.ls_widen_takes(ctypes.byref(other)) == widens
     assert lib.ls_router(None, None, None, None, 1, 8, 4, 5, 1, 0, 0, 0, None) == 100001  # top_k > num_experts
     assert b"NULL" in lib.ls_error_string(100002)
 

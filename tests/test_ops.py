@@ -51,6 +51,12 @@ def delta_arguments(g):
     return base, g["x"], g["experts"], g["gates"], g["lora_a"][0], g["lora_b"][0], g["scalings"][0]
 
 
+def expand_arguments(g):
+    x, experts, gates = (g[k].reshape(-1, g[k].shape[-1]) for k in ("x", "experts", "gates"))
+    hidden = ops.all_hidden(x, g["lora_a"])
+    return hidden, experts, gates, g["biases"], g["lora_b"], g["scalings"]
+
+
 def merge_arguments(g, in_place=False):
     sources = [w.clone() for w in g["weights"]]
     weights = sources if in_place else [torch.full_like(w, float("nan")) for w in sources]
@@ -84,6 +90,34 @@ def test_delta_against_the_oracle(device, dtype, tokens):
     expected = base.double() + oracle.delta(x, experts, gates, *arguments[4:])
     result = ops.delta(*arguments)
     assert oracle.relative_error(result.flatten(0, -2), expected) < 1.6 * oracle.limit(result) + 1e-6
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("tokens", [1, 40, 130])
+@pytest.mark.parametrize(
+    "ranks", [(8, 3), (8, 16), (8, 64), (64, 64)]
+)  # one kernel takes (8, 16), another those with 64
+def test_expand_against_the_oracle(device, dtype, tokens, ranks):
+    g = group(device, dtype, (tokens,), outs=(16, 136), ranks=ranks)
+    g["biases"][1] = None
+    g["experts"][0] = torch.tensor([4, 4])
+    g["experts"][-1] = torch.tensor([-1, 5])
+    arguments = expand_arguments(g)
+    hidden, experts, gates, *lists = arguments
+    parts = hidden.split([5 * r for r in ranks], dim=1)
+    for h, result, bias, b, s in zip(parts, ops.expand(*arguments), *lists, strict=True):
+        expected = oracle.expand(h, experts, gates, bias, b, s)
+        assert result.shape == (tokens, b.shape[1]) and result.dtype == dtype
+        # against the size of what was added up: a token without experts has its bias only
+        assert oracle.relative_error(result, expected, at_least=1e-3) < 2 * oracle.limit(result) + 1e-6
+
+
+@devices
+def test_shrink_and_expand_are_what_linear_does(device):
+    g = group(device, tokens=(40,))
+    for result, expected, w in zip(ops.expand(*expand_arguments(g)), ops.linear(**g), g["weights"], strict=True):
+        assert torch.allclose(result + g["x"] @ w.T, expected, atol=1e-4)
 
 
 @devices
@@ -139,6 +173,7 @@ def test_opcheck(device, tokens):
     g = group(device, tokens=tokens)
     torch.library.opcheck(ops.linear, tuple(g.values()))
     torch.library.opcheck(ops.delta, delta_arguments(g))
+    torch.library.opcheck(ops.expand, expand_arguments(g))
     torch.library.opcheck(ops.route, (g["x"], torch.randn(5, 24, device=device), 2, True))
     torch.library.opcheck(ops.merge, merge_arguments(g))
 
@@ -165,6 +200,7 @@ def test_all_ops_compile_with_fullgraph(device):
 def test_empty_batch(device):
     g = group(device, tokens=(0,))
     assert [r.shape for r in ops.linear(**g)] == [(0, 16), (0, 10)]
+    assert [r.shape for r in ops.expand(*expand_arguments(g))] == [(0, 16), (0, 10)]
 
 
 def change(g, **changes):
@@ -198,6 +234,37 @@ def change(g, **changes):
 def test_linear_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         ops.linear(**change(group(), **changes))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.randn(3, 54), "54 columns, the experts have 55"),
+        (0, torch.randn(3, 55).double(), "must be one of"),
+        (0, torch.randn(3, 55).bfloat16(), "another dtype"),
+        (1, torch.zeros(3, 2, dtype=torch.int32), "experts must be int64"),
+        (2, torch.ones(3, 2, dtype=torch.float16), "gates float32"),
+        (2, torch.ones(3, 1), r"not \[\[3, 55\], \[3, 2\], \[3, 1\]\]"),
+        (3, [None], "differ in length"),
+        (3, [torch.randn(15), None], r"bias must be \[out\]"),
+        (4, [torch.randn(5, 16, 8), torch.randn(4, 10, 3)], "same number of experts"),
+        (4, [torch.randn(5, 16, 257), torch.randn(5, 10, 3)], "rank 257"),
+        (4, [torch.randn(257, 16, 8), torch.randn(257, 10, 3)], "257 experts"),
+        (4, [], "1 to 8 linears"),
+    ],
+)  # fmt: skip
+def test_expand_refuses(place, value, message):
+    arguments = list(expand_arguments(group()))
+    arguments[place] = value
+    with pytest.raises(ValueError, match=message):
+        ops.expand(*arguments)
+
+
+def test_expand_refuses_too_many_experts_for_a_token():
+    arguments = list(expand_arguments(group()))
+    arguments[1:3] = torch.zeros(3, 9, dtype=torch.int64), torch.ones(3, 9)
+    with pytest.raises(ValueError, match="top_k=9"):
+        ops.expand(*arguments)
 
 
 def test_the_others_refuse():

@@ -1,0 +1,650 @@
+// The few-token linear for several tokens: base weight, bias and experts of a whole group of linears in one launch.
+//
+// With many tokens x is as large as a few rows of the weight times their number, and reading it once for every 16 or 32 rows
+// takes as long as reading the weight. So a block, one a multiprocessor, owns a panel: as many rows as can have their sums in
+// registers at once, and goes over the input features a single time, x read once for all of them. The eight warps split the
+// features; each keeps its own ring of shared-memory stages, 16 rows of x or of the weight times 64 features each, filled with
+// asynchronous copies and multiplied on tensor cores (mma.cuh). Partial sums meet once, at the end of the panel.
+//
+// Four more warps see to the experts meanwhile. The shrink (all experts' A, one under the other, times all tokens) is spread over
+// all blocks: the four multiply a tile of A by the part of the features that the block's number gives, publish the result, wait
+// for the other blocks, multiply the hidden by the panel's rows of B, and leave a ninth partial sum.
+#include "copies.cuh"
+#include "mma.cuh"
+
+namespace ls {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;          // that multiply
+constexpr int kHelpers = 4, kHelperThreads = 32 * kHelpers;  // that see to the experts
+constexpr int kAllThreads = kThreads + kHelperThreads;
+constexpr int kSlice = 64;  // features that a warp takes at once: a 128-byte line of each row
+constexpr int kTile = 16;   // rows that are multiplied at once
+constexpr int kMostTiles = 96;  // of one block
+constexpr int kShrinkTiles = 4;  // of A, of one block
+constexpr int kMostParts = 8;
+constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
+constexpr long long kPatience = 100000;  // nanoseconds until the hidden is not waited for any longer
+
+// Barriers: of the eight warps; of the four; the four have left their sum of a panel; the eight have read it.
+enum { kMultiplying = 1, kHelping = 2, kExpanded = 3, kSummed = 4 };
+
+// Of the features: `splits`, each a slice for every warp, with any of which a block may begin; and `parts`, of some splits each,
+// in which the shrink is shared out.
+__host__ __device__ inline int splits_of(int in_features) { return (in_features + kSlice * kWarps - 1) / (kSlice * kWarps); }
+__host__ __device__ inline int splits_each(int in_features) { return (splits_of(in_features) + kMostParts - 1) / kMostParts; }
+__host__ __device__ inline int parts_of(int in_features) { return (splits_of(in_features) + splits_each(in_features) - 1) / splits_each(in_features); }
+
+// NT tiles of 8 tokens; a panel has up to MT tiles of 16 rows. A stage is 2 KB: a tile, 64 features wide, or with more tokens two
+// tiles, 32 features wide, so that x takes half the registers.
+template <class E, int NT, int MT, int STAGES> struct Panel {
+  static constexpr int kTokens = 8 * NT;
+  static constexpr int kTiles = NT == 4 ? 2 : 1;  // of a stage; and so many times a warp goes over its stages for one slice
+  static constexpr int kWide = kSlice / kTiles;   // features of a stage
+  static constexpr int kSteps = kWide / 16;       // of the tensor cores
+  static constexpr int kStageBytes = kTiles * kTile * kWide * 2;
+  static constexpr int kStride = kTile * MT + 4, kPartial = kTokens * kStride;     // floats that a warp leaves at the end of a panel
+  static constexpr int kShrinkStride = kTile + 4, kShrinkPartial = kTokens * kShrinkStride;  // and a helper, for a tile of A
+  static constexpr int kRingBytes = kWarps * STAGES * kStageBytes, kPartialBytes = (kWarps + 1) * kPartial * 4;
+  static constexpr int kBytes = kRingBytes + kPartialBytes + kPanelHidden * 2;
+  static_assert(NT <= 2 * kTiles && MT % kTiles == 0, "x is one stage, a panel a number of them");
+  static_assert(kHelpers * kShrinkPartial <= kPartial, "a tile of A needs room");
+
+  // What one stage is copied from: of each of its tiles the first row, and how many there are.
+  struct alignas(16) Source {
+    const char *first[kTiles];
+    short rows[kTiles];
+    bool is_x, is_last;  // of its list
+  };
+};
+
+// What a block has to do, in shared memory: the registers of the warps that multiply are for sums.
+struct Plan {
+  int begin, n_tiles;  // of the weights
+  int panels;
+  int split;  // the part of the features that the block begins with
+};
+
+// The hidden of the whole group, by the helpers and straight from A: for when blocks that hold a part of it do not come, because
+// another stream's blocks, which may be waiting for the same reason, keep them from a multiprocessor.
+template <class E> __device__ __noinline__ void shrink_alone(const GroupParams &p, const short *ids, E *hidden) {
+  const int lane = threadIdx.x % 32, helper = threadIdx.x / 32 - kWarps, in = p.g.in_features;
+  for (int i = 0; i < p.g.n_items; ++i) {
+    const ls_item &item = p.g.items[i];
+    for (int o = helper; o < p.g.tokens * p.g.top_k * item.rank; o += kHelpers) {
+      const int entry = o / item.rank, expert = ids[entry];
+      if (expert < 0) continue;
+      const E *a = static_cast<const E *>(item.lora_a) + (int64_t(expert) * item.rank + o % item.rank) * in;
+      const E *x = static_cast<const E *>(p.g.x) + int64_t(entry / p.g.top_k) * in;
+      float sum = 0.f;
+      for (int k = lane * 2; k < in; k += 64) {
+        const float2 fa = unpack2<E>(*reinterpret_cast<const uint32_t *>(a + k)), fx = unpack2<E>(*reinterpret_cast<const uint32_t *>(x + k));
+        sum += fa.x * fx.x + fa.y * fx.y;
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) hidden[p.hidden[i] + o] = from_float<E>(p.g.gates[entry] * item.scaling * sum);
+    }
+  }
+}
+
+__device__ __forceinline__ float4 operator+(const float4 &a, const float4 &b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+// Four rows of a result, as far as there are so many.
+template <class E> __device__ __forceinline__ void store_results(const ls_item &item, int token, int row, const float4 &sums) {
+  const float *sum = &sums.x;
+  E *out = static_cast<E *>(item.out) + int64_t(token) * item.out_features + row;
+  if (!item.bias && !item.base && item.out_features % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 8 == 0 && row < item.out_features) {
+    *reinterpret_cast<uint2 *>(out) = make_uint2(pack2<E>(sum[0], sum[1]), pack2<E>(sum[2], sum[3]));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (row + i < item.out_features) store_result<E>(item, token, row + i, sum[i]);
+}
+
+// Which tile of all experts' A: of which linear, beginning with which row.
+struct ShrinkTile {
+  int item, row;
+};
+__device__ __forceinline__ ShrinkTile shrink_tile(const GroupParams &p, int tile) {
+  int item = 0;
+  while (tile >= p.shrink_begin[item + 1]) ++item;
+  return ShrinkTile{item, (tile - p.shrink_begin[item]) * kTile};
+}
+
+// The helpers' shrink: tiles of A, every `stride`-th from `tile`, times one part of the features, for the other blocks to see.
+template <class E, class Shape, int NT> struct Shrink {
+  static constexpr int kChunks = kSlice * kWarps / kHelpers / kChunk;  // of a helper, of one split
+  const GroupParams &p;
+  const int part, first, last;  // splits
+  uint4 w[kChunks][2], x[kChunks][NT];
+
+  __device__ __forceinline__ Shrink(const GroupParams &params, int number)
+      : p(params), part(number), first(number * splits_each(p.g.in_features)), last(min(first + splits_each(p.g.in_features), splits_of(p.g.in_features))) {}
+
+  __device__ __forceinline__ void load(const ShrinkTile &at, int split) {
+    const int helper = (threadIdx.x - kThreads) / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, in = p.g.in_features;
+    const ls_item &item = p.g.items[at.item];
+    const int feature = (split * kHelpers + helper) * kChunks * kChunk + t * kUnit, last_row = p.g.num_experts * item.rank - 1;
+    const E *a = static_cast<const E *>(item.lora_a) + feature, *input = static_cast<const E *>(p.g.x) + feature;
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const bool inside = feature + c * kChunk < in;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) w[c][h] = inside ? load_static(a + int64_t(min(at.row + h * 8 + g, last_row)) * in + c * kChunk) : zero;
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+        x[c][n] = inside && n * 8 + g < p.g.tokens ? load_shared_input(input + int64_t(n * 8 + g) * in + c * kChunk) : zero;
+    }
+  }
+
+  __device__ __forceinline__ bool chosen(const ShrinkTile &at, const short *ids) const {
+    const int rank = p.g.items[at.item].rank, entries = p.g.tokens * p.g.top_k;
+    bool any = false;
+    for (int i = threadIdx.x % 32; i < entries; i += 32) any |= ids[i] >= at.row / rank && ids[i] <= (at.row + kTile - 1) / rank;
+    return __any_sync(0xffffffffu, any);
+  }
+
+  // Of the first tile, the first split has been asked for.
+  __device__ __forceinline__ void run(int tile, int stride, bool most, const short *ids, float *partial) {
+    const int thread = threadIdx.x - kThreads, helper = thread / 32, g = thread % 32 / 4, t = thread % 4, top_k = p.g.top_k;
+    for (bool loaded = true; tile < p.shrink_begin[p.g.n_items]; tile += stride, loaded = false) {
+      const ShrinkTile at = shrink_tile(p, tile);
+      if (!most && !chosen(at, ids)) continue;  // nobody will read it
+      float sum[NT][4] = {};
+      for (int split = first; split < last; ++split, loaded = false) {
+        if (!loaded) load(at, split);
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+          for (int n = 0; n < NT; ++n) mma32<E>(sum[n], w[c], x[c][n]);
+      }
+      barrier(kHelping, kHelperThreads);  // the tile before this one has been summed up
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          partial[helper * Shape::kShrinkPartial + (n * 8 + t * 2 + i % 2) * Shape::kShrinkStride + i / 2 * 8 + g] = sum[n][i];
+      barrier(kHelping, kHelperThreads);
+      // Four rows of A and a token for each thread. Ranks are divisible by 8: the rows are of one expert.
+      const ls_item &item = p.g.items[at.item];
+      const int rank = item.rank, quad = thread % 4 * 4, row = at.row + quad, token = thread / 4;
+      float *sums = static_cast<float *>(p.g.hidden) + part * p.hidden_elements + p.hidden[at.item];
+      static_assert(Shape::kTokens <= kHelperThreads / 4, "one token for each thread");
+      if (row >= p.g.num_experts * rank || token >= p.g.tokens) continue;
+      float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int k = 0; k < kHelpers; ++k)
+        total = total + *reinterpret_cast<const float4 *>(partial + k * Shape::kShrinkPartial + token * Shape::kShrinkStride + quad);
+      for (int j = 0; j < top_k; ++j) {
+        const int entry = token * top_k + j;
+        if (ids[entry] != row / rank) continue;
+        const float gate = __ldcg(p.g.gates + entry) * item.scaling;
+        *reinterpret_cast<float4 *>(sums + int64_t(entry) * rank + row % rank) = make_float4(gate * total.x, gate * total.y, gate * total.z, gate * total.w);
+      }
+    }
+    barrier(kHelping, kHelperThreads);
+    if (thread == 0) shrink_done(p.sync);
+  }
+};
+
+// The helpers: the hidden of the block's linears, once `published` blocks have published theirs.
+template <class E>
+__device__ __forceinline__ void collect(const GroupParams &p, int published, int parts, int first_tile, int n_tiles, const short *ids, E *hidden,
+                                        volatile bool &there) {
+  const int thread = threadIdx.x - kThreads;
+  if (thread == 0) {
+    long long start, now;
+    bool waits = true;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    while (shrinks_done(p.sync) < published && waits) {
+      asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+      waits = now - start < (p.g.tuning & LS_TUNING_IMPATIENT ? 0 : kPatience);
+    }
+    there = waits;
+  }
+  const int last = find_item(p, first_tile + n_tiles - 1);
+  const int begin = int(p.hidden[find_item(p, first_tile)]), end = int(last + 1 < p.g.n_items ? p.hidden[last + 1] : p.hidden_elements);
+  barrier(kHelping, kHelperThreads);
+  if (there) {
+    static_assert(kMostParts == 8, "all in flight at once");
+    const float *sums = static_cast<const float *>(p.g.hidden);
+    for (int i = begin + thread * 4; i < end; i += kHelperThreads * 4) {
+      float4 v[kMostParts];
+#pragma unroll
+      for (int k = 0; k < kMostParts; ++k)
+        v[k] = k < parts ? __ldcg(reinterpret_cast<const float4 *>(sums + k * p.hidden_elements + i)) : make_float4(0.f, 0.f, 0.f, 0.f);
+      const float4 sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+      *reinterpret_cast<uint2 *>(hidden + i) = make_uint2(pack2<E>(sum.x, sum.y), pack2<E>(sum.z, sum.w));
+    }
+  } else {
+    shrink_alone<E>(p, ids, hidden);
+  }
+  barrier(kHelping, kHelperThreads);
+  if (thread == 0 && leave(p.sync, gridDim.x)) *p.sync = Sync{0, 0, 0, 0};
+}
+
+// Where an expert's hidden lies among those of a token: which of its top_k; -1: the token did not choose it.
+struct Slots {
+  static constexpr int kMost = 2048;
+  signed char of[kMost];  // [tokens][num_experts]
+  bool useful;            // there is room, and no token has an expert twice
+};
+
+__device__ __forceinline__ void fill(const GroupParams &p, const short *ids, Slots &slots) {
+  const int thread = threadIdx.x - kThreads, experts = p.g.num_experts, n = p.g.tokens * experts;
+  if (thread == 0) slots.useful = n <= Slots::kMost;
+  for (int i = thread; i < min(n, Slots::kMost); i += kHelperThreads) slots.of[i] = -1;
+  barrier(kHelping, kHelperThreads);
+  if (n <= Slots::kMost && thread < p.g.tokens)
+    for (int j = 0; j < p.g.top_k; ++j) {
+      const int e = ids[thread * p.g.top_k + j];
+      if (e < 0) continue;
+      if (slots.of[thread * experts + e] >= 0) slots.useful = false;
+      slots.of[thread * experts + e] = static_cast<signed char>(j);
+    }
+  barrier(kHelping, kHelperThreads);
+}
+
+// A helper's part of the second product: what the experts add to one tile of the weight.
+template <class E, class Shape, int NT> struct Expand {
+  static constexpr int kFirst = 2;  // chunks of B that are asked for early
+  ExpertColumns experts;
+  int row, last;
+
+  __device__ __forceinline__ Expand(const GroupParams &p, int tile, const E *hidden) : Expand(p, tile, find_item(p, tile), hidden) {}
+  __device__ __forceinline__ Expand(const GroupParams &p, int tile, int item, const E *hidden) : experts(p, item) {
+    if (p.sync) experts.hidden = reinterpret_cast<const char *>(hidden + p.hidden[item]);
+    row = (tile - p.begin[item]) * kTile + threadIdx.x % 32 / 4, last = p.g.items[item].out_features - 1;
+    if (experts.rank == 0) experts.chunks = 0;
+  }
+  __device__ __forceinline__ void load(int chunk, const short *ids, uint4 (&to)[2]) const {
+    experts.template load_b<E>(experts.unit_of(chunk, ids), min(row, last), min(row + 8, last), to);
+  }
+  __device__ __forceinline__ void load_first(const short *ids, uint4 (&b)[kFirst][2]) const {
+#pragma unroll
+    for (int c = 0; c < kFirst; ++c)
+      if (c < experts.chunks) load(c, ids, b[c]);
+  }
+  __device__ __forceinline__ void multiply(int chunk, const short *ids, const Slots &slots, const uint4 (&up)[2], float (&sum)[NT][4]) const {
+    const ExpertColumns::Unit unit = experts.unit_of(chunk, ids);
+    uint4 h[NT];
+    if (experts.by_pair || !slots.useful) {
+      experts.template load_hidden<E, NT>(unit, ids, h);
+    } else {
+      int slot[NT];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const int token = n * 8 + threadIdx.x % 32 / 4;
+        slot[n] = unit.expert >= 0 && token < experts.tokens ? slots.of[token * experts.num_experts + unit.expert] : -1;
+      }
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const int entry = (n * 8 + threadIdx.x % 32 / 4) * experts.top_k + slot[n];
+        h[n] = make_uint4(0, 0, 0, 0);
+        if (slot[n] >= 0) h[n] = load_shared_input(reinterpret_cast<const E *>(experts.hidden) + entry * experts.rank + unit.offset);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) mma32<E>(sum[n], up, h[n]);
+  }
+  // [kTokens][kStride] from `sums`. b: what load_first() loaded.
+  __device__ __forceinline__ void run(const short *ids, const Slots &slots, const uint4 (&b)[kFirst][2], float *sums) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float sum[NT][4] = {};
+#pragma unroll
+    for (int c = 0; c < kFirst; ++c)
+      if (c < experts.chunks) multiply(c, ids, slots, b[c], sum);
+    constexpr int kAhead = 4;
+    for (int chunk = kFirst; chunk < experts.chunks; chunk += kAhead) {
+      uint4 more[kAhead][2];
+#pragma unroll
+      for (int c = 0; c < kAhead; ++c)
+        if (chunk + c < experts.chunks) load(chunk + c, ids, more[c]);
+#pragma unroll
+      for (int c = 0; c < kAhead; ++c)
+        if (chunk + c < experts.chunks) multiply(chunk + c, ids, slots, more[c], sum);
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[(n * 8 + t * 2 + i % 2) * Shape::kStride + i / 2 * 8 + g] = sum[n][i];
+  }
+};
+
+template <class E, int NT, int MT, int STAGES>
+__global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_constant__ GroupParams p) {
+  using Shape = Panel<E, NT, MT, STAGES>;
+  using Source = typename Shape::Source;
+  constexpr int kTiles = Shape::kTiles, kWide = Shape::kWide, kSteps = Shape::kSteps, kStageBytes = Shape::kStageBytes;
+  constexpr int kMostPanels = (kMostTiles + MT - 1) / MT;
+  extern __shared__ __align__(128) unsigned char raw[];
+  __shared__ Source lists[kMostPanels + kMostTiles / kTiles];  // the stages of one slice: of every panel x and its tiles
+  __shared__ short list_of[kMostPanels + 1];                   // where a panel's begin
+  __shared__ Plan plan_;
+  __shared__ short ids[kIds];
+  __shared__ Slots slots;
+  __shared__ bool there;
+  float *partial = reinterpret_cast<float *>(raw + Shape::kRingBytes), *more = partial + kWarps * Shape::kPartial;
+  E *hidden = reinterpret_cast<E *>(raw + Shape::kRingBytes + Shape::kPartialBytes);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, in = p.g.in_features;
+  const volatile Plan &plan = plan_;
+  pdl_trigger();
+  {
+    const unsigned total = p.begin[p.g.n_items];
+    const int begin = total * blockIdx.x / gridDim.x, n_tiles = int(total * (blockIdx.x + 1) / gridDim.x) - begin;
+    const int panels = (n_tiles + MT - 1) / MT, stages = (n_tiles + kTiles - 1) / kTiles;
+    auto first_stage = [&](int panel) { return panels == 1 ? stages * panel : stages * panel / panels; };  // of the block's tiles
+    for (int panel = warp; panel < panels; panel += kWarps + kHelpers) {
+      const int first = first_stage(panel), n = 1 + first_stage(panel + 1) - first, at = panel + first;
+      if (lane == 0) {
+        list_of[panel] = short(at);
+        if (panel == panels - 1) list_of[panels] = short(at + n);
+      }
+      for (int i = lane; i < n; i += 32) {
+        Source source;
+        source.is_x = i == 0, source.is_last = i == n - 1;
+#pragma unroll
+        for (int u = 0; u < kTiles; ++u) {
+          const void *matrix = p.g.x;
+          int row = u * kTile, rows = p.g.tokens;
+          if (i > 0) {
+            const int tile = (first + i - 1) * kTiles + u, at = begin + min(tile, n_tiles - 1), item = find_item(p, at);
+            matrix = p.g.items[item].weight, row = (at - p.begin[item]) * kTile, rows = tile < n_tiles ? p.g.items[item].out_features : 0;
+          }
+          source.first[u] = static_cast<const char *>(matrix) + int64_t(row) * in * sizeof(E);
+          source.rows[u] = short(max(0, min(rows - row, kTile)));
+        }
+        lists[at + i] = source;
+      }
+    }
+    if (threadIdx.x == 0) plan_ = Plan{begin, n_tiles, panels, int(blockIdx.x % splits_of(in))};
+  }
+  __syncthreads();
+  auto first_tile = [&](int panel) { return (list_of[panel] - panel) * kTiles; };
+  auto tiles_of = [&](int panel) { return min(first_tile(panel + 1), plan.n_tiles) - first_tile(panel); };
+
+  if (warp >= kWarps) {
+    if (!p.has_rank) return;
+    const int thread = threadIdx.x - kThreads, helper = warp - kWarps, num_experts = p.g.num_experts, entries = p.g.tokens * p.g.top_k;
+    const bool most = entries > num_experts;  // of the experts will have been chosen
+    // Every `parts` blocks in a row have all parts of the features, and multiply the same tiles of A by them.
+    const int parts = parts_of(in), row_of_blocks = blockIdx.x / parts, rows_of_blocks = p.sync ? gridDim.x / parts : 0;
+    const int with_tiles = p.sync ? min(rows_of_blocks, p.shrink_begin[p.g.n_items]) : 0;
+    const bool shrinks = row_of_blocks < with_tiles;
+    pdl_wait();
+    // What does not depend on each other is asked for at once: a round trip takes long beside the weights.
+    constexpr int kEach = (kIds + kHelperThreads - 1) / kHelperThreads;
+    short id[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) id[i] = thread + i * kHelperThreads < entries ? valid_id(p, thread + i * kHelperThreads) : short(-1);
+    Shrink<E, Shape, NT> shrink(p, blockIdx.x % parts);
+    if (shrinks) shrink.load(shrink_tile(p, row_of_blocks), shrink.first);
+    if (most) {  // every expert's B will be needed
+      for (int i = thread; i < plan.n_tiles * num_experts; i += kHelperThreads) {
+        const int tile = plan.begin + i / num_experts, item = find_item(p, tile), rank = p.g.items[item].rank;
+        const int out = p.g.items[item].out_features, row = (tile - p.begin[item]) * kTile;
+        const char *b = static_cast<const char *>(p.g.items[item].lora_b) + (int64_t(i % num_experts) * out + row) * rank * 2;
+        for (int at = 0; at < min(kTile, out - row) * rank * 2; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + at));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (thread + i * kHelperThreads < entries) ids[thread + i * kHelperThreads] = id[i];
+    barrier(kHelping, kHelperThreads);
+    if (shrinks) shrink.run(row_of_blocks, rows_of_blocks, most, ids, more);
+    if (most) fill(p, ids, slots);
+    for (int panel = 0; panel < plan.panels; ++panel) {
+      const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
+      if (panel > 0) barrier(kSummed, kAllThreads);
+      using Expand = Expand<E, Shape, NT>;
+      constexpr int kEarly = 2;  // tiles whose B is on its way while the hidden is waited for
+      uint4 b[kEarly][Expand::kFirst][2];
+#pragma unroll
+      for (int q = 0; q < kEarly; ++q)
+        if (const int m = helper + q * kHelpers; m < tiles) Expand(p, begin + m, hidden).load_first(ids, b[q]);
+      if (panel == 0 && p.sync) collect<E>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, hidden, there);
+#pragma unroll
+      for (int q = 0; q < kEarly; ++q)
+        if (const int m = helper + q * kHelpers; m < tiles) Expand(p, begin + m, hidden).run(ids, slots, b[q], more + m * kTile);
+      for (int m = helper + kEarly * kHelpers; m < tiles; m += kHelpers) {
+        const Expand expand(p, begin + m, hidden);
+        expand.load_first(ids, b[0]);
+        expand.run(ids, slots, b[0], more + m * kTile);
+      }
+      arrive(kExpanded, kAllThreads);
+    }
+    return;
+  }
+
+  // Slices of the features of this warp: every eighth, beginning with the block's part.
+  auto slices = [&] { return (in + kSlice - 1) / kSlice; };
+  auto first_slice = [&] { return plan.split * kWarps + warp; };
+  auto next_slice = [&](int slice) { return slice + kWarps < splits_of(in) * kWarps ? slice + kWarps : warp; };
+  auto times_of = [&](int slice) { return kTiles == 2 && slice * kSlice + kWide < in ? 2 : 1; };  // over the stages, `kWide` features each
+
+  // Where 16 bytes of a row lie depends on the row, so that those of eight rows lie in different banks.
+  constexpr int kRow = kWide * 2, kLanes = kRow / 16;  // lanes that copy a row
+  const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(raw)) + warp * STAGES * kStageBytes;
+  auto swizzled = [&](int row, int column) { return row * kRow + (column ^ (kLanes == 8 ? row % 8 : row / 2 % 4)) * 16; };
+  const uint32_t to_lane = swizzled(lane / kLanes, lane % kLanes);
+  const int from_lane = lane / kLanes * in + lane % kLanes * kUnit;
+
+  // Copies, STAGES - 1 stages ahead of what is multiplied.
+  int copy_panel = 0, copy_slice = 0, copy_time = 0, entry = 0;
+  auto copy_next = [&] {
+    copy_slice = next_slice(copy_slice);
+    if (copy_slice == first_slice()) ++copy_panel;
+  };
+  auto copy_enter = [&] {  // the next slice that there is
+    while (copy_panel < plan.panels && copy_slice >= slices()) copy_next();
+    copy_time = 0, entry = -1;
+    if (copy_panel < plan.panels) entry = list_of[copy_panel];
+  };
+  auto copy_start = [&] {
+    copy_panel = 0, copy_slice = first_slice();
+    copy_enter();
+  };
+  auto copy = [&](uint32_t stage, bool inputs, bool others) {
+    if (entry < 0) return;
+    const Source source = lists[entry];
+    const int feature = copy_slice * kSlice + copy_time * kWide;
+    if ((source.is_x ? inputs : others) && (kTiles == 2 || feature + lane % kLanes * kUnit < in)) {
+#pragma unroll
+      for (int u = 0; u < kTiles; ++u) {
+        const E *from = reinterpret_cast<const E *>(source.first[u]) + (feature + from_lane);
+#pragma unroll
+        for (int r = 0; r < kTile; r += 32 / kLanes)
+          if (lane / kLanes + r < source.rows[u]) copy16(stage + (to_lane ^ (kLanes == 8 ? r % 8 * 16 : 0)) + (u * kTile + r) * kRow, from + r * in);
+      }
+    }
+    ++entry;
+    if (!source.is_last) return;
+    if (++copy_time < times_of(copy_slice)) {
+      entry = list_of[copy_panel];
+      return;
+    }
+    copy_next();
+    copy_enter();
+  };
+  // Before the wait only what no launch may still be writing: not x.
+  copy_start();
+  for (int s = 0; s < STAGES - 1; ++s) copy(ring + s * kStageBytes, false, true);
+  pdl_wait();
+  copy_start();
+  for (int s = 0; s < STAGES - 1; ++s) copy(ring + s * kStageBytes, true, false);
+  copy_commit();
+#pragma unroll
+  for (int s = 0; s < STAGES - 2; ++s) copy_commit();  // one for each stage, as everywhere below
+  uint32_t stage = ring;
+  auto arrived = [&] {  // the next stage; the one read before it is copied into
+    copy_wait<STAGES - 2>();
+    __syncwarp();
+    copy(stage == ring ? ring + (STAGES - 1) * kStageBytes : stage - kStageBytes, true, true);
+    copy_commit();
+    const uint32_t rows = stage;
+    stage = stage == ring + (STAGES - 1) * kStageBytes ? ring : stage + kStageBytes;
+    return rows;
+  };
+  const int g = lane / 4, t = lane % 4;
+  // Fragments for one step, 16 features: of 16 rows of a weight (in_stage: where this lane's row is), or of 16 tokens.
+  const uint32_t in_stage = swizzled(lane % 16, lane / 16);
+  auto fragments = [&](uint32_t at, int step, uint32_t(&v)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at ^ (step * 32)) : "memory");
+  };
+
+  uint32_t x[kSteps][kTiles][4];  // of 16 tokens: two for the first eight, two for the others
+  auto read_x = [&] {
+    const uint32_t rows = arrived() + swizzled(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+    for (int u = 0; u < kTiles; ++u)
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) fragments(rows + u * kTile * kRow, step, x[step][u]);
+  };
+  // One stage times x: `steps` is less than all where only half of its features are within in_features, which is divisible by 32.
+  auto multiply = [&](float(*sum)[NT][4], int steps) {
+    const uint32_t rows = arrived() + in_stage;
+#pragma unroll
+    for (int u = 0; u < kTiles; ++u)
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (step >= steps) break;
+        uint32_t w[4];
+        fragments(rows + u * kTile * kRow, step, w);
+#pragma unroll
+        for (int n = 0; n < NT; ++n) mma<E>(sum[u][n], w[0], w[1], w[2], w[3], x[step][n / 2][n % 2 * 2], x[step][n / 2][n % 2 * 2 + 1]);
+      }
+  };
+  auto steps_of = [&](int slice) { return kTiles == 1 && slice * kSlice + kSlice / 2 >= in ? kSteps / 2 : kSteps; };
+  for (int panel = 0; panel < plan.panels; ++panel) {
+    float acc[MT][NT][4] = {};
+    const int tiles = tiles_of(panel);
+    int slice = first_slice();
+    do {
+      if (slice >= slices()) continue;
+      const int steps = steps_of(slice);
+      for (int time = 0; time < times_of(slice); ++time) {
+        read_x();
+#pragma unroll
+        for (int m = 0; m < MT; m += kTiles) {
+          if (m >= tiles) break;
+          multiply(acc + m, steps);
+        }
+      }
+    } while ((slice = next_slice(slice)) != first_slice());
+
+    if (panel > 0) barrier(kMultiplying, kThreads);  // the panel before this one has been summed up
+    float *sums = partial + warp * Shape::kPartial + t * 2 * Shape::kStride + g;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      if (m >= tiles) break;
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[(n * 8 + i % 2) * Shape::kStride + m * kTile + i / 2 * 8] = acc[m][n][i];
+    }
+    if (p.has_rank)
+      barrier(kExpanded, kAllThreads);
+    else
+      barrier(kMultiplying, kThreads);
+    const int quads = tiles * kTile / 4;  // of rows
+    for (int i = threadIdx.x; i < quads * p.g.tokens; i += kThreads) {
+      const int token = i / quads, r = (i - token * quads) * 4, tile = plan.begin + first_tile(panel) + r / kTile, item = find_item(p, tile);
+      const float *at = partial + token * Shape::kStride + r;
+      float4 sum = p.has_rank ? *reinterpret_cast<const float4 *>(more + token * Shape::kStride + r) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int k = 0; k < kWarps; ++k) sum = sum + *reinterpret_cast<const float4 *>(at + k * Shape::kPartial);
+      store_results<E>(p.g.items[item], token, (tile - p.begin[item]) * kTile + r % kTile, sum);
+    }
+    if (p.has_rank && panel + 1 < plan.panels) arrive(kSummed, kAllThreads);
+  }
+}
+
+// What was found out about a device.
+struct Device {
+  std::atomic<int> blocks;  // as many as run at once, one a multiprocessor; 0: not asked yet, -1: none
+};
+
+template <class E, int NT, int MT, int STAGES> int blocks_of(int device) {
+  static Device devices[kMaxDevices];
+  std::atomic<int> &known = devices[device].blocks;
+  int blocks = known.load(std::memory_order_acquire);
+  if (blocks != 0) return blocks;
+  auto kernel = panel_kernel<E, NT, MT, STAGES>;
+  constexpr int kBytes = Panel<E, NT, MT, STAGES>::kBytes;
+  int limit = 0, multiprocessors = 0;
+  cudaFuncAttributes attributes;
+  bool fits = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  fits = fits && cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  fits = fits && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && int(attributes.sharedSizeBytes) + kBytes <= limit;
+  fits = fits && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) == cudaSuccess;
+  if (!fits) cudaGetLastError();
+  blocks = fits ? multiprocessors : -1;
+  known.store(blocks, std::memory_order_release);
+  return blocks;
+}
+
+// Calls `act` with the shape for so many tokens: how many tiles of 8, tiles of a panel, stages.
+template <class Act> auto with_shape(const GroupParams &p, Act act) {
+  const bool is_bf16 = p.g.dtype == LS_BFLOAT16;
+#define LS_SHAPE(NT, MT, STAGES) (is_bf16 ? act.template operator()<bf16, NT, MT, STAGES>() : act.template operator()<fp16, NT, MT, STAGES>())
+  if (p.g.tokens <= 8) return LS_SHAPE(1, 12, 8);
+  if (p.g.tokens <= 16) return LS_SHAPE(2, 8, 7);
+  return LS_SHAPE(4, 6, 6);
+#undef LS_SHAPE
+}
+
+struct Blocks {
+  int device;
+  template <class E, int NT, int MT, int STAGES> int operator()() const { return blocks_of<E, NT, MT, STAGES>(device); }
+};
+
+struct Launch {
+  GroupParams &p;
+  void *stream;
+  template <class E, int NT, int MT, int STAGES> int operator()() const {
+    auto kernel = panel_kernel<E, NT, MT, STAGES>;
+    const int blocks = blocks_of<E, NT, MT, STAGES>(p.g.device), tiles = p.begin[p.g.n_items];
+    return launch<GroupParams>(kernel, dim3(tiles < blocks ? tiles : blocks), dim3(kAllThreads), p, stream, may_overlap(kernel, p.g.device),
+                               Panel<E, NT, MT, STAGES>::kBytes);
+  }
+};
+
+void layout_tiles(GroupParams &p) {
+  int weight = 0, a = 0;
+  for (int i = 0; i < p.g.n_items; ++i) {
+    p.begin[i] = weight, weight += (p.g.items[i].out_features + kTile - 1) / kTile;
+    p.shrink_begin[i] = a, a += (p.g.num_experts * p.g.items[i].rank + kTile - 1) / kTile;
+  }
+  p.begin[p.g.n_items] = weight, p.shrink_begin[p.g.n_items] = a;
+  p.has_rank = any_rank(p.g);
+}
+
+}  // namespace
+
+int panel_parts(const ls_group &g) { return parts_of(g.in_features); }
+
+bool can_panel(GroupParams &p) {
+  if (p.g.tokens > LS_FAST_TOKENS || p.g.in_features % kChunk || p.g.device < 0 || p.g.device >= kMaxDevices) return false;
+  for (int i = 0; i < p.g.n_items; ++i)
+    if (!p.g.items[i].weight) return false;
+  layout_tiles(p);
+  const int blocks = with_shape(p, Blocks{p.g.device});
+  return blocks > 0 && p.begin[p.g.n_items] <= int64_t(blocks) * kMostTiles;
+}
+
+bool panel_can_shrink(GroupParams &p) {
+  layout_tiles(p);
+  const int blocks = with_shape(p, Blocks{p.g.device}), tiles = p.begin[p.g.n_items];
+  const int rows_of_blocks = (tiles < blocks ? tiles : blocks) / parts_of(p.g.in_features);
+  return p.hidden_elements <= kPanelHidden && rows_of_blocks > 0 && p.shrink_begin[p.g.n_items] <= rows_of_blocks * kShrinkTiles;
+}
+
+int launch_linear_panel(GroupParams &p, void *stream) {
+  layout_tiles(p);
+  return with_shape(p, Launch{p, stream});
+}
+
+}  // namespace ls
