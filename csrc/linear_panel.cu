@@ -21,7 +21,6 @@ constexpr int kAllThreads = kThreads + kHelperThreads;
 constexpr int kSlice = 64;  // features that a warp takes at once: a 128-byte line of each row
 constexpr int kTile = 16;   // rows that are multiplied at once
 constexpr int kMostTiles = 96;  // of one block
-constexpr int kShrinkTiles = 4;  // of A, of one block
 constexpr int kMostParts = 8;
 constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
 constexpr long long kPatience = 100000;  // nanoseconds until the hidden is not waited for any longer
@@ -639,7 +638,9 @@ bool panel_can_shrink(GroupParams &p) {
   layout_tiles(p);
   const int blocks = with_shape(p, Blocks{p.g.device}), tiles = p.begin[p.g.n_items];
   const int rows_of_blocks = (tiles < blocks ? tiles : blocks) / parts_of(p.g.in_features);
-  return p.hidden_elements <= kPanelHidden && rows_of_blocks > 0 && p.shrink_begin[p.g.n_items] <= rows_of_blocks * kShrinkTiles;
+  // Tiles of A that a block may have: more take too long. For a token or two there is linear_stream.cu, which reads chosen rows alone.
+  const float most = p.g.tokens <= 2 ? 1.5f : 4.f;
+  return p.hidden_elements <= kPanelHidden && rows_of_blocks > 0 && p.shrink_begin[p.g.n_items] <= rows_of_blocks * most;
 }
 
 int launch_linear_panel(GroupParams &p, void *stream) {

@@ -1,4 +1,5 @@
-"""A group of linears called without a compiler: one C call, and as little Python before it as can be.
+"""A group of linears called without a compiler: one C call for few tokens, library products and one for many, and as little
+Python before them as can be.
 
 What `kernels.PackedGroup` looks up and fills in field by field is here one template of bytes for each shape of input, into
 which a call packs its pointers. A call checks that all it points at is still where it was: `model.to(...)`, `load_state_dict`
@@ -14,9 +15,11 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import MAX_GROUP, Group, Item, PackedGroup, _check, library
+from . import kernels, ops
+from .kernels import MAX_GROUP, Expansion, Group, Item, PackedGroup, _check, library
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class _Shape:
     template: bytes
     outputs: list[tuple[tuple[int, ...], tuple[int, ...]]]  # size and stride of each linear's result
     hidden: int  # elements of scratch
+    many: Expansion | None = None  # for more tokens than one C call is good for
 
 
 def launchable(x: Tensor) -> bool:
@@ -67,6 +71,13 @@ class DirectGroup:
         function = library()["ls_linear"]  # of its own, so that it can take the group as bytes
         function.restype, function.argtypes = c_int, [c_char_p, c_void_p]
         self.function: Callable[[bytes, int], int] = function
+        bases = [one.base for one in self.live]
+        self.weights = [base["weight"].detach() for base in bases]
+        self.matrices = self.weights if packed.group.transposed else [weight.T for weight in self.weights]
+        self.biases = [None if base["bias"] is None else base["bias"].detach() for base in bases]
+        self.lora_a = [one.a["weight"].detach().flatten(0, 1) for one in self.live]
+        self.lora_b = [one.b["weight"].detach() for one in self.live]
+        self.scalings = [one.scaling[self.adapter] for one in self.live]
         self.empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what compiled code calls
 
     def _addresses(self) -> list[Any]:
@@ -95,6 +106,8 @@ class DirectGroup:
         gates = routing.gates
         if experts.get_device() != self.device or not (experts.is_contiguous() and gates.is_contiguous()):
             return None
+        if shape.many is not None:
+            return self._many(x, routing, shape, shape.many)
         if self.empty is not None and torch._C._cuda_getDevice() == self.device:
             outputs = [self.empty(size, stride, self.dtype) for size, stride in shape.outputs]
             hidden = self.empty((shape.hidden,), (1,), self.dtype)
@@ -110,13 +123,38 @@ class DirectGroup:
             _check(code, "ls_linear")
         return outputs
 
+    def is_current(self) -> bool:
+        return self._addresses() == self.addresses
+
+    def _many(self, x: Tensor, routing: Routing, shape: _Shape, group: Expansion) -> list[Tensor]:
+        """One shrink for the whole group; what the experts add, for all of its linears; and their own products on top."""
+        rows = x.view(-1, x.shape[-1])
+        # Side by side, A of the linears is one wide matrix. Putting them there takes 1 % of the time of the group's own products
+        # and no lasting memory, where a copy that is kept would take up to 5 % of the model's.
+        hidden = F.linear(rows, self.lora_a[0] if len(self.lora_a) == 1 else torch.cat(self.lora_a))
+        if group.expands:
+            results = kernels.expand(group, hidden, routing.experts, routing.gates)
+            for result, matrix in zip(results, self.matrices, strict=True):
+                result.addmm_(rows, matrix)  # the larger product adds to the smaller one's result while it computes
+        else:
+            gates = [routing.scaled(scaling, x.dtype) for scaling in self.scalings]
+            parts = ops.group_hidden(hidden, [b.shape[::2] for b in self.lora_b], gates)
+            linears = zip(parts, self.matrices, self.biases, kernels.widen(group, hidden), strict=True)
+            results = [ops.dense_linear(rows, h, matrix, bias, wide, True) for h, matrix, bias, wide in linears]
+        return [result.view(size) for result, (size, _) in zip(results, shape.outputs, strict=True)]
+
     def _shape(self, x: Tensor, experts: Tensor) -> _Shape | None:
-        """Worked out once for each shape of x; None if there are more tokens than the kernels are good for."""
+        """Worked out once for each shape of x; None if the kernels are no good for it."""
         group = Group.from_buffer_copy(self.packed.group)
         group.top_k = experts.shape[-1]
         group.tokens = experts.numel() // group.top_k
-        if group.tokens > self.few_tokens or x.numel() != group.tokens * group.in_features:
+        if x.numel() != group.tokens * group.in_features:
             return None
+        many = None
+        if group.tokens > self.few_tokens:
+            many = kernels.expansion(self.lora_b, self.biases, self.scalings, group.top_k)
+            if not (many.expands or many.widens):
+                return None
         outputs = []
         for out in self.packed.out_features:
             size = (*x.shape[:-1], out)
@@ -124,5 +162,5 @@ class DirectGroup:
         hidden = library().ls_hidden_elements(byref(group))
         if len(self.shapes) >= _MOST_SHAPES:
             self.shapes.clear()
-        shape = self.shapes[x.shape, group.top_k] = _Shape(bytes(group), outputs, hidden)
+        shape = self.shapes[x.shape, group.top_k] = _Shape(bytes(group), outputs, hidden, many)
         return shape

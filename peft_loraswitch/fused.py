@@ -247,7 +247,7 @@ class FusedGroup(nn.Module):
             the casts of those; scaling0, ...: their layers' dictionaries.
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
-        within: the ops take an adapter of this size; expands: so does the kernel for many tokens.
+        within: the ops take an adapter of this size.
         live: see `Live`, of each linear; no compiled forward looks at it.
         direct: the group as the kernels take it when no compiler is at work, once it has been called so.
     """
@@ -263,7 +263,6 @@ class FusedGroup(nn.Module):
         active = first.top_k[adapter] + first.num_shared_experts[adapter]
         self.within = all(within_limits(layer, adapter, active) for layer in layers)
         self.live = [_live(layer, adapter) for layer in layers]
-        self.expands = self.kernels and self.within and all(kernels.expands(one.b["weight"]) for one in self.live)
         for i, one in enumerate(self.live):
             values = {"slot": one.layer.fused_slot, "base": one.base, "scaling": one.scaling}
             values |= {"a": one.a["weight"], "b": one.b["weight"]}
@@ -516,16 +515,29 @@ def compute(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) 
         group = _checked(layer, group)
     if not group.plain:
         return _beside_base(layer, group, x, routing)
-    if x.numel() // x.shape[-1] > group.few_tokens or not group.within:
-        return group.leave(x, _dense(group, x, routing))
     parts = group.parts()
-    if group.kernels and not torch.compiler.is_compiling() and launchable(x):
-        weights, _, lora_a, lora_b, _ = parts
-        if all(t.is_contiguous() for t in (*weights, *lora_a, *lora_b)):
-            packed = kernels.PackedGroup(*parts, group.transposed)
-            kernels.warn_if_generic(packed, x, routing.experts)
-            group.direct = DirectGroup(packed, group)
-    return group.leave(x, ops.linear(x, routing.experts, routing.gates, *parts, group.transposed))
+    fresh = None
+    if group.kernels and group.within and not torch.compiler.is_compiling() and launchable(x):
+        fresh = _made_direct(group, x, routing, *parts)
+    if x.numel() // x.shape[-1] <= group.few_tokens and group.within:
+        return group.leave(x, ops.linear(x, routing.experts, routing.gates, *parts, group.transposed))
+    results = None if fresh is None else fresh(x, routing)
+    return group.leave(x, _dense(group, x, routing) if results is None else results)
+
+
+def _made_direct(
+    group: FusedGroup, x: Tensor, routing: Routing, weights: list[Tensor], biases: list[Tensor | None],
+    lora_a: list[Tensor], lora_b: list[Tensor], scalings: list[float],
+) -> DirectGroup | None:  # fmt: skip
+    """`group.direct`, if it had to be made (anew)."""
+    present = [bias for bias in biases if bias is not None]
+    contiguous = all(t.is_contiguous() for t in (*weights, *present, *lora_a, *lora_b))
+    if not contiguous or (group.direct is not None and group.direct.is_current()):
+        return None
+    packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, group.transposed)
+    kernels.warn_if_generic(packed, x.view(-1, x.shape[-1])[:1], routing.experts.flatten(0, -2)[:1])
+    group.direct = DirectGroup(packed, group)
+    return group.direct
 
 
 def _checked(layer: FusedLinear, group: FusedGroup) -> FusedGroup:
@@ -544,33 +556,13 @@ def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     """The outputs of a group for many tokens: one shrink for the whole group, and a product more for each linear."""
     weights, biases, lora_a, lora_b, scalings = group.parts()
     rows = x.reshape(-1, x.shape[-1])
-    added = _expand(group, rows, routing, biases, lora_a, lora_b, scalings)
-    if added is not None:
-        for result, weight in zip(added, weights, strict=True):
-            result.addmm_(rows, weight if group.transposed else weight.T)
-        return [result.view(*x.shape[:-1], result.shape[1]) for result in added]
-    hidden = ops.group_hidden(rows, lora_a, [routing.scaled(scaling, x.dtype) for scaling in scalings])
+    gates = [routing.scaled(scaling, x.dtype) for scaling in scalings]
+    hidden = ops.group_hidden(ops.all_hidden(rows, lora_a), [a.shape[:2] for a in lora_a], gates)
     results = []
-    for h, weight, bias, wide in zip(hidden, weights, biases, ops.wides(lora_b), strict=True):
-        result = ops.dense_linear(rows, h, weight, bias, wide, group.transposed)
-        results.append(result.view(*x.shape[:-1], wide.shape[0]))
+    for h, weight, bias, b in zip(hidden, weights, biases, lora_b, strict=True):
+        result = ops.dense_linear(rows, h, weight, bias, ops.wide(b), group.transposed)
+        results.append(result.view(*x.shape[:-1], b.shape[1]))
     return results
-
-
-def _expand(
-    group: FusedGroup, rows: Tensor, routing: Routing, biases: list[Tensor | None], lora_a: list[Tensor],
-    lora_b: list[Tensor], scalings: list[float],
-) -> list[Tensor] | None:  # fmt: skip
-    """What the chosen experts add to rows [T, in], plus the biases: [T, out] for each linear; None if the kernel is not for it.
-    Not by way of the op, whose checks the group has made already."""
-    if torch.compiler.is_compiling() or not group.expands:  # a compiler does better with PyTorch's operations
-        return None
-    if type(rows) is not Tensor or not all(t is None or t.is_contiguous() for t in (*lora_b, *biases)):
-        return None
-    top_k = routing.experts.shape[-1]
-    experts, gates = routing.experts.reshape(-1, top_k), routing.gates.reshape(-1, top_k)
-    hidden = ops.all_hidden(rows, lora_a)
-    return kernels.expand(hidden, experts.contiguous(), gates.contiguous(), biases, lora_b, scalings)
 
 
 def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
@@ -584,12 +576,14 @@ def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Rout
     unfit = base.dtype != x.dtype or base.device != x.device or not group.within
     if x.numel() // x.shape[-1] <= group.few_tokens and not unfit:
         return ops.delta(base, x, routing.experts, routing.gates, a, b, scaling)
-    rows = x.reshape(-1, x.shape[-1])
-    added = _expand(group, rows, routing, [None], [a], [b], [scaling])
-    # out of place: a quantised base layer may return a view
-    if added is not None:
-        return base + added[0].to(base.dtype).view(base.shape)
-    (hidden,), (wide,) = ops.group_hidden(rows, [a], [routing.scaled(scaling, a.dtype)]), ops.wides([b])
+    rows = x.to(a.dtype).reshape(-1, x.shape[-1])
+    hidden = ops.all_hidden(rows, [a])
+    if group.kernels and group.within and not torch.compiler.is_compiling():
+        experts, gates = routing.experts.flatten(0, -2), routing.gates.flatten(0, -2)
+        (added,) = ops.expand(hidden, experts, gates, [None], [b], [scaling])
+        return base + added.to(base.dtype).view(base.shape)
+    hidden = ops.gated(hidden, routing.scaled(scaling, a.dtype), a.shape[1])
     if base.dtype != hidden.dtype:
-        return base + (hidden @ wide.T).to(base.dtype).view(base.shape)
-    return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, wide.T).view(base.shape)
+        return base + (hidden @ ops.wide(b).T).to(base.dtype).view(base.shape)
+    # out of place: a quantised base layer may return a view
+    return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, ops.wide(b).T).view(base.shape)

@@ -369,34 +369,20 @@ def warn_if_generic(packed: PackedGroup, x: torch.Tensor, experts: torch.Tensor)
         )
 
 
-MOST_RANKS = 128  # of all experts of a linear, for `expand`
-
-
-def expands(lora_b: torch.Tensor) -> bool:
-    """Whether `expand` takes a linear of this size and dtype; a line of log for 16-bit ones of odd sizes."""
-    num_experts, out, rank = lora_b.shape
-    if lora_b.dtype == torch.float32:
-        return False
-    if out % 8 or rank % 8:
-        _log_once(
-            f"LoRA-Switch: PyTorch operations serve many tokens of linears with out_features={out}, rank {rank}: the kernels "
-            "need both divisible by 8."
-        )
-        return False
-    return 0 < num_experts * rank <= MOST_RANKS
-
-
-class _Expansion(NamedTuple):
+class Expansion(NamedTuple):
     """A group of linears as `expand` and `widen` take it.
 
     Attributes:
         template: an `ExpandArgs` with all that does not differ from call to call.
         expands, widens: whether the kernel takes them.
+        outs, ranks: of each linear, the latter those of all its experts together.
     """
 
     template: bytes
     expands: bool
     widens: bool
+    outs: list[int]
+    ranks: list[int]
 
 
 _CALL = Struct("PPPii")  # hidden, experts, gates, n_items, tokens: neighbours in `ExpandArgs`
@@ -421,7 +407,7 @@ def _empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 @functools.lru_cache(maxsize=4096)
 def _expansion(
     linears: tuple[tuple[int, int | None, torch.Size, float], ...], dtype: torch.dtype, top_k: int, device: int
-) -> _Expansion:
+) -> Expansion:
     """linears: address of lora_b, address of the bias, shape [E, out, r] of lora_b, scaling."""
     args = ExpandArgs(
         n_items=len(linears), num_experts=linears[0][2][0], top_k=top_k, dtype=DTYPES[dtype], device=device
@@ -429,52 +415,43 @@ def _expansion(
     for item, (lora_b, bias, (_, out, rank), scaling) in zip(args.items, linears, strict=False):
         item.lora_b, item.bias, item.out_features, item.rank, item.scaling = lora_b, bias, out, rank, scaling
     takes = [bool(function(byref(args))) for function in (library().ls_expand_takes, library().ls_widen_takes)]
-    return _Expansion(bytes(args), *takes)
+    outs, ranks = ([shape[axis] for _, _, shape, _ in linears] for axis in (1, 2))
+    return Expansion(bytes(args), takes[0], takes[1], outs, [linears[0][2][0] * rank for rank in ranks])
 
 
-def expand(
-    hidden: torch.Tensor,
-    experts: torch.Tensor,
-    gates: torch.Tensor,
-    biases: Sequence[torch.Tensor | None],
-    lora_b: Sequence[torch.Tensor],
-    scalings: Sequence[float],
-) -> list[torch.Tensor] | None:
-    """hidden [T, sum of E * r], experts, gates [T, k], all contiguous -> [T, out] for each linear; None if the kernel does not
-    take them. One launch."""
-    linears = tuple(
-        [
-            (b.data_ptr(), None if bias is None else bias.data_ptr(), b.shape, scaling)
-            for b, bias, scaling in zip(lora_b, biases, scalings, strict=True)
-        ]
-    )
-    device, address = hidden.get_device(), hidden.data_ptr()
-    expansion = _expansion(linears, hidden.dtype, experts.shape[1], device)
-    if not expansion.expands or address % 16:
-        return None
-    tokens, buffer = hidden.shape[0], bytearray(expansion.template)
-    results = [_empty(hidden, tokens, linear[2][1]) for linear in linears]
+def expansion(
+    lora_b: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], scalings: Sequence[float], top_k: int
+) -> Expansion:
+    """lora_b [E, out, r] each, contiguous, with the same E; biases [out] or None."""
+    linears = [
+        (b.data_ptr(), None if bias is None else bias.data_ptr(), b.shape, scaling)
+        for b, bias, scaling in zip(lora_b, biases, scalings, strict=True)
+    ]
+    return _expansion(tuple(linears), lora_b[0].dtype, top_k, lora_b[0].get_device())
+
+
+def expand(group: Expansion, hidden: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> list[torch.Tensor]:
+    """hidden [T, sum of E * r], experts, gates [T, k], all contiguous -> [T, out] for each linear. One launch, if
+    `group.expands`."""
+    tokens, buffer = hidden.shape[0], bytearray(group.template)
+    results = [_empty(hidden, tokens, out) for out in group.outs]
     _CALL.pack_into(
-        buffer, ExpandArgs.hidden.offset, address, experts.data_ptr(), gates.data_ptr(), len(results), tokens
+        buffer, ExpandArgs.hidden.offset, hidden.data_ptr(), experts.data_ptr(), gates.data_ptr(), len(results), tokens
     )
     for result, offset in zip(results, _OUTPUTS, strict=False):
         _POINTER.pack_into(buffer, offset, result.data_ptr())
-    _check(library().ls_expand(bytes(buffer), _stream(device)), "ls_expand")
+    _check(library().ls_expand(bytes(buffer), _stream(hidden.get_device())), "ls_expand")
     return results
 
 
-def widen(lora_b: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """[E, out, r] each, contiguous, with the same E -> [out, E * r] each: `ops.wide`; None if the kernel does not take them. One
-    launch."""
-    device = lora_b[0].get_device()
-    expansion = _expansion(tuple([(b.data_ptr(), None, b.shape, 0.0) for b in lora_b]), lora_b[0].dtype, 1, device)
-    if not expansion.widens:
-        return None
-    buffer = bytearray(expansion.template)
-    results = [_empty(b, b.shape[1], b.shape[0] * b.shape[2]) for b in lora_b]
+def widen(group: Expansion, like: torch.Tensor) -> list[torch.Tensor]:
+    """lora_b of all experts as one matrix, [out, E * r] for each linear, dtype and device of `like`. One launch, if
+    `group.widens`."""
+    buffer = bytearray(group.template)
+    results = [_empty(like, out, ranks) for out, ranks in zip(group.outs, group.ranks, strict=True)]
     for result, offset in zip(results, _OUTPUTS, strict=False):
         _POINTER.pack_into(buffer, offset, result.data_ptr())
-    _check(library().ls_widen(bytes(buffer), _stream(device)), "ls_widen")
+    _check(library().ls_widen(bytes(buffer), _stream(like.get_device())), "ls_widen")
     return results
 
 

@@ -193,19 +193,17 @@ def gated(hidden: Tensor, gates: Tensor, rank: int) -> Tensor:
     return (hidden.unflatten(1, (gates.shape[1], rank)) * gates.unsqueeze(-1)).flatten(1)
 
 
-def group_hidden(x: Tensor, lora_a: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+def group_hidden(hidden: Tensor, shapes: Sequence[Sequence[int]], gates: Sequence[Tensor]) -> list[Tensor]:
     """`all_hidden` times the gates: [T, E * r] for each linear.
 
     Args:
-        lora_a: [E, r, in] each.
+        shapes: (E, r) each.
         gates: [T, E] each, in the dtype of x, times the linear's scaling; the same tensor where linears share it.
     """
-    hidden = all_hidden(x, lora_a)
-    shapes = [a.shape[:2] for a in lora_a]
     if all(shape == shapes[0] for shape in shapes) and all(g is gates[0] for g in gates):
-        together = hidden.view(x.shape[0], len(lora_a), *shapes[0]) * gates[0][:, None, :, None]
+        together = hidden.view(hidden.shape[0], len(shapes), *shapes[0]) * gates[0][:, None, :, None]
         return list(together.flatten(2).unbind(1))
-    parts = hidden.split([shape.numel() for shape in shapes], dim=1)
+    parts = hidden.split([num_experts * rank for num_experts, rank in shapes], dim=1)
     return [gated(h, g, shape[1]) for h, shape, g in zip(parts, shapes, gates, strict=True)]
 
 
@@ -214,17 +212,8 @@ def wide(lora_b: Tensor) -> Tensor:
     return lora_b.transpose(0, 1).flatten(1)
 
 
-def wides(lora_b: Sequence[Tensor]) -> list[Tensor]:
-    """`wide` of each linear of a group: one launch where there are kernels."""
-    made = None
-    plain = type(lora_b[0]) in (Tensor, torch.nn.Parameter)  # and no fake
-    if plain and lora_b[0].is_cuda and not torch.compiler.is_compiling() and _usable(*lora_b):
-        made = kernels.widen(lora_b)
-    return [wide(b) for b in lora_b] if made is None else made
-
-
 def dense_linear(
-    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide_b: Tensor, transposed: bool
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide_b: Tensor, transposed: bool = False
 ) -> Tensor:
     """The linear's own product of x [T, in], plus what the experts make of `hidden` [T, E * r]: [T, out]."""
     up, matrix = wide_b.T, weight if transposed else weight.T
@@ -254,7 +243,7 @@ def _experts_reference(
     if experts.numel() < lora_a.shape[0]:
         return _add_chosen(x, experts, gates, lora_a, lora_b, scaling)
     scaled = (dense_gates(experts, gates, lora_a.shape[0]) * scaling).to(x.dtype)
-    return group_hidden(x, [lora_a], [scaled])[0] @ wide(lora_b).T
+    return gated(all_hidden(x, [lora_a]), scaled, lora_a.shape[1]) @ wide(lora_b).T
 
 
 def _route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -288,9 +277,9 @@ def _expand_pytorch(
     chosen = dense_gates(experts, gates, lora_b[0].shape[0])
     parts = hidden.split([b.shape[0] * b.shape[2] for b in lora_b], dim=1)
     results = []
-    for h, bias, b, up, scaling in zip(parts, biases, lora_b, wides(lora_b), scalings, strict=True):
-        h = gated(h, (chosen * scaling).to(h.dtype), b.shape[2])
-        results.append(h @ up.T if bias is None else torch.addmm(bias, h, up.T))
+    for h, bias, b, scaling in zip(parts, biases, lora_b, scalings, strict=True):
+        h, up = gated(h, (chosen * scaling).to(h.dtype), b.shape[2]), wide(b).T
+        results.append(h @ up if bias is None else torch.addmm(bias, h, up))
     return results
 
 
@@ -404,9 +393,9 @@ def _expand_cuda(
     _check_expand(hidden, experts, gates, biases, lora_b, scalings)
     if hidden.numel() and _usable(*lora_b, *[bias for bias in biases if bias is not None]):
         hidden, experts, gates = hidden.contiguous(), experts.contiguous(), gates.contiguous()
-        results = kernels.expand(hidden, experts, gates, biases, lora_b, scalings)
-        if results is not None:
-            return results
+        group = kernels.expansion(lora_b, biases, scalings, experts.shape[1])
+        if group.expands and hidden.data_ptr() % 16 == 0:
+            return kernels.expand(group, hidden, experts, gates)
     return _expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
 
 

@@ -34,7 +34,8 @@ class StandIn:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []  # (linears, tokens) of each
-        self.functions: list[Any] = []
+        self.expanded: list[tuple[int, int]] = []  # the same of ls_expand; of ls_widen, with -1 tokens
+        self.most_ranks = 128
 
     def __getitem__(self, name: str) -> Any:
         assert name == "ls_linear"
@@ -71,6 +72,39 @@ class StandIn:
                 for e, gate in zip(chosen[t].tolist(), gates[t].tolist(), strict=True):
                     result[t] += item.scaling * gate * (b[e] @ (a[e] @ x[t]))
             view(item.out, tokens, out).copy_(result)
+        return 0
+
+    def ls_expand_takes(self, group: Any) -> int:
+        args = group._obj
+        return int(all(args.num_experts * item.rank <= self.most_ranks for item in args.items[: args.n_items]))
+
+    def ls_widen_takes(self, group: Any) -> int:
+        return 1
+
+    def ls_expand(self, group: bytes, stream: int) -> int:
+        args = kernels.ExpandArgs.from_buffer_copy(group)
+        items, experts, tokens, k = args.items[: args.n_items], args.num_experts, args.tokens, args.top_k
+        self.expanded.append((args.n_items, tokens))
+        hidden = view(args.hidden, tokens, experts * sum(item.rank for item in items))
+        chosen, gates = view(args.experts, tokens, k, kind=ctypes.c_int64), view(args.gates, tokens, k)
+        for item, part in zip(items, hidden.split([experts * item.rank for item in items], 1), strict=True):
+            b, result = (
+                view(item.lora_b, experts, item.out_features, item.rank),
+                view(item.out, tokens, item.out_features),
+            )
+            result.copy_(view(item.bias, item.out_features) if item.bias else torch.zeros(item.out_features))
+            for j in range(k):
+                of_chosen = part.view(tokens, experts, item.rank)[torch.arange(tokens), chosen[:, j]]
+                added = torch.einsum("tor,tr->to", b[chosen[:, j]], of_chosen)
+                result += item.scaling * gates[:, j, None] * added
+        return 0
+
+    def ls_widen(self, group: bytes, stream: int) -> int:
+        args = kernels.ExpandArgs.from_buffer_copy(group)
+        self.expanded.append((args.n_items, -1))
+        for item in args.items[: args.n_items]:
+            b = view(item.lora_b, args.num_experts, item.out_features, item.rank)
+            view(item.out, item.out_features, args.num_experts * item.rank).copy_(b.transpose(0, 1).flatten(1))
         return 0
 
 
@@ -112,15 +146,21 @@ def test_the_same_logits_by_four_calls_a_block(library):
     assert library.calls == [(3, 1), (1, 1), (2, 1), (1, 1)] * 2 and called
 
 
-def test_many_tokens_do_not_reach_the_kernels(library):
-    model = fuse(made())
+@pytest.mark.parametrize("most_ranks", [128, 16, 0])
+def test_many_tokens_take_one_call_and_products_of_the_library(library, most_ranks):
+    library.most_ranks = most_ranks
+    model = made(rank_pattern={"k_proj": 4}, alpha_pattern={"v_proj": 50})
+    tokens = ids(3, 20, "cpu")
+    expected = logits(model, tokens)
+    fuse(model)
     logits(model, ids(1, 2, "cpu"))
     library.calls.clear()
-    tokens = ids(3, 20, "cpu")
-    result = logits(model, tokens)
-    assert not library.calls
-    model.unfuse()
-    assert close(result, logits(model, tokens))
+    for _ in range(2):
+        library.expanded.clear()
+        assert close(logits(model, tokens), expected)
+        assert (
+            library.expanded == [(n, 60 if most_ranks == 128 else -1) for n in (3, 1, 2, 1)] * 2 and not library.calls
+        )
 
 
 @torch.no_grad()

@@ -183,6 +183,19 @@ def test_unaligned_pointers_take_the_slow_path_and_are_right():
     assert oracle.relative_error(result, reference) < oracle.limit(result)
 
 
+MOST_RANKS = 128  # of all experts of a linear, for ls_expand
+
+
+def expand(hidden, experts, gates, biases, lora_b, scalings):
+    group = kernels.expansion(lora_b, biases, scalings, experts.shape[1])
+    return kernels.expand(group, hidden, experts, gates) if group.expands else None
+
+
+def widen(lora_b):
+    group = kernels.expansion(lora_b, [None] * len(lora_b), [1.0] * len(lora_b), 1)
+    return kernels.widen(group, lora_b[0]) if group.widens else None
+
+
 def check_expand(outs, ranks, num_experts, top_k, tokens, dtype, bias=False, ids=None, scalings=None):
     """The kernel where it takes such linears, else `ops.expand`, which widens their B first."""
     lora_b = [randn(num_experts, o, r, dtype=dtype, scale=r**-0.5) for o, r in zip(outs, ranks, strict=True)]
@@ -192,8 +205,8 @@ def check_expand(outs, ranks, num_experts, top_k, tokens, dtype, bias=False, ids
     experts, gates = oracle.random_ids(tokens, num_experts, top_k, "cuda")
     experts = experts if ids is None else ids
     poison_allocator()
-    results = kernels.expand(hidden, experts, gates, biases, lora_b, scalings)
-    assert (results is not None) == (num_experts * max(ranks) <= kernels.MOST_RANKS)
+    results = expand(hidden, experts, gates, biases, lora_b, scalings)
+    assert (results is not None) == (num_experts * max(ranks) <= MOST_RANKS)
     pytorch = ops._expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
     poison_allocator()
     results = ops.expand(hidden, experts, gates, biases, lora_b, scalings) if results is None else results
@@ -204,7 +217,7 @@ def check_expand(outs, ranks, num_experts, top_k, tokens, dtype, bias=False, ids
         error, pytorchs = (oracle.relative_error(t, reference, at_least=1e-3) for t in (result, theirs))
         what = f"out {result.shape[1]}, rank {b.shape[2]} of {outs}, {ranks}, {tokens} tokens, {num_experts} experts"
         # PyTorch's operations round the gates, too
-        assert error < oracle.limit(result) * (1.0 if num_experts * max(ranks) <= kernels.MOST_RANKS else 1.6), (
+        assert error < oracle.limit(result) * (1.0 if num_experts * max(ranks) <= MOST_RANKS else 1.6), (
             f"{what}: error {error:.2e}"
         )
         if result.numel() >= 4096:  # of a few numbers, either may be lucky
@@ -275,7 +288,7 @@ def test_expand_full_size_with_more_tokens_than_a_grid_is_high_and_more_outputs_
     dtype, tokens, out = torch.bfloat16, 200_000, 11008  # 2.2e9 outputs, 4.4 GB
     b, hidden = randn(2, out, 8, dtype=dtype), randn(tokens, 16, dtype=dtype)
     experts, gates = oracle.random_ids(tokens, 2, 1, "cuda")
-    (result,) = kernels.expand(hidden, experts, gates, [None], [b], [0.5])
+    (result,) = expand(hidden, experts, gates, [None], [b], [0.5])
     for rows in (slice(0, 200), slice(131_000, 131_200), slice(tokens - 200, tokens)):
         reference = oracle.expand(hidden[rows], experts[rows], gates[rows], None, b, 0.5)
         assert oracle.relative_error(result[rows], reference) < oracle.limit(result[rows])
@@ -285,10 +298,10 @@ def test_expand_reads_no_hidden_of_experts_that_a_token_did_not_choose():
     b, hidden = randn(8, 136, 16, dtype=torch.bfloat16), randn(200, 128, dtype=torch.bfloat16)
     experts, gates = oracle.random_ids(200, 8, 2, "cuda")
     chosen = torch.zeros(200, 8, dtype=torch.bool, device="cuda").scatter(1, experts, True)
-    (expected,) = kernels.expand(hidden, experts, gates, [None], [b], [1.0])
+    (expected,) = expand(hidden, experts, gates, [None], [b], [1.0])
     for value in (float("nan"), float("inf")):
         hidden.view(200, 8, 16)[~chosen] = value
-        (result,) = kernels.expand(hidden, experts, gates, [None], [b], [1.0])
+        (result,) = expand(hidden, experts, gates, [None], [b], [1.0])
         assert torch.equal(result, expected)
 
 
@@ -297,12 +310,12 @@ def test_expand_does_not_take_everything():
     experts, gates = oracle.random_ids(40, 4, 2, "cuda")
     for out, rank in ((12, 8), (16, 12), (16, 4), (12, 64), (16, 40)):
         b, hidden = randn(4, out, rank, dtype=dtype), randn(40, 4 * rank, dtype=dtype)
-        assert kernels.expand(hidden, experts, gates, [None], [b], [1.0]) is None
+        assert expand(hidden, experts, gates, [None], [b], [1.0]) is None
         (result,) = ops.expand(hidden, experts, gates, [None], [b], [1.0])
         reference = oracle.expand(hidden, experts, gates, None, b, 1.0)
         assert oracle.relative_error(result, reference) < 1.6 * oracle.limit(result)
     b, hidden = randn(4 * 16 * 8 + 1, dtype=dtype)[1:].view(4, 16, 8), randn(40, 32, dtype=dtype)
-    assert kernels.expand(hidden, experts, gates, [None], [b], [1.0]) is None and kernels.widen([b]) is None
+    assert expand(hidden, experts, gates, [None], [b], [1.0]) is None and widen([b]) is None
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -314,13 +327,13 @@ def test_widen(dtype, num_experts, ranks):
             continue
         lora_b = [randn(num_experts, out + 8 * i, r, dtype=dtype) for i, r in enumerate(ranks)]
         poison_allocator()
-        for result, b in zip(kernels.widen(lora_b), lora_b, strict=True):
+        for result, b in zip(widen(lora_b), lora_b, strict=True):
             assert torch.equal(result, ops.wide(b))
 
 
 def test_widen_does_not_take_everything():
-    assert kernels.widen([randn(4, 16, 12, dtype=torch.bfloat16)]) is None
-    assert kernels.widen([randn(4, 16, 8, dtype=torch.float32)]) is None
+    assert widen([randn(4, 16, 12, dtype=torch.bfloat16)]) is None
+    assert widen([randn(4, 16, 8, dtype=torch.float32)]) is None
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES)
