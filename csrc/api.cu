@@ -40,7 +40,7 @@ bool fast(const ls_group &g) {
 }
 
 enum Kernel { kGeneric, kStream, kPanel, kRegisters };
-constexpr int kStreamTokens = 2;  // beyond which linear.cu is faster
+constexpr int kStreamTokens = 2;  // beyond which linear.cu is faster than the stream
 
 // The stream multiplies the rows of A that were chosen, the others all of them: not worth it when few of many are.
 bool can_shrink_inside(GroupParams &p, Kernel kernel) {

@@ -577,13 +577,8 @@ def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Rout
     if x.numel() // x.shape[-1] <= group.few_tokens and not unfit:
         return ops.delta(base, x, routing.experts, routing.gates, a, b, scaling)
     rows = x.to(a.dtype).reshape(-1, x.shape[-1])
-    hidden = ops.all_hidden(rows, [a])
-    if group.kernels and group.within and not torch.compiler.is_compiling():
-        experts, gates = routing.experts.flatten(0, -2), routing.gates.flatten(0, -2)
-        (added,) = ops.expand(hidden, experts, gates, [None], [b], [scaling])
-        return base + added.to(base.dtype).view(base.shape)
-    hidden = ops.gated(hidden, routing.scaled(scaling, a.dtype), a.shape[1])
+    hidden = ops.gated(ops.all_hidden(rows, [a]), routing.scaled(scaling, a.dtype), a.shape[1])
     if base.dtype != hidden.dtype:
         return base + (hidden @ ops.wide(b).T).to(base.dtype).view(base.shape)
-    # out of place: a quantised base layer may return a view
+    # Out of place: a quantised base layer may return a view. One rounding, which `ops.expand` and a sum would make two.
     return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, ops.wide(b).T).view(base.shape)
