@@ -12,6 +12,13 @@
 #include "copies.cuh"
 #include "mma.cuh"
 
+// Other GPUs have not the shared memory (blocks_of() asks): there the kernels are left empty, which halves the time of a build.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define LS_PANEL 1
+#else
+#pragma nv_diag_suppress 177  // declared but never referenced
+#endif
+
 namespace ls {
 namespace {
 
@@ -314,6 +321,7 @@ template <class E, class Shape, int NT> struct Expand {
 
 template <class E, int NT, int MT, int STAGES>
 __global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_constant__ GroupParams p) {
+#ifdef LS_PANEL
   using Shape = Panel<E, NT, MT, STAGES>;
   using Source = typename Shape::Source;
   constexpr int kTiles = Shape::kTiles, kWide = Shape::kWide, kSteps = Shape::kSteps, kStageBytes = Shape::kStageBytes;
@@ -559,6 +567,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_cons
     }
     if (p.has_rank && panel + 1 < plan.panels) arrive(kSummed, kAllThreads);
   }
+#endif
 }
 
 // What was found out about a device.
@@ -573,9 +582,10 @@ template <class E, int NT, int MT, int STAGES> int blocks_of(int device) {
   if (blocks != 0) return blocks;
   auto kernel = panel_kernel<E, NT, MT, STAGES>;
   constexpr int kBytes = Panel<E, NT, MT, STAGES>::kBytes;
-  int limit = 0, multiprocessors = 0;
+  int limit = 0, multiprocessors = 0, major = 0;
   cudaFuncAttributes attributes;
-  bool fits = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  bool fits = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 && major < 12;
+  fits = fits && cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
   fits = fits && cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
   fits = fits && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && int(attributes.sharedSizeBytes) + kBytes <= limit;
   fits = fits && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) == cudaSuccess;
