@@ -16,6 +16,16 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
 
+// sum = A[row] x[token] over one part of the features, `row` of all experts' A: for every entry that chose that expert.
+__device__ __forceinline__ void store_hidden(const GroupParams &p, int item_index, const short *ids, int token, int row, int split, float sum) {
+  const ls_item &item = p.g.items[item_index];
+  float *hidden = static_cast<float *>(p.g.hidden) + split * p.hidden_elements + p.hidden[item_index];
+  for (int j = 0; j < p.g.top_k; ++j) {
+    const int entry = token * p.g.top_k + j;
+    if (ids[entry] == row / item.rank) hidden[int64_t(entry) * item.rank + row % item.rank] = p.g.gates[entry] * item.scaling * sum;
+  }
+}
+
 // NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered).
 template <class E, int NT, int MT, int U>
 __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const __grid_constant__ GroupParams p) {

@@ -122,16 +122,6 @@ __device__ __forceinline__ void read_ids(const GroupParams &p, short *ids, int t
   for (int i = thread; i < p.g.tokens * p.g.top_k; i += threads) ids[i] = valid_id(p, i);
 }
 
-// sum = A[row] x[token] over one part of the features, `row` of all experts' A: for every entry that chose that expert.
-__device__ __forceinline__ void store_hidden(const GroupParams &p, int item_index, const short *ids, int token, int row, int split, float sum) {
-  const ls_item &item = p.g.items[item_index];
-  float *hidden = static_cast<float *>(p.g.hidden) + split * p.hidden_elements + p.hidden[item_index];
-  for (int j = 0; j < p.g.top_k; ++j) {
-    const int entry = token * p.g.top_k + j;
-    if (ids[entry] == row / item.rank) hidden[int64_t(entry) * item.rank + row % item.rank] = p.g.gates[entry] * item.scaling * sum;
-  }
-}
-
 template <class E>
 __device__ __forceinline__ void store_result(const ls_item &item, int token, int row, float sum) {
   const int64_t at = int64_t(token) * item.out_features + row;

@@ -15,11 +15,10 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels, ops
-from .kernels import MAX_GROUP, Expansion, Group, Item, PackedGroup, _check, library
+from .kernels import MAX_GROUP, Expansion, Group, Item, PackedGroup, _check, empty_strided_cuda, library
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -72,13 +71,12 @@ class DirectGroup:
         function.restype, function.argtypes = c_int, [c_char_p, c_void_p]
         self.function: Callable[[bytes, int], int] = function
         bases = [one.base for one in self.live]
-        self.weights = [base["weight"].detach() for base in bases]
-        self.matrices = self.weights if packed.group.transposed else [weight.T for weight in self.weights]
+        weights = [base["weight"].detach() for base in bases]
+        self.matrices = weights if packed.group.transposed else [weight.T for weight in weights]  # [in, out] each
         self.biases = [None if base["bias"] is None else base["bias"].detach() for base in bases]
         self.lora_a = [one.a["weight"].detach().flatten(0, 1) for one in self.live]
         self.lora_b = [one.b["weight"].detach() for one in self.live]
         self.scalings = [one.scaling[self.adapter] for one in self.live]
-        self.empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what compiled code calls
 
     def _addresses(self) -> list[Any]:
         """Where everything is that the kernels read, and what else must not change between two calls."""
@@ -96,7 +94,7 @@ class DirectGroup:
 
     def __call__(self, x: Tensor, routing: Routing) -> list[Tensor] | None:
         """x [..., in] on the group's device -> [..., out] for each linear; None if something changed or does not fit."""
-        if self._addresses() != self.addresses:
+        if not self.is_current():
             return None
         experts = routing.experts
         key = (x.shape, experts.shape[-1])
@@ -108,9 +106,9 @@ class DirectGroup:
             return None
         if shape.many is not None:
             return self._many(x, routing, shape, shape.many)
-        if self.empty is not None and torch._C._cuda_getDevice() == self.device:
-            outputs = [self.empty(size, stride, self.dtype) for size, stride in shape.outputs]
-            hidden = self.empty((shape.hidden,), (1,), self.dtype)
+        if empty_strided_cuda is not None and torch._C._cuda_getDevice() == self.device:
+            outputs = [empty_strided_cuda(size, stride, self.dtype) for size, stride in shape.outputs]
+            hidden = empty_strided_cuda((shape.hidden,), (1,), self.dtype)
         else:
             outputs = [x.new_empty(size) for size, _ in shape.outputs]
             hidden = x.new_empty(shape.hidden)
@@ -124,14 +122,13 @@ class DirectGroup:
         return outputs
 
     def is_current(self) -> bool:
+        """Whether everything is still where it was when the group was packed."""
         return self._addresses() == self.addresses
 
     def _many(self, x: Tensor, routing: Routing, shape: _Shape, group: Expansion) -> list[Tensor]:
         """One shrink for the whole group; what the experts add, for all of its linears; and their own products on top."""
         rows = x.view(-1, x.shape[-1])
-        # Side by side, A of the linears is one wide matrix. Putting them there takes 1 % of the time of the group's own products
-        # and no lasting memory, where a copy that is kept would take up to 5 % of the model's.
-        hidden = F.linear(rows, self.lora_a[0] if len(self.lora_a) == 1 else torch.cat(self.lora_a))
+        hidden = ops.all_hidden(rows, self.lora_a)
         if group.expands:
             results = kernels.expand(group, hidden, routing.experts, routing.gates)
             for result, matrix in zip(results, self.matrices, strict=True):

@@ -394,13 +394,13 @@ _POINTER = Struct("P")
 _OUTPUTS = [ExpandArgs.items.offset + i * sizeof(ExpandItem) + ExpandItem.out.offset for i in range(MAX_GROUP)]
 
 
-_empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what compiled code calls
+empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what compiled code calls
 
 
 def _empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """`like.new_empty((rows, columns))` in less time."""
-    if _empty_strided_cuda is not None and torch._C._cuda_getDevice() == like.get_device():
-        return _empty_strided_cuda((rows, columns), (columns, 1), like.dtype)
+    if empty_strided_cuda is not None and torch._C._cuda_getDevice() == like.get_device():
+        return empty_strided_cuda((rows, columns), (columns, 1), like.dtype)
     return like.new_empty((rows, columns))
 
 
@@ -430,6 +430,11 @@ def expansion(
     return _expansion(tuple(linears), lora_b[0].dtype, top_k, lora_b[0].get_device())
 
 
+def _pack_outputs(buffer: bytearray, results: list[torch.Tensor]) -> None:
+    for result, offset in zip(results, _OUTPUTS, strict=False):
+        _POINTER.pack_into(buffer, offset, result.data_ptr())
+
+
 def expand(group: Expansion, hidden: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> list[torch.Tensor]:
     """hidden [T, sum of E * r], experts, gates [T, k], all contiguous -> [T, out] for each linear. One launch, if
     `group.expands`."""
@@ -438,8 +443,7 @@ def expand(group: Expansion, hidden: torch.Tensor, experts: torch.Tensor, gates:
     _CALL.pack_into(
         buffer, ExpandArgs.hidden.offset, hidden.data_ptr(), experts.data_ptr(), gates.data_ptr(), len(results), tokens
     )
-    for result, offset in zip(results, _OUTPUTS, strict=False):
-        _POINTER.pack_into(buffer, offset, result.data_ptr())
+    _pack_outputs(buffer, results)
     _check(library().ls_expand(bytes(buffer), _stream(hidden.get_device())), "ls_expand")
     return results
 
@@ -449,8 +453,7 @@ def widen(group: Expansion, like: torch.Tensor) -> list[torch.Tensor]:
     `group.widens`."""
     buffer = bytearray(group.template)
     results = [_empty(like, out, ranks) for out, ranks in zip(group.outs, group.ranks, strict=True)]
-    for result, offset in zip(results, _OUTPUTS, strict=False):
-        _POINTER.pack_into(buffer, offset, result.data_ptr())
+    _pack_outputs(buffer, results)
     _check(library().ls_widen(bytes(buffer), _stream(like.get_device())), "ls_widen")
     return results
 

@@ -112,36 +112,37 @@ def _check_expand(
     hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
     scalings: Sequence[float],
 ) -> None:  # fmt: skip
-    if not 1 <= len(lora_b) <= kernels.MAX_GROUP:
-        raise ValueError(f"expand: a group has 1 to {kernels.MAX_GROUP} linears, not {len(lora_b)}")
-    if not len(lora_b) == len(biases) == len(scalings):
-        raise ValueError("expand: the lists differ in length")
-    if experts.dtype is not torch.int64 or gates.dtype is not torch.float32:
-        raise ValueError("expand: experts must be int64, gates float32")
-    if hidden.dim() != 2 or experts.dim() != 2 or experts.shape != gates.shape or len(experts) != len(hidden):
-        shapes = [list(t.shape) for t in (hidden, experts, gates)]
-        raise ValueError(f"expand: hidden, experts, gates must be [T, n], [T, k], [T, k], not {shapes}")
-    if not 1 <= experts.shape[1] <= kernels.MAX_TOP_K:
-        raise ValueError(f"expand: top_k={experts.shape[1]} must be 1 to {kernels.MAX_TOP_K}")
-    dtype, width, device = hidden.dtype, 0, hidden.get_device()
-    if dtype not in FLOATS:
-        raise ValueError(f"expand: hidden is {dtype}: must be one of {FLOATS}")
+    n = len(lora_b)
+    _require(1 <= n <= kernels.MAX_GROUP, f"expand: a group has 1 to {kernels.MAX_GROUP} linears, not {n}")
+    _require(n == len(biases) == len(scalings), "expand: the lists differ in length")
+    _require(
+        experts.dtype == torch.int64 and gates.dtype == torch.float32, "expand: experts must be int64, gates float32"
+    )
+    shapes = [list(t.shape) for t in (hidden, experts, gates)]
+    fit = hidden.dim() == experts.dim() == 2 and experts.shape == gates.shape and len(experts) == len(hidden)
+    _require(fit, f"expand: hidden, experts, gates must be [T, n], [T, k], [T, k], not {shapes}")
+    top_k = experts.shape[1]
+    _require(1 <= top_k <= kernels.MAX_TOP_K, f"expand: top_k={top_k} must be 1 to {kernels.MAX_TOP_K}")
+    _require(hidden.dtype in FLOATS, f"expand: hidden is {hidden.dtype}: must be one of {FLOATS}")
+    width = 0
     for b, bias in zip(lora_b, biases, strict=True):
-        if b.dim() != 3 or b.shape[0] != lora_b[0].shape[0]:
-            raise ValueError("expand: every lora_b must be [E, out, r], with the same number of experts")
+        same = b.dim() == 3 and b.shape[0] == lora_b[0].shape[0]
+        _require(same, "expand: every lora_b must be [E, out, r], with the same number of experts")
         num_experts, out, rank = b.shape
-        if num_experts > kernels.MAX_EXPERTS or rank > kernels.MAX_RANK:
-            limits = f"at most {kernels.MAX_EXPERTS} and {kernels.MAX_RANK}"
-            raise ValueError(f"expand: {num_experts} experts of rank {rank}, {limits}")
-        if b.dtype is not dtype or b.get_device() != device:
-            raise ValueError("expand: a lora_b is of another dtype or device than hidden")
-        if bias is not None and (bias.dtype is not dtype or bias.shape != (out,) or bias.get_device() != device):
-            raise ValueError("expand: a bias must be [out], in the dtype of hidden")
+        _require(
+            num_experts <= kernels.MAX_EXPERTS and rank <= kernels.MAX_RANK,
+            f"expand: {num_experts} experts of rank {rank}, at most {kernels.MAX_EXPERTS} and {kernels.MAX_RANK}",
+        )
+        _require(
+            b.dtype == hidden.dtype and b.device == hidden.device,
+            "expand: a lora_b is of another dtype or device than hidden",
+        )
+        if bias is not None:
+            fits = bias.dtype == hidden.dtype and bias.shape == (out,) and bias.device == hidden.device
+            _require(fits, "expand: a bias must be [out], in the dtype of hidden")
         width += num_experts * rank
-    if width != hidden.shape[1]:
-        raise ValueError(f"expand: hidden has {hidden.shape[1]} columns, the experts have {width} ranks")
-    if experts.get_device() != device or gates.get_device() != device:
-        raise ValueError("expand: tensors are on several devices")
+    _require(width == hidden.shape[1], f"expand: hidden has {hidden.shape[1]} columns, the experts have {width} ranks")
+    _require(hidden.device == experts.device == gates.device, "expand: tensors are on several devices")
 
 
 def _check_delta(base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -179,12 +180,13 @@ def dense_gates(experts: Tensor, gates: Tensor, num_experts: int) -> Tensor:
 
 
 def all_hidden(x: Tensor, lora_a: Sequence[Tensor]) -> Tensor:
-    """What all experts of each linear of a group make of x [T, in], side by side: [T, sum of E * r].
+    """What all experts of each linear of a group make of x [T, in], side by side: [T, sum of E * r]. lora_a: [E, r, in], or
+    [E * r, in], each.
 
     One product for the whole group: the experts' A side by side are one wide matrix. Putting them there takes 1 % of the
     time of the group's own products and no lasting memory, where a copy that is kept would take up to 5 % of the model's.
     """
-    stacked = [a.flatten(0, 1) for a in lora_a]
+    stacked = [a.flatten(0, -2) for a in lora_a]
     return F.linear(x, stacked[0] if len(stacked) == 1 else torch.cat(stacked))
 
 
@@ -213,7 +215,7 @@ def wide(lora_b: Tensor) -> Tensor:
 
 
 def dense_linear(
-    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide_b: Tensor, transposed: bool = False
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide_b: Tensor, transposed: bool
 ) -> Tensor:
     """The linear's own product of x [T, in], plus what the experts make of `hidden` [T, E * r]: [T, out]."""
     up, matrix = wide_b.T, weight if transposed else weight.T
