@@ -35,11 +35,15 @@ SOURCES = [
     "linear_panel.cu",
     "linear_stream.cu",
     "linear_generic.cu",
+    "tensor_map.cu",
+    "shrink_many.cu",
+    "linear_many.cu",
     "expand.cu",
     "widen.cu",
     "merge.cu",
 ]
-ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+# 90a: 9.0 with the instructions that it alone has. No other GPU takes either, so there is no plain 90 beside it.
+ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 # PTX of 9.0, not older: it is what newer chips translate, and only it has the dependent-launch instructions they use.
 PTX = "90"
 

@@ -13,7 +13,7 @@ namespace ls {
 namespace {
 
 int check(const ls_group &g) {
-  if (g.n_items < 1 || g.n_items > LS_MAX_GROUP || g.tokens < 0 || g.tokens > 65535 || g.in_features < 1) return LS_ERROR_ARGUMENT;
+  if (g.n_items < 1 || g.n_items > LS_MAX_GROUP || g.tokens < 0 || g.in_features < 1) return LS_ERROR_ARGUMENT;
   if (g.dtype < LS_FLOAT32 || g.dtype > LS_BFLOAT16) return LS_ERROR_ARGUMENT;
   if (g.tokens > 0 && !g.x) return LS_ERROR_POINTER;
   for (int i = 0; i < g.n_items; ++i) {
@@ -39,13 +39,14 @@ bool fast(const ls_group &g) {
   return true;
 }
 
-enum Kernel { kGeneric, kStream, kPanel, kRegisters };
+enum Kernel { kGeneric, kStream, kPanel, kRegisters, kMany };
+constexpr int kFewColumns = 256;  // of the hidden for many tokens, that shrink_many.cu is faster for
 constexpr int kStreamTokens = 2;  // beyond which linear.cu is faster than the stream
 
 // The stream multiplies the rows of A that were chosen, the others all of them: not worth it when few of many are.
 bool can_shrink_inside(GroupParams &p, Kernel kernel) {
   const ls_group &g = p.g;
-  if (kernel == kGeneric) return false;
+  if (kernel == kGeneric || kernel == kMany) return false;
   for (int i = 0; i < g.n_items; ++i)
     if (!aligned16(g.items[i].lora_a)) return false;
   if (kernel == kStream) return p.hidden_elements <= kHiddenInside;
@@ -58,8 +59,9 @@ bool can_shrink_inside(GroupParams &p, Kernel kernel) {
 
 // Measured on an H200 (csrc/README.md): the panel wherever its hidden is small enough.
 Kernel choose(GroupParams &p) {
-  if (!fast(p.g)) return kGeneric;
   const int wanted = p.g.tuning & 3;
+  if (p.g.tokens > LS_FAST_TOKENS && wanted == 0 && can_many(p.g)) return kMany;
+  if (!fast(p.g)) return kGeneric;
   const bool panel = (wanted == LS_TUNING_PANEL || wanted == 0) && can_panel(p);
   if (panel && (wanted == LS_TUNING_PANEL || !any_rank(p.g) || can_shrink_inside(p, kPanel))) return kPanel;
   if ((wanted == LS_TUNING_STREAM || (wanted == 0 && p.g.tokens <= kStreamTokens)) && can_stream(p)) return kStream;
@@ -106,14 +108,19 @@ LS_EXPORT int64_t ls_hidden_elements(const ls_group *group) {
   ls::GroupParams p;
   p.g = *group;
   const int64_t elements = ls::layout_hidden(p);
-  const bool may_split = group->dtype != LS_FLOAT32 && group->tokens <= LS_FAST_TOKENS;
+  if (group->tokens > LS_FAST_TOKENS) return std::max(elements, ls::can_many(*group) ? ls::layout_hidden_many(p) : 0);
+  const bool may_split = group->dtype != LS_FLOAT32;
   const int splits = elements <= ls::kPanelHidden ? std::max(ls::kSplits, ls::panel_parts(*group)) : ls::kSplits;
   return may_split ? elements * splits * 2 : elements;  // floats take two elements of 16 bits
 }
 
 LS_EXPORT int ls_linear_path(const ls_group *group) {
   if (ls::check(*group)) return -1;
-  return ls::fast(*group) ? LS_PATH_FAST : LS_PATH_GENERIC;
+  ls::GroupParams p;
+  p.g = *group;
+  ls::layout_hidden(p);
+  const ls::Kernel kernel = ls::choose(p);
+  return kernel == ls::kMany ? LS_PATH_MANY : kernel == ls::kGeneric ? LS_PATH_GENERIC : LS_PATH_FAST;
 }
 
 LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
@@ -126,6 +133,11 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   p.g = *group;
   ls::layout_hidden(p);
   const ls::Kernel kernel = ls::choose(p);
+  if (kernel == ls::kMany) {
+    const int64_t width = ls::layout_hidden_many(p) / p.g.tokens;
+    if (width > 0) error = width > ls::kFewColumns ? ls::launch_shrink_wide(p, stream) : ls::launch_shrink_many(p, stream);
+    return error ? error : ls::launch_linear_many(p, stream);
+  }
   const bool one_launch = !(p.g.tuning & LS_TUNING_TWO_LAUNCHES) && ls::any_rank(p.g) && ls::can_shrink_inside(p, kernel);
   p.sync = one_launch ? ls::next_sync(p.g.device, stream, kernel == ls::kStream ? int(p.hidden_elements) : 0) : nullptr;
   if (ls::any_rank(p.g) && !p.sync) {
@@ -137,6 +149,7 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
     case ls::kStream: return ls::launch_linear_stream(p, stream);
     case ls::kPanel: return ls::launch_linear_panel(p, stream);
     case ls::kRegisters: return ls::launch_linear_registers(p, stream);
+    case ls::kMany: break;
   }
   return LS_ERROR_ARGUMENT;
 }

@@ -94,6 +94,19 @@ class DeviceGuard {
 };
 
 constexpr int kMaxDevices = 64;
+inline int multiprocessors(int device) {
+  static std::atomic<int> known[kMaxDevices];
+  int count = known[device].load(std::memory_order_relaxed);
+  if (count == 0) {
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+      cudaGetLastError();  // the launch will say what is wrong
+      return 1;
+    }
+    known[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
 // Whether launches on the device may overlap their predecessor: the chip is sm_90 or newer AND the code CUDA picked was
 // compiled for it (older PTX would lack the wait, and overlap would be a race). All kernels of the library are compiled
 // for the same list of architectures, so one kernel answers for all of one parameter type.
@@ -115,21 +128,25 @@ template <class Params> inline bool may_overlap(void (*kernel)(Params), int devi
 bool follows_ours(cudaStream_t stream);  // capture.cu
 void launched(cudaStream_t stream);
 
-// `overlap`: the kernel may begin before its predecessor has ended, if that is one of ours.
+// `overlap`: the kernel may begin before its predecessor has ended, if that is one of ours. `cluster`: blocks of the grid's
+// first dimension that are one.
 template <class Params>
 inline int launch(void (*kernel)(Params), dim3 grid, dim3 block, const Params &params, void *stream, bool overlap,
-                  size_t dynamic_shared = 0) {
+                  size_t dynamic_shared = 0, unsigned cluster = 1) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = dynamic_shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
   if (overlap && follows_ours(config.stream)) {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};
   }
   cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
   if (error == cudaSuccess) launched(config.stream);

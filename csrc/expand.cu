@@ -49,20 +49,6 @@ template <class E> __device__ __forceinline__ uint4 times(const uint4 &v, float 
   return result;
 }
 
-// Between two lanes: `high` of the lower one for `low` of the upper one.
-__device__ __forceinline__ void exchange(uint32_t &low, uint32_t &high, int distance, bool upper) {
-  const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
-  if (upper) low = got;
-  else high = got;
-}
-// Of four neighbouring lanes, the t-th gets the t-th words of all.
-__device__ __forceinline__ void transpose(uint4 &v, int t) {
-  exchange(v.x, v.y, 1, t & 1);
-  exchange(v.z, v.w, 1, t & 1);
-  exchange(v.x, v.z, 2, t & 2);
-  exchange(v.y, v.w, 2, t & 2);
-}
-
 template <class E, int kChunks>
 __global__ void __launch_bounds__(kThreads, blocks_at_once(kChunks)) expand_kernel(const __grid_constant__ ExpandParams p) {
   int i = 0;
@@ -205,19 +191,6 @@ int check(const ls_expand_args &a) {
     if (!aligned16(item.lora_b) || !aligned16(item.bias)) return LS_ERROR_ARGUMENT;
   }
   return 0;
-}
-
-int multiprocessors(int device) {
-  static std::atomic<int> known[kMaxDevices];
-  int count = known[device].load(std::memory_order_relaxed);
-  if (count == 0) {
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-      cudaGetLastError();  // the launch will say what is wrong
-      return 1;
-    }
-    known[device].store(count, std::memory_order_relaxed);
-  }
-  return count;
 }
 
 template <class E> int launch_expand(ExpandParams &p, void *stream) {

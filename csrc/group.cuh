@@ -67,6 +67,17 @@ inline int64_t layout_hidden(GroupParams &p) {
   return p.hidden_elements = n;
 }
 
+// For many tokens: a row for each token, the ranks of all experts of each linear beginning at a multiple of so many columns.
+constexpr int kManyFeatures = 64;
+inline int64_t layout_hidden_many(GroupParams &p) {
+  int64_t width = 0;
+  for (int i = 0; i < p.g.n_items; ++i) {
+    p.hidden[i] = width;
+    width += (p.g.num_experts * p.g.items[i].rank + kManyFeatures - 1) / kManyFeatures * kManyFeatures;
+  }
+  return p.hidden_elements = p.g.tokens * width;
+}
+
 inline bool any_rank(const ls_group &g) {
   for (int i = 0; i < g.n_items; ++i)
     if (g.items[i].rank > 0) return true;
@@ -74,13 +85,17 @@ inline bool any_rank(const ls_group &g) {
 }
 
 int launch_shrink(GroupParams &p, void *stream);
+int launch_shrink_many(GroupParams &p, void *stream);
+int launch_shrink_wide(GroupParams &p, void *stream);
 bool can_stream(const GroupParams &p);
+bool can_many(const ls_group &g);
 bool can_panel(GroupParams &p);
 bool panel_can_shrink(GroupParams &p);
 int panel_parts(const ls_group &g);  // as kSplits, in linear_panel.cu
 int launch_linear_stream(GroupParams &p, void *stream);
 int launch_linear_panel(GroupParams &p, void *stream);
 int launch_linear_registers(GroupParams &p, void *stream);
+int launch_linear_many(GroupParams &p, void *stream);
 int launch_linear_generic(GroupParams &p, void *stream);
 
 }  // namespace ls

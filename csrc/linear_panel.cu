@@ -78,10 +78,12 @@ __global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_cons
   __shared__ short ids[kIds];
   __shared__ Slots slots;
   __shared__ bool there;
+  __shared__ __align__(8) uint64_t expanded_;
   float *partial = reinterpret_cast<float *>(raw + Shape::kRingBytes), *more = partial + kWarps * Shape::kPartial;
   E *hidden = reinterpret_cast<E *>(raw + Shape::kRingBytes + Shape::kPartialBytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, in = p.g.in_features;
   const volatile Plan &plan = plan_;
+  const uint32_t expanded = shared_address(&expanded_);  // the helpers have left their sum of a panel
   pdl_trigger();
   {
     const unsigned total = p.begin[p.g.n_items];
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_cons
         lists[at + i] = source;
       }
     }
-    if (threadIdx.x == 0) plan_ = Plan{begin, n_tiles, panels, int(blockIdx.x % splits_of(in))};
+    if (threadIdx.x == 0) mbarrier_init(expanded, kHelperThreads), plan_ = Plan{begin, n_tiles, panels, int(blockIdx.x % splits_of(in))};
   }
   __syncthreads();
   auto first_tile = [&](int panel) { return (list_of[panel] - panel) * kTiles; };
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_cons
         expand.load_first(ids, b[0]);
         expand.run(ids, slots, b[0], more + m * kTile);
       }
-      arrive(kExpanded, kAllThreads);
+      mbarrier_arrive(expanded);
     }
     return;
   }
@@ -297,10 +299,8 @@ __global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_cons
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[(n * 8 + i % 2) * Shape::kStride + m * kTile + i / 2 * 8] = acc[m][n][i];
     }
-    if (p.has_rank)
-      barrier(kExpanded, kAllThreads);
-    else
-      barrier(kMultiplying, kThreads);
+    barrier(kMultiplying, kThreads);
+    if (p.has_rank) mbarrier_wait(expanded, panel % 2);
     const int quads = tiles * kTile / 4;  // of rows
     for (int i = threadIdx.x; i < quads * p.g.tokens; i += kThreads) {
       const int token = i / quads, r = (i - token * quads) * 4, tile = plan.begin + first_tile(panel) + r / kTile, item = find_item(p, tile);
@@ -322,15 +322,14 @@ template <class E, int NT, int MT, int STAGES> int blocks_of(int device) {
   if (blocks != 0) return blocks;
   auto kernel = panel_kernel<E, NT, MT, STAGES>;
   constexpr int kBytes = Panel<E, NT, MT, STAGES>::kBytes;
-  int limit = 0, multiprocessors = 0, major = 0;
+  int limit = 0, major = 0;
   cudaFuncAttributes attributes;
   bool fits = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 && major < 12;
   fits = fits && cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
-  fits = fits && cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
   fits = fits && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && int(attributes.sharedSizeBytes) + kBytes <= limit;
   fits = fits && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) == cudaSuccess;
   if (!fits) cudaGetLastError();
-  blocks = fits ? multiprocessors : -1;
+  blocks = fits ? multiprocessors(device) : -1;
   known[device].store(blocks, std::memory_order_release);
   return blocks;
 }

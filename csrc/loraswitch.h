@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 3
+#define LS_ABI_VERSION 4
 #define LS_MAX_GROUP 8    /* linears in one launch */
 #define LS_MAX_TOP_K 8
 #define LS_MAX_EXPERTS 256
@@ -26,13 +26,15 @@ extern "C" {
 #define LS_TUNING_PANEL 3 /* linear_panel.cu wherever it can */
 #define LS_TUNING_TWO_LAUNCHES 4 /* added to any of them, or alone: the shrink in a launch of its own */
 #define LS_TUNING_IMPATIENT 8 /* added: no block of linear_panel.cu waits for another's part of the hidden, for tests */
+#define LS_TUNING_NARROW 16 /* added: linear_many.cu takes 128 outputs at a time */
+#define LS_TUNING_WIDE 32 /* added: it takes 256 */
 #define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
 
 #define LS_ERROR_ARGUMENT 100001 /* a size, a count or a dtype outside what this header allows */
 #define LS_ERROR_POINTER 100002  /* a pointer that must not be NULL is */
 
 enum ls_dtype { LS_FLOAT32 = 0, LS_FLOAT16 = 1, LS_BFLOAT16 = 2 };
-enum ls_path { LS_PATH_FAST = 0, LS_PATH_GENERIC = 1 };
+enum ls_path { LS_PATH_FAST = 0, LS_PATH_GENERIC = 1, LS_PATH_MANY = 2 };
 
 /* One linear of a group. */
 typedef struct ls_item {
@@ -164,8 +166,10 @@ int64_t ls_hidden_elements(const ls_group *group);
 /* Which path ls_linear will take: enum ls_path, or -1 if the arguments are refused. */
 int ls_linear_path(const ls_group *group);
 /* The group's linears with their experts. One launch on the fast path (see ls_set_workspace), else two: the experts' shrink,
- * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). `group`
- * is host memory. */
+ * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). For many tokens
+ * (LS_PATH_MANY, from 192 on, on GPUs of compute capability 9.0, for sizes and pointers as on the fast path and out_features
+ * divisible by 8) two launches as fast as a library's, `hidden` then being a row for each token, and what an expert that the token
+ * did not choose made of it zero. `group` is host memory. */
 int ls_linear(const ls_group *group, void *stream);
 
 /* 1 if ls_expand takes a group of these sizes, dtype, lora_b and bias, else 0. `args` is host memory, here and below. */

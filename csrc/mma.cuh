@@ -30,6 +30,20 @@ template <class E> __device__ __forceinline__ void mma32(float (&c)[4], const ui
   mma<E>(c, w[0].z, w[1].z, w[0].w, w[1].w, x.z, x.w);
 }
 
+// Between two lanes: `high` of the lower one for `low` of the upper one.
+__device__ __forceinline__ void exchange(uint32_t &low, uint32_t &high, int distance, bool upper) {
+  const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
+  if (upper) low = got;
+  else high = got;
+}
+// Of four neighbouring lanes, the t-th gets the t-th words of all.
+__device__ __forceinline__ void transpose(uint4 &v, int t) {
+  exchange(v.x, v.y, 1, t & 1);
+  exchange(v.z, v.w, 1, t & 1);
+  exchange(v.x, v.z, 2, t & 2);
+  exchange(v.y, v.w, 2, t & 2);
+}
+
 template <class E> __device__ __forceinline__ uint4 add8(const uint4 &a, const uint4 &b) {
   const uint32_t *pa = &a.x, *pb = &b.x;
   uint4 v;

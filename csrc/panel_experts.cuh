@@ -17,8 +17,8 @@ constexpr int kMostParts = 8;
 constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
 constexpr long long kPatience = 100000;  // nanoseconds until the hidden is not waited for any longer
 
-// Barriers: of the eight warps; of the four; the four have left their sum of a panel; the eight have read it.
-enum { kMultiplying = 1, kHelping = 2, kExpanded = 3, kSummed = 4 };
+// Barriers: of the eight warps; of the four; the eight have read what the four left.
+enum { kMultiplying = 1, kHelping = 2, kSummed = 3 };
 
 // Of the features: `splits`, each a slice for every warp, with any of which a block may begin; and `parts`, of some splits each,
 // in which the shrink is shared out.

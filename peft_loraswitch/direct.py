@@ -1,5 +1,5 @@
-"""A group of linears called without a compiler: one C call for few tokens, library products and one for many, and as little
-Python before them as can be.
+"""A group of linears called without a compiler: one C call for few tokens, one for many on the GPUs that have a kernel for them,
+else library products and one C call; and as little Python before them as can be.
 
 What `kernels.PackedGroup` looks up and fills in field by field is here one template of bytes for each shape of input, into
 which a call packs its pointers. A call checks that all it points at is still where it was: `model.to(...)`, `load_state_dict`
@@ -39,7 +39,8 @@ class _Shape:
     template: bytes
     outputs: list[tuple[tuple[int, ...], tuple[int, ...]]]  # size and stride of each linear's result
     hidden: int  # elements of scratch
-    many: Expansion | None = None  # for more tokens than one C call is good for
+    aligned: bool = False  # the kernel for it takes only an x whose address is divisible by 16
+    many: Expansion | None = None  # for more tokens than a C call is good for on this GPU
 
 
 def launchable(x: Tensor) -> bool:
@@ -106,6 +107,8 @@ class DirectGroup:
             return None
         if shape.many is not None:
             return self._many(x, routing, shape, shape.many)
+        if shape.aligned and x.data_ptr() % 16:
+            return None
         if empty_strided_cuda is not None and torch._C._cuda_getDevice() == self.device:
             outputs = [empty_strided_cuda(size, stride, self.dtype) for size, stride in shape.outputs]
             hidden = empty_strided_cuda((shape.hidden,), (1,), self.dtype)
@@ -148,7 +151,8 @@ class DirectGroup:
         if x.numel() != group.tokens * group.in_features:
             return None
         many = None
-        if group.tokens > self.few_tokens:
+        aligned = group.tokens > self.few_tokens and self.packed.path(x, experts) == kernels.MANY_PATH
+        if group.tokens > self.few_tokens and not aligned:
             many = kernels.expansion(self.lora_b, self.biases, self.scalings, group.top_k)
             if not (many.expands or many.widens):
                 return None
@@ -159,5 +163,5 @@ class DirectGroup:
         hidden = library().ls_hidden_elements(byref(group))
         if len(self.shapes) >= _MOST_SHAPES:
             self.shapes.clear()
-        shape = self.shapes[x.shape, group.top_k] = _Shape(bytes(group), outputs, hidden, many)
+        shape = self.shapes[x.shape, group.top_k] = _Shape(bytes(group), outputs, hidden, aligned, many)
         return shape

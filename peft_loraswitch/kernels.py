@@ -26,11 +26,12 @@ SWITCH = "PEFT_LORASWITCH_KERNELS"
 LIBRARY = Path(__file__).with_name("libloraswitch.so")
 
 # csrc/loraswitch.h; tests compare these with the header
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
 TUNING_STREAM, TUNING_REGISTERS, TUNING_PANEL, TUNING_TWO_LAUNCHES, TUNING_IMPATIENT = 1, 2, 3, 4, 8
+TUNING_NARROW, TUNING_WIDE = 16, 32
 WORKSPACE_BYTES = 32 << 20  # a captured model of 32 layers takes 2 KiB at rank 8, 114 KiB at rank 64
-FAST_PATH, GENERIC_PATH = 0, 1
+FAST_PATH, GENERIC_PATH, MANY_PATH = 0, 1, 2
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -348,7 +349,7 @@ class PackedGroup:
         return results
 
     def path(self, x: torch.Tensor, experts: torch.Tensor) -> int:
-        """FAST_PATH or GENERIC_PATH: what a call with these would take (float32 never has a fast path)."""
+        """FAST_PATH, GENERIC_PATH or MANY_PATH: what a call with these would take (float32 always takes the generic one)."""
         group = Group.from_buffer_copy(self.group)
         group.tokens, group.top_k = x.numel() // x.shape[-1], experts.shape[-1]
         group.x = group.experts = group.gates = group.hidden = x.data_ptr()
@@ -359,7 +360,7 @@ class PackedGroup:
 
 def warn_if_generic(packed: PackedGroup, x: torch.Tensor, experts: torch.Tensor) -> None:
     """One line of log, once per reason, where 16-bit linears must take the slower path."""
-    if packed.path(x, experts) != FAST_PATH and packed.dtype != torch.float32:
+    if packed.path(x, experts) == GENERIC_PATH and packed.dtype != torch.float32:
         ranks = sorted({item.rank for item in packed.group.items[: packed.group.n_items]})
         layout = "Conv1D [in, out]" if packed.group.transposed else "[out, in]"
         _log_once(

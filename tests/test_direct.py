@@ -36,6 +36,7 @@ class StandIn:
         self.calls: list[tuple[int, int]] = []  # (linears, tokens) of each
         self.expanded: list[tuple[int, int]] = []  # the same of ls_expand; of ls_widen, with -1 tokens
         self.most_ranks = 128
+        self.fewest_tokens = 10**9  # that ls_linear takes as "many"
 
     def __getitem__(self, name: str) -> Any:
         assert name == "ls_linear"
@@ -53,7 +54,9 @@ class StandIn:
         return 64
 
     def ls_linear_path(self, group: Any) -> int:
-        return kernels.FAST_PATH
+        args = group._obj
+        assert args.x and args.experts and args.gates and args.hidden and args.items[0].out, "the library refuses those"
+        return kernels.MANY_PATH if args.tokens >= self.fewest_tokens else kernels.FAST_PATH
 
     def linear(self, group: kernels.Group) -> int:
         tokens, k, width, experts = group.tokens, group.top_k, group.in_features, group.num_experts
@@ -161,6 +164,35 @@ def test_many_tokens_take_one_call_and_products_of_the_library(library, most_ran
         assert (
             library.expanded == [(n, 60 if most_ranks == 128 else -1) for n in (3, 1, 2, 1)] * 2 and not library.calls
         )
+
+
+def test_many_tokens_take_one_call_where_there_is_a_kernel_for_them(library):
+    library.fewest_tokens = 60
+    model = made(rank_pattern={"k_proj": 4}, alpha_pattern={"v_proj": 50})
+    tokens, fewer = ids(3, 20, "cpu"), ids(1, 50, "cpu")
+    expected = [logits(model, each) for each in (tokens, fewer)]
+    fuse(model)
+    logits(model, ids(1, 2, "cpu"))
+    library.calls.clear()
+    for _ in range(2):
+        assert close(logits(model, tokens), expected[0])
+    assert library.calls == [(3, 60), (1, 60), (2, 60), (1, 60)] * 4 and not library.expanded
+    assert close(logits(model, fewer), expected[1])
+    assert len(library.calls) == 16 and library.expanded == [(3, 50), (1, 50), (2, 50), (1, 50)] * 2
+
+
+def test_many_tokens_at_an_odd_address_take_products_of_the_library(library):
+    """The kernel for many tokens would not be taken, but the slowest one."""
+    library.fewest_tokens = 60
+    model = made()
+    fuse(model)
+    logits(model, ids(1, 2, "cpu"))
+    leader = adapted_layers(model)[0]
+    x = torch.randn(60 * leader.in_features + 1)
+    routing = direct.Routing(torch.zeros(60, 2, dtype=torch.int64), torch.ones(60, 2), 8)
+    group = leader.fused_group.direct
+    assert group(x[:-1].view(60, -1), routing) is not None
+    assert group(x[1:].view(60, -1), routing) is None
 
 
 @torch.no_grad()

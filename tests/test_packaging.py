@@ -34,7 +34,7 @@ def test_the_wheel_with_kernels(tmp_path):
     setup_with_nvcc()
     out = check_wheel("--output", str(tmp_path))
     assert "py3-none-manylinux_2_" in out and "imports, and its library loads" in out
-    assert "sm_80+sm_86+sm_89+sm_90+sm_100+sm_120+compute_90" in out
+    assert "sm_80+sm_86+sm_89+sm_90a+sm_100+sm_120+compute_90" in out
 
 
 def test_setup_neither_imports_torch_nor_downloads():

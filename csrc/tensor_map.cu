@@ -1,0 +1,68 @@
+// Maps of tensors, by which the copy engine of a GPU of compute capability 9.0 finds tiles; and whether the device is one. Host code
+// only. The driver makes the maps: its function is looked up, not linked.
+#include "hopper.cuh"
+
+namespace ls {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode encode() {
+  static std::atomic<Encode> known{nullptr};
+  Encode function = known.load(std::memory_order_acquire);
+  if (function) return function;
+  void *found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  function = reinterpret_cast<Encode>(found);
+  known.store(function, std::memory_order_release);
+  return function;
+}
+
+__global__ void hopper_kernel() {
+#ifdef LS_HOPPER
+  __shared__ uint64_t barrier;  // by which the host sees that this was compiled for such a GPU
+  mbarrier_init(shared_address(&barrier), 1);
+#endif
+}
+
+}  // namespace
+
+bool make_map(CUtensorMap &map, int dtype, const void *tensor, const Dimension *dimensions, int n, bool swizzled) {
+  constexpr int kMost = 5;
+  cuuint64_t sizes[kMost], strides[kMost];
+  cuuint32_t box[kMost], ones[kMost];
+  for (int i = 0; i < n; ++i) {
+    sizes[i] = dimensions[i].size, strides[i] = dimensions[i].stride * 2;
+    box[i] = dimensions[i].box, ones[i] = 1;
+  }
+  const Encode function = encode();
+  return function && function(&map, dtype == LS_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, n,
+                              const_cast<void *>(tensor), sizes, strides + 1, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                              swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool is_hopper(int device) {
+  static std::atomic<signed char> known[kMaxDevices];  // 0 unknown, 1 yes, 2 no
+  if (device < 0 || device >= kMaxDevices) return false;
+  signed char k = known[device].load(std::memory_order_relaxed);
+  if (k == 0) {
+    int major = 0, minor = 0;
+    cudaFuncAttributes attributes;
+    bool yes = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+    yes = yes && cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && minor == 0;
+    yes = yes && cudaFuncGetAttributes(&attributes, hopper_kernel) == cudaSuccess && attributes.sharedSizeBytes > 0;
+    yes = yes && encode();
+    if (!yes) cudaGetLastError();
+    k = yes ? 1 : 2;
+    known[device].store(k, std::memory_order_relaxed);
+  }
+  return k == 1;
+}
+
+}  // namespace ls
