@@ -82,7 +82,7 @@ CORE: tuple[Entry, ...] = (
 BASELINES: tuple[Entry, ...] = (
     ("torch", 8, ("compiled:1", "eager")),
     ("lora", 16, ("compiled:1", "eager")),
-    ("kernels", 0, ("compiled:1",)),
+    ("kernels", 0, ("compiled:1", "prefill")),
 )
 LINE: tuple[Entry, ...] = (
     ("backbone", 0, ("compiled:1", "prefill", "eager")),

@@ -259,10 +259,12 @@ def section(result: Result, source: str) -> str:
 def facts(result: Result) -> list[str]:
     """Sentences below the tables."""
     head, text = result["header"], []
+    prefill = find(result, FIRST, "kernels", 0, "prefill")
     if kernels := find(result, FIRST, "kernels", 0, "compiled"):
         text.append(
-            f"Our kernels without an adapter run the compiled loop at {kernels['ratio']:.2f} of the backbone: "
-            "that much is a faster base product."
+            f"Our kernels without an adapter run the compiled loop at {kernels['ratio']:.2f} of the backbone"
+            + (f", the prefill at {prefill['ratio']:.2f}" if prefill else "")
+            + ": that much is another base product."
         )
     if (merged := find(result, FIRST, "merge", 8, "graph")) and merged.get("over_floor"):
         text.append(

@@ -14,13 +14,14 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) ->
 
 def delta(x, experts, gates, lora_a, lora_b, scaling) -> torch.Tensor:
     """What the experts add, [T, out] in float64; ids outside [0, E) add nothing."""
-    x, a, b = x.double(), lora_a.double(), lora_b.double()
-    result = torch.zeros(x.shape[0], b.shape[1], dtype=torch.float64, device=x.device)
-    for t in range(x.shape[0]):
-        for j in range(experts.shape[1]):
-            e = int(experts[t, j])
-            if 0 <= e < a.shape[0]:
-                result[t] += scaling * gates[t, j].double() * (b[e] @ (a[e] @ x[t]))
+    x = x.double()
+    result = torch.zeros(x.shape[0], lora_b.shape[1], dtype=torch.float64, device=x.device)
+    for e in experts[(experts >= 0) & (experts < lora_a.shape[0])].unique().tolist():
+        gate = (gates.double() * (experts == e)).sum(
+            -1, keepdim=True
+        ) * scaling  # of an expert that is there twice both
+        tokens = (experts == e).any(-1)
+        result[tokens] += gate[tokens] * (x[tokens] @ lora_a[e].double().T @ lora_b[e].double().T)
     return result
 
 

@@ -10,6 +10,7 @@
 set -uo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")/.."
+export PEFT_LORASWITCH_SANITIZING=1
 export LIMIT=${LIMIT:-3600} EACH=${EACH:-240} STATE=${STATE:-outputs/sanitize} PYTHON=${PYTHON:-python3} BEGAN=$(date +%s)
 CHUNK=${CHUNK:-60} JOBS=${JOBS:-1}
 read -ra tools <<<"${*:-racecheck memcheck synccheck}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -212,7 +214,7 @@ def test_many_tokens_ids_outside_the_experts_add_nothing_and_repeated_ids_add_tw
 
 
 def test_many_tokens_more_than_a_grid_is_high(hopper):
-    packed, x, experts = check_group([64], 64, [8], 4, 2, 70000, torch.bfloat16)
+    packed, x, experts = check_group([16], 64, [8], 4, 2, 70000, torch.bfloat16)
     assert packed.path(x, experts) == kernels.MANY_PATH
 
 
@@ -258,6 +260,10 @@ def widen(lora_b):
     return kernels.widen(group, lora_b[0]) if group.widens else None
 
 
+# Set by sanitize_kernels.sh: compute-sanitizer's racecheck breaks down in some of cuBLAS's 16-bit products, which are not ours.
+SANITIZING = os.environ.get("PEFT_LORASWITCH_SANITIZING") == "1"
+
+
 def check_expand(outs, ranks, num_experts, top_k, tokens, dtype, bias=False, ids=None, scalings=None):
     """The kernel where it takes such linears, else `ops.expand`, which widens their B first."""
     lora_b = [randn(num_experts, o, r, dtype=dtype, scale=r**-0.5) for o, r in zip(outs, ranks, strict=True)]
@@ -269,7 +275,9 @@ def check_expand(outs, ranks, num_experts, top_k, tokens, dtype, bias=False, ids
     poison_allocator()
     results = expand(hidden, experts, gates, biases, lora_b, scalings)
     assert (results is not None) == (num_experts * max(ranks) <= MOST_RANKS)
-    pytorch = ops._expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
+    if SANITIZING and results is None:
+        return
+    pytorch = results if SANITIZING else ops._expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
     poison_allocator()
     results = ops.expand(hidden, experts, gates, biases, lora_b, scalings) if results is None else results
     parts = hidden.split([num_experts * r for r in ranks], dim=1)

@@ -48,16 +48,18 @@ EIGHT = {"num_shared_experts": 5, "top_k": 3, "num_experts": 6, "router_module":
 @pytest.mark.parametrize("config", [CONFIGS["beside"], CONFIGS["before"], EIGHT], ids=["beside", "before", "eight"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fused_16_bit_error_is_no_larger_than_the_unfused_models(dtype, config, device):
-    """With ranks of 8, for which the fast kernel is made."""
+    """With ranks of 8, for which the fast kernel is made. Over several prompts: a token whose experts nearly tie may follow
+    others than it should, fused or not, and such a one outweighs all others of a short prompt."""
     model = adapted(tiny_llama(), r=8, **config).requires_grad_(False).to(dtype)
     reference = copy.deepcopy(model).float()
     model.to(device)
     for batch, length in ((1, 1), (1, 9), (3, 8), (4, 16)):
-        ids = tokens(batch, length)
-        exact, unfused = logits(reference, ids), logits(model, ids.to(device)).float().cpu()
+        prompts = [tokens(batch, length, seed=seed) for seed in range(6)]
+        exact = torch.stack([logits(reference, ids) for ids in prompts])
+        unfused = torch.stack([logits(model, ids.to(device)).float().cpu() for ids in prompts])
         with model.fuse_for_inference("fused"):
-            fused = logits(model, ids.to(device)).float().cpu()
-        assert (fused - exact).norm() <= 1.3 * (unfused - exact).norm() + 1e-3 * exact.norm()
+            fused = torch.stack([logits(model, ids.to(device)).float().cpu() for ids in prompts])
+        assert (fused - exact).norm() <= 1.15 * (unfused - exact).norm() + 1e-3 * exact.norm()
 
 
 @devices
