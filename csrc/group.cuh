@@ -33,8 +33,9 @@ constexpr int kSplits = 4;  // of the features, in linear.cu: each leaves partia
 
 // One task's part of the hidden is in memory: this thread's writes, and those that a barrier put before this.
 __device__ __forceinline__ void shrink_done(Sync *sync) {
-  __threadfence();
-  atomicAdd(&sync->done, 1u);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&sync->done) : "memory");
+#endif
 }
 // For one thread of a block; a __syncthreads() after it makes the hidden visible to the others.
 __device__ __forceinline__ unsigned shrinks_done(const Sync *sync) {

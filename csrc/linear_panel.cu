@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_cons
   __shared__ short list_of[kMostPanels + 1];                   // where a panel's begin
   __shared__ Plan plan_;
   __shared__ short ids[kIds];
+  __shared__ float gates[kIds];
   __shared__ Slots slots;
   __shared__ bool there;
   __shared__ __align__(8) uint64_t expanded_;
@@ -131,8 +132,12 @@ __global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_cons
     // What does not depend on each other is asked for at once: a round trip takes long beside the weights.
     constexpr int kEach = (kIds + kHelperThreads - 1) / kHelperThreads;
     short id[kEach];
+    float gate[kEach];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) id[i] = thread + i * kHelperThreads < entries ? valid_id(p, thread + i * kHelperThreads) : short(-1);
+    for (int i = 0; i < kEach; ++i) {
+      const int entry = thread + i * kHelperThreads;
+      id[i] = entry < entries ? valid_id(p, entry) : short(-1), gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
+    }
     Shrink<E, Shape, NT> shrink(p, blockIdx.x % parts);
     if (shrinks) shrink.load(shrink_tile(p, row_of_blocks), shrink.first);
     if (most) {  // every expert's B will be needed
@@ -145,9 +150,9 @@ __global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_cons
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
-      if (thread + i * kHelperThreads < entries) ids[thread + i * kHelperThreads] = id[i];
+      if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = id[i], gates[entry] = gate[i];
     barrier(kHelping, kHelperThreads);
-    if (shrinks) shrink.run(row_of_blocks, rows_of_blocks, most, ids, more);
+    if (shrinks) shrink.run(row_of_blocks, rows_of_blocks, most, ids, gates, more);
     if (most) fill(p, ids, slots);
     for (int panel = 0; panel < plan.panels; ++panel) {
       const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
@@ -340,7 +345,7 @@ template <class Act> auto with_shape(const GroupParams &p, Act act) {
 #define LS_SHAPE(NT, MT, STAGES) (is_bf16 ? act.template operator()<bf16, NT, MT, STAGES>() : act.template operator()<fp16, NT, MT, STAGES>())
   if (p.g.tokens <= 8) return LS_SHAPE(1, 12, 8);
   if (p.g.tokens <= 16) return LS_SHAPE(2, 8, 7);
-  return LS_SHAPE(4, 6, 6);
+  return LS_SHAPE(4, 6, 4);
 #undef LS_SHAPE
 }
 

@@ -95,7 +95,7 @@ template <class E, class Shape, int NT> struct Shrink {
   }
 
   // Of the first tile, the first split has been asked for.
-  __device__ __forceinline__ void run(int tile, int stride, bool most, const short *ids, float *partial) {
+  __device__ __forceinline__ void run(int tile, int stride, bool most, const short *ids, const float *gates, float *partial) {
     const int thread = threadIdx.x - kThreads, helper = thread / 32, g = thread % 32 / 4, t = thread % 4, top_k = p.g.top_k;
     for (bool loaded = true; tile < p.shrink_begin[p.g.n_items]; tile += stride, loaded = false) {
       const ShrinkTile at = shrink_tile(p, tile);
@@ -128,7 +128,7 @@ template <class E, class Shape, int NT> struct Shrink {
       for (int j = 0; j < top_k; ++j) {
         const int entry = token * top_k + j;
         if (ids[entry] != row / rank) continue;
-        const float gate = __ldcg(p.g.gates + entry) * item.scaling;
+        const float gate = gates[entry] * item.scaling;
         *reinterpret_cast<float4 *>(sums + int64_t(entry) * rank + row % rank) = make_float4(gate * total.x, gate * total.y, gate * total.z, gate * total.w);
       }
     }
