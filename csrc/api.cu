@@ -135,7 +135,7 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   const ls::Kernel kernel = ls::choose(p);
   if (kernel == ls::kMany) {
     const int64_t width = ls::layout_hidden_many(p) / p.g.tokens;
-    if (width > 0) error = width > ls::kFewColumns ? ls::launch_shrink_wide(p, stream) : ls::launch_shrink_many(p, stream);
+    if (width > 0) error = width > ls::kFewColumns ? ls::launch_shrink_many_ranks(p, stream) : ls::launch_shrink_few_ranks(p, stream);
     return error ? error : ls::launch_linear_many(p, stream);
   }
   const bool one_launch = !(p.g.tuning & LS_TUNING_TWO_LAUNCHES) && ls::any_rank(p.g) && ls::can_shrink_inside(p, kernel);

@@ -86,8 +86,8 @@ inline bool any_rank(const ls_group &g) {
 }
 
 int launch_shrink(GroupParams &p, void *stream);
-int launch_shrink_many(GroupParams &p, void *stream);
-int launch_shrink_wide(GroupParams &p, void *stream);
+int launch_shrink_few_ranks(GroupParams &p, void *stream);
+int launch_shrink_many_ranks(GroupParams &p, void *stream);
 bool can_stream(const GroupParams &p);
 bool can_many(const ls_group &g);
 bool can_panel(GroupParams &p);

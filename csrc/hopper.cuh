@@ -11,6 +11,8 @@
 // is_hopper() (tensor_map.cu) says so.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define LS_HOPPER 1
+#elif defined(__CUDA_ARCH__)
+#pragma nv_diag_suppress 177  // declared but never referenced
 #endif
 
 namespace ls {

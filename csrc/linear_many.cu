@@ -243,9 +243,9 @@ template <bool kShrink> int launch_many(ManyParams &p, const ls_group &g, const 
     const uint64_t out = g.items[i].out_features, rank = g.items[i].rank, experts = g.num_experts;
     if (kShrink || rank == 0) continue;
     const Dimension units[] = {{kUnit, 1, kUnit}, {out, rank, uint32_t(outputs)}, {rank / kUnit, kUnit, 1}, {experts, out * rank, 1}};
-    const Dimension wide_ranks[] = {{rank, 1, kFeatures}, {out, rank, uint32_t(outputs / kCluster)}, {experts, out * rank, 1}};
+    const Dimension whole[] = {{rank, 1, kFeatures}, {out, rank, uint32_t(outputs / kCluster)}, {experts, out * rank, 1}};
     const bool made = rank % kFeatures ? make_map(p.lora_b[i], g.dtype, g.items[i].lora_b, units, 4, false)
-                                       : make_map(p.lora_b[i], g.dtype, g.items[i].lora_b, wide_ranks, 3, true);
+                                       : make_map(p.lora_b[i], g.dtype, g.items[i].lora_b, whole, 3, true);
     if (!made) return LS_ERROR_ARGUMENT;
   }
   const int blocks = int(pairs < at_once ? pairs : at_once) * kCluster;
@@ -287,7 +287,7 @@ int launch_linear_many(GroupParams &params, void *stream) {
   return launch_many<false>(p, g, weights, rows, stream);
 }
 
-int launch_shrink_wide(GroupParams &params, void *stream) {
+int launch_shrink_many_ranks(GroupParams &params, void *stream) {
   const ls_group &g = params.g;
   ManyParams p = {};
   p.experts = g.experts, p.gates = g.gates, p.top_k = g.top_k;

@@ -1,11 +1,10 @@
-// The shrink for many tokens, on GPUs of compute capability 9.0: the hidden of all experts of a group of linears, times their gates
-// and zero where a token did not choose, as linear_many.cu takes it: [tokens, columns], those of each linear
-// experts * rank rounded up to 64. One launch.
+// The shrink for many tokens and few ranks, on GPUs of compute capability 9.0: the hidden of all experts of a group of linears,
+// times their gates and zero where a token did not choose, as linear_many.cu takes it: [tokens, columns], those of each linear
+// experts * rank rounded up to 64. One launch. (The hidden of many ranks is a product as large as a linear's: linear_many.cu makes it.)
 //
-// For few ranks, whose product is small: linear_many.cu makes the hidden of many. A block has 64 tokens and up to four times 64
-// columns, and a share of the features: the blocks of a cluster have one each, and add up their sums through each other's shared
-// memory at the end. Four warps multiply, one has tiles copied. Two blocks fit on a multiprocessor: clusters of large blocks would
-// not all find room at once.
+// A block has 64 tokens and up to four times 64 columns, and a share of the features: the blocks of a cluster have one each, and
+// add up their sums through each other's shared memory at the end. Four warps multiply, one has tiles copied. Two blocks fit on a
+// multiprocessor: clusters of large blocks would not all find room at once.
 #include "hopper.cuh"
 #include "mma.cuh"
 
@@ -155,7 +154,7 @@ template <class E> int launch_groups(const ShrinkManyParams &p, dim3 grid, int g
 
 }  // namespace
 
-int launch_shrink_many(GroupParams &params, void *stream) {
+int launch_shrink_few_ranks(GroupParams &params, void *stream) {
   const ls_group &g = params.g;
   ShrinkManyParams p;
   const uint64_t in = g.in_features, tokens = g.tokens;

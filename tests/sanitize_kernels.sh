@@ -6,6 +6,7 @@
 #
 # CHUNK: tests of one process (60). EACH: seconds one may take (240). STATE: where results are kept (outputs/sanitize); what
 # is clean there, for the same tests and the same library, is not run again. ONLY: what pytest's -k takes.
+# A process takes up to 13 GB of the GPU's memory under racecheck: JOBS=8 for 140 GB, or some fail for want of it.
 # Exit status: 0 all is clean, 1 something is not, 3 not everything was reached.
 set -uo pipefail
 shopt -s nullglob
