@@ -52,6 +52,7 @@ run_chunk() { # tool, file with test ids
   ((status == 0)) && grep -qE '(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)' <<<"$summary" &&
     grep -qE '[0-9]+ passed' "$log" && ! grep -qE '[0-9]+ (skipped|failed)' "$log" && outcome=clean
   ((status == 124)) && outcome="TIME OUT"
+  ((status != 0)) && [[ $summary == *": 0 "* ]] && grep -q OutOfMemoryError "$log" && outcome="OUT OF MEMORY, fewer JOBS:"
   echo "$key $outcome ${seconds}s ${#ids[@]} tests, from ${ids[0]##*::}; $summary" | tee -a "$STATE/$1" | sed "s/^$key/$1:/"
   [[ $outcome == clean ]] && rm "$log" || echo "  see $log: $(grep -E '(passed|failed|skipped|Error)' "$log" | tail -1)"
 }

@@ -19,6 +19,7 @@ if [[ "$*" == *--collect-only* ]]; then
   for name in a b c full_size graph; do echo "tests/test_kernels_gpu.py::test_$name[1]"; done
 else
   printf '%s\\n' "${@: -1} ${PYTORCH_NO_CUDA_MEMORY_CACHING:-cached}" >>"$HERE/ran"
+  [[ -n ${FULL:-} && "$*" == *test_c* ]] && { echo "torch.OutOfMemoryError: CUDA out of memory"; echo "1 failed in 1 s"; exit 1; }
   echo "$(grep -o :: <<<"$*" | wc -l) passed in 1 s"
 fi
 """
@@ -27,7 +28,7 @@ tool=$2
 [[ "$*" == *"--kernel-name kns=_ZN2ls"* ]] || exit 5
 shift 6
 "$@"
-hazards=0 status=0
+status=$? hazards=0
 [[ $tool == "$BROKEN" && "$*" == *test_c* ]] && hazards=2 status=9
 if [[ $tool == racecheck ]]; then echo "========= RACECHECK SUMMARY: $hazards hazards displayed ($hazards errors, 0 warnings)"
 else echo "========= ERROR SUMMARY: $hazards errors"; fi
@@ -76,6 +77,14 @@ def test_a_hazard_is_reported_and_looked_for_again(script):
     mended = script("racecheck")
     assert mended.returncode == 0 and "racecheck: 5 of 5 tests clean" in mended.stdout
     assert len(script.ran()) == 4 + 1, "only what was not clean"
+
+
+def test_a_gpu_without_memory_is_neither_clean_nor_a_finding(script):
+    full = script("memcheck", FULL="1")
+    assert full.returncode == 1 and "memcheck: 4 of 5 tests clean" in full.stdout
+    assert "OUT OF MEMORY, fewer JOBS" in full.stdout and "FAILED" not in full.stdout
+    assert "FAILED (9)" in script("memcheck", FULL="1", BROKEN="memcheck").stdout, "a finding is one all the same"
+    assert script("memcheck").returncode == 0
 
 
 def test_time_that_is_up_is_not_success(script):
