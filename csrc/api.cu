@@ -12,6 +12,11 @@
 namespace ls {
 namespace {
 
+constexpr int kGridHeight = 65535;  // tokens that the other kernels take
+
+// Whether linear_many.cu is the one for it.
+bool takes_many(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & 3) == 0 && can_many(g); }
+
 int check(const ls_group &g) {
   if (g.n_items < 1 || g.n_items > LS_MAX_GROUP || g.tokens < 0 || g.in_features < 1) return LS_ERROR_ARGUMENT;
   if (g.dtype < LS_FLOAT32 || g.dtype > LS_BFLOAT16) return LS_ERROR_ARGUMENT;
@@ -26,7 +31,7 @@ int check(const ls_group &g) {
     if (g.top_k < 1 || g.top_k > LS_MAX_TOP_K || g.num_experts < 1 || g.num_experts > LS_MAX_EXPERTS) return LS_ERROR_ARGUMENT;
     if (g.tokens > 0 && (!g.experts || !g.gates || !g.hidden)) return LS_ERROR_POINTER;
   }
-  return 0;
+  return g.tokens > kGridHeight && !takes_many(g) ? LS_ERROR_ARGUMENT : 0;
 }
 
 bool fast(const ls_group &g) {
@@ -46,7 +51,7 @@ constexpr int kStreamTokens = 2;  // beyond which linear.cu is faster than the s
 // The stream multiplies the rows of A that were chosen, the others all of them: not worth it when few of many are.
 bool can_shrink_inside(GroupParams &p, Kernel kernel) {
   const ls_group &g = p.g;
-  if (kernel == kGeneric || kernel == kMany) return false;
+  if (kernel == kGeneric) return false;
   for (int i = 0; i < g.n_items; ++i)
     if (!aligned16(g.items[i].lora_a)) return false;
   if (kernel == kStream) return p.hidden_elements <= kHiddenInside;
@@ -59,9 +64,9 @@ bool can_shrink_inside(GroupParams &p, Kernel kernel) {
 
 // Measured on an H200 (csrc/README.md): the panel wherever its hidden is small enough.
 Kernel choose(GroupParams &p) {
-  const int wanted = p.g.tuning & 3;
-  if (p.g.tokens > LS_FAST_TOKENS && wanted == 0 && can_many(p.g)) return kMany;
+  if (takes_many(p.g)) return kMany;
   if (!fast(p.g)) return kGeneric;
+  const int wanted = p.g.tuning & 3;
   const bool panel = (wanted == LS_TUNING_PANEL || wanted == 0) && can_panel(p);
   if (panel && (wanted == LS_TUNING_PANEL || !any_rank(p.g) || can_shrink_inside(p, kPanel))) return kPanel;
   if ((wanted == LS_TUNING_STREAM || (wanted == 0 && p.g.tokens <= kStreamTokens)) && can_stream(p)) return kStream;
@@ -108,7 +113,7 @@ LS_EXPORT int64_t ls_hidden_elements(const ls_group *group) {
   ls::GroupParams p;
   p.g = *group;
   const int64_t elements = ls::layout_hidden(p);
-  if (group->tokens > LS_FAST_TOKENS) return std::max(elements, ls::can_many(*group) ? ls::layout_hidden_many(p) : 0);
+  if (group->tokens > LS_FAST_TOKENS) return std::max(elements, ls::takes_many(*group) ? ls::layout_hidden_many(p) : 0);
   const bool may_split = group->dtype != LS_FLOAT32;
   const int splits = elements <= ls::kPanelHidden ? std::max(ls::kSplits, ls::panel_parts(*group)) : ls::kSplits;
   return may_split ? elements * splits * 2 : elements;  // floats take two elements of 16 bits

@@ -86,6 +86,8 @@ def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
     constants |= {"LS_TUNING_REGISTERS": kernels.TUNING_REGISTERS, "LS_FLOAT32": kernels.DTYPES[torch.float32]}
     constants |= {"LS_FLOAT16": kernels.DTYPES[torch.float16], "LS_BFLOAT16": kernels.DTYPES[torch.bfloat16]}
     constants |= {"LS_PATH_FAST": kernels.FAST_PATH, "LS_PATH_GENERIC": kernels.GENERIC_PATH}
+    constants |= {"LS_PATH_MANY": kernels.MANY_PATH, "LS_TUNING_TWO_LAUNCHES": kernels.TUNING_TWO_LAUNCHES}
+    constants |= {"LS_TUNING_NARROW": kernels.TUNING_NARROW, "LS_TUNING_WIDE": kernels.TUNING_WIDE}
     checks = [f"_Static_assert({name} == {value}, {name!r});".replace("'", '"') for name, value in constants.items()]
     for name, struct in structs.items():
         checks.append(f'_Static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{name}");')
@@ -98,6 +100,16 @@ def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
         ["gcc", "-std=c11", "-Wall", "-Werror", "-c", str(source), "-I", str(ROOT / "csrc"), "-o", "/dev/null"],
         check=True,
     )
+
+
+def test_more_tokens_than_a_grid_is_high_are_refused_where_no_kernel_takes_them(library):
+    loaded = ctypes.CDLL(str(library))
+    group = kernels.Group(n_items=1, in_features=64, x=16, hidden=16, experts=16, gates=16, num_experts=4, top_k=2)
+    group.items[0].weight = group.items[0].out = group.items[0].lora_a = group.items[0].lora_b = 16
+    group.items[0].out_features, group.items[0].rank = 64, 8
+    for tokens, path in ((65535, kernels.GENERIC_PATH), (65536, -1)):
+        group.tokens = tokens
+        assert loaded.ls_linear_path(ctypes.byref(group)) == path
 
 
 def fresh(code: str, **environment: str) -> str:
