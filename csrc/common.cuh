@@ -94,6 +94,7 @@ class DeviceGuard {
 };
 
 constexpr int kMaxDevices = 64;
+// Of the device, asked for once; 1 if it cannot be asked.
 inline int multiprocessors(int device) {
   static std::atomic<int> known[kMaxDevices];
   int count = known[device].load(std::memory_order_relaxed);

@@ -1,5 +1,5 @@
-// Maps of tensors, by which the copy engine of a GPU of compute capability 9.0 finds tiles; and whether the device is one. Host code
-// only. The driver makes the maps: its function is looked up, not linked.
+// Maps of tensors, by which the copy engine of a GPU of compute capability 9.0 finds tiles; and whether the device is one. Host code.
+// The driver makes the maps: its function is looked up, not linked.
 #include "hopper.cuh"
 
 namespace ls {
@@ -33,7 +33,7 @@ __global__ void hopper_kernel() {
 }  // namespace
 
 bool make_map(CUtensorMap &map, int dtype, const void *tensor, const Dimension *dimensions, int n, bool swizzled) {
-  constexpr int kMost = 5;
+  constexpr int kMost = 5;  // that the driver takes
   cuuint64_t sizes[kMost], strides[kMost];
   cuuint32_t box[kMost], ones[kMost];
   for (int i = 0; i < n; ++i) {

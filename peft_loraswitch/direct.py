@@ -150,12 +150,13 @@ class DirectGroup:
         group.tokens = experts.numel() // group.top_k
         if x.numel() != group.tokens * group.in_features:
             return None
-        many = None
-        aligned = group.tokens > self.few_tokens and self.packed.path(x, experts) == kernels.MANY_PATH
-        if group.tokens > self.few_tokens and not aligned:
-            many = kernels.expansion(self.lora_b, self.biases, self.scalings, group.top_k)
-            if not (many.expands or many.widens):
-                return None
+        aligned, many = False, None
+        if group.tokens > self.few_tokens:
+            aligned = self.packed.path(x, experts) == kernels.MANY_PATH
+            if not aligned:
+                many = kernels.expansion(self.lora_b, self.biases, self.scalings, group.top_k)
+                if not (many.expands or many.widens):
+                    return None
         outputs = []
         for out in self.packed.out_features:
             size = (*x.shape[:-1], out)
