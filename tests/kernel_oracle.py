@@ -68,3 +68,13 @@ def random_ids(tokens: int, num_experts: int, top_k: int, device) -> tuple[torch
     """Distinct experts for every token, random gates."""
     ids = torch.rand(tokens, num_experts, device=device).topk(top_k, dim=-1).indices
     return ids, torch.rand(tokens, top_k, device=device) + 0.1
+
+
+def randn(*shape, dtype, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def poison_allocator():
+    """Fill freed memory with NaN, so that an element a kernel does not write shows."""
+    blocks = [torch.full((n,), float("nan"), device="cuda") for n in (64, 4096, 1 << 16, 1 << 20, 1 << 22)]
+    del blocks

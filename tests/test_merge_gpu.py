@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernel_oracle as oracle
+from kernel_oracle import randn
 from peft_loraswitch import kernels
 
 pytestmark = [
@@ -20,10 +21,6 @@ SHAPES = [(1037, 264), (40, 72), (1, 8), (520, 1032)]
 @pytest.fixture(autouse=True)
 def kernels_must_be_there():
     assert kernels.available(), kernels.why_not()
-
-
-def randn(*shape, dtype, scale=1.0):
-    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
 
 class Linears:
