@@ -38,7 +38,7 @@ struct ManyParams {
   const float *gates;
   int begin[LS_MAX_GROUP + 1];  // first pair of tiles of each linear
   int stride;                   // of the results; 0: the columns of each
-  int n_items, tokens, top_k;
+  int n_items, tokens, top_k, num_experts;
   int steps;      // of in_features
   int row_pairs;  // pairs of tiles that cover all tokens
 };
@@ -63,9 +63,9 @@ __device__ __forceinline__ void fill(const ManyParams &p, Gates &gates, int firs
   barrier(1, 256);
   if (thread < kTokens && first_token + thread < p.tokens)
     for (int j = 0; j < p.top_k; ++j) {
-      const int64_t at = int64_t(first_token + thread) * p.top_k + j, e = p.experts[at] - first_expert;
+      const int64_t at = int64_t(first_token + thread) * p.top_k + j, id = p.experts[at];
       const float gate = p.gates[at];
-      if (e >= 0 && e < Gates::kStride) gates.of[thread][e] += gate;
+      if (id >= first_expert && id < min(first_expert + Gates::kStride, p.num_experts)) gates.of[thread][id - first_expert] += gate;
     }
   barrier(1, 256);
 }
@@ -291,7 +291,7 @@ int launch_linear_many(GroupParams &params, void *stream) {
 int launch_shrink_many_ranks(GroupParams &params, void *stream) {
   const ls_group &g = params.g;
   ManyParams p = {};
-  p.experts = g.experts, p.gates = g.gates, p.top_k = g.top_k;
+  p.experts = g.experts, p.gates = g.gates, p.top_k = g.top_k, p.num_experts = g.num_experts;
   p.stride = int(params.hidden_elements / g.tokens);
   const void *weights[LS_MAX_GROUP];
   int rows[LS_MAX_GROUP];

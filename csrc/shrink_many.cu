@@ -36,7 +36,7 @@ struct ShrinkManyParams {
   float scaling[LS_MAX_GROUP];
   int rank[LS_MAX_GROUP];
   int begin[LS_MAX_GROUP + 1];  // first group of columns of each linear
-  int n_items, tokens, top_k, steps;
+  int n_items, tokens, top_k, num_experts, steps;
 };
 
 template <class E, int kGroups> __global__ void __launch_bounds__(kThreads, 2) shrink_many_kernel(const __grid_constant__ ShrinkManyParams p) {
@@ -126,7 +126,7 @@ template <class E, int kGroups> __global__ void __launch_bounds__(kThreads, 2) s
     const int item = item_of(group), column = (group - p.begin[item]) * kColumns + unit * kUnit % kColumns, expert = column / p.rank[item];
     float gate = 0.f;
     bool chosen = false;
-    for (int j = 0; j < p.top_k; ++j) {
+    for (int j = 0; j < p.top_k && expert < p.num_experts; ++j) {  // the last columns may be of none
       const int64_t at = int64_t(token) * p.top_k + j;
       const float value = p.gates[at];
       if (p.experts[at] == expert) gate += value, chosen = true;
@@ -161,7 +161,7 @@ int launch_shrink_few_ranks(GroupParams &params, void *stream) {
   const Dimension x[] = {{in, 1, kFeatures}, {tokens, in, kTokens}};
   if (!make_map(p.x, g.dtype, g.x, x, 2, true)) return LS_ERROR_ARGUMENT;
   p.experts = g.experts, p.gates = g.gates, p.hidden = g.hidden;
-  p.n_items = g.n_items, p.tokens = g.tokens, p.top_k = g.top_k;
+  p.n_items = g.n_items, p.tokens = g.tokens, p.top_k = g.top_k, p.num_experts = g.num_experts;
   p.steps = (g.in_features - 1) / kFeatures + 1;
   int groups = 0;
   for (int i = 0; i < g.n_items; ++i) {

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+# Set by sanitize_kernels.sh: no product of cuBLAS in 16 bits, for compute-sanitizer's racecheck breaks down in some of those,
+# which are not ours; and few rounds, because a kernel takes up to a thousand times longer.
+SANITIZING = os.environ.get("PEFT_LORASWITCH_SANITIZING") == "1"
+
+
+def rounds(n: int) -> range:
+    return range(max(4, n // 50) if SANITIZING else n)
 
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -12,14 +22,17 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) ->
     return experts, gates / gates.sum(-1, keepdim=True) if normalize else gates
 
 
+def gate_of(expert: int, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """[T, 1] in float64: of an expert that is there twice both, of one that is not 0, whatever other gates are."""
+    return gates.double().where(experts == expert, 0.0).sum(-1, keepdim=True)
+
+
 def delta(x, experts, gates, lora_a, lora_b, scaling) -> torch.Tensor:
     """What the experts add, [T, out] in float64; ids outside [0, E) add nothing."""
     x = x.double()
     result = torch.zeros(x.shape[0], lora_b.shape[1], dtype=torch.float64, device=x.device)
     for e in experts[(experts >= 0) & (experts < lora_a.shape[0])].unique().tolist():
-        gate = (gates.double() * (experts == e)).sum(
-            -1, keepdim=True
-        ) * scaling  # of an expert that is there twice both
+        gate = gate_of(e, experts, gates) * scaling
         tokens = (experts == e).any(-1)
         result[tokens] += gate[tokens] * (x[tokens] @ lora_a[e].double().T @ lora_b[e].double().T)
     return result
@@ -30,7 +43,7 @@ def expand(hidden, experts, gates, bias, lora_b, scaling) -> torch.Tensor:
     hidden = hidden.double().view(hidden.shape[0], lora_b.shape[0], lora_b.shape[2])
     result = hidden.new_zeros(hidden.shape[0], lora_b.shape[1])
     for e in range(lora_b.shape[0]):
-        gate = (gates.double() * (experts == e)).sum(-1, keepdim=True) * scaling
+        gate = gate_of(e, experts, gates) * scaling
         result += gate * (hidden[:, e] @ lora_b[e].double().T)
     return result if bias is None else result + bias.double()
 
@@ -68,6 +81,11 @@ def random_ids(tokens: int, num_experts: int, top_k: int, device) -> tuple[torch
     """Distinct experts for every token, random gates."""
     ids = torch.rand(tokens, num_experts, device=device).topk(top_k, dim=-1).indices
     return ids, torch.rand(tokens, top_k, device=device) + 0.1
+
+
+def poison_gates(ids: torch.Tensor, gates: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Infinite where the id is outside of the experts: it adds nothing, so its gate must not matter."""
+    return gates.where((ids >= 0) & (ids < num_experts), float("inf"))
 
 
 def randn(*shape, dtype, scale=1.0):

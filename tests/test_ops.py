@@ -161,6 +161,7 @@ def test_ids_outside_the_experts_add_nothing_and_repeated_ones_add_twice(device)
         g = group(device, tokens=(tokens,), top_k=3)
         g["experts"] = torch.randint(-3, 8, (tokens, 3), device=device)
         g["experts"][0] = 2
+        g["gates"] = oracle.poison_gates(g["experts"], g["gates"], g["lora_a"][0].shape[0])
         for i, result in enumerate(ops.linear(**g)):
             w, b, a, lb, s = (g[k][i] for k in ("weights", "biases", "lora_a", "lora_b", "scalings"))
             expected = oracle.linear(g["x"], g["experts"], g["gates"], w, b, a, lb, s)
