@@ -22,11 +22,12 @@ from .kernels import MAX_GROUP, Expansion, Group, Item, PackedGroup, _check, emp
 from .routing import Routing
 
 if TYPE_CHECKING:
+    from .frame import RoutingFrame
     from .fused import FusedGroup
     from .layer import LoRASwitchLinear
 
-_POINTER = Struct("P")
-_INPUTS = Struct("PPPP")  # x, experts, gates, hidden: neighbours in `Group`
+_pack_pointer = Struct("P").pack_into
+_pack_inputs = Struct("PPPP").pack_into  # x, experts, gates, hidden: neighbours in `Group`
 assert Group.experts.offset == Group.x.offset + 8 and Group.hidden.offset == Group.x.offset + 24
 _OUTPUTS = [Group.items.offset + i * sizeof(Item) + Item.out.offset for i in range(MAX_GROUP)]
 _MOST_SHAPES = 64  # of inputs, kept for each group
@@ -34,7 +35,7 @@ _MOST_SHAPES = 64  # of inputs, kept for each group
 
 @dataclass
 class _Shape:
-    """What a call needs that depends on the shape of x and on top_k only."""
+    """What a call needs that depends on the shapes of x and of the decision only."""
 
     template: bytes
     outputs: list[tuple[tuple[int, ...], tuple[int, ...]]]  # size and stride of each linear's result
@@ -63,70 +64,84 @@ class DirectGroup:
 
     def __init__(self, packed: PackedGroup, group: FusedGroup) -> None:
         self.packed, self.adapter = packed, group.adapter
-        self.live = group.live
-        self.device, self.dtype = packed.tensors[0].get_device(), packed.dtype
-        self.few_tokens = group.few_tokens
-        self.shapes: dict[tuple[torch.Size, int], _Shape] = {}
-        self.addresses = self._addresses()
+        self.device, self.device_type, self.dtype = packed.tensors[0].get_device(), packed.device.type, packed.dtype
+        self.few_tokens, self.routed = group.few_tokens, group.routed
+        self.shapes: dict[tuple[torch.Size, torch.Size], _Shape] = {}
+        live = group.live
+        # Flat lists: of all that a decode step does on the host, looking at these takes the most.
+        self.bases = [one.base for one in live]
+        self.parameters = [*self.bases, *(one.a for one in live), *(one.b for one in live)]
+        self.scaling_of = [one.scaling for one in live]
+        self.hooks = [hooks for one in live for hooks in (one.hooks, one.pre_hooks)]
+        self.cast = [one.layer for one in live if one.layer.fusing.casts]
+        self.seen = self._seen()
         function = library()["ls_linear"]  # of its own, so that it can take the group as bytes
         function.restype, function.argtypes = c_int, [c_char_p, c_void_p]
         self.function: Callable[[bytes, int], int] = function
-        bases = [one.base for one in self.live]
-        weights = [base["weight"].detach() for base in bases]
+        weights = [base["weight"].detach() for base in self.bases]
         self.matrices = weights if packed.group.transposed else [weight.T for weight in weights]  # [in, out] each
-        self.biases = [None if base["bias"] is None else base["bias"].detach() for base in bases]
-        self.lora_a = [one.a["weight"].detach().flatten(0, 1) for one in self.live]
-        self.lora_b = [one.b["weight"].detach() for one in self.live]
-        self.scalings = [one.scaling[self.adapter] for one in self.live]
+        self.biases = [None if base["bias"] is None else base["bias"].detach() for base in self.bases]
+        self.lora_a = [one.a["weight"].detach().flatten(0, 1) for one in live]
+        self.lora_b = [one.b["weight"].detach() for one in live]
+        self.scalings = [one.scaling[self.adapter] for one in live]
 
-    def _addresses(self) -> list[Any]:
+    def _seen(self) -> list[Any]:
         """Where everything is that the kernels read, and what else must not change between two calls."""
         adapter = self.adapter
-        found: list[Any] = []
-        for layer, base, a, b, scaling, hooks, pre_hooks in self.live:
-            bias = base["bias"]
-            found += (
-                base["weight"].data_ptr(), a["weight"].data_ptr(), b["weight"].data_ptr(), scaling[adapter],
-                None if bias is None else bias.data_ptr(), len(hooks) + len(pre_hooks),
-            )  # fmt: skip
-            if layer.fusing.casts:
-                found += versions_of(layer, adapter)
-        return found
+        seen: list[Any] = [one["weight"].data_ptr() for one in self.parameters]
+        seen += [None if base["bias"] is None else base["bias"].data_ptr() for base in self.bases]
+        seen += [scaling[adapter] for scaling in self.scaling_of]
+        seen.append(any(self.hooks))
+        for layer in self.cast:
+            seen += versions_of(layer, adapter)
+        return seen
+
+    def is_current(self) -> bool:
+        """Whether everything is still where it was when the group was packed."""
+        return self._seen() == self.seen
+
+    def again(self, x: Tensor, frame: RoutingFrame) -> list[Tensor] | None:
+        """As `__call__`, with what this forward has decided; None wherever `FusedGroup.routing` has to be asked first."""
+        routing = (frame.routings if self.routed else frame.shared).get(self.adapter)
+        if routing is None or frame.adapter_names is not None:
+            return None
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.device_type):
+            return None
+        shape = self.shapes.get((x.shape, routing.experts.shape))
+        return None if shape is None else self._call(x, routing, shape)
 
     def __call__(self, x: Tensor, routing: Routing) -> list[Tensor] | None:
         """x [..., in] on the group's device -> [..., out] for each linear; None if something changed or does not fit."""
-        if not self.is_current():
-            return None
         experts = routing.experts
-        key = (x.shape, experts.shape[-1])
-        shape = self.shapes.get(key) or self._shape(x, experts)
-        if shape is None or x.dtype is not self.dtype or x.get_device() != self.device or not launchable(x):
+        shape = self.shapes.get((x.shape, experts.shape)) or self._shape(x, experts)
+        return None if shape is None else self._call(x, routing, shape)
+
+    def _call(self, x: Tensor, routing: Routing, shape: _Shape) -> list[Tensor] | None:
+        experts, gates, device = routing.experts, routing.gates, self.device
+        if x.dtype is not self.dtype or x.get_device() != device or not launchable(x):
             return None
-        gates = routing.gates
-        if experts.get_device() != self.device or not (experts.is_contiguous() and gates.is_contiguous()):
+        if experts.get_device() != device or not (experts.is_contiguous() and gates.is_contiguous()):
+            return None
+        if not self.is_current():
             return None
         if shape.many is not None:
             return self._many(x, routing, shape, shape.many)
         if shape.aligned and x.data_ptr() % 16:
             return None
-        if empty_strided_cuda is not None and torch._C._cuda_getDevice() == self.device:
+        if empty_strided_cuda is not None and torch._C._cuda_getDevice() == device:
             outputs = [empty_strided_cuda(size, stride, self.dtype) for size, stride in shape.outputs]
             hidden = empty_strided_cuda((shape.hidden,), (1,), self.dtype)
         else:
             outputs = [x.new_empty(size) for size, _ in shape.outputs]
             hidden = x.new_empty(shape.hidden)
         buffer = bytearray(shape.template)
-        _INPUTS.pack_into(buffer, Group.x.offset, x.data_ptr(), experts.data_ptr(), gates.data_ptr(), hidden.data_ptr())
+        _pack_inputs(buffer, Group.x.offset, x.data_ptr(), experts.data_ptr(), gates.data_ptr(), hidden.data_ptr())
         for output, offset in zip(outputs, _OUTPUTS, strict=False):
-            _POINTER.pack_into(buffer, offset, output.data_ptr())
-        code = self.function(bytes(buffer), torch._C._cuda_getCurrentRawStream(self.device))
+            _pack_pointer(buffer, offset, output.data_ptr())
+        code = self.function(bytes(buffer), torch._C._cuda_getCurrentRawStream(device))
         if code:
             _check(code, "ls_linear")
         return outputs
-
-    def is_current(self) -> bool:
-        """Whether everything is still where it was when the group was packed."""
-        return self._addresses() == self.addresses
 
     def _many(self, x: Tensor, routing: Routing, shape: _Shape, group: Expansion) -> list[Tensor]:
         """One shrink for the whole group; what the experts add, for all of its linears; and their own products on top."""
@@ -164,5 +179,5 @@ class DirectGroup:
         hidden = library().ls_hidden_elements(byref(group))
         if len(self.shapes) >= _MOST_SHAPES:
             self.shapes.clear()
-        shape = self.shapes[x.shape, group.top_k] = _Shape(bytes(group), outputs, hidden, aligned, many)
+        shape = self.shapes[x.shape, experts.shape] = _Shape(bytes(group), outputs, hidden, aligned, many)
         return shape

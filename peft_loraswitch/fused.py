@@ -143,7 +143,7 @@ class FusedLinear(LoRASwitchLinear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "base_layer":
+        if name in ("base_layer", "scaling"):
             resolve(self)
         elif name in ("_active_adapter", "_disable_adapters", "training"):
             _select(self)
@@ -186,10 +186,15 @@ class FusedLeader(FusedLinear):
         if group is None or args or kwargs:
             return LoRASwitchLinear.forward(self, x, *args, **kwargs)
         frame = current.frames.get(group.key)
+        eager = not torch.compiler.is_compiling()
+        if eager and frame is not None and group.direct is not None:
+            results = group.direct.again(x, frame)
+            if results is not None:
+                return group.leave(x, results)
         routing = None if frame is None else group.routing(self, x, frame)
         if routing is None:
             return LoRASwitchLinear.forward(self, x)
-        if not torch.compiler.is_compiling() and group.direct is not None:
+        if eager and group.direct is not None:
             results = group.direct(x, routing)
             if results is not None:
                 return group.leave(x, results)
@@ -244,7 +249,7 @@ class FusedGroup(nn.Module):
         number: its own, and that of the group which takes its place (another would have code compiled again).
         size: number of linears; slot0, slot1, ...: their `fused_slot`.
         base0, base1, ...: `_parameters` of their base layers, where new ones are seen; a0, b0, ...: the experts' weights, or
-            the casts of those; scaling0, ...: their layers' dictionaries.
+            the casts of those; own_a0, own_b0, ...: the experts' weights in any case; scaling0, ...: their layers' dictionaries.
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
@@ -266,6 +271,7 @@ class FusedGroup(nn.Module):
         for i, one in enumerate(self.live):
             values = {"slot": one.layer.fused_slot, "base": one.base, "scaling": one.scaling}
             values |= {"a": one.a["weight"], "b": one.b["weight"]}
+            values |= {f"own_{n}": getattr(one.layer, f"loraswitch_{n.upper()}")[adapter].weight for n in "ab"}
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.direct: DirectGroup | None = None
 
@@ -291,16 +297,27 @@ class FusedGroup(nn.Module):
 
     def leave(self, x: Tensor, results: list[Tensor]) -> Tensor:
         """The first of `results`; the others are left where the group's other linears look for them."""
-        for i in range(1, self.size):
-            current.results[getattr(self, f"slot{i}")] = (x, results[i], self.adapter)
+        if self.size > 1:
+            waiting = current.results
+            for i in range(1, self.size):
+                waiting[getattr(self, f"slot{i}")] = (x, results[i], self.adapter)
         return results[0]
+
+    def trains(self) -> bool:
+        """Whether anything that the ops read asks for gradients, which they do not have."""
+        for i in range(self.size):
+            base = getattr(self, f"base{i}")
+            for tensor in (getattr(self, f"own_a{i}"), getattr(self, f"own_b{i}"), base["weight"], base["bias"]):
+                if tensor is not None and tensor.requires_grad:
+                    return True
+        return False
 
     def routing(self, layer: FusedLinear, x: Tensor, frame: RoutingFrame) -> Routing | None:
         """What the tokens of x follow, if the ops can serve this call; None if it must take the unfused forward."""
         a: Tensor = self.a0  # type: ignore[assignment]
         if frame.adapter_names is not None or x.dtype != a.dtype or x.get_device() != a.get_device() or x.numel() == 0:
             return None
-        if torch.is_grad_enabled() and (x.requires_grad or layer.loraswitch_A[self.adapter].weight.requires_grad):
+        if torch.is_grad_enabled() and (x.requires_grad or self.trains()):
             return None
         if torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type):
             return None

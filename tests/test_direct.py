@@ -243,6 +243,18 @@ def another_scaling(model: nn.Module) -> None:
     model.base_model.model.model.layers[0].self_attn.v_proj.scaling["default"] *= 3
 
 
+def another_dictionary_of_scalings(model: nn.Module) -> None:
+    """As `peft.helpers.rescale_adapter_scale` does with layers of LoRA."""
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
+    layer.scaling = {name: value * 3 for name, value in layer.scaling.items()}
+
+
+def first_bias_of_a_layer(model: nn.Module) -> None:
+    layer = model.base_model.model.model.layers[1].mlp.up_proj.base_layer
+    assert layer.bias is None
+    layer.bias = nn.Parameter(torch.ones(layer.out_features))
+
+
 def one_layer_disabled(model: nn.Module) -> None:
     model.base_model.model.model.layers[0].self_attn.v_proj.enable_adapters(False)
 
@@ -261,8 +273,28 @@ def layer_in_training(model: nn.Module) -> None:
 
 CHANGES = [
     moved, assigned, in_place, another_parameter, another_base_layer, another_kind_of_base_layer, hook_on_base_layer,
-    another_scaling, one_layer_disabled, first_of_a_group_disabled, adapter_taken_off_one_layer, layer_in_training,
+    another_scaling, another_dictionary_of_scalings, first_bias_of_a_layer, one_layer_disabled, first_of_a_group_disabled,
+    adapter_taken_off_one_layer, layer_in_training,
 ]  # fmt: skip
+
+
+def weights_streamed(model: nn.Module) -> None:
+    """As something does that keeps weights elsewhere and brings those of a block when it is about to run."""
+    block = model.base_model.model.model.layers[1]
+    for parameter in block.parameters():
+        parameter.data *= 1.1
+    kept = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+
+    def bring(module: nn.Module, args: Any) -> None:
+        for name, parameter in block.named_parameters():
+            parameter.data = kept[name].clone()
+
+    def take_away(module: nn.Module, args: Any, output: Any) -> None:
+        for parameter in block.parameters():
+            parameter.data = torch.full_like(parameter, float("nan"))
+
+    block.register_forward_pre_hook(bring)
+    block.register_forward_hook(take_away)
 
 
 def weight_put_into_a_dictionary(model: nn.Module) -> None:
@@ -271,7 +303,7 @@ def weight_put_into_a_dictionary(model: nn.Module) -> None:
     experts._parameters["weight"] = nn.Parameter(torch.randn_like(experts.weight))
 
 
-@pytest.mark.parametrize("change", [*CHANGES, weight_put_into_a_dictionary])
+@pytest.mark.parametrize("change", [*CHANGES, weight_put_into_a_dictionary, weights_streamed])
 @pytest.mark.parametrize("length", [1, 40])
 def test_what_is_changed_after_fusing_is_seen(change, length, library):
     model = made()
@@ -285,6 +317,39 @@ def test_what_is_changed_after_fusing_is_seen(change, length, library):
     expected = logits(model, tokens)
     assert close(after, expected) and close(again, expected)
     assert change is layer_in_training or not close(before, expected)
+
+
+def test_an_input_like_one_that_was_served_goes_unfused_where_the_first_would_have(library):
+    model = made(target_modules=["q_proj", "k_proj", "gate_proj", "up_proj"])
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.eval().requires_grad_(False)
+    tokens = ids(2, 1, "cpu")
+    names = ["default", "other"]
+
+    def found() -> list[torch.Tensor]:
+        results = [logits(model, tokens), logits(model, tokens, adapter_names=names)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(logits(model, tokens).float())
+        with model.disable_adapter():
+            results.append(logits(model, tokens))
+        model.set_adapter("other")
+        results += [logits(model, tokens), logits(model, tokens)]
+        model.set_adapter("default")
+        model.eval().requires_grad_(False)
+        weight = model.base_model.model.model.layers[0].self_attn.k_proj.loraswitch_B["default"].weight
+        weight.requires_grad_(True)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(model(input_ids=tokens).logits.square().mean(), weight)
+        weight.requires_grad_(False)
+        return [*results, gradient]
+
+    expected = found()
+    fuse(model)
+    for served in (1, 3):  # of the forwards; those that come first make the calls ready
+        library.calls.clear()
+        for one, other in zip(found(), expected, strict=True):
+            assert close(one, other, 1e-4)
+        assert len(library.calls) == served * 2 * 2, "two blocks, two groups"
 
 
 @pytest.mark.parametrize("change", CHANGES)
