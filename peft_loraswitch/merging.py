@@ -6,6 +6,9 @@ no drift. In place, a step takes the last token's experts out and puts the new t
 error grows with the number of tokens; the pristine weights wait on the host for `unfuse()`.
 
 Merged weights serve one routing decision. A forward of more than one token takes the unmerged path, with one warning.
+
+What changes after fusing is taken up before the next merge that no compiler has traced: other experts, scalings, weights of the
+backbone. Weights merged in place are the exception: they hold experts, so new ones in their place are an error.
 """
 
 from __future__ import annotations
@@ -36,26 +39,34 @@ class MergedWeights:
     """
 
     def __init__(self, layers: list[LoRASwitchLinear], in_place: bool) -> None:
+        self.layers, self.in_place = layers, in_place
+        self.warned: set[str] = set()
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """The layers as they are now; nothing is merged."""
         from .fused import base_of, facts_of, within_limits
 
-        self.layers, self.in_place = layers, in_place
-        self.adapter = self._one_adapter(layers)
+        # What can fail comes before the first change.
+        layers, in_place = self.layers, self.in_place
+        adapter = self._one_adapter(layers)
         # Linears before the one that routes are left out: they run before there is a decision, and theirs never changes.
-        self.served = [layer for layer in layers if layer.num_experts.get(self.adapter)]
-        self.bases = [base_of(layer) for layer in self.served]
-        kinds = {(base.weight.dtype, base.weight.device) for base in self.bases}
-        facts = [facts_of(layer) for layer in self.served]
+        served = [layer for layer in layers if layer.num_experts.get(adapter)]
+        bases = [base_of(layer) for layer in served]
+        kinds = {(base.weight.dtype, base.weight.device) for base in bases}
+        facts = [facts_of(layer) for layer in served]
         if not all(fact.plain for fact in facts) or len(kinds) != 1:
             raise ValueError("strategy='merge' needs plain 16/32-bit linears of one dtype on one device: use 'fused'.")
-        if len({layer.num_experts[self.adapter] for layer in self.served}) != 1:
+        if len({layer.num_experts[adapter] for layer in served}) != 1:
             raise ValueError("strategy='merge' needs the same number of experts on every layer.")
-        first = self.served[0]
-        active = first.top_k[self.adapter] + first.num_shared_experts[self.adapter]
-        if not all(within_limits(layer, self.adapter, active) for layer in self.served):
+        active = served[0].top_k[adapter] + served[0].num_shared_experts[adapter]
+        if not all(within_limits(layer, adapter, active) for layer in served):
             raise ValueError(
                 f"strategy='merge' takes at most {kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), "
                 f"{kernels.MAX_EXPERTS} experts and rank {kernels.MAX_RANK}: use 'fused'."
             )
+        self.adapter, self.served, self.bases = adapter, served, bases
+        self.weights: list[Tensor] = []  # their memory goes before the new ones' comes
         self.transposed = [fact.transposed for fact in facts]
         self.scalings = [layer.scaling[self.adapter] for layer in self.served]
         dtype, device = kinds.pop()
@@ -77,7 +88,7 @@ class MergedWeights:
         self.nothing = self.experts.clone()
         for tensor in (self.experts, self.gates, self.nothing):
             torch._dynamo.mark_static_address(tensor, guard=False)
-        self.warned = False
+        self.seen = self._seen()
         self.kernels = facts[0].kernels
         if self.kernels:  # now: not while a CUDA graph is recorded, whose memory it would live in
             ops.merge_table(*self._arguments())
@@ -89,6 +100,52 @@ class MergedWeights:
             raise ValueError("strategy='merge' needs exactly one active adapter, the same on every layer.")
         return names[0]
 
+    def _seen(self) -> list[Any]:
+        """Of each layer: what a merge reads, where that is, and how often experts were written to."""
+        from .fused import base_of, hooked, versions_of
+
+        seen: list[Any] = []
+        for layer in self.served:
+            base = base_of(layer)
+            seen += (id(base), base.weight.data_ptr(), base.weight.dtype, hooked(base))
+            if self.adapter in layer.loraswitch_A:
+                seen += (*versions_of(layer, self.adapter), layer.scaling[self.adapter])
+        return seen
+
+    def _follow(self) -> bool:
+        """Take up what has changed; False if what there is now cannot be merged.
+
+        Raises:
+            RuntimeError: weights that are merged in place have been replaced.
+        """
+        if self._seen() == self.seen:
+            return True
+        self._give_back()
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # buffers for forwards of all kinds
+                self._take_up()
+        except ValueError as error:
+            self._warn(
+                f"something has changed since strategy='merge' was chosen, so that nothing is merged now: {error}"
+            )
+            return False
+        return True
+
+    def _give_back(self) -> None:
+        """As `restore()`, if the weights are still those that experts were merged into."""
+        from .fused import base_of
+
+        if self.in_place:
+            for layer, base, source in zip(self.served, self.bases, self.sources, strict=True):
+                now = base_of(layer)
+                if now is not base or now.weight.data_ptr() != source.data_ptr():
+                    raise RuntimeError(
+                        f"The weight of '{layer.name}' was replaced while experts were merged into it in place: whether the new "
+                        "one holds them cannot be known. Call unfuse() before the backbone's weights are changed."
+                    )
+        self.restore()
+        self.experts.fill_(-1)
+
     def forward(
         self, layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, frame: RoutingFrame
     ) -> Tensor | None:
@@ -97,11 +154,16 @@ class MergedWeights:
             return None
         single = adapter == self.adapter and routing.experts.shape[:-1].numel() == 1 and x.shape[:-1].numel() == 1
         if getattr(frame, "merged", None) is None:
-            if single:
+            if not single:
+                self.leave_out(frame)
+                self._warn(
+                    "merged weights serve one token at a time; forwards of more tokens (a prompt, a batch, beams) take the "
+                    "unmerged path."
+                )
+            elif torch.compiler.is_compiling() or self._follow():
                 self._merge(routing.experts.flatten(), routing.gates.flatten())
             else:
-                self.leave_out(frame)
-                self._warn()
+                single = False
             frame.merged = single  # type: ignore[attr-defined]
         if not frame.merged:  # type: ignore[attr-defined]
             return None
@@ -113,17 +175,17 @@ class MergedWeights:
         """Before a layer of this forward runs unmerged: weights that are merged in place go without experts."""
         if not self.in_place or getattr(frame, "merged", None) is False:
             return
-        self._merge(self.nothing, torch.zeros_like(self.gates))
+        if torch.compiler.is_compiling() or self._seen() == self.seen:
+            self._merge(self.nothing, torch.zeros_like(self.gates))
+        else:
+            self._give_back()  # those that were merged are not there any more to be taken out
         if frame is not None:
             frame.merged = False  # type: ignore[attr-defined]
 
-    def _warn(self) -> None:
-        if not self.warned and not torch.compiler.is_compiling():
-            self.warned = True
-            logger.warning(
-                "LoRA-Switch: merged weights serve one token at a time; forwards of more tokens (a prompt, a batch, beams) "
-                "take the unmerged path."
-            )
+    def _warn(self, text: str) -> None:
+        if text not in self.warned and not torch.compiler.is_compiling():
+            self.warned.add(text)
+            logger.warning(f"LoRA-Switch: {text}")
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.weights, self.sources, self.lora_a, self.lora_b, self.scalings, self.transposed

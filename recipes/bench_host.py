@@ -6,7 +6,8 @@
 
 Modes: `eager` (`generate` as it is), `static` (`generate(cache_implementation="static")`, whose step transformers compiles),
 `step` (that compiled step called alone; on a CPU also without guards), `layers` (the linears of one decoder layer, called one
-after the other), `prefill` (one forward of --prompt tokens, not compiled; microseconds of the whole).
+after the other), `prefill` (one forward of --prompt tokens, not compiled; microseconds of the whole), `unlaunched` (CPU only: a
+token's forward, not compiled, with kernels that do nothing, so that fused layers go the way that they go on a GPU).
 On a CPU the compiled graph is replaced by its results, so that guards and arguments are all that is left of a step.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import ctypes
 import functools
 import json
 import os
@@ -22,9 +24,11 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {"tiny": (64, 64, 96, 4), "llama-2-7b": (32000, 4096, 11008, 32)}  # vocabulary, hidden, intermediate, heads
 METHODS = ("backbone", "lora", "torch", "fused")
-MODES = ("eager", "static", "step", "layers", "prefill")
+MODES = ("eager", "static", "step", "layers", "prefill", "unlaunched")
 PROMPT = 16
 
 
@@ -63,6 +67,52 @@ def build(method: str, shape: str, layers: int, rank: int, device: str) -> Any:
     if method == "fused":
         model.fuse_for_inference("fused")
     return model
+
+
+class NoKernels:
+    """In place of the library: takes what it is given and does nothing but count."""
+
+    calls = 0
+
+    def __getitem__(self, name: str) -> Any:
+        @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+        def nothing(group: bytes, stream: int) -> int:
+            self.calls += 1
+            return 0
+
+        return nothing
+
+    def ls_hidden_elements(self, group: Any) -> int:
+        return 64
+
+    def ls_linear_path(self, group: Any) -> int:
+        return 1
+
+
+@contextmanager
+def kernels_that_do_nothing(model: Any) -> Iterator[NoKernels]:
+    """Within it, the fused layers of `model`, on a CPU, call `NoKernels` as they call the library on a GPU."""
+    import torch
+
+    from peft_loraswitch import direct, fused, kernels
+    from peft_loraswitch.fuse import adapted_layers
+
+    library = NoKernels()
+    with ExitStack() as stack:
+        for module in (direct, kernels):
+            stack.enter_context(mock.patch.object(module, "library", lambda: library))
+        for module in (direct, fused):
+            stack.enter_context(
+                mock.patch.object(module, "launchable", lambda x: type(x) is torch.Tensor and x.is_contiguous())
+            )
+        empty = torch._C._dynamo.guards._empty_strided_cpu
+        stack.enter_context(mock.patch.object(direct, "empty_strided_cuda", empty))
+        for name, answer in (("_cuda_getCurrentRawStream", 0), ("_cuda_getDevice", -1)):
+            stack.enter_context(mock.patch.object(torch._C, name, lambda *_, answer=answer: answer, create=True))
+        groups = [group for layer in adapted_layers(model) for group in getattr(layer, "fused_groups", {}).values()]
+        for group in groups:
+            group.kernels = True
+        yield library
 
 
 class Backend:
@@ -162,6 +212,18 @@ class Bench:
         self.generate(static, 16)
         found = [self.generate(static, 64) - self.generate(static, 24) for _ in range(repeats)]
         return statistics.median(found) / 40 * 1e6
+
+    def forwards(self, repeats: int = 300) -> list[float]:
+        """Seconds of each of so many forwards of one token, not compiled."""
+        import torch
+
+        forward = Timed(self.backbone)
+        with torch.no_grad():
+            cache = self.backbone(input_ids=self.ids, use_cache=True).past_key_values
+            for _ in range(repeats):
+                forward(input_ids=self.ids[:, :1], past_key_values=cache, use_cache=True)
+                cache.crop(-1)
+        return forward.seconds
 
     def steps(self, step: Callable[..., Any], repeats: int = 400) -> list[float]:
         """Seconds of each of so many calls of the compiled step, with the arguments that `generate` gave it last."""
@@ -294,6 +356,11 @@ def measure(method: str, modes: list[str], args: argparse.Namespace) -> list[dic
             busy["device_us"] = round(device_us(lambda: bench.generate(False, 17), 16), 1)
         add("eager", us, **busy)
         profiled(args, f"{method} eager", lambda: bench.generate(False, 64))
+    if "unlaunched" in modes:
+        with kernels_that_do_nothing(bench.model):
+            times = sorted(bench.forwards())
+            add("unlaunched", times[len(times) // 10] * 1e6, median=round(statistics.median(times) * 1e6, 1))
+            profiled(args, f"{method} unlaunched", lambda: bench.generate(False, 64))
     if "static" in modes or "step" in modes:
         timed = bench.time_step()
         us = bench.per_token(static=True)

@@ -435,6 +435,12 @@ def test_a_fused_linear_costs_few_guards():
     assert (fused - backbone) / 7 < 25
 
 
+def test_the_host_is_timed_where_it_calls_the_kernels():
+    bench = bench_host.Bench(bench_host.build("fused", "tiny", 3, 8, "cpu"), "cpu")
+    with bench_host.kernels_that_do_nothing(bench.model) as library:
+        assert len(bench.forwards(5)) == 5 and library.calls == 5 * 3 * 4, "forwards, blocks, groups"
+
+
 def test_casts_follow_experts_that_are_loaded_or_trained():
     """float32 experts on a bf16 backbone, for compiled code, which does not look whether they have changed."""
     torch._dynamo.reset()
