@@ -317,7 +317,8 @@ class FusedGroup(nn.Module):
         a: Tensor = self.a0  # type: ignore[assignment]
         if frame.adapter_names is not None or x.dtype != a.dtype or x.get_device() != a.get_device() or x.numel() == 0:
             return None
-        if torch.is_grad_enabled() and (x.requires_grad or self.trains()):
+        gradients = torch.is_grad_enabled()
+        if gradients and (x.requires_grad or self.trains()):
             return None
         if torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type):
             return None
@@ -327,6 +328,8 @@ class FusedGroup(nn.Module):
                 routing = self._decide(layer, x, frame)
         else:
             routing = frame.shared_routing(self.adapter, layer, x)
+        if gradients and routing.gates.requires_grad:
+            return None
         if routing.experts.get_device() != x.get_device():  # a model spread over several devices
             routing = routing.on(x.device)
         if x.shape[:-1] != routing.token_shape:
@@ -343,6 +346,8 @@ class FusedGroup(nn.Module):
         if options.top_k > kernels.MAX_TOP_K or options.num_experts > kernels.MAX_EXPERTS:
             return frame.routing(adapter, layer, x)
         weight: Any = router_layer.loraswitch_router[adapter].weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return frame.routing(adapter, layer, x)
         experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
         routing = routing_of(experts, gates, options)
         if not torch.compiler.is_compiling():

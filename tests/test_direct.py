@@ -352,6 +352,28 @@ def test_an_input_like_one_that_was_served_goes_unfused_where_the_first_would_ha
         assert len(library.calls) == served * 2 * 2, "two blocks, two groups"
 
 
+@pytest.mark.parametrize(
+    "part", ["router", "v_proj.loraswitch_A", "up_proj.loraswitch_B", "down_proj.base_layer", "embed"]
+)
+def test_gradients_of_any_part_are_those_of_the_unfused_model(part, library):
+    """Where the kernels run. In evaluation: a model in training is not fused."""
+    model = made()
+    trained = [parameter for name, parameter in model.named_parameters() if part in name]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    tokens = ids(1, 1, "cpu")
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(model(input_ids=tokens).logits.square().mean(), trained))
+
+    expected = gradients()
+    fuse(model)
+    logits(model, tokens)
+    logits(model, tokens)  # by the kernels
+    assert library.calls
+    assert all(close(one, other, 1e-4) for one, other in zip(gradients(), expected, strict=True))
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_changed_after_fusing_is_seen_by_compiled_code(change):
     torch._dynamo.reset()

@@ -398,6 +398,28 @@ def test_linears_that_are_not_plain_use_the_delta_op(device):
 
 
 @devices
+@pytest.mark.parametrize("strategy", ["fused", "merge"])
+@pytest.mark.parametrize("part", ["router", "v_proj.loraswitch_A", "up_proj.loraswitch_B", "down_proj.base_layer"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_gradients_of_any_part_are_those_of_the_unfused_model(part, strategy, tokens, device):
+    model = adapted(tiny_llama(), device)
+    trained = [parameter for name, parameter in model.named_parameters() if part in name]
+    assert trained
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    inputs = ids(1, tokens, device)
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(model(input_ids=inputs).logits.square().mean(), trained))
+
+    expected = gradients()
+    with model.fuse_for_inference(strategy):
+        logits(model, inputs)  # without gradients
+        found = gradients()
+    assert all(close(one, other, 1e-4) for one, other in zip(found, expected, strict=True))
+
+
+@devices
 def test_merge_in_place_gives_the_weights_back_bit_for_bit(device):
     model = adapted(tiny_llama(), device, torch.bfloat16)
     base = model.base_model.model.model.layers[1].mlp.up_proj.base_layer
