@@ -110,7 +110,9 @@ class Fusing:
     def __init__(self, layer: FusedLinear, merging: Any = None) -> None:
         self.members, self.leader, self.merging = [layer], layer, merging
         self.casts: dict[str, Casts] = {}
-        self.handle: Any = layer.register_load_state_dict_post_hook(_loaded)
+        self.handles: list[Any] = [layer.register_load_state_dict_post_hook(_loaded)]
+        if merging is not None:
+            self.handles.append(layer.register_load_state_dict_pre_hook(_to_be_loaded))
 
 
 @dataclass
@@ -157,6 +159,8 @@ class FusedLinear(LoRASwitchLinear):
         resolve(self)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fusing.merging is not None:
+            self.fusing.merging.put_back()
         result = super()._apply(*args, **kwargs)
         resolve(self)
         return result
@@ -173,8 +177,14 @@ class FusedLinear(LoRASwitchLinear):
         resolve(self)
 
 
+def _to_be_loaded(layer: Any, *_: Any) -> None:
+    layer.fusing.merging.put_back()
+
+
 def _loaded(layer: Any, incompatible_keys: Any) -> None:
     refresh_casts(layer, changed=True)
+    if layer.fusing.merging is not None:
+        layer.fusing.merging.changed()
 
 
 class FusedLeader(FusedLinear):
@@ -418,7 +428,8 @@ def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: Any = None
 def take_off(layer: FusedLinear) -> None:
     """What it was before `put_on()`."""
     if "fusing" in layer.__dict__:
-        layer.fusing.handle.remove()
+        for handle in layer.fusing.handles:
+            handle.remove()
     for experts in (*layer.loraswitch_A.values(), *layer.loraswitch_B.values()):
         experts.__dict__.pop("replaced", None)
     for name in ("fusing", "fused_groups", "fused_group", "fused_adapter", "fused_slot"):
@@ -595,7 +606,7 @@ def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Rout
     if a.dtype != x.dtype:  # no casts any more, since the base layer is not plain any more
         return LoRASwitchLinear.forward(layer, x)
     base = layer.base_layer(x)
-    unfit = base.dtype != x.dtype or base.device != x.device or not group.within
+    unfit = base.dtype != x.dtype or base.device != x.device or not group.within or x.dtype not in ops.FLOATS
     if x.numel() // x.shape[-1] <= group.few_tokens and not unfit:
         return ops.delta(base, x, routing.experts, routing.gates, a, b, scaling)
     rows = x.to(a.dtype).reshape(-1, x.shape[-1])

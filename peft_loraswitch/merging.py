@@ -13,6 +13,7 @@ backbone. Weights merged in place are the exception: they hold experts, so new o
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .layer import LoRASwitchLinear
 
 logger = logging.getLogger(__name__)
+# Ids that are no expert's: nothing was merged; what was merged has been taken out, which leaves rounding errors.
+PRISTINE, TAKEN_OUT = -1, -2
 
 
 class MergedWeights:
@@ -42,6 +45,13 @@ class MergedWeights:
         self.layers, self.in_place = layers, in_place
         self.warned: set[str] = set()
         self._take_up()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MergedWeights:
+        """With a model: parameters are copied for themselves, so the copy's are not in the memory that its merges would write."""
+        twin = memo[id(self)] = object.__new__(MergedWeights)
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        twin.copied = True
+        return twin
 
     def _take_up(self) -> None:
         """The layers as they are now; nothing is merged."""
@@ -65,7 +75,7 @@ class MergedWeights:
                 f"strategy='merge' takes at most {kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), "
                 f"{kernels.MAX_EXPERTS} experts and rank {kernels.MAX_RANK}: use 'fused'."
             )
-        self.adapter, self.served, self.bases = adapter, served, bases
+        self.adapter, self.served, self.bases, self.copied = adapter, served, bases, False
         self.weights: list[Tensor] = []  # their memory goes before the new ones' comes
         self.transposed = [fact.transposed for fact in facts]
         self.scalings = [layer.scaling[self.adapter] for layer in self.served]
@@ -82,10 +92,10 @@ class MergedWeights:
         for tensor in (*self.weights, *self.lora_a, *self.lora_b):
             torch._dynamo.mark_static_address(tensor, guard=False)
         self.index = {id(layer): i for i, layer in enumerate(self.served)}
-        # What is merged in place now; -1: nothing. Buffers with fixed addresses, so that a CUDA graph can keep them.
-        self.experts = torch.full((active,), -1, dtype=torch.int64, device=device)
+        # What is merged in place now; PRISTINE: nothing was. Buffers with fixed addresses, so that a CUDA graph can keep them.
+        self.experts = torch.full((active,), PRISTINE, dtype=torch.int64, device=device)
         self.gates = torch.zeros(active, dtype=torch.float32, device=device)
-        self.nothing = self.experts.clone()
+        self.nothing = torch.full_like(self.experts, TAKEN_OUT)
         for tensor in (self.experts, self.gates, self.nothing):
             torch._dynamo.mark_static_address(tensor, guard=False)
         self.seen = self._seen()
@@ -120,7 +130,8 @@ class MergedWeights:
         """
         if self._seen() == self.seen:
             return True
-        self._give_back()
+        self.put_back()
+        ops.drop_merge_tables(self.weights)
         try:
             with torch.inference_mode(False), torch.no_grad():  # buffers for forwards of all kinds
                 self._take_up()
@@ -131,20 +142,31 @@ class MergedWeights:
             return False
         return True
 
-    def _give_back(self) -> None:
-        """As `restore()`, if the weights are still those that experts were merged into."""
+    def put_back(self) -> None:
+        """Weights that are merged in place as they were, bit for bit: before something else moves, reads or writes them.
+
+        Raises:
+            RuntimeError: they have been replaced.
+        """
         from .fused import base_of
 
-        if self.in_place:
-            for layer, base, source in zip(self.served, self.bases, self.sources, strict=True):
-                now = base_of(layer)
-                if now is not base or now.weight.data_ptr() != source.data_ptr():
-                    raise RuntimeError(
-                        f"The weight of '{layer.name}' was replaced while experts were merged into it in place: whether the new "
-                        "one holds them cannot be known. Call unfuse() before the backbone's weights are changed."
-                    )
-        self.restore()
-        self.experts.fill_(-1)
+        if not self.in_place or bool((self.experts == PRISTINE).all()):
+            return
+        for layer, base, source in zip(self.served, self.bases, self.sources, strict=True):
+            now = base_of(layer)
+            if not self.copied and (now is not base or now.weight.data_ptr() != source.data_ptr()):
+                raise RuntimeError(
+                    f"The weight of '{layer.name}' was replaced while experts were merged into it in place: whether the new one "
+                    "holds them cannot be known. Call unfuse() before the backbone's weights are changed."
+                )
+        self._write_back()
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        targets = [base.weight.data for base in self.bases] if self.copied else self.sources
+        for target, pristine in zip(targets, self.host_copies, strict=True):
+            target.copy_(pristine)
+        self.experts.fill_(PRISTINE)
 
     def forward(
         self, layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, frame: RoutingFrame
@@ -178,12 +200,12 @@ class MergedWeights:
         if torch.compiler.is_compiling() or self._seen() == self.seen:
             self._merge(self.nothing, torch.zeros_like(self.gates))
         else:
-            self._give_back()  # those that were merged are not there any more to be taken out
+            self.put_back()  # those that were merged are not there any more to be taken out
         if frame is not None:
             frame.merged = False  # type: ignore[attr-defined]
 
     def _warn(self, text: str) -> None:
-        if text not in self.warned and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and text not in self.warned:
             self.warned.add(text)
             logger.warning(f"LoRA-Switch: {text}")
 
@@ -200,9 +222,12 @@ class MergedWeights:
             self.experts.copy_(experts)
             self.gates.copy_(gates)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """The pristine weights, bit for bit, and no more memory than before."""
         ops.drop_merge_tables(self.weights)
-        for source, copy in zip(self.sources, self.host_copies, strict=False):
-            source.copy_(copy)
+        if self.in_place and bool((self.experts != PRISTINE).any()):
+            self._write_back()
+
+    def changed(self) -> None:
+        """Values have been written that only who wrote them knows of: the next merge takes up everything."""
+        self.seen = []

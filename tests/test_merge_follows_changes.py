@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from test_direct import (
 )
 from test_fuse import close, ids, logits
 
-REPLACED = [moved, assigned, another_base_layer, another_kind_of_base_layer]  # weights of the backbone
+REPLACED = [moved, another_base_layer, another_kind_of_base_layer]  # weights of the backbone
 
 
 def experts_in_place(model: nn.Module) -> None:
@@ -44,7 +46,9 @@ def test_what_is_changed_is_seen_from_pristine_weights(change, prompt):
         assert close(result, logits(model, each), 1e-4)
 
 
-@pytest.mark.parametrize("change", [c for c in (*CHANGES, experts_in_place) if c not in (*REPLACED, in_place)])
+@pytest.mark.parametrize(
+    "change", [c for c in (*CHANGES, experts_in_place) if c not in (*REPLACED, in_place, assigned)]
+)
 @pytest.mark.parametrize("prompt", [1, 5])
 def test_what_is_changed_is_seen_in_place(change, prompt):
     model = made()
@@ -100,3 +104,52 @@ def test_changes_seen_by_a_forward_in_inference_mode_serve_others():
     with torch.inference_mode():
         first = model(input_ids=token).logits.clone()
     assert close(logits(model, token), first)
+
+
+@pytest.mark.parametrize("prompt", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_merged_in_place_moves_without_experts(dtype, prompt):
+    model = made()
+    token, tokens = ids(1, 1, "cpu"), ids(1, prompt, "cpu")
+    weights = {n: p.to(dtype) for n, p in model.named_parameters()}
+    model.fuse_for_inference("merge", in_place=True)
+    logits(model, token)
+    model.to(dtype)
+    found = [logits(model, tokens), logits(model, token)]
+    model.unfuse()
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    for result, each in zip(found, (tokens, token), strict=True):
+        assert close(result.double(), logits(model, each).double(), 0.03 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("merge_again", [False, True])
+def test_loaded_weights_are_kept_by_a_model_merged_in_place(merge_again, assign):
+    model = made()
+    token = ids(1, 1, "cpu")
+    state = {name: value * 1.25 for name, value in model.state_dict().items()}
+    model.fuse_for_inference("merge", in_place=True)
+    logits(model, token)
+    model.load_state_dict(state, assign=assign)
+    if merge_again:
+        merged = logits(model, token)
+    model.unfuse()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not merge_again or close(merged, logits(model, token), 1e-4)
+
+
+def test_a_copy_of_a_model_merged_in_place_is_on_its_own():
+    model = made()
+    token = ids(1, 1, "cpu")
+    pristine = {n: p.clone() for n, p in model.named_parameters()}
+    model.fuse_for_inference("merge", in_place=True)
+    expected = logits(model, token)
+    twin = copy.deepcopy(model)
+    another_scaling(twin)
+    twin.load_state_dict({name: value for name, value in pristine.items() if "base_layer" in name}, strict=False)
+    found = logits(twin, token)
+    assert close(logits(model, token), expected) and not close(found, expected)
+    for each in (twin, model):
+        each.unfuse()
+        assert all(torch.equal(p, pristine[n]) for n, p in each.named_parameters())
+    assert close(found, logits(twin, token), 1e-4)
