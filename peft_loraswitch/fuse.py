@@ -14,19 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .base_layers import base_of, device_of, facts_of
 from .fused import (
     FusedFollower,
     FusedLeader,
     FusedLinear,
     FusedMerged,
-    base_of,
-    device_of,
-    facts_of,
     put_on,
     resolve,
     take_off,
 )
 from .layer import LoRASwitchLinear
+from .merging import MergedWeights
 
 logger = logging.getLogger(__name__)
 Strategy = Literal["auto", "fused", "merge"]
@@ -147,11 +146,7 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
         logger.warning(f"LoRA-Switch: fused without kernels, by PyTorch operations: {reason}.")
 
     # What can fail comes before the first change; casts, which cannot, are taken back.
-    merging = None
-    if strategy == "merge":
-        from .merging import MergedWeights
-
-        merging = MergedWeights(layers, in_place)
+    merging = MergedWeights(layers, in_place) if strategy == "merge" else None
     groups = _watch_groups(model, layers)
     facts = {id(layer): facts_of(layer) for layer in layers}
     kinds: dict[int, type[FusedLinear]] = {id(layer): FusedMerged if merging else FusedLeader for layer in layers}

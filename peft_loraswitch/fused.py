@@ -22,79 +22,19 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
 from . import kernels, ops
+from .base_layers import BaseFacts, base_of, facts_of
 from .direct import DirectGroup, launchable, versions_of
 from .frame import RoutingFrame, current
 from .layer import LoRASwitchLinear
 from .routing import Routing, routing_of
 
-try:
-    from transformers.pytorch_utils import Conv1D
-except ImportError:  # pragma: no cover
-
-    class Conv1D: ...  # type: ignore[no-redef]
-
-
-# Up to so many tokens in flight the kernels beat library products (csrc/README.md, measured on an H200); float32 and
-# other cases of the generic kernel read the weight once for every four tokens.
-FEW_TOKENS = kernels.FAST_TOKENS
-FEW_TOKENS_GENERIC = 4
-
 _slots = itertools.count()
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """What the ops ask of a base layer.
-
-    Attributes:
-        plain: it is a 16/32-bit nn.Linear or Conv1D without hooks, whose weight the ops can read.
-        transposed: it is a Conv1D.
-        kernels: the kernels run on its device; few_tokens: up to how many tokens the fused ops are used.
-    """
-
-    plain: bool
-    transposed: bool
-    kernels: bool
-    few_tokens: int
-
-
-def base_of(layer: LoRASwitchLinear) -> Any:
-    return layer.get_base_layer()
-
-
-def device_of(base: nn.Module) -> torch.device:
-    return next(iter([*base.parameters(), *base.buffers()])).device  # a quantised one may have no `weight`
-
-
-def facts_of(layer: LoRASwitchLinear) -> BaseFacts:
-    base = base_of(layer)
-    transposed = type(base) is Conv1D
-    plain = type(base) in (nn.Linear, Conv1D) and base.weight.dtype in ops.FLOATS and layer.base_layer is base
-    plain = plain and type(base.weight) in (nn.Parameter, Tensor)  # torchao's weights are of other classes
-    # Hooks on the base layer (accelerate's offloading, a user's) must run, so its own forward must.
-    hook = getattr(base, "_hf_hook", None)  # one that only moves inputs is not needed: other devices go unfused
-    only_moves = isinstance(hook, AlignDevicesHook) and not hook.offload
-    plain = plain and not hooked(base) and (hook is None or only_moves)
-    device = device_of(base)
-    usable = device.type == "cuda" and kernels.available(device.index or 0)
-    if usable:
-        kernels.give_workspace(device.index or 0)
-    fast = not transposed and not (plain and base.weight.dtype == torch.float32)
-    few_tokens = FEW_TOKENS if fast or device.type != "cuda" else FEW_TOKENS_GENERIC
-    if device.type == "cuda" and not usable:
-        few_tokens = 0  # library products beat the ops' PyTorch path on a GPU
-    return BaseFacts(plain, transposed, usable, few_tokens)
-
-
-def hooked(base: nn.Module) -> bool:
-    return bool(base._forward_hooks or base._forward_pre_hooks)
 
 
 class Fusing:
@@ -259,11 +199,11 @@ class FusedGroup(nn.Module):
         number: its own, and that of the group which takes its place (another would have code compiled again).
         size: number of linears; slot0, slot1, ...: their `fused_slot`.
         base0, base1, ...: `_parameters` of their base layers, where new ones are seen; a0, b0, ...: the experts' weights, or
-            the casts of those; own_a0, own_b0, ...: the experts' weights in any case; scaling0, ...: their layers' dictionaries.
+            the casts of those; scaling0, ...: their layers' dictionaries.
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
-        live: see `Live`, of each linear; no compiled forward looks at it.
+        live: see `Live`, of each linear; no forward that is compiled without gradients looks at it.
         direct: the group as the kernels take it when no compiler is at work, once it has been called so.
     """
 
@@ -281,7 +221,6 @@ class FusedGroup(nn.Module):
         for i, one in enumerate(self.live):
             values = {"slot": one.layer.fused_slot, "base": one.base, "scaling": one.scaling}
             values |= {"a": one.a["weight"], "b": one.b["weight"]}
-            values |= {f"own_{n}": getattr(one.layer, f"loraswitch_{n.upper()}")[adapter].weight for n in "ab"}
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.direct: DirectGroup | None = None
 
@@ -315,11 +254,12 @@ class FusedGroup(nn.Module):
 
     def trains(self) -> bool:
         """Whether anything that the ops read asks for gradients, which they do not have."""
-        for i in range(self.size):
-            base = getattr(self, f"base{i}")
-            for tensor in (getattr(self, f"own_a{i}"), getattr(self, f"own_b{i}"), base["weight"], base["bias"]):
-                if tensor is not None and tensor.requires_grad:
-                    return True
+        for one in self.live:
+            own = [experts[self.adapter].weight for experts in (one.layer.loraswitch_A, one.layer.loraswitch_B)]
+            if any(
+                tensor is not None and tensor.requires_grad for tensor in (*own, one.base["weight"], one.base["bias"])
+            ):
+                return True
         return False
 
     def routing(self, layer: FusedLinear, x: Tensor, frame: RoutingFrame) -> Routing | None:

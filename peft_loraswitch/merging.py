@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels, ops
+from .base_layers import base_of, facts_of, hooked
+from .direct import versions_of
+from .fused import within_limits
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -55,8 +58,6 @@ class MergedWeights:
 
     def _take_up(self) -> None:
         """The layers as they are now; nothing is merged."""
-        from .fused import base_of, facts_of, within_limits
-
         # What can fail comes before the first change.
         layers, in_place = self.layers, self.in_place
         adapter = self._one_adapter(layers)
@@ -112,8 +113,6 @@ class MergedWeights:
 
     def _seen(self) -> list[Any]:
         """Of each layer: what a merge reads, where that is, and how often experts were written to."""
-        from .fused import base_of, hooked, versions_of
-
         seen: list[Any] = []
         for layer in self.served:
             base = base_of(layer)
@@ -148,9 +147,7 @@ class MergedWeights:
         Raises:
             RuntimeError: they have been replaced.
         """
-        from .fused import base_of
-
-        if not self.in_place or bool((self.experts == PRISTINE).all()):
+        if not self.touched:
             return
         for layer, base, source in zip(self.served, self.bases, self.sources, strict=True):
             now = base_of(layer)
@@ -160,6 +157,11 @@ class MergedWeights:
                     "holds them cannot be known. Call unfuse() before the backbone's weights are changed."
                 )
         self._write_back()
+
+    @property
+    def touched(self) -> bool:
+        """Whether the backbone's own weights are not, bit for bit, what they were."""
+        return self.in_place and bool((self.experts != PRISTINE).any())
 
     @torch.no_grad()
     def _write_back(self) -> None:
@@ -225,7 +227,7 @@ class MergedWeights:
     def restore(self) -> None:
         """The pristine weights, bit for bit, and no more memory than before."""
         ops.drop_merge_tables(self.weights)
-        if self.in_place and bool((self.experts != PRISTINE).any()):
+        if self.touched:
             self._write_back()
 
     def changed(self) -> None:

@@ -86,33 +86,39 @@ class NoKernels:
         return 64
 
     def ls_linear_path(self, group: Any) -> int:
-        return 1
+        from peft_loraswitch import kernels
+
+        return kernels.FAST_PATH
 
 
 @contextmanager
-def kernels_that_do_nothing(model: Any) -> Iterator[NoKernels]:
-    """Within it, the fused layers of `model`, on a CPU, call `NoKernels` as they call the library on a GPU."""
+def in_place_of_the_library(library: Any) -> Iterator[None]:
+    """Within it, fused layers on a CPU call `library` as they do on a GPU, if `use_kernels` was called for them."""
     import torch
 
     from peft_loraswitch import direct, fused, kernels
-    from peft_loraswitch.fuse import adapted_layers
 
-    library = NoKernels()
     with ExitStack() as stack:
+        empty = torch._C._dynamo.guards._empty_strided_cpu
         for module in (direct, kernels):
             stack.enter_context(mock.patch.object(module, "library", lambda: library))
+            stack.enter_context(mock.patch.object(module, "empty_strided_cuda", empty))
         for module in (direct, fused):
             stack.enter_context(
                 mock.patch.object(module, "launchable", lambda x: type(x) is torch.Tensor and x.is_contiguous())
             )
-        empty = torch._C._dynamo.guards._empty_strided_cpu
-        stack.enter_context(mock.patch.object(direct, "empty_strided_cuda", empty))
         for name, answer in (("_cuda_getCurrentRawStream", 0), ("_cuda_getDevice", -1)):
             stack.enter_context(mock.patch.object(torch._C, name, lambda *_, answer=answer: answer, create=True))
-        groups = [group for layer in adapted_layers(model) for group in getattr(layer, "fused_groups", {}).values()]
-        for group in groups:
+        yield
+
+
+def use_kernels(model: Any) -> None:
+    """Have the fused layers of `model`, if it has any, believe that there are kernels for their device."""
+    from peft_loraswitch.fuse import adapted_layers
+
+    for layer in adapted_layers(model):
+        for group in getattr(layer, "fused_groups", {}).values():
             group.kernels = True
-        yield library
 
 
 class Backend:
@@ -357,7 +363,8 @@ def measure(method: str, modes: list[str], args: argparse.Namespace) -> list[dic
         add("eager", us, **busy)
         profiled(args, f"{method} eager", lambda: bench.generate(False, 64))
     if "unlaunched" in modes:
-        with kernels_that_do_nothing(bench.model):
+        use_kernels(bench.model)
+        with in_place_of_the_library(NoKernels()):
             times = sorted(bench.forwards())
             add("unlaunched", times[len(times) // 10] * 1e6, median=round(statistics.median(times) * 1e6, 1))
             profiled(args, f"{method} unlaunched", lambda: bench.generate(False, 64))
@@ -425,6 +432,8 @@ def main() -> None:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cpu":
         torch.set_num_threads(1)
+    elif "unlaunched" in args.modes:
+        parser.error("--modes unlaunched is for --device cpu: on a GPU kernels are launched")
     transformers.logging.set_verbosity_error()
     header = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     header |= {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}

@@ -12,6 +12,7 @@ SANITIZING = os.environ.get("PEFT_LORASWITCH_SANITIZING") == "1"
 
 
 def rounds(n: int) -> range:
+    """As often as a test repeats something: `n` times, or a few under compute-sanitizer."""
     return range(max(4, n // 50) if SANITIZING else n)
 
 

@@ -31,6 +31,7 @@ export LIBRARY
 $PYTHON -m pytest tests/test_kernels_gpu.py tests/test_expand_gpu.py --collect-only -q -p no:cacheprovider \
   -k "(${ONLY:-test}) and not soak and not 20000 and not fill_the_gpu" 2>&1 | grep '^tests/.*::' >"$scratch/all"
 [ -s "$scratch/all" ] || { echo "pytest found no kernel test (ONLY=${ONLY:-})" >&2; exit 2; }
+
 run_chunk() { # tool, file with test ids
   local log seconds status=0 summary outcome environment=()
   (($(date +%s) - BEGAN < LIMIT)) || { echo "$1: not begun: $(head -1 "$2"), and $(($(wc -l <"$2") - 1)) more"; return; }

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_loraswitch import direct, fused, kernels
+from peft_loraswitch import direct, kernels
 from peft_loraswitch.fuse import adapted_layers
-from test_fuse import adapted, close, ids, logits, tiny_llama
+from test_fuse import adapted, close, gradients, ids, logits, tiny_llama, trainable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 import bench_host
@@ -112,22 +112,15 @@ class StandIn:
 
 
 @pytest.fixture
-def library(monkeypatch) -> Iterator[StandIn]:
+def library() -> Iterator[StandIn]:
     stand_in = StandIn()
-    monkeypatch.setattr(direct, "library", lambda: stand_in)
-    monkeypatch.setattr(kernels, "library", lambda: stand_in)
-    monkeypatch.setattr(fused, "launchable", lambda x: x.is_contiguous())
-    monkeypatch.setattr(direct, "launchable", lambda x: x.is_contiguous())
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    yield stand_in
+    with bench_host.in_place_of_the_library(stand_in):
+        yield stand_in
 
 
 def fuse(model: nn.Module) -> nn.Module:
     model.fuse_for_inference("fused")
-    for layer in adapted_layers(model):
-        for group in layer.fused_groups.values():
-            group.kernels = True
+    bench_host.use_kernels(model)
     return model
 
 
@@ -336,12 +329,9 @@ def test_an_input_like_one_that_was_served_goes_unfused_where_the_first_would_ha
         results += [logits(model, tokens), logits(model, tokens)]
         model.set_adapter("default")
         model.eval().requires_grad_(False)
-        weight = model.base_model.model.model.layers[0].self_attn.k_proj.loraswitch_B["default"].weight
-        weight.requires_grad_(True)
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(model(input_ids=tokens).logits.square().mean(), weight)
-        weight.requires_grad_(False)
-        return [*results, gradient]
+        results += gradients(model, tokens, trainable(model, "layers.0.self_attn.k_proj.loraswitch_B.default"))
+        model.requires_grad_(False)
+        return results
 
     expected = found()
     fuse(model)
@@ -358,20 +348,15 @@ def test_an_input_like_one_that_was_served_goes_unfused_where_the_first_would_ha
 def test_gradients_of_any_part_are_those_of_the_unfused_model(part, library):
     """Where the kernels run. In evaluation: a model in training is not fused."""
     model = made()
-    trained = [parameter for name, parameter in model.named_parameters() if part in name]
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    trained = trainable(model, part)
     tokens = ids(1, 1, "cpu")
-
-    def gradients() -> list[torch.Tensor]:
-        return list(torch.autograd.grad(model(input_ids=tokens).logits.square().mean(), trained))
-
-    expected = gradients()
+    expected = gradients(model, tokens, trained)
     fuse(model)
     logits(model, tokens)
     logits(model, tokens)  # by the kernels
     assert library.calls
-    assert all(close(one, other, 1e-4) for one, other in zip(gradients(), expected, strict=True))
+    found = gradients(model, tokens, trained)
+    assert all(close(one, other, 1e-4) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -459,7 +444,9 @@ def test_a_fused_linear_costs_few_guards():
 
 def test_the_host_is_timed_where_it_calls_the_kernels():
     bench = bench_host.Bench(bench_host.build("fused", "tiny", 3, 8, "cpu"), "cpu")
-    with bench_host.kernels_that_do_nothing(bench.model) as library:
+    bench_host.use_kernels(bench.model)
+    library = bench_host.NoKernels()
+    with bench_host.in_place_of_the_library(library):
         assert len(bench.forwards(5)) == 5 and library.calls == 5 * 3 * 4, "forwards, blocks, groups"
 
 

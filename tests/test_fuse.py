@@ -47,6 +47,17 @@ def logits(model: nn.Module, tokens: torch.Tensor, **kwargs) -> torch.Tensor:
     return model(input_ids=tokens, **kwargs)[0]
 
 
+def trainable(model: nn.Module, part: str) -> list[nn.Parameter]:
+    """The parameters with `part` in their names, from now on trained."""
+    found = [parameter.requires_grad_(True) for name, parameter in model.named_parameters() if part in name]
+    assert found
+    return found
+
+
+def gradients(model: nn.Module, tokens: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(model(input_ids=tokens).logits.square().mean(), parameters))
+
+
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
@@ -403,19 +414,12 @@ def test_linears_that_are_not_plain_use_the_delta_op(device):
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_gradients_of_any_part_are_those_of_the_unfused_model(part, strategy, tokens, device):
     model = adapted(tiny_llama(), device)
-    trained = [parameter for name, parameter in model.named_parameters() if part in name]
-    assert trained
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    trained = trainable(model, part)
     inputs = ids(1, tokens, device)
-
-    def gradients() -> list[torch.Tensor]:
-        return list(torch.autograd.grad(model(input_ids=inputs).logits.square().mean(), trained))
-
-    expected = gradients()
+    expected = gradients(model, inputs, trained)
     with model.fuse_for_inference(strategy):
         logits(model, inputs)  # without gradients
-        found = gradients()
+        found = gradients(model, inputs, trained)
     assert all(close(one, other, 1e-4) for one, other in zip(found, expected, strict=True))
 
 

@@ -1,0 +1,73 @@
+"""What the fused ops ask of the layer that an adapted linear wraps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from torch import Tensor, nn
+
+from . import kernels, ops
+from .layer import LoRASwitchLinear
+
+try:
+    from transformers.pytorch_utils import Conv1D
+except ImportError:  # pragma: no cover
+
+    class Conv1D: ...  # type: ignore[no-redef]
+
+
+# Up to so many tokens in flight the kernels beat library products (csrc/README.md, measured on an H200); float32 and
+# other cases of the generic kernel read the weight once for every four tokens.
+FEW_TOKENS = kernels.FAST_TOKENS
+FEW_TOKENS_GENERIC = 4
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What the ops ask of a base layer.
+
+    Attributes:
+        plain: it is a 16/32-bit nn.Linear or Conv1D without hooks, whose weight the ops can read.
+        transposed: it is a Conv1D.
+        kernels: the kernels run on its device; few_tokens: up to how many tokens the fused ops are used.
+    """
+
+    plain: bool
+    transposed: bool
+    kernels: bool
+    few_tokens: int
+
+
+def base_of(layer: LoRASwitchLinear) -> Any:
+    return layer.get_base_layer()
+
+
+def device_of(base: nn.Module) -> torch.device:
+    return next(iter([*base.parameters(), *base.buffers()])).device  # a quantised one may have no `weight`
+
+
+def facts_of(layer: LoRASwitchLinear) -> BaseFacts:
+    base = base_of(layer)
+    transposed = type(base) is Conv1D
+    plain = type(base) in (nn.Linear, Conv1D) and base.weight.dtype in ops.FLOATS and layer.base_layer is base
+    plain = plain and type(base.weight) in (nn.Parameter, Tensor)  # torchao's weights are of other classes
+    # Hooks on the base layer (accelerate's offloading, a user's) must run, so its own forward must.
+    hook = getattr(base, "_hf_hook", None)  # one that only moves inputs is not needed: other devices go unfused
+    only_moves = isinstance(hook, AlignDevicesHook) and not hook.offload
+    plain = plain and not hooked(base) and (hook is None or only_moves)
+    device = device_of(base)
+    usable = device.type == "cuda" and kernels.available(device.index or 0)
+    if usable:
+        kernels.give_workspace(device.index or 0)
+    fast = not transposed and not (plain and base.weight.dtype == torch.float32)
+    few_tokens = FEW_TOKENS if fast or device.type != "cuda" else FEW_TOKENS_GENERIC
+    if device.type == "cuda" and not usable:
+        few_tokens = 0  # library products beat the ops' PyTorch path on a GPU
+    return BaseFacts(plain, transposed, usable, few_tokens)
+
+
+def hooked(base: nn.Module) -> bool:
+    return bool(base._forward_hooks or base._forward_pre_hooks)
