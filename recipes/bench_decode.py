@@ -39,7 +39,7 @@ import decode_worker  # noqa: E402
 from decode_plan import CONTEXT_GIB, METHODS, MODES, NUM_EXPERTS, SHAPES, TOP_K, Job, kind_of, plan  # noqa: E402
 from decode_process import Process, WorkerFailed, process_context  # noqa: E402
 
-ROUNDS = {"static": 5, "eager": 5}  # samples; 7 of everything else
+ROUNDS = {"static": 9, "eager": 15, "prefill": 9}  # samples; 7 of everything else
 PROFILED = ("compiled:1", "static", "eager")
 LAST_WORDS = 10.0  # seconds before the limit in which nothing new is prepared, only measured
 Key = tuple[str, str, int, str]  # model, method, rank, mode

@@ -31,7 +31,10 @@ from typing import Any
 from unittest import mock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from token_times import token_times  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {"tiny": (64, 64, 96, 4), "llama-2-7b": (32000, 4096, 11008, 32)}  # vocabulary, hidden, intermediate, heads
@@ -179,21 +182,14 @@ class Bench:
 
             torch.cuda.synchronize()
 
-    def generate(self, static: bool, tokens: int) -> float:
-        """Seconds of one `generate` of so many tokens."""
-        import torch
-
+    def generate(self, static: bool, tokens: int) -> list[float]:
+        """Seconds of each decode step of one `generate` of so many tokens."""
         options: dict[str, Any] = {}
         if static:
             options = {"cache_implementation": "static", "compile_config": self.config, "max_cache_len": 256}
+        times = token_times(self.model, self.ids, tokens, **options)
         self.synchronize()
-        start = time.perf_counter()
-        self.model.generate(
-            input_ids=self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=tokens, min_new_tokens=tokens,
-            do_sample=False, pad_token_id=0, max_length=None, **options,
-        )  # fmt: skip
-        self.synchronize()
-        return time.perf_counter() - start
+        return times
 
     def prefill(self, tokens: int) -> Callable[[], float]:
         """Seconds of a forward of so many tokens, of which the last one's logits are wanted."""
@@ -212,12 +208,11 @@ class Bench:
         run()
         return run
 
-    def per_token(self, static: bool, repeats: int = 7) -> float:
-        """Microseconds of a token; the prefill is taken out as the difference of two lengths."""
+    def per_token(self, static: bool, repeats: int = 9) -> float:
+        """Microseconds of a token: the median of all of several calls of `generate`."""
         self.generate(static, 8)
         self.generate(static, 16)
-        found = [self.generate(static, 64) - self.generate(static, 24) for _ in range(repeats)]
-        return statistics.median(found) / 40 * 1e6
+        return statistics.median(seconds for _ in range(repeats) for seconds in self.generate(static, 42)) * 1e6
 
     def forwards(self, repeats: int = 300) -> list[float]:
         """Seconds of each of so many forwards of one token, not compiled."""

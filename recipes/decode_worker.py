@@ -13,6 +13,7 @@ import gc
 import os
 import pstats
 import signal
+import statistics
 import sys
 import time
 import traceback
@@ -26,11 +27,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from decode_plan import CACHE, NUM_EXPERTS, PREFILL, PROMPT, TARGETS, TOP_K, Job, batch_of, kind_of  # noqa: E402
+from token_times import token_times  # noqa: E402
 
-# Tokens of one sample: steps of a loop (and as many before them as give the host its lead), or the two lengths of
-# `generate` whose difference is taken.
+# Tokens of one sample: steps of a loop (and as many before them as give the host its lead), or of one `generate`. Eager ones
+# wait for the host, whose slow moments last some tenths of a second: many short samples.
 LOOP_STEPS = {"compiled": (10, 3), "graph": (8, 2)}
-LENGTHS = {"static": (8, 40), "eager": (4, 16)}
+LENGTHS = {"static": 24, "eager": 8}
 
 
 @dataclass
@@ -235,20 +237,12 @@ def captured_loop(model: Any, device: str) -> Loop:
     return Loop(run, decoder.rewind)
 
 
-def generate(model: Any, static: bool, tokens: int, device: str) -> float:
-    """Seconds of a `generate` of so many tokens, prompt included."""
+def generated(model: Any, kind: str, device: str) -> list[float]:
+    """Seconds of each decode step of a `generate` of so many tokens as a sample of this kind has."""
     import torch
 
     ids = torch.randint(5, model.config.vocab_size, (1, PROMPT), device=device)
-    options = {"cache_implementation": "static"} if static else {}
-    synchronize(device)
-    start = time.perf_counter()
-    model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
-        do_sample=False, pad_token_id=0, max_length=None, **options,
-    )  # fmt: skip
-    synchronize(device)
-    return time.perf_counter() - start
+    return token_times(model, ids, LENGTHS[kind], **({"cache_implementation": "static"} if kind == "static" else {}))
 
 
 class Worker:
@@ -318,9 +312,8 @@ class Worker:
             prefill(1)
             self.loops[mode] = Loop(prefill)
         elif kind in LENGTHS:
-            # The longest first: a cache that grows later would be compiled for again.
             for _ in range(2 if kind == "static" else 1):
-                generate(self.model, kind == "static", LENGTHS[kind][1], self.device)
+                generated(self.model, kind, self.device)
         else:
             raise ValueError(f"unknown mode {mode!r}")
         gc.collect()
@@ -336,14 +329,12 @@ class Worker:
     # -- measuring
 
     def sample(self, mode: str) -> float:
-        """Milliseconds of one token (one forward, for a prefill)."""
+        """Milliseconds of one token (of the median one, for `generate`; of one forward, for a prefill)."""
         import torch
 
         kind = kind_of(mode)
         if kind in LENGTHS:
-            short, long = LENGTHS[kind]
-            times = [generate(self.model, kind == "static", length, self.device) for length in (short, long)]
-            return (times[1] - times[0]) / (long - short) * 1e3
+            return statistics.median(generated(self.model, kind, self.device)) * 1e3
         run = self.loops[mode].run
         steps, lead = LOOP_STEPS.get(kind, (1, 0))
         self.loops[mode].rewind()
@@ -363,7 +354,7 @@ class Worker:
         import torch
 
         if kind_of(mode) in LENGTHS:  # clocks and caches
-            generate(self.model, kind_of(mode) == "static", LENGTHS[kind_of(mode)][0], self.device)
+            generated(self.model, kind_of(mode), self.device)
         else:
             self.sample(mode)
         self.compilations = 0
@@ -398,11 +389,11 @@ class Worker:
         from torch.profiler import ProfilerActivity
 
         kind = kind_of(mode)
-        forwards = LENGTHS[kind][1] if kind in LENGTHS else LOOP_STEPS.get(kind, (1, 0))[0]
+        forwards = LENGTHS[kind] if kind in LENGTHS else LOOP_STEPS.get(kind, (1, 0))[0]
 
         def run() -> None:
             if kind in LENGTHS:
-                generate(self.model, kind == "static", forwards, self.device)
+                generated(self.model, kind, self.device)
             else:
                 self.loops[mode].rewind()
                 self.loops[mode].run(forwards)

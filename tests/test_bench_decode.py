@@ -24,6 +24,7 @@ import decode_report  # noqa: E402
 import decode_worker  # noqa: E402
 import fake_decode_worker as fake  # noqa: E402
 from decode_plan import CACHE, METHODS, MODES, NUM_EXPERTS, SHAPES, TINY_SHAPES, TOP_K, Job, kind_of, plan  # noqa: E402
+from token_times import token_times  # noqa: E402
 
 SHAPE = TINY_SHAPES["mistral-7b"]
 
@@ -288,3 +289,15 @@ def test_without_a_gpu_it_says_so():
         pytest.skip("this machine has a GPU")
     with pytest.raises(SystemExit, match="needs a CUDA GPU.*--device cpu"):
         bench_decode.main([])
+
+
+def test_token_times_are_those_of_steps_without_prefill_and_set_up():
+    class Model:
+        def generate(self, logits_processor: Any, max_new_tokens: int, **options: Any) -> None:
+            time.sleep(0.2)
+            for n in range(max_new_tokens):
+                time.sleep(0.1 if n < 2 else 0.01)  # a prefill, and a step that waits for it
+                assert logits_processor(None, 7) == 7
+
+    times = token_times(Model(), torch.zeros(1, 4), 5)
+    assert len(times) == 3 and all(0.01 <= seconds < 0.1 for seconds in times)
