@@ -9,8 +9,9 @@
 Models have random weights, made on the GPU; nothing is downloaded. Each job (a model, a method, a rank) is a process of its
 own. Compiling takes the time, so as many processes as there are processors compile at once; the backbone's weights are
 in the GPU's memory once, in a process that shares them. One measurement runs at a time, while all other processes stand
-still: samples of a method and of the unadapted backbone take turns, and the ratio is that of their medians (of at least
-five). Results are written as they come; `--limit` ends the run, and what it did not reach is listed in the file's header.
+still: samples of a method and of the unadapted backbone take turns, each on a processor that nobody else slows down
+(quiet_processor.py), and the ratio is that of their medians (of at least seven). Results are written as they come; `--limit`
+ends the run, and what it did not reach is listed in the file's header.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import decode_worker  # noqa: E402
 from decode_plan import CONTEXT_GIB, METHODS, MODES, NUM_EXPERTS, SHAPES, TOP_K, Job, kind_of, plan  # noqa: E402
 from decode_process import Process, WorkerFailed, process_context  # noqa: E402
 
-ROUNDS = {"static": 9, "eager": 15, "prefill": 9}  # samples; 7 of everything else
+ROUNDS = {"static": 9, "eager": 9}  # samples; 7 of everything else
 PROFILED = ("compiled:1", "static", "eager")
 LAST_WORDS = 10.0  # seconds before the limit in which nothing new is prepared, only measured
 Key = tuple[str, str, int, str]  # model, method, rank, mode
@@ -361,6 +362,10 @@ class Run:
         if job.method != "backbone" or reference is None:
             row = self.rows[key]
             self.say(decode_report.line(row) + f"  peak {row['peak_gib']:.2f} GiB, fuse {row['fuse_seconds']} s")
+            if row["disturbed"]:
+                self.say(
+                    f"  {row['disturbed']} of {row['samples']} samples were disturbed: the processors are not ours alone"
+                )
             if row["compilations"]:
                 self.say(f"  compiled {row['compilations']} times while it was measured")
 

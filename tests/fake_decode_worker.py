@@ -67,7 +67,7 @@ def answer(job: Any, name: str, mode: str, locks: Path) -> Any:
         (locks / "ticked").touch()
         return {
             "batch": int(mode.partition(":")[2] or 1), "tokens": 1, "read_bytes": 10**9, "adapted_bytes": 10**9,
-            "adapter_gib": 1.0, "peak_gib": 10.0, "fuse_seconds": 0.5, "compilations": 0,
+            "adapter_gib": 1.0, "peak_gib": 10.0, "fuse_seconds": 0.5, "compilations": 0, "disturbed": 0,
         }  # fmt: skip
     if name == "sample":
         if job.rank == DIES_WHILE_MEASURED:

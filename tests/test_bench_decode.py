@@ -23,6 +23,7 @@ import bench_decode  # noqa: E402
 import decode_report  # noqa: E402
 import decode_worker  # noqa: E402
 import fake_decode_worker as fake  # noqa: E402
+import quiet_processor  # noqa: E402
 from decode_plan import CACHE, METHODS, MODES, NUM_EXPERTS, SHAPES, TINY_SHAPES, TOP_K, Job, kind_of, plan  # noqa: E402
 from token_times import token_times  # noqa: E402
 
@@ -301,3 +302,36 @@ def test_token_times_are_those_of_steps_without_prefill_and_set_up():
 
     times = token_times(Model(), torch.zeros(1, 4), 5)
     assert len(times) == 3 and all(0.01 <= seconds < 0.1 for seconds in times)
+
+
+def test_a_quiet_processor_is_sought_and_stayed_on(monkeypatch):
+    slow, here = {1: 1.0, 2: 1.5, 3: 1.1}, [1]
+    monkeypatch.setattr(quiet_processor.os, "sched_getaffinity", lambda _: set(slow), raising=False)
+    monkeypatch.setattr(quiet_processor.os, "sched_setaffinity", None, raising=False)
+    monkeypatch.setattr(quiet_processor, "set_processors", lambda allowed: here.__setitem__(0, min(allowed)))
+    monkeypatch.setattr(quiet_processor.QuietProcessor, "loop", lambda self: slow[here[0]] * 1e-5)
+    monkeypatch.setattr(quiet_processor, "PATIENCE", 0.05)
+    processor = quiet_processor.QuietProcessor()
+    assert processor.best == 1e-5 and here == [1] and processor.is_quiet()
+    slow[1] = 1.4
+    assert not processor.is_quiet() and processor.seek() and here == [3]
+    assert processor.seek() and here == [3], "quiet enough: not moved"
+    slow[3] = 1.3
+    assert not processor.seek()
+
+
+def test_a_disturbed_sample_is_taken_again_and_counted_if_it_stays_so(monkeypatch):
+    worker = decode_worker.Worker(job("fused", 8), "cpu", None)  # type: ignore[arg-type]
+    answers = iter([True, False, False, True, True] + 8 * [False])  # before and after each try
+
+    class Processor:
+        def seek(self) -> bool:
+            return next(answers)
+
+        is_quiet = seek
+
+    monkeypatch.setattr(decode_worker, "QuietProcessor", Processor)
+    taken = iter(range(1, 9))
+    monkeypatch.setattr(worker, "milliseconds", lambda mode: float(next(taken)))
+    assert worker.sample("eager") == 3.0 and worker.disturbed["eager"] == 0
+    assert worker.sample("eager") == 3.0 + decode_worker.TRIES and worker.disturbed["eager"] == 1
