@@ -325,11 +325,13 @@ template <class E, int NT, int MT, int STAGES> int blocks_of(int device) {
   static std::atomic<int> known[kMaxDevices];  // 0: not asked yet
   int blocks = known[device].load(std::memory_order_acquire);
   if (blocks != 0) return blocks;
+  const DeviceGuard guard(device);  // attributes of a kernel are the current device's, and not every caller launches
   auto kernel = panel_kernel<E, NT, MT, STAGES>;
   constexpr int kBytes = Panel<E, NT, MT, STAGES>::kBytes;
   int limit = 0, major = 0;
   cudaFuncAttributes attributes;
-  bool fits = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 && major < 12;
+  bool fits = guard.error == cudaSuccess;
+  fits = fits && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 && major < 12;
   fits = fits && cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
   fits = fits && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && int(attributes.sharedSizeBytes) + kBytes <= limit;
   fits = fits && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) == cudaSuccess;

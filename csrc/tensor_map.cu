@@ -52,9 +52,11 @@ bool is_hopper(int device) {
   if (device < 0 || device >= kMaxDevices) return false;
   signed char k = known[device].load(std::memory_order_relaxed);
   if (k == 0) {
+    const DeviceGuard guard(device);  // attributes of a kernel are the current device's
     int major = 0, minor = 0;
     cudaFuncAttributes attributes;
-    bool yes = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+    bool yes = guard.error == cudaSuccess;
+    yes = yes && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
     yes = yes && cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && minor == 0;
     yes = yes && cudaFuncGetAttributes(&attributes, hopper_kernel) == cudaSuccess && attributes.sharedSizeBytes > 0;
     yes = yes && encode();

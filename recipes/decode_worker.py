@@ -34,7 +34,7 @@ from token_times import token_times  # noqa: E402
 # Tokens of one sample: steps of a loop (and as many before them as give the host its lead), or of one `generate`. Short ones:
 # a processor is undisturbed for tenths of a second.
 LOOP_STEPS = {"compiled": (10, 3), "graph": (8, 2)}
-LENGTHS = {"static": 24, "eager": 8}
+LENGTHS = {"static": 24, "eager": 6}
 TRIES = 4  # of a sample, until one is undisturbed
 
 
