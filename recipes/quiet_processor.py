@@ -1,8 +1,9 @@
 """A processor that nobody slows down, for measurements that wait for the host.
 
-On a machine that others use, too, a processor takes half as long again for everything while its other half works for somebody
-else: for tenths of a second, unseen by `top` and not counted as stolen time. What a short loop takes shows it. So a sample is
-taken where such a loop is as fast as it has been, and once more if it is not when the sample ends.
+On a machine that others use, too, a processor now and then takes half as long again for everything, most likely because its
+other half works for somebody else: for tenths of a second, unseen by `top` and not counted as stolen time. What a short loop
+takes shows it. So a sample is taken where such a loop is as fast as it has been, and once more if it is not when the sample
+ends.
 """
 
 from __future__ import annotations
