@@ -240,12 +240,13 @@ def captured_loop(model: Any, device: str) -> Loop:
     return Loop(run, decoder.rewind)
 
 
-def generated(model: Any, kind: str, device: str) -> list[float]:
-    """Seconds of each decode step of a `generate` of so many tokens as a sample of this kind has."""
+def generated(model: Any, kind: str, device: str, tokens: int | None = None) -> list[float]:
+    """Seconds of each decode step of a `generate` of so many tokens, or of as many as a sample of this kind has."""
     import torch
 
     ids = torch.randint(5, model.config.vocab_size, (1, PROMPT), device=device)
-    return token_times(model, ids, LENGTHS[kind], **({"cache_implementation": "static"} if kind == "static" else {}))
+    options = {"cache_implementation": "static"} if kind == "static" else {}
+    return token_times(model, ids, tokens or LENGTHS[kind], **options)
 
 
 class Worker:
@@ -407,11 +408,11 @@ class Worker:
         from torch.profiler import ProfilerActivity
 
         kind = kind_of(mode)
-        forwards = LENGTHS[kind] if kind in LENGTHS else LOOP_STEPS.get(kind, (1, 0))[0]
+        forwards = 24 if kind in LENGTHS else LOOP_STEPS.get(kind, (1, 0))[0]
 
         def run() -> None:
             if kind in LENGTHS:
-                generated(self.model, kind, self.device)
+                generated(self.model, kind, self.device, forwards)
             else:
                 self.loops[mode].rewind()
                 self.loops[mode].run(forwards)
