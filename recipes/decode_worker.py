@@ -408,7 +408,7 @@ class Worker:
         from torch.profiler import ProfilerActivity
 
         kind = kind_of(mode)
-        forwards = 24 if kind in LENGTHS else LOOP_STEPS.get(kind, (1, 0))[0]
+        forwards = max(LENGTHS.values()) if kind in LENGTHS else LOOP_STEPS.get(kind, (1, 0))[0]
 
         def run() -> None:
             if kind in LENGTHS:

@@ -330,12 +330,13 @@ def test_device_map_over_two_gpus(dtype: torch.dtype, tmp_path: Path, monkeypatc
     prompt = tokens(2, 5).to("cuda:0")
     with torch.no_grad():
         expected = [exact(input_ids=ids.cpu()).logits for ids in batches]
+    norm = float("inf") if dtype == torch.float32 else 2.0  # the largest error; in bfloat16 that one alone says little
 
     @torch.no_grad()
     def errors() -> list[float]:
-        """Of each batch's logits, relative, all elements together: the largest one alone says little."""
+        """Of each batch's logits, relative."""
         return [
-            float((model(input_ids=ids).logits.cpu() - right).norm() / right.norm())
+            float((model(input_ids=ids).logits.cpu() - right).norm(norm) / right.norm(norm))
             for ids, right in zip(batches, expected, strict=True)
         ]
 
