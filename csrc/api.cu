@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 
-// Whether linear_many.cu is the one for it.
+// Whether linear_sm90.cu is the one for it.
 bool takes_many(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & 3) == 0 && can_many(g); }
 
 int check(const ls_group &g) {
@@ -45,8 +45,8 @@ bool fast(const ls_group &g) {
 }
 
 enum Kernel { kGeneric, kStream, kPanel, kRegisters, kMany };
-constexpr int kFewColumns = 256;  // of the hidden for many tokens, that shrink_many.cu is faster for
-constexpr int kStreamTokens = 2;  // beyond which linear.cu is faster than the stream
+constexpr int kFewColumns = 256;  // of the hidden for many tokens, that shrink_sm90.cu is faster for
+constexpr int kStreamTokens = 2;  // beyond which linear_registers.cu is faster than the stream
 
 // The stream multiplies the rows of A that were chosen, the others all of them: not worth it when few of many are.
 bool can_shrink_inside(GroupParams &p, Kernel kernel) {

@@ -126,7 +126,7 @@ template <class Params> inline bool may_overlap(void (*kernel)(Params), int devi
   return k == 1;
 }
 
-bool follows_ours(cudaStream_t stream);  // capture.cu
+bool follows_ours(cudaStream_t stream);  // pdl.cu
 void launched(cudaStream_t stream);
 
 // `overlap`: the kernel may begin before its predecessor has ended, if that is one of ours. `cluster`: blocks of the grid's

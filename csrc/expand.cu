@@ -5,7 +5,7 @@
 // registers; tiles of B go through shared memory, the first two on their way together with the hidden. A unit is eight ranks of
 // one expert, 16 bytes, and a chunk four of them, one for each lane of a row of a fragment (mma.cuh: the sum may be taken in any
 // order).
-#include "copies.cuh"
+#include "cp_async.cuh"
 #include "mma.cuh"
 
 namespace ls {

@@ -6,8 +6,8 @@ namespace ls {
 
 // How the blocks of one launch agree that the shrink is done. All zero before and after every launch.
 struct alignas(16) Sync {
-  unsigned ticket;  // linear_stream.cu: next shrink task to hand out; behind the struct, a word for each element of the hidden
-  unsigned done;    // linear.cu: tasks finished
+  unsigned ticket;  // linear_streaming.cu: next shrink task to hand out; behind the struct, a word for each element of the hidden
+  unsigned done;    // linear_registers.cu: tasks finished
   unsigned left;    // blocks that need nothing more of this
   unsigned unused;
 };
@@ -29,7 +29,7 @@ __device__ __forceinline__ int find_item(const GroupParams &p, int b) {
   return i;
 }
 
-constexpr int kSplits = 4;  // of the features, in linear.cu: each leaves partial sums in float, the readers add them up
+constexpr int kSplits = 4;  // of the features, in linear_registers.cu: each leaves partial sums in float, the readers add them up
 
 // One task's part of the hidden is in memory: this thread's writes, and those that a barrier put before this.
 __device__ __forceinline__ void shrink_done(Sync *sync) {
@@ -53,8 +53,8 @@ __device__ __forceinline__ bool leave(Sync *sync, unsigned blocks) {
   return atomicAdd(&sync->left, 1u) == blocks - 1;
 }
 
-constexpr int kPanelHidden = 4096;   // elements of the hidden that a block of linear_panel.cu has room for
-constexpr int kHiddenInside = 2048;  // elements of the hidden (linear.cu: of one linear's) that a block has room for on chip
+constexpr int kPanelHidden = 4096;   // elements of the hidden that a block of linear_persistent.cu has room for
+constexpr int kHiddenInside = 2048;  // elements of the hidden (linear_registers.cu: of one linear's) that a block has room for on chip
 
 Sync *next_sync(int device, void *stream, int words);  // workspace.cu
 
@@ -92,7 +92,7 @@ bool can_stream(const GroupParams &p);
 bool can_many(const ls_group &g);
 bool can_panel(GroupParams &p);
 bool panel_can_shrink(GroupParams &p);
-int panel_parts(const ls_group &g);  // as kSplits, in linear_panel.cu
+int panel_parts(const ls_group &g);  // as kSplits, in linear_persistent.cu
 int launch_linear_stream(GroupParams &p, void *stream);
 int launch_linear_panel(GroupParams &p, void *stream);
 int launch_linear_registers(GroupParams &p, void *stream);

@@ -1,4 +1,4 @@
-// The same result as linear.cu for what tensor cores or 16-byte loads cannot take: float32, odd sizes, unaligned
+// The same result as linear_registers.cu for what tensor cores or 16-byte loads cannot take: float32, odd sizes, unaligned
 // pointers, [in, out] weights, more tokens. Plain float32 arithmetic; correct first.
 #include "group.cuh"
 

@@ -21,12 +21,12 @@ extern "C" {
 #define LS_MAX_TOP_K 8
 #define LS_MAX_EXPERTS 256
 #define LS_MAX_RANK 256
-#define LS_TUNING_STREAM 1 /* ls_group.tuning: linear_stream.cu wherever it can (up to 8 tokens) */
-#define LS_TUNING_REGISTERS 2 /* linear.cu */
-#define LS_TUNING_PANEL 3 /* linear_panel.cu wherever it can */
+#define LS_TUNING_STREAM 1 /* ls_group.tuning: linear_streaming.cu wherever it can (up to 8 tokens) */
+#define LS_TUNING_REGISTERS 2 /* linear_registers.cu */
+#define LS_TUNING_PANEL 3 /* linear_persistent.cu wherever it can */
 #define LS_TUNING_TWO_LAUNCHES 4 /* added to any of them, or alone: the shrink in a launch of its own */
-#define LS_TUNING_IMPATIENT 8 /* added: no block of linear_panel.cu waits for another's part of the hidden, for tests */
-#define LS_TUNING_NARROW 16 /* added: linear_many.cu takes 128 outputs at a time */
+#define LS_TUNING_IMPATIENT 8 /* added: no block of linear_persistent.cu waits for another's part of the hidden, for tests */
+#define LS_TUNING_NARROW 16 /* added: linear_sm90.cu takes 128 outputs at a time */
 #define LS_TUNING_WIDE 32 /* added: it takes 256 */
 #define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
 

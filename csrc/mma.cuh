@@ -1,4 +1,4 @@
-// Tensor-core fragments of the few-token linear, shared by linear_stream.cu and linear.cu.
+// Tensor-core fragments of the few-token linear, shared by linear_streaming.cu and linear_registers.cu.
 //
 // Rows of a weight are the M side, tokens the N side. The sum over input features may be taken in any order, so a lane
 // takes 16 contiguous bytes (8 features) of row g = lane / 4 at feature 8 (lane % 4), of each 32, and uses them as its

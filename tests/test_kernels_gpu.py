@@ -149,7 +149,7 @@ def test_panels(dtype, tokens, outs, in_features, ranks):
 @pytest.fixture
 def hopper():
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("linear_many.cu is for compute capability 9.0")
+        pytest.skip("linear_sm90.cu is for compute capability 9.0")
 
 
 @pytest.mark.parametrize("dtype", HALVES)

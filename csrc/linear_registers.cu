@@ -1,4 +1,4 @@
-// The few-token linear for what linear_stream.cu does not take or is slower at: more than a couple of tokens, in_features
+// The few-token linear for what linear_streaming.cu does not take or is slower at: more than a couple of tokens, in_features
 // not divisible by 32, and the delta alone (no weight to stream). Base weight, bias and experts of a whole group of linears in one launch, on tensor cores (mma.cuh).
 //
 // A block owns 16 * MT rows of one weight, its eight warps split the input features, partial sums meet in shared memory.

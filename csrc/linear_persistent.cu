@@ -16,7 +16,7 @@
 #pragma nv_diag_suppress 177  // declared but never referenced
 #endif
 
-#include "panel_experts.cuh"
+#include "linear_persistent_experts.cuh"
 
 namespace ls {
 namespace {
@@ -394,7 +394,7 @@ bool panel_can_shrink(GroupParams &p) {
   layout_tiles(p);
   const int blocks = with_shape(p, Blocks{p.g.device}), tiles = p.begin[p.g.n_items];
   const int rows_of_blocks = (tiles < blocks ? tiles : blocks) / parts_of(p.g.in_features);
-  // Tiles of A that a block may have: more take too long. For a token or two there is linear_stream.cu, which reads chosen rows alone.
+  // Tiles of A that a block may have: more take too long. For a token or two there is linear_streaming.cu, which reads chosen rows alone.
   const float most = p.g.tokens <= 2 ? 1.5f : 4.f;
   return p.hidden_elements <= kPanelHidden && rows_of_blocks > 0 && p.shrink_begin[p.g.n_items] <= rows_of_blocks * most;
 }

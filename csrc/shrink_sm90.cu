@@ -1,11 +1,11 @@
 // The shrink for many tokens and few ranks, on GPUs of compute capability 9.0: the hidden of all experts of a group of linears,
-// times their gates and zero where a token did not choose, as linear_many.cu takes it: [tokens, columns], those of each linear
-// experts * rank rounded up to 64. One launch. (The hidden of many ranks is a product as large as a linear's: linear_many.cu makes it.)
+// times their gates and zero where a token did not choose, as linear_sm90.cu takes it: [tokens, columns], those of each linear
+// experts * rank rounded up to 64. One launch. (The hidden of many ranks is a product as large as a linear's: linear_sm90.cu makes it.)
 //
 // A block has 64 tokens and up to four times 64 columns, and a share of the features: the blocks of a cluster have one each, and
 // add up their sums through each other's shared memory at the end. Four warps multiply, one has tiles copied. Two blocks fit on a
 // multiprocessor: clusters of large blocks would not all find room at once.
-#include "hopper.cuh"
+#include "sm90.cuh"
 #include "mma.cuh"
 
 namespace ls {

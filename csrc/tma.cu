@@ -1,6 +1,6 @@
 // Maps of tensors, by which the copy engine of a GPU of compute capability 9.0 finds tiles; and whether the device is one. Host code.
 // The driver makes the maps: its function is looked up, not linked.
-#include "hopper.cuh"
+#include "sm90.cuh"
 
 namespace ls {
 namespace {

@@ -1,13 +1,13 @@
 // The linears of a group with their experts for many tokens, on GPUs of compute capability 9.0: one launch as fast as a library's,
 // in which the experts are more input features. After [W] x comes [B_0 | B_1 | ...] hidden, the hidden of all experts times their
-// gates (shrink_many.cu): with 8 experts of rank 8 one step of 64 features after the 64 steps of a layer of 4,096, and no trip to
+// gates (shrink_sm90.cu): with 8 experts of rank 8 one step of 64 features after the 64 steps of a layer of 4,096, and no trip to
 // memory for the sum of both.
 //
 // A block has a tile of 128 tokens and 128 or 256 outputs at a time: one warp has the tiles of x and of the weight copied into a
 // ring of shared memory, eight others multiply, 64 tokens each four of them. Two blocks are a cluster: they have the same outputs,
 // and each brings half of their weights for both. Tiles of all linears of the group are shared out over as many blocks as run at
 // once.
-#include "hopper.cuh"
+#include "sm90.cuh"
 #include "mma.cuh"
 
 namespace ls {

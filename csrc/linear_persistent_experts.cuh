@@ -1,7 +1,7 @@
-// What the four helper warps of a block of linear_panel.cu do: the shrink, shared out over all blocks; the hidden, once all have
+// What the four helper warps of a block of linear_persistent.cu do: the shrink, shared out over all blocks; the hidden, once all have
 // published their part of it; and its product with B, a tile of the weight at a time. And the sizes that both files go by.
 #pragma once
-#include "copies.cuh"
+#include "cp_async.cuh"
 #include "mma.cuh"
 
 namespace ls {

@@ -5,10 +5,10 @@
 
 #include <type_traits>
 
-#include "copies.cuh"
+#include "cp_async.cuh"
 
 // Nothing of this is there when the compiler works for another GPU: the kernels that need it are then left empty, and
-// is_hopper() (tensor_map.cu) says so.
+// is_hopper() (tma.cu) says so.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define LS_HOPPER 1
 #elif defined(__CUDA_ARCH__)
@@ -17,7 +17,7 @@
 
 namespace ls {
 
-// Host code, tensor_map.cu. A dimension of a tensor of 16-bit elements, the fastest first: how many, how far apart (in elements;
+// Host code, tma.cu. A dimension of a tensor of 16-bit elements, the fastest first: how many, how far apart (in elements;
 // of the first one 1), how many of them a copy takes.
 struct Dimension {
   uint64_t size, stride;
@@ -31,7 +31,7 @@ bool is_hopper(int device);
 
 #ifdef LS_HOPPER
 
-// More of the barriers of copies.cuh. `block`: of the cluster, whose barrier at that address is meant.
+// More of the barriers of cp_async.cuh. `block`: of the cluster, whose barrier at that address is meant.
 __device__ __forceinline__ void mbarrier_inits_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Arrives, and so many bytes more have to.
 __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {

@@ -8,7 +8,7 @@
 // The shrink is done meanwhile by a warp more in each block, so that no ring runs dry: these warps draw rows of the chosen
 // experts' A until there are none left, then fetch the hidden, which the others need at the end of their first tile. They wait
 // for each other only when every row has been drawn, by a warp that is running: so nobody waits for a block that cannot begin.
-#include "copies.cuh"
+#include "cp_async.cuh"
 #include "mma.cuh"
 
 namespace ls {
