@@ -15,7 +15,7 @@ namespace {
 constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 
 // Whether linear_sm90.cu is the one for it.
-bool takes_many(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & 3) == 0 && can_many(g); }
+bool takes_sm90(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & 3) == 0 && can_sm90(g); }
 
 int check(const ls_group &g) {
   if (g.n_items < 1 || g.n_items > LS_MAX_GROUP || g.tokens < 0 || g.in_features < 1) return LS_ERROR_ARGUMENT;
@@ -31,7 +31,7 @@ int check(const ls_group &g) {
     if (g.top_k < 1 || g.top_k > LS_MAX_TOP_K || g.num_experts < 1 || g.num_experts > LS_MAX_EXPERTS) return LS_ERROR_ARGUMENT;
     if (g.tokens > 0 && (!g.experts || !g.gates || !g.hidden)) return LS_ERROR_POINTER;
   }
-  return g.tokens > kGridHeight && !takes_many(g) ? LS_ERROR_ARGUMENT : 0;
+  return g.tokens > kGridHeight && !takes_sm90(g) ? LS_ERROR_ARGUMENT : 0;
 }
 
 bool fast(const ls_group &g) {
@@ -44,9 +44,9 @@ bool fast(const ls_group &g) {
   return true;
 }
 
-enum Kernel { kGeneric, kStream, kPanel, kRegisters, kMany };
+enum Kernel { kGeneric, kStreaming, kPersistent, kRegisters, kSm90 };
 constexpr int kFewColumns = 256;  // of the hidden for many tokens, that shrink_sm90.cu is faster for
-constexpr int kStreamTokens = 2;  // beyond which linear_registers.cu is faster than the stream
+constexpr int kStreamingTokens = 2;  // beyond which linear_registers.cu is faster than the stream
 
 // The stream multiplies the rows of A that were chosen, the others all of them: not worth it when few of many are.
 bool can_shrink_inside(GroupParams &p, Kernel kernel) {
@@ -54,9 +54,9 @@ bool can_shrink_inside(GroupParams &p, Kernel kernel) {
   if (kernel == kGeneric) return false;
   for (int i = 0; i < g.n_items; ++i)
     if (!aligned16(g.items[i].lora_a)) return false;
-  if (kernel == kStream) return p.hidden_elements <= kHiddenInside;
+  if (kernel == kStreaming) return p.hidden_elements <= kHiddenInside;
   if (g.num_experts > 4 * g.tokens * g.top_k) return false;
-  if (kernel == kPanel) return panel_can_shrink(p);
+  if (kernel == kPersistent) return persistent_can_shrink(p);
   for (int i = 0; i < g.n_items; ++i)
     if (g.tokens * g.top_k * g.items[i].rank > kHiddenInside) return false;
   return true;
@@ -64,12 +64,12 @@ bool can_shrink_inside(GroupParams &p, Kernel kernel) {
 
 // Measured on an H200 (csrc/README.md): the panel wherever its hidden is small enough.
 Kernel choose(GroupParams &p) {
-  if (takes_many(p.g)) return kMany;
+  if (takes_sm90(p.g)) return kSm90;
   if (!fast(p.g)) return kGeneric;
   const int wanted = p.g.tuning & 3;
-  const bool panel = (wanted == LS_TUNING_PANEL || wanted == 0) && can_panel(p);
-  if (panel && (wanted == LS_TUNING_PANEL || !any_rank(p.g) || can_shrink_inside(p, kPanel))) return kPanel;
-  if ((wanted == LS_TUNING_STREAM || (wanted == 0 && p.g.tokens <= kStreamTokens)) && can_stream(p)) return kStream;
+  const bool panel = (wanted == LS_TUNING_PERSISTENT || wanted == 0) && can_persistent(p);
+  if (panel && (wanted == LS_TUNING_PERSISTENT || !any_rank(p.g) || can_shrink_inside(p, kPersistent))) return kPersistent;
+  if ((wanted == LS_TUNING_STREAMING || (wanted == 0 && p.g.tokens <= kStreamingTokens)) && can_streaming(p)) return kStreaming;
   return kRegisters;
 }
 
@@ -113,9 +113,9 @@ LS_EXPORT int64_t ls_hidden_elements(const ls_group *group) {
   ls::GroupParams p;
   p.g = *group;
   const int64_t elements = ls::layout_hidden(p);
-  if (group->tokens > LS_FAST_TOKENS) return std::max(elements, ls::takes_many(*group) ? ls::layout_hidden_many(p) : 0);
+  if (group->tokens > LS_FAST_TOKENS) return std::max(elements, ls::takes_sm90(*group) ? ls::layout_hidden_sm90(p) : 0);
   const bool may_split = group->dtype != LS_FLOAT32;
-  const int splits = elements <= ls::kPanelHidden ? std::max(ls::kSplits, ls::panel_parts(*group)) : ls::kSplits;
+  const int splits = elements <= ls::kPersistentHidden ? std::max(ls::kSplits, ls::persistent_parts(*group)) : ls::kSplits;
   return may_split ? elements * splits * 2 : elements;  // floats take two elements of 16 bits
 }
 
@@ -125,7 +125,7 @@ LS_EXPORT int ls_linear_path(const ls_group *group) {
   p.g = *group;
   ls::layout_hidden(p);
   const ls::Kernel kernel = ls::choose(p);
-  return kernel == ls::kMany ? LS_PATH_MANY : kernel == ls::kGeneric ? LS_PATH_GENERIC : LS_PATH_FAST;
+  return kernel == ls::kSm90 ? LS_PATH_SM90 : kernel == ls::kGeneric ? LS_PATH_GENERIC : LS_PATH_FAST;
 }
 
 LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
@@ -138,23 +138,23 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   p.g = *group;
   ls::layout_hidden(p);
   const ls::Kernel kernel = ls::choose(p);
-  if (kernel == ls::kMany) {
-    const int64_t width = ls::layout_hidden_many(p) / p.g.tokens;
+  if (kernel == ls::kSm90) {
+    const int64_t width = ls::layout_hidden_sm90(p) / p.g.tokens;
     if (width > 0) error = width > ls::kFewColumns ? ls::launch_shrink_many_ranks(p, stream) : ls::launch_shrink_few_ranks(p, stream);
-    return error ? error : ls::launch_linear_many(p, stream);
+    return error ? error : ls::launch_linear_sm90(p, stream);
   }
   const bool one_launch = !(p.g.tuning & LS_TUNING_TWO_LAUNCHES) && ls::any_rank(p.g) && ls::can_shrink_inside(p, kernel);
-  p.sync = one_launch ? ls::next_sync(p.g.device, stream, kernel == ls::kStream ? int(p.hidden_elements) : 0) : nullptr;
+  p.sync = one_launch ? ls::next_sync(p.g.device, stream, kernel == ls::kStreaming ? int(p.hidden_elements) : 0) : nullptr;
   if (ls::any_rank(p.g) && !p.sync) {
     error = ls::launch_shrink(p, stream);
     if (error) return error;
   }
   switch (kernel) {
     case ls::kGeneric: return ls::launch_linear_generic(p, stream);
-    case ls::kStream: return ls::launch_linear_stream(p, stream);
-    case ls::kPanel: return ls::launch_linear_panel(p, stream);
+    case ls::kStreaming: return ls::launch_linear_streaming(p, stream);
+    case ls::kPersistent: return ls::launch_linear_persistent(p, stream);
     case ls::kRegisters: return ls::launch_linear_registers(p, stream);
-    case ls::kMany: break;
+    case ls::kSm90: break;
   }
   return LS_ERROR_ARGUMENT;
 }

@@ -53,7 +53,7 @@ __device__ __forceinline__ bool leave(Sync *sync, unsigned blocks) {
   return atomicAdd(&sync->left, 1u) == blocks - 1;
 }
 
-constexpr int kPanelHidden = 4096;   // elements of the hidden that a block of linear_persistent.cu has room for
+constexpr int kPersistentHidden = 4096;   // elements of the hidden that a block of linear_persistent.cu has room for
 constexpr int kHiddenInside = 2048;  // elements of the hidden (linear_registers.cu: of one linear's) that a block has room for on chip
 
 Sync *next_sync(int device, void *stream, int words);  // workspace.cu
@@ -69,12 +69,12 @@ inline int64_t layout_hidden(GroupParams &p) {
 }
 
 // For many tokens: a row for each token, the ranks of all experts of each linear beginning at a multiple of so many columns.
-constexpr int kManyFeatures = 64;
-inline int64_t layout_hidden_many(GroupParams &p) {
+constexpr int kSm90Features = 64;
+inline int64_t layout_hidden_sm90(GroupParams &p) {
   int64_t width = 0;
   for (int i = 0; i < p.g.n_items; ++i) {
     p.hidden[i] = width;
-    width += (p.g.num_experts * p.g.items[i].rank + kManyFeatures - 1) / kManyFeatures * kManyFeatures;
+    width += (p.g.num_experts * p.g.items[i].rank + kSm90Features - 1) / kSm90Features * kSm90Features;
   }
   return p.hidden_elements = p.g.tokens * width;
 }
@@ -88,15 +88,15 @@ inline bool any_rank(const ls_group &g) {
 int launch_shrink(GroupParams &p, void *stream);
 int launch_shrink_few_ranks(GroupParams &p, void *stream);
 int launch_shrink_many_ranks(GroupParams &p, void *stream);
-bool can_stream(const GroupParams &p);
-bool can_many(const ls_group &g);
-bool can_panel(GroupParams &p);
-bool panel_can_shrink(GroupParams &p);
-int panel_parts(const ls_group &g);  // as kSplits, in linear_persistent.cu
-int launch_linear_stream(GroupParams &p, void *stream);
-int launch_linear_panel(GroupParams &p, void *stream);
+bool can_streaming(const GroupParams &p);
+bool can_sm90(const ls_group &g);
+bool can_persistent(GroupParams &p);
+bool persistent_can_shrink(GroupParams &p);
+int persistent_parts(const ls_group &g);  // as kSplits, in linear_persistent.cu
+int launch_linear_streaming(GroupParams &p, void *stream);
+int launch_linear_persistent(GroupParams &p, void *stream);
 int launch_linear_registers(GroupParams &p, void *stream);
-int launch_linear_many(GroupParams &p, void *stream);
+int launch_linear_sm90(GroupParams &p, void *stream);
 int launch_linear_generic(GroupParams &p, void *stream);
 
 }  // namespace ls

@@ -11,7 +11,7 @@
 // for the other blocks, multiply the hidden by the panel's rows of B, and leave a ninth partial sum.
 // Other GPUs have not the shared memory (blocks_of() asks): there the kernels are left empty, which halves the time of a build.
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-#define LS_PANEL 1
+#define LS_HAS_PERSISTENT 1
 #else
 #pragma nv_diag_suppress 177  // declared but never referenced
 #endif
@@ -32,7 +32,7 @@ template <class E, int NT, int MT, int STAGES> struct Panel {
   static constexpr int kStride = kTile * MT + 4, kPartial = kTokens * kStride;     // floats that a warp leaves at the end of a panel
   static constexpr int kShrinkStride = kTile + 4, kShrinkPartial = kTokens * kShrinkStride;  // and a helper, for a tile of A
   static constexpr int kRingBytes = kWarps * STAGES * kStageBytes, kPartialBytes = (kWarps + 1) * kPartial * 4;
-  static constexpr int kBytes = kRingBytes + kPartialBytes + kPanelHidden * 2;
+  static constexpr int kBytes = kRingBytes + kPartialBytes + kPersistentHidden * 2;
   static_assert(NT <= 2 * kTiles && MT % kTiles == 0, "x is one stage, a panel a number of them");
   static_assert(kHelpers * kShrinkPartial <= kPartial, "a tile of A needs room");
 
@@ -65,8 +65,8 @@ template <class E> __device__ __forceinline__ void store_results(const ls_item &
 }
 
 template <class E, int NT, int MT, int STAGES>
-__global__ void __launch_bounds__(kAllThreads, 1) panel_kernel(const __grid_constant__ GroupParams p) {
-#ifdef LS_PANEL
+__global__ void __launch_bounds__(kAllThreads, 1) linear_persistent_kernel(const __grid_constant__ GroupParams p) {
+#ifdef LS_HAS_PERSISTENT
   using Shape = Panel<E, NT, MT, STAGES>;
   using Source = typename Shape::Source;
   constexpr int kTiles = Shape::kTiles, kWide = Shape::kWide, kSteps = Shape::kSteps, kStageBytes = Shape::kStageBytes;
@@ -326,7 +326,7 @@ template <class E, int NT, int MT, int STAGES> int blocks_of(int device) {
   int blocks = known[device].load(std::memory_order_acquire);
   if (blocks != 0) return blocks;
   const DeviceGuard guard(device);  // attributes of a kernel are the current device's, and not every caller launches
-  auto kernel = panel_kernel<E, NT, MT, STAGES>;
+  auto kernel = linear_persistent_kernel<E, NT, MT, STAGES>;
   constexpr int kBytes = Panel<E, NT, MT, STAGES>::kBytes;
   int limit = 0, major = 0;
   cudaFuncAttributes attributes;
@@ -360,7 +360,7 @@ struct Launch {
   GroupParams &p;
   void *stream;
   template <class E, int NT, int MT, int STAGES> int operator()() const {
-    auto kernel = panel_kernel<E, NT, MT, STAGES>;
+    auto kernel = linear_persistent_kernel<E, NT, MT, STAGES>;
     const int blocks = blocks_of<E, NT, MT, STAGES>(p.g.device), tiles = p.begin[p.g.n_items];
     return launch<GroupParams>(kernel, dim3(tiles < blocks ? tiles : blocks), dim3(kAllThreads), p, stream, may_overlap(kernel, p.g.device),
                                Panel<E, NT, MT, STAGES>::kBytes);
@@ -379,9 +379,9 @@ void layout_tiles(GroupParams &p) {
 
 }  // namespace
 
-int panel_parts(const ls_group &g) { return parts_of(g.in_features); }
+int persistent_parts(const ls_group &g) { return parts_of(g.in_features); }
 
-bool can_panel(GroupParams &p) {
+bool can_persistent(GroupParams &p) {
   if (p.g.tokens > LS_FAST_TOKENS || p.g.in_features % kChunk || p.g.device < 0 || p.g.device >= kMaxDevices) return false;
   for (int i = 0; i < p.g.n_items; ++i)
     if (!p.g.items[i].weight) return false;
@@ -390,16 +390,16 @@ bool can_panel(GroupParams &p) {
   return blocks > 0 && p.begin[p.g.n_items] <= int64_t(blocks) * kMostTiles;
 }
 
-bool panel_can_shrink(GroupParams &p) {
+bool persistent_can_shrink(GroupParams &p) {
   layout_tiles(p);
   const int blocks = with_shape(p, Blocks{p.g.device}), tiles = p.begin[p.g.n_items];
   const int rows_of_blocks = (tiles < blocks ? tiles : blocks) / parts_of(p.g.in_features);
   // Tiles of A that a block may have: more take too long. For a token or two there is linear_streaming.cu, which reads chosen rows alone.
   const float most = p.g.tokens <= 2 ? 1.5f : 4.f;
-  return p.hidden_elements <= kPanelHidden && rows_of_blocks > 0 && p.shrink_begin[p.g.n_items] <= rows_of_blocks * most;
+  return p.hidden_elements <= kPersistentHidden && rows_of_blocks > 0 && p.shrink_begin[p.g.n_items] <= rows_of_blocks * most;
 }
 
-int launch_linear_panel(GroupParams &p, void *stream) {
+int launch_linear_persistent(GroupParams &p, void *stream) {
   layout_tiles(p);
   return with_shape(p, Launch{p, stream});
 }

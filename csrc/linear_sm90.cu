@@ -14,7 +14,7 @@ namespace ls {
 namespace {
 
 constexpr int kTokens = 128;                    // of a tile
-constexpr int kFeatures = kManyFeatures;        // of a step
+constexpr int kFeatures = kSm90Features;        // of a step
 constexpr int kThreads = 384;                   // four warps of which one copies, eight that multiply
 constexpr int kCluster = 2;
 constexpr int kUnits = kFeatures / kUnit;
@@ -31,7 +31,7 @@ struct Linear {
   float scaling;   // of gates
 };
 
-struct ManyParams {
+struct LinearSm90Params {
   CUtensorMap x, hidden, weight[LS_MAX_GROUP], lora_b[LS_MAX_GROUP];
   Linear linears[LS_MAX_GROUP];
   const int64_t *experts;
@@ -56,7 +56,7 @@ struct Tile {
   int item, row, column;  // first token of the pair, first output
 };
 // The gates of 128 tokens, by the eight warps that multiply.
-__device__ __forceinline__ void fill(const ManyParams &p, Gates &gates, int first_token, int first_expert) {
+__device__ __forceinline__ void fill(const LinearSm90Params &p, Gates &gates, int first_token, int first_expert) {
   const int thread = threadIdx.x - 128;
   barrier(1, 256);  // the tile before this one is done with them
   for (int i = thread; i < int(sizeof(Gates) / 4); i += 256) (&gates.of[0][0])[i] = 0.f;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void fill(const ManyParams &p, Gates &gates, int firs
   barrier(1, 256);
 }
 
-template <int kOutputs> __device__ __forceinline__ Tile tile_of(const ManyParams &p, int pair) {
+template <int kOutputs> __device__ __forceinline__ Tile tile_of(const LinearSm90Params &p, int pair) {
   int item = 0;
   while (pair >= p.begin[item + 1]) ++item;
   const int at = pair - p.begin[item];
@@ -78,8 +78,8 @@ template <int kOutputs> __device__ __forceinline__ Tile tile_of(const ManyParams
 }
 
 // kShrink: the columns are ranks of experts, and the result is multiplied by their gates.
-template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__(kThreads, 1) many_kernel(const __grid_constant__ ManyParams p) {
-#ifdef LS_HOPPER
+template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__(kThreads, 1) linear_sm90_kernel(const __grid_constant__ LinearSm90Params p) {
+#ifdef LS_HAS_SM90A
   constexpr int kWeightBytes = kOutputs * kFeatures * 2, kStageBytes = kInputBytes + kWeightBytes, kStages = kRingBytes / kStageBytes;
   extern __shared__ __align__(16) unsigned char raw[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
@@ -203,17 +203,17 @@ template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__
 constexpr int64_t kNarrowTime = 58, kWideTime = 100;
 constexpr int kFewestTokens = 192;  // for fewer a library is faster
 
-template <class E, int kOutputs, bool kShrink> int launch_kernel(const ManyParams &p, int blocks, void *stream) {
-  const auto kernel = many_kernel<E, kOutputs, kShrink>;
+template <class E, int kOutputs, bool kShrink> int launch_kernel(const LinearSm90Params &p, int blocks, void *stream) {
+  const auto kernel = linear_sm90_kernel<E, kOutputs, kShrink>;
   constexpr int kBytes = bytes_of(kShrink);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  return launch<ManyParams>(kernel, dim3(unsigned(blocks)), dim3(kThreads), p, stream, false, kBytes, kCluster);
+  return launch<LinearSm90Params>(kernel, dim3(unsigned(blocks)), dim3(kThreads), p, stream, false, kBytes, kCluster);
 }
 
 // The width of the tiles, where each linear's pairs of them begin, and the launch. `weights`: as many rows as it has columns, or
 // fewer: zero, then.
-template <bool kShrink> int launch_many(ManyParams &p, const ls_group &g, const void *const *weights, const int *rows, void *stream) {
+template <bool kShrink> int launch_many(LinearSm90Params &p, const ls_group &g, const void *const *weights, const int *rows, void *stream) {
   const uint64_t in = g.in_features, tokens = g.tokens;
   const Dimension x[] = {{in, 1, kFeatures}, {tokens, in, kTokens}};
   if (!make_map(p.x, g.dtype, g.x, x, 2, true)) return LS_ERROR_ARGUMENT;
@@ -259,8 +259,8 @@ int steps_of(const ls_group &g, const ls_item &item) { return (g.num_experts * i
 
 }  // namespace
 
-bool can_many(const ls_group &g) {
-  if (g.dtype == LS_FLOAT32 || g.transposed || g.in_features % kUnit || !is_hopper(g.device)) return false;
+bool can_sm90(const ls_group &g) {
+  if (g.dtype == LS_FLOAT32 || g.transposed || g.in_features % kUnit || !has_sm90a(g.device)) return false;
   if (g.tokens < kFewestTokens && !(g.tuning & (LS_TUNING_NARROW | LS_TUNING_WIDE))) return false;
   if (!aligned16(g.x) || !aligned16(g.hidden) || g.tokens > INT32_MAX - kCluster * kTokens) return false;
   for (int i = 0; i < g.n_items; ++i) {
@@ -272,9 +272,9 @@ bool can_many(const ls_group &g) {
   return true;
 }
 
-int launch_linear_many(GroupParams &params, void *stream) {
+int launch_linear_sm90(GroupParams &params, void *stream) {
   const ls_group &g = params.g;
-  ManyParams p = {};
+  LinearSm90Params p = {};
   const uint64_t tokens = g.tokens, width = params.hidden_elements / g.tokens;
   const Dimension hidden[] = {{width, 1, kFeatures}, {tokens, width, kTokens}};
   if (width && !make_map(p.hidden, g.dtype, g.hidden, hidden, 2, true)) return LS_ERROR_ARGUMENT;
@@ -290,7 +290,7 @@ int launch_linear_many(GroupParams &params, void *stream) {
 
 int launch_shrink_many_ranks(GroupParams &params, void *stream) {
   const ls_group &g = params.g;
-  ManyParams p = {};
+  LinearSm90Params p = {};
   p.experts = g.experts, p.gates = g.gates, p.top_k = g.top_k, p.num_experts = g.num_experts;
   p.stride = int(params.hidden_elements / g.tokens);
   const void *weights[LS_MAX_GROUP];

@@ -71,7 +71,7 @@ template <class E, int kRows> struct Cursor {
 };
 
 // Barriers by number: of the streaming warps alone; x is in shared memory; the hidden is there.
-enum { kStreaming = 1, kInput = 2, kHidden = 3 };
+enum { kWeights = 1, kInput = 2, kHidden = 3 };
 
 // a . x over `in` features, by one warp; the loads of a go out before x is asked for.
 template <class E, class Ready> __device__ __forceinline__ float dot(const E *a, const E *x, int in, Ready x_is_ready) {
@@ -151,7 +151,7 @@ template <class E, bool SINGLE> __device__ __forceinline__ void shrink(const Gro
 
 // NT tiles of 8 tokens, MT tiles of 16 rows, STAGES stages of a warp's ring. SINGLE: one token, its x in shared memory.
 template <class E, int NT, int MT, int STAGES, bool SINGLE>
-__global__ void __launch_bounds__(kThreads + 32, 2) stream_kernel(const __grid_constant__ GroupParams p) {
+__global__ void __launch_bounds__(kThreads + 32, 2) linear_streaming_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
   constexpr int kBuffers = NT * MT > 2 ? 1 : 2;  // two spare a barrier a tile, where shared memory allows
   extern __shared__ __align__(128) unsigned char raw[];
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) stream_kernel(const __grid_c
     if (p.sync) arrive(kInput, kThreads + 32);
   }
   if (p.has_rank) read_ids(p, ids, threadIdx.x, kThreads);
-  barrier(kStreaming, kThreads);
+  barrier(kWeights, kThreads);
   bool awaits = p.sync != nullptr;
   const E *input = all_x + t * kUnit;
   int stage = 0, buffer = 0;
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) stream_kernel(const __grid_c
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (n * 8 + t * 2 + i % 2 < (SINGLE ? 1 : tokens)) partial[buffer][warp][n * 8 + t * 2 + i % 2][m * 16 + i / 2 * 8 + g] = acc[m][n][i];
-    barrier(kStreaming, kThreads);
+    barrier(kWeights, kThreads);
     for (int i = threadIdx.x; i < kRows * tokens; i += kThreads) {
       const int r = i % kRows, token = i / kRows;
       if (r >= tile.rows) continue;
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) stream_kernel(const __grid_c
       for (int k = 0; k < kWarps; ++k) sum += partial[buffer][k][token][r];
       store_result<E>(item, token, tile.row + r, sum);
     }
-    if (kBuffers == 1) barrier(kStreaming, kThreads);
+    if (kBuffers == 1) barrier(kWeights, kThreads);
   }
 }
 
@@ -278,7 +278,7 @@ struct Fit {
 
 template <class E, int NT, int MT, int STAGES, bool SINGLE> int launch_stream(GroupParams &p, void *stream) {
   constexpr int kRing = kWarps * STAGES * 16 * MT * kSlice * 2;
-  auto kernel = stream_kernel<E, NT, MT, STAGES, SINGLE>;
+  auto kernel = linear_streaming_kernel<E, NT, MT, STAGES, SINGLE>;
   static Fit fits[kMaxDevices];
   Fit &fit = fits[p.g.device];
   int room = fit.room.load(std::memory_order_acquire);
@@ -326,14 +326,14 @@ template <class E> int launch_as(GroupParams &p, void *stream) {
 
 }  // namespace
 
-bool can_stream(const GroupParams &p) {
+bool can_streaming(const GroupParams &p) {
   if (p.g.tokens > kMostTokens || p.g.in_features % kChunk || p.g.device < 0 || p.g.device >= kMaxDevices) return false;
   for (int i = 0; i < p.g.n_items; ++i)
     if (!p.g.items[i].weight) return false;
   return true;
 }
 
-int launch_linear_stream(GroupParams &p, void *stream) {
+int launch_linear_streaming(GroupParams &p, void *stream) {
   return p.g.dtype == LS_BFLOAT16 ? launch_as<bf16>(p, stream) : launch_as<fp16>(p, stream);
 }
 

@@ -21,9 +21,9 @@ extern "C" {
 #define LS_MAX_TOP_K 8
 #define LS_MAX_EXPERTS 256
 #define LS_MAX_RANK 256
-#define LS_TUNING_STREAM 1 /* ls_group.tuning: linear_streaming.cu wherever it can (up to 8 tokens) */
+#define LS_TUNING_STREAMING 1 /* ls_group.tuning: linear_streaming.cu wherever it can (up to 8 tokens) */
 #define LS_TUNING_REGISTERS 2 /* linear_registers.cu */
-#define LS_TUNING_PANEL 3 /* linear_persistent.cu wherever it can */
+#define LS_TUNING_PERSISTENT 3 /* linear_persistent.cu wherever it can */
 #define LS_TUNING_TWO_LAUNCHES 4 /* added to any of them, or alone: the shrink in a launch of its own */
 #define LS_TUNING_IMPATIENT 8 /* added: no block of linear_persistent.cu waits for another's part of the hidden, for tests */
 #define LS_TUNING_NARROW 16 /* added: linear_sm90.cu takes 128 outputs at a time */
@@ -34,7 +34,7 @@ extern "C" {
 #define LS_ERROR_POINTER 100002  /* a pointer that must not be NULL is */
 
 enum ls_dtype { LS_FLOAT32 = 0, LS_FLOAT16 = 1, LS_BFLOAT16 = 2 };
-enum ls_path { LS_PATH_FAST = 0, LS_PATH_GENERIC = 1, LS_PATH_MANY = 2 };
+enum ls_path { LS_PATH_FAST = 0, LS_PATH_GENERIC = 1, LS_PATH_SM90 = 2 };
 
 /* One linear of a group. */
 typedef struct ls_item {
@@ -167,7 +167,7 @@ int64_t ls_hidden_elements(const ls_group *group);
 int ls_linear_path(const ls_group *group);
 /* The group's linears with their experts. One launch on the fast path (see ls_set_workspace), else two: the experts' shrink,
  * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). For many tokens
- * (LS_PATH_MANY, from 192 on, on GPUs of compute capability 9.0, for sizes and pointers as on the fast path and out_features
+ * (LS_PATH_SM90, from 192 on, on GPUs of compute capability 9.0, for sizes and pointers as on the fast path and out_features
  * divisible by 8) two launches as fast as a library's, `hidden` then being a row for each token, and what an expert that the token
  * did not choose made of it zero. `group` is host memory. */
 int ls_linear(const ls_group *group, void *stream);

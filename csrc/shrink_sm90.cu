@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kTokens = 64;               // of a block
 constexpr int kFeatures = 64;             // of a step
-constexpr int kColumns = kManyFeatures;   // that are multiplied at once: rows of one linear's A
+constexpr int kColumns = kSm90Features;   // that are multiplied at once: rows of one linear's A
 constexpr int kMostGroups = 4;            // of columns, of a block
 constexpr int kThreads = 160;             // four warps that multiply, one that copies
 constexpr int kMostShares = 8;            // of the features: blocks of a cluster
@@ -28,7 +28,7 @@ constexpr int bytes_of(int groups) {
   return (ring > sums ? ring : sums) + 1024;
 }
 
-struct ShrinkManyParams {
+struct ShrinkSm90Params {
   CUtensorMap x, lora_a[LS_MAX_GROUP];
   const int64_t *experts;
   const float *gates;
@@ -39,8 +39,8 @@ struct ShrinkManyParams {
   int n_items, tokens, top_k, num_experts, steps;
 };
 
-template <class E, int kGroups> __global__ void __launch_bounds__(kThreads, 2) shrink_many_kernel(const __grid_constant__ ShrinkManyParams p) {
-#ifdef LS_HOPPER
+template <class E, int kGroups> __global__ void __launch_bounds__(kThreads, 2) shrink_sm90_kernel(const __grid_constant__ ShrinkSm90Params p) {
+#ifdef LS_HAS_SM90A
   constexpr int kStages = stages_of(kGroups), kStageBytes = stage_bytes(kGroups), kStride = sums_stride(kGroups);
   extern __shared__ unsigned char raw[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
@@ -144,19 +144,19 @@ template <class E, int kGroups> __global__ void __launch_bounds__(kThreads, 2) s
 #endif
 }
 
-template <class E> int launch_groups(const ShrinkManyParams &p, dim3 grid, int groups, void *stream) {
-  constexpr void (*kKernels[kMostGroups])(ShrinkManyParams) = {shrink_many_kernel<E, 1>, shrink_many_kernel<E, 2>, shrink_many_kernel<E, 3>,
-                                                               shrink_many_kernel<E, 4>};
+template <class E> int launch_groups(const ShrinkSm90Params &p, dim3 grid, int groups, void *stream) {
+  constexpr void (*kKernels[kMostGroups])(ShrinkSm90Params) = {shrink_sm90_kernel<E, 1>, shrink_sm90_kernel<E, 2>, shrink_sm90_kernel<E, 3>,
+                                                               shrink_sm90_kernel<E, 4>};
   const cudaError_t error = cudaFuncSetAttribute(kKernels[groups - 1], cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_of(groups));
   if (error != cudaSuccess) return error;
-  return launch<ShrinkManyParams>(kKernels[groups - 1], grid, dim3(kThreads), p, stream, false, bytes_of(groups), grid.x);
+  return launch<ShrinkSm90Params>(kKernels[groups - 1], grid, dim3(kThreads), p, stream, false, bytes_of(groups), grid.x);
 }
 
 }  // namespace
 
 int launch_shrink_few_ranks(GroupParams &params, void *stream) {
   const ls_group &g = params.g;
-  ShrinkManyParams p;
+  ShrinkSm90Params p;
   const uint64_t in = g.in_features, tokens = g.tokens;
   const Dimension x[] = {{in, 1, kFeatures}, {tokens, in, kTokens}};
   if (!make_map(p.x, g.dtype, g.x, x, 2, true)) return LS_ERROR_ARGUMENT;

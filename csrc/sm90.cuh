@@ -8,9 +8,9 @@
 #include "cp_async.cuh"
 
 // Nothing of this is there when the compiler works for another GPU: the kernels that need it are then left empty, and
-// is_hopper() (tma.cu) says so.
+// has_sm90a() (tma.cu) says so.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define LS_HOPPER 1
+#define LS_HAS_SM90A 1
 #elif defined(__CUDA_ARCH__)
 #pragma nv_diag_suppress 177  // declared but never referenced
 #endif
@@ -27,9 +27,9 @@ struct Dimension {
 // bytes, which the box's first dimension then has.
 bool make_map(CUtensorMap &map, int dtype, const void *tensor, const Dimension *dimensions, int n, bool swizzled);
 // Whether such kernels run on the device.
-bool is_hopper(int device);
+bool has_sm90a(int device);
 
-#ifdef LS_HOPPER
+#ifdef LS_HAS_SM90A
 
 // More of the barriers of cp_async.cuh. `block`: of the cluster, whose barrier at that address is meant.
 __device__ __forceinline__ void mbarrier_inits_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -155,6 +155,6 @@ template <int N> __device__ __forceinline__ void hold(float (&sums)[N]) {
 
 template <int N> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-#endif  // LS_HOPPER
+#endif  // LS_HAS_SM90A
 
 }  // namespace ls

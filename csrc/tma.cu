@@ -23,8 +23,8 @@ Encode encode() {
   return function;
 }
 
-__global__ void hopper_kernel() {
-#ifdef LS_HOPPER
+__global__ void sm90a_kernel() {
+#ifdef LS_HAS_SM90A
   __shared__ uint64_t barrier;  // by which the host sees that this was compiled for such a GPU
   mbarrier_init(shared_address(&barrier), 1);
 #endif
@@ -47,7 +47,7 @@ bool make_map(CUtensorMap &map, int dtype, const void *tensor, const Dimension *
                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-bool is_hopper(int device) {
+bool has_sm90a(int device) {
   static std::atomic<signed char> known[kMaxDevices];  // 0 unknown, 1 yes, 2 no
   if (device < 0 || device >= kMaxDevices) return false;
   signed char k = known[device].load(std::memory_order_relaxed);
@@ -58,7 +58,7 @@ bool is_hopper(int device) {
     bool yes = guard.error == cudaSuccess;
     yes = yes && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
     yes = yes && cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && minor == 0;
-    yes = yes && cudaFuncGetAttributes(&attributes, hopper_kernel) == cudaSuccess && attributes.sharedSizeBytes > 0;
+    yes = yes && cudaFuncGetAttributes(&attributes, sm90a_kernel) == cudaSuccess && attributes.sharedSizeBytes > 0;
     yes = yes && encode();
     if (!yes) cudaGetLastError();
     k = yes ? 1 : 2;

@@ -81,12 +81,12 @@ def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
         "LS_MAX_TOP_K": kernels.MAX_TOP_K,
     }
     constants |= {"LS_MAX_EXPERTS": kernels.MAX_EXPERTS, "LS_MAX_RANK": kernels.MAX_RANK}
-    constants |= {"LS_FAST_TOKENS": kernels.FAST_TOKENS, "LS_TUNING_STREAM": kernels.TUNING_STREAM}
-    constants |= {"LS_TUNING_PANEL": kernels.TUNING_PANEL, "LS_TUNING_IMPATIENT": kernels.TUNING_IMPATIENT}
+    constants |= {"LS_FAST_TOKENS": kernels.FAST_TOKENS, "LS_TUNING_STREAMING": kernels.TUNING_STREAM}
+    constants |= {"LS_TUNING_PERSISTENT": kernels.TUNING_PANEL, "LS_TUNING_IMPATIENT": kernels.TUNING_IMPATIENT}
     constants |= {"LS_TUNING_REGISTERS": kernels.TUNING_REGISTERS, "LS_FLOAT32": kernels.DTYPES[torch.float32]}
     constants |= {"LS_FLOAT16": kernels.DTYPES[torch.float16], "LS_BFLOAT16": kernels.DTYPES[torch.bfloat16]}
     constants |= {"LS_PATH_FAST": kernels.FAST_PATH, "LS_PATH_GENERIC": kernels.GENERIC_PATH}
-    constants |= {"LS_PATH_MANY": kernels.MANY_PATH, "LS_TUNING_TWO_LAUNCHES": kernels.TUNING_TWO_LAUNCHES}
+    constants |= {"LS_PATH_SM90": kernels.MANY_PATH, "LS_TUNING_TWO_LAUNCHES": kernels.TUNING_TWO_LAUNCHES}
     constants |= {"LS_TUNING_NARROW": kernels.TUNING_NARROW, "LS_TUNING_WIDE": kernels.TUNING_WIDE}
     checks = [f"_Static_assert({name} == {value}, {name!r});".replace("'", '"') for name, value in constants.items()]
     for name, struct in structs.items():
