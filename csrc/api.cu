@@ -1,4 +1,5 @@
-// What needs no kernel of its own: versions, errors, argument checks, and the two launches that make a group.
+// The exported functions without a kernel of their own: versions, errors, argument checks, and ls_linear(), which chooses the kernel
+// for a group of linears and launches it (choose(), can_shrink_inside()).
 #include <algorithm>
 
 #include "group.cuh"
@@ -62,7 +63,7 @@ bool can_shrink_inside(GroupParams &p, Kernel kernel) {
   return true;
 }
 
-// Measured on an H200 (csrc/README.md): the panel wherever its hidden is small enough.
+// Measured on an H200 (docs/kernel_log.md): linear_persistent.cu wherever its hidden is small enough.
 Kernel choose(GroupParams &p) {
   if (takes_sm90(p.g)) return kSm90;
   if (!fast(p.g)) return kGeneric;

@@ -28,9 +28,7 @@ template <class E> __device__ __forceinline__ float2 unpack2(uint32_t v);
 template <> __device__ __forceinline__ float2 unpack2<bf16>(uint32_t v) {
   return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
 }
-template <> __device__ __forceinline__ float2 unpack2<fp16>(uint32_t v) {
-  return __half22float2(*reinterpret_cast<__half2 *>(&v));
-}
+template <> __device__ __forceinline__ float2 unpack2<fp16>(uint32_t v) { return __half22float2(*reinterpret_cast<__half2 *>(&v)); }
 template <class E> __device__ __forceinline__ uint32_t pack2(float a, float b);
 template <> __device__ __forceinline__ uint32_t pack2<bf16>(float a, float b) {
   __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
@@ -44,8 +42,7 @@ template <> __device__ __forceinline__ uint32_t pack2<fp16>(float a, float b) {
 // Static memory (weights) read once: past L1. Never for what a predecessor kernel may still be writing.
 __device__ __forceinline__ uint4 load_static(const void *p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 // Activations: coherent, kept in L1 because the warps of a block share them.
@@ -131,9 +128,8 @@ void launched(cudaStream_t stream);
 
 // `overlap`: the kernel may begin before its predecessor has ended, if that is one of ours. `cluster`: blocks of the grid's
 // first dimension that are one.
-template <class Params>
-inline int launch(void (*kernel)(Params), dim3 grid, dim3 block, const Params &params, void *stream, bool overlap,
-                  size_t dynamic_shared = 0, unsigned cluster = 1) {
+template <class Params> inline int launch(void (*kernel)(Params), dim3 grid, dim3 block, const Params &params, void *stream, bool overlap,
+                                          size_t dynamic_shared = 0, unsigned cluster = 1) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;

@@ -1,4 +1,4 @@
-// Asynchronous copies into shared memory, and barriers among some of a block's warps.
+// cp.async copies into shared memory, named barriers (bar.sync) and mbarriers.
 #pragma once
 #include "common.cuh"
 
@@ -27,9 +27,9 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier), "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
 }
 
 }  // namespace ls

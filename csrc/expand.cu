@@ -1,10 +1,14 @@
-// Expand: what the experts of a group of linears add for many tokens, [gated hidden] [B_0 | B_1 | ...]^T + bias, one launch.
+// Expand for many tokens and few ranks: out = scaling * (gates * hidden) lora_b^T + bias, for every linear of a group, one launch.
 //
-// For few ranks (all experts of a linear have at most 128), where writing the outputs is what takes the time. A block has 128
-// tokens, 32 a warp, and a run of outputs. The hidden of its tokens, which meets its gates on the way from memory, stays in
-// registers; tiles of B go through shared memory, the first two on their way together with the hidden. A unit is eight ranks of
-// one expert, 16 bytes, and a chunk four of them, one for each lane of a row of a fragment (mma.cuh: the sum may be taken in any
-// order).
+//   hidden [tokens, sum over linears of E * rank] (x lora_a^T, of all experts)   experts, gates [tokens, top_k]
+//   lora_b [E, out, rank]   bias [out]   out [tokens, out]
+//   dtypes: float16, bfloat16, accumulated in float32; E * rank of a linear at most 128
+//   tile: 128 tokens (32 a warp) by 32 outputs a step; block: 4 warps; grid: token tiles times runs of steps of all linears
+//   registers: the gated hidden of the warp's tokens, for all steps; a unit is 8 ranks of one expert (16 bytes), a chunk 4 units, one
+//   for each lane of a fragment's row (mma.cuh: the inner dimension may be taken in any order)
+//   shared memory: tiles of lora_b, two stages, filled by cp.async
+//
+// Writing the outputs is what takes the time here, so the bias is added in the same pass.
 #include "cp_async.cuh"
 #include "mma.cuh"
 
@@ -49,8 +53,8 @@ template <class E> __device__ __forceinline__ uint4 times(const uint4 &v, float 
   return result;
 }
 
-template <class E, int kChunks>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(kChunks)) expand_kernel(const __grid_constant__ ExpandParams p) {
+template <class E, int kChunks> __global__ void __launch_bounds__(kThreads, blocks_at_once(kChunks))
+    expand_kernel(const __grid_constant__ ExpandParams p) {
   int i = 0;
   while (i + 1 < p.a.n_items && int(blockIdx.x) >= p.begin[i + 1]) ++i;
   const ls_expand_item &item = p.a.items[i];
@@ -160,9 +164,11 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kChunks)) expand_kern
       for (int f = 0; f < 4; ++f) b[f] = *reinterpret_cast<const uint4 *>(at + c * 4 * unit_bytes(kChunks) + f * 8 * 16);
       const uint4(&a)[2][2] = hidden[c];
 #pragma unroll
-      for (int n = 0; n < 8; ++n) mma<E>(sums[n % 2][n / 2], a[n % 2][0].x, a[n % 2][1].x, a[n % 2][0].y, a[n % 2][1].y, b[n / 2].x, b[n / 2].y);
+      for (int n = 0; n < 8; ++n)
+        mma<E>(sums[n % 2][n / 2], a[n % 2][0].x, a[n % 2][1].x, a[n % 2][0].y, a[n % 2][1].y, b[n / 2].x, b[n / 2].y);
 #pragma unroll
-      for (int n = 0; n < 8; ++n) mma<E>(sums[n % 2][n / 2], a[n % 2][0].z, a[n % 2][1].z, a[n % 2][0].w, a[n % 2][1].w, b[n / 2].z, b[n / 2].w);
+      for (int n = 0; n < 8; ++n)
+        mma<E>(sums[n % 2][n / 2], a[n % 2][0].z, a[n % 2][1].z, a[n % 2][0].w, a[n % 2][1].w, b[n / 2].z, b[n / 2].w);
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {

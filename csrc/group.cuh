@@ -1,4 +1,4 @@
-// A group of linears as the kernels receive it: the ABI's struct plus what the host works out once per launch.
+// A group of linears as the kernels receive it: the ABI's ls_group plus what the host works out once per launch.
 #pragma once
 #include "common.cuh"
 

@@ -1,5 +1,13 @@
-// The same result as linear_registers.cu for what tensor cores or 16-byte loads cannot take: float32, odd sizes, unaligned
-// pointers, [in, out] weights, more tokens. Plain float32 arithmetic; correct first.
+// Linear with experts for every size, dtype and layout: out = x weight^T + bias + base + experts.
+//
+//   x [tokens, in]   weight [out, in], or [in, out] if transposed (Conv1D)   bias [out]   out [tokens, out]
+//   lora_b [E, out, rank]   hidden [tokens, top_k, rank], from shrink.cu
+//   dtypes: float32, float16, bfloat16; arithmetic is float32, on CUDA cores
+//   rows_kernel ([out, in]): a warp for each row, 8 in a block; four tokens at once
+//   columns_kernel ([in, out]): 32 columns a block, each of 8 warps every eighth input feature, so that loads are contiguous;
+//   shared memory: 8 partial sums of 32 columns for four tokens
+//
+// For what the tensor-core kernels cannot take: float32, odd sizes, unaligned pointers, Conv1D, any number of tokens.
 #include "group.cuh"
 
 namespace ls {
@@ -9,8 +17,7 @@ constexpr int kThreads = 256;
 constexpr int kTokens = 4;  // tokens whose sums a thread keeps at once
 
 // What the experts add to row `row` of token `token`: lane `lane` of 32 takes every 32nd rank.
-template <class E>
-__device__ __forceinline__ float expert_part(const GroupParams &p, int item_index, int token, int row, int lane) {
+template <class E> __device__ __forceinline__ float expert_part(const GroupParams &p, int item_index, int token, int row, int lane) {
   const ls_item &item = p.g.items[item_index];
   const int rank = item.rank;
   float sum = 0.f;

@@ -1,15 +1,21 @@
-// The few-token linear for several tokens: base weight, bias and experts of a whole group of linears in one launch.
+// Linear with experts for 1 to 32 tokens, one persistent block a multiprocessor: out = x weight^T + bias + base + experts.
 //
-// With many tokens x is as large as a few rows of the weight times their number, and reading it once for every 16 or 32 rows
-// takes as long as reading the weight. So a block, one a multiprocessor, owns a panel: as many rows as can have their sums in
-// registers at once, and goes over the input features a single time, x read once for all of them. The eight warps split the
-// features; each keeps its own ring of shared-memory stages, 16 rows of x or of the weight times 64 features each, filled with
-// asynchronous copies and multiplied on tensor cores (mma.cuh). Partial sums meet once, at the end of the panel.
+//   x [tokens, in]   weight [out, in]   bias [out]   experts, gates [tokens, top_k]   out [tokens, out]
+//   lora_a [E, rank, in]   lora_b [E, out, rank]   hidden [tokens, top_k, rank]
+//   dtypes: float16, bfloat16, accumulated in float32; in divisible by 32, rank by 8
+//   grid: one block a multiprocessor; the 16-row tiles of all weights of the group are dealt out evenly
+//   panel: up to 16 * MT rows whose sums fit into the registers of one block at once; x is read once for a panel
+//   block: 8 warps with a share of the input features each (split-K inside the block), 4 helper warps for the experts
+//   shared memory (up to 226 KB): for each of the 8 warps a ring of STAGES stages (16 rows of 64 features of x or of the weight),
+//   filled by cp.async; 9 partial tiles in float32; the hidden
 //
-// Four more warps see to the experts meanwhile. The shrink (all experts' A, one under the other, times all tokens) is spread over
-// all blocks: the four multiply a tile of A by the part of the features that the block's number gives, publish the result, wait
-// for the other blocks, multiply the hidden by the panel's rows of B, and leave a ninth partial sum.
-// Other GPUs have not the shared memory (blocks_of() asks): there the kernels are left empty, which halves the time of a build.
+// From a few tokens on, reading x again for every 16 or 32 rows takes as long as reading the weight. So a block owns panels, goes over
+// the input features once for each, and partial sums meet once, in the panel's epilogue.
+//
+// The helper warps (linear_persistent_experts.cuh) do the shrink, which is spread over all blocks, and multiply the hidden by the
+// panel's rows of lora_b: a ninth partial sum.
+//
+// GPUs with less shared memory cannot run it (blocks_of() asks): for them the kernels are compiled empty, which halves the build time.
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 #define LS_HAS_PERSISTENT 1
 #else
@@ -64,8 +70,8 @@ template <class E> __device__ __forceinline__ void store_results(const ls_item &
     if (row + i < item.out_features) store_result<E>(item, token, row + i, sum[i]);
 }
 
-template <class E, int NT, int MT, int STAGES>
-__global__ void __launch_bounds__(kAllThreads, 1) linear_persistent_kernel(const __grid_constant__ GroupParams p) {
+template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__(kAllThreads, 1)
+    linear_persistent_kernel(const __grid_constant__ GroupParams p) {
 #ifdef LS_HAS_PERSISTENT
   using Shape = Panel<E, NT, MT, STAGES>;
   using Source = typename Shape::Source;
@@ -215,7 +221,8 @@ __global__ void __launch_bounds__(kAllThreads, 1) linear_persistent_kernel(const
         const E *from = reinterpret_cast<const E *>(source.first[u]) + (feature + from_lane);
 #pragma unroll
         for (int r = 0; r < kTile; r += 32 / kLanes)
-          if (lane / kLanes + r < source.rows[u]) copy16(stage + (to_lane ^ (kLanes == 8 ? r % 8 * 16 : 0)) + (u * kTile + r) * kRow, from + r * in);
+          if (lane / kLanes + r < source.rows[u])
+            copy16(stage + (to_lane ^ (kLanes == 8 ? r % 8 * 16 : 0)) + (u * kTile + r) * kRow, from + r * in);
       }
     }
     ++entry;
@@ -249,9 +256,11 @@ __global__ void __launch_bounds__(kAllThreads, 1) linear_persistent_kernel(const
   const int g = lane / 4, t = lane % 4;
   // Fragments for one step, 16 features: of 16 rows of a weight (in_stage: where this lane's row is), or of 16 tokens.
   const uint32_t in_stage = swizzled(lane % 16, lane / 16);
-  auto fragments = [&](uint32_t at, int step, uint32_t(&v)[4]) {
+  auto fragments = [&](uint32_t at, int step, uint32_t (&v)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at ^ (step * 32)) : "memory");
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(at ^ (step * 32))
+                 : "memory");
   };
 
   uint32_t x[kSteps][kTiles][4];  // of 16 tokens: two for the first eight, two for the others
@@ -263,7 +272,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) linear_persistent_kernel(const
       for (int step = 0; step < kSteps; ++step) fragments(rows + u * kTile * kRow, step, x[step][u]);
   };
   // One stage times x: `steps` is less than all where only half of its features are within in_features, which is divisible by 32.
-  auto multiply = [&](float(*sum)[NT][4], int steps) {
+  auto multiply = [&](float (*sum)[NT][4], int steps) {
     const uint32_t rows = arrived() + in_stage;
 #pragma unroll
     for (int u = 0; u < kTiles; ++u)
@@ -308,7 +317,8 @@ __global__ void __launch_bounds__(kAllThreads, 1) linear_persistent_kernel(const
     if (p.has_rank) mbarrier_wait(expanded, panel % 2);
     const int quads = tiles * kTile / 4;  // of rows
     for (int i = threadIdx.x; i < quads * p.g.tokens; i += kThreads) {
-      const int token = i / quads, r = (i - token * quads) * 4, tile = plan.begin + first_tile(panel) + r / kTile, item = find_item(p, tile);
+      const int token = i / quads, r = (i - token * quads) * 4, tile = plan.begin + first_tile(panel) + r / kTile,
+                item = find_item(p, tile);
       const float *at = partial + token * Shape::kStride + r;
       float4 sum = p.has_rank ? *reinterpret_cast<const float4 *>(more + token * Shape::kStride + r) : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -344,7 +354,8 @@ template <class E, int NT, int MT, int STAGES> int blocks_of(int device) {
 // Calls `act` with the shape for so many tokens: how many tiles of 8, tiles of a panel, stages.
 template <class Act> auto with_shape(const GroupParams &p, Act act) {
   const bool is_bf16 = p.g.dtype == LS_BFLOAT16;
-#define LS_SHAPE(NT, MT, STAGES) (is_bf16 ? act.template operator()<bf16, NT, MT, STAGES>() : act.template operator()<fp16, NT, MT, STAGES>())
+#define LS_SHAPE(NT, MT, STAGES) \
+  (is_bf16 ? act.template operator()<bf16, NT, MT, STAGES>() : act.template operator()<fp16, NT, MT, STAGES>())
   if (p.g.tokens <= 8) return LS_SHAPE(1, 12, 8);
   if (p.g.tokens <= 16) return LS_SHAPE(2, 8, 7);
   return LS_SHAPE(4, 6, 4);

@@ -1,5 +1,9 @@
-// What the four helper warps of a block of linear_persistent.cu do: the shrink, shared out over all blocks; the hidden, once all have
-// published their part of it; and its product with B, a tile of the weight at a time. And the sizes that both files go by.
+// The four helper warps of a block of linear_persistent.cu, and the sizes that both files share.
+//
+//   Shrink   tiles of 16 rows of lora_a [E * rank, in] times all tokens; split-K over the blocks: each block takes one part of the
+//            features and publishes float32 partial sums of the hidden in memory
+//   collect  waits until all blocks have published, adds the parts up, rounds: hidden [tokens, top_k, rank] in shared memory
+//   Expand   for each 16-row tile of the panel: lora_b [16, chosen ranks] times the hidden, a partial sum for the epilogue
 #pragma once
 #include "cp_async.cuh"
 #include "mma.cuh"
@@ -24,7 +28,9 @@ enum { kMultiplying = 1, kHelping = 2, kSummed = 3 };
 // in which the shrink is shared out.
 __host__ __device__ inline int splits_of(int in_features) { return (in_features + kSlice * kWarps - 1) / (kSlice * kWarps); }
 __host__ __device__ inline int splits_each(int in_features) { return (splits_of(in_features) + kMostParts - 1) / kMostParts; }
-__host__ __device__ inline int parts_of(int in_features) { return (splits_of(in_features) + splits_each(in_features) - 1) / splits_each(in_features); }
+__host__ __device__ inline int parts_of(int in_features) {
+  return (splits_of(in_features) + splits_each(in_features) - 1) / splits_each(in_features);
+}
 
 // The hidden of the whole group, by the helpers and straight from A: for when blocks that hold a part of it do not come, because
 // another stream's blocks, which may be waiting for the same reason, keep them from a multiprocessor.
@@ -39,7 +45,8 @@ template <class E> __device__ __noinline__ void shrink_alone(const GroupParams &
       const E *x = static_cast<const E *>(p.g.x) + int64_t(entry / p.g.top_k) * in;
       float sum = 0.f;
       for (int k = lane * 2; k < in; k += 64) {
-        const float2 fa = unpack2<E>(*reinterpret_cast<const uint32_t *>(a + k)), fx = unpack2<E>(*reinterpret_cast<const uint32_t *>(x + k));
+        const float2 fa = unpack2<E>(*reinterpret_cast<const uint32_t *>(a + k)),
+                     fx = unpack2<E>(*reinterpret_cast<const uint32_t *>(x + k));
         sum += fa.x * fx.x + fa.y * fx.y;
       }
       sum = warp_sum(sum);
@@ -48,7 +55,9 @@ template <class E> __device__ __noinline__ void shrink_alone(const GroupParams &
   }
 }
 
-__device__ __forceinline__ float4 operator+(const float4 &a, const float4 &b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+__device__ __forceinline__ float4 operator+(const float4 &a, const float4 &b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
 
 // Which tile of all experts' A: of which linear, beginning with which row.
 struct ShrinkTile {
@@ -68,7 +77,10 @@ template <class E, class Shape, int NT> struct Shrink {
   uint4 w[kChunks][2], x[kChunks][NT];
 
   __device__ __forceinline__ Shrink(const GroupParams &params, int number)
-      : p(params), part(number), first(number * splits_each(p.g.in_features)), last(min(first + splits_each(p.g.in_features), splits_of(p.g.in_features))) {}
+      : p(params),
+        part(number),
+        first(number * splits_each(p.g.in_features)),
+        last(min(first + splits_each(p.g.in_features), splits_of(p.g.in_features))) {}
 
   __device__ __forceinline__ void load(const ShrinkTile &at, int split) {
     const int helper = (threadIdx.x - kThreads) / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, in = p.g.in_features;
@@ -129,7 +141,8 @@ template <class E, class Shape, int NT> struct Shrink {
         const int entry = token * top_k + j;
         if (ids[entry] != row / rank) continue;
         const float gate = gates[entry] * item.scaling;
-        *reinterpret_cast<float4 *>(sums + int64_t(entry) * rank + row % rank) = make_float4(gate * total.x, gate * total.y, gate * total.z, gate * total.w);
+        *reinterpret_cast<float4 *>(sums + int64_t(entry) * rank + row % rank) =
+            make_float4(gate * total.x, gate * total.y, gate * total.z, gate * total.w);
       }
     }
     barrier(kHelping, kHelperThreads);
@@ -138,9 +151,8 @@ template <class E, class Shape, int NT> struct Shrink {
 };
 
 // The helpers: the hidden of the block's linears, once `published` blocks have published theirs.
-template <class E>
-__device__ __forceinline__ void collect(const GroupParams &p, int published, int parts, int first_tile, int n_tiles, const short *ids, E *hidden,
-                                        volatile bool &there) {
+template <class E> __device__ __forceinline__ void collect(const GroupParams &p, int published, int parts, int first_tile, int n_tiles,
+                                                           const short *ids, E *hidden, volatile bool &there) {
   const int thread = threadIdx.x - kThreads;
   if (thread == 0) {
     long long start, now;
@@ -215,7 +227,8 @@ template <class E, class Shape, int NT> struct Expand {
     for (int c = 0; c < kFirst; ++c)
       if (c < experts.chunks) load(c, ids, b[c]);
   }
-  __device__ __forceinline__ void multiply(int chunk, const short *ids, const Slots &slots, const uint4 (&up)[2], float (&sum)[NT][4]) const {
+  __device__ __forceinline__ void multiply(int chunk, const short *ids, const Slots &slots, const uint4 (&up)[2],
+                                           float (&sum)[NT][4]) const {
     const ExpertColumns::Unit unit = experts.unit_of(chunk, ids);
     uint4 h[NT];
     if (experts.by_pair || !slots.useful) {

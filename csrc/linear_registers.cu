@@ -1,13 +1,18 @@
-// The few-token linear for what linear_streaming.cu does not take or is slower at: more than a couple of tokens, in_features
-// not divisible by 32, and the delta alone (no weight to stream). Base weight, bias and experts of a whole group of linears in one launch, on tensor cores (mma.cuh).
+// Linear with experts for 1 to 32 tokens, weights loaded straight into registers: out = x weight^T + bias + base + experts.
 //
-// A block owns 16 * MT rows of one weight, its eight warps split the input features, partial sums meet in shared memory.
-// Weights go from memory straight into registers, U chunks ahead of their use.
+//   x [tokens, in]   weight [out, in]   bias [out]   experts, gates [tokens, top_k]   out [tokens, out]
+//   lora_a [E, rank, in]   lora_b [E, out, rank]   hidden [tokens, top_k, rank]
+//   dtypes: float16, bfloat16, accumulated in float32; in and rank divisible by 8
+//   tile: 16 * MT rows of one weight by 8 * NT tokens; block: 8 warps, each with its share of the input features (split-K inside
+//   the block: partial sums meet in shared memory); grid: the row tiles of all linears of the group
+//   shared memory: 8 partial tiles in float32; before that, the hidden
 //
-// The first blocks of the grid own rows of A instead: all experts' A, one under the other, times all tokens is the shrink. Each
-// takes a part of the features only, so that they are done long before the others, who wait for them at the end of their
-// own rows. Blocks begin in the order of their index, and those with rows of A wait for nobody, so nobody waits for a block
-// that cannot begin.
+// For what linear_streaming.cu and linear_persistent.cu do not take or are slower at: in_features not divisible by 32, a hidden that
+// is too large for them, and the experts alone, without a weight (`ls_item.weight` NULL).
+//
+// The shrink runs in the first blocks of the grid: their tiles are rows of lora_a (of all experts, as one matrix) times all tokens,
+// with split-K over kSplits blocks so that they are done long before the other blocks, which wait for them in their epilogue. Blocks
+// start in the order of their index, and those with rows of lora_a wait for nobody: no block waits for one that cannot start.
 #include "mma.cuh"
 
 namespace ls {
@@ -17,7 +22,8 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
 
 // sum = A[row] x[token] over one part of the features, `row` of all experts' A: for every entry that chose that expert.
-__device__ __forceinline__ void store_hidden(const GroupParams &p, int item_index, const short *ids, int token, int row, int split, float sum) {
+__device__ __forceinline__ void store_hidden(const GroupParams &p, int item_index, const short *ids, int token, int row, int split,
+                                             float sum) {
   const ls_item &item = p.g.items[item_index];
   float *hidden = static_cast<float *>(p.g.hidden) + split * p.hidden_elements + p.hidden[item_index];
   for (int j = 0; j < p.g.top_k; ++j) {
@@ -27,8 +33,8 @@ __device__ __forceinline__ void store_hidden(const GroupParams &p, int item_inde
 }
 
 // NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered).
-template <class E, int NT, int MT, int U>
-__global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const __grid_constant__ GroupParams p) {
+template <class E, int NT, int MT, int U> __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2)
+    linear_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
   __shared__ __align__(16) float partial[kWarps][8 * NT][kRows + 4];  // and before that, the hidden
   static_assert(sizeof(partial) >= kHiddenInside * sizeof(E), "the hidden needs room");
@@ -77,8 +83,7 @@ __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2) linear_kernel(const
 #pragma unroll
       for (int m = 0; m < MT; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          v[u][m][h] = inside ? load_static(weight + int64_t(row[m][h]) * in + (c0 + u) * kChunk) : zero;
+        for (int h = 0; h < 2; ++h) v[u][m][h] = inside ? load_static(weight + int64_t(row[m][h]) * in + (c0 + u) * kChunk) : zero;
     }
   };
   auto load_inputs = [&](int c0, uint4(&v)[U][NT]) {

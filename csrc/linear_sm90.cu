@@ -1,12 +1,17 @@
-// The linears of a group with their experts for many tokens, on GPUs of compute capability 9.0: one launch as fast as a library's,
-// in which the experts are more input features. After [W] x comes [B_0 | B_1 | ...] hidden, the hidden of all experts times their
-// gates (shrink_sm90.cu): with 8 experts of rank 8 one step of 64 features after the 64 steps of a layer of 4,096, and no trip to
-// memory for the sum of both.
+// GEMM with experts for many tokens on sm_90a (WGMMA, TMA, clusters): out = [x | hidden] [weight | lora_b]^T + bias.
 //
-// A block has a tile of 128 tokens and 128 or 256 outputs at a time: one warp has the tiles of x and of the weight copied into a
-// ring of shared memory, eight others multiply, 64 tokens each four of them. Two blocks are a cluster: they have the same outputs,
-// and each brings half of their weights for both. Tiles of all linears of the group are shared out over as many blocks as run at
-// once.
+//   x [tokens, in]   weight [out, in]   lora_b [E, out, rank]   bias [out]   out [tokens, out]
+//   hidden [tokens, width]: of all experts, times their gates, 0 where a token did not choose; each linear's E * rank columns padded
+//   to a multiple of 64 (shrink_sm90.cu, or this kernel with kShrink)
+//   dtypes: float16, bfloat16, accumulated in float32; in, out and rank divisible by 8, pointers aligned to 16 bytes
+//   tile: 128 tokens by kOutputs (128 or 256) outputs, K in steps of 64
+//   cluster: 2 blocks with the same outputs and neighbouring tokens; each loads half of the weight tile for both (TMA multicast)
+//   block: 384 threads: one producer warp (TMA) in the first warpgroup, two consumer warpgroups (WGMMA), 64 tokens each
+//   grid: persistent, one block a multiprocessor; pairs of tiles of all linears of the group are shared out
+//   shared memory: a ring of stages (x tile and weight tile, 128-byte swizzle), 192 KB; kShrink: gates of the tile's tokens
+//
+// The experts are more of the inner dimension K: with 8 experts of rank 8 one step after the 64 steps of in = 4096, and no trip to
+// memory for a sum of two results. kShrink: weight is lora_a of all experts, and the epilogue multiplies by the gates instead.
 #include "sm90.cuh"
 #include "mma.cuh"
 
@@ -78,7 +83,8 @@ template <int kOutputs> __device__ __forceinline__ Tile tile_of(const LinearSm90
 }
 
 // kShrink: the columns are ranks of experts, and the result is multiplied by their gates.
-template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__(kThreads, 1) linear_sm90_kernel(const __grid_constant__ LinearSm90Params p) {
+template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__(kThreads, 1)
+    linear_sm90_kernel(const __grid_constant__ LinearSm90Params p) {
 #ifdef LS_HAS_SM90A
   constexpr int kWeightBytes = kOutputs * kFeatures * 2, kStageBytes = kInputBytes + kWeightBytes, kStages = kRingBytes / kStageBytes;
   extern __shared__ __align__(16) unsigned char raw[];
@@ -138,7 +144,8 @@ template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__
       for (int step = 0; step < steps; ++step) {
         const uint32_t x = ring + place.stage * kStageBytes, weight = x + kInputBytes;
         const bool swizzled = step < p.steps || linear.units_each % kUnits == 0;
-        const uint64_t a = swizzled_matrix(x + group * (kInputBytes / 2)), b = swizzled ? swizzled_matrix(weight) : unit_matrix(weight, kOutputs);
+        const uint64_t a = swizzled_matrix(x + group * (kInputBytes / 2)),
+                       b = swizzled ? swizzled_matrix(weight) : unit_matrix(weight, kOutputs);
         const int on = swizzled ? 32 >> 4 : 2 * kOutputs * 16 >> 4;
         mbarrier_wait(full + place.stage * 8, place.parity);
         hold(sums);
@@ -298,7 +305,12 @@ int launch_shrink_many_ranks(GroupParams &params, void *stream) {
   for (int i = 0; i < g.n_items; ++i) {
     const ls_item &item = g.items[i];
     weights[i] = item.lora_a, rows[i] = g.num_experts * item.rank;
-    p.linears[i] = Linear{static_cast<uint16_t *>(g.hidden) + params.hidden[i], nullptr, steps_of(g, item) * kFeatures, 0, item.rank / kUnit, 0,
+    p.linears[i] = Linear{static_cast<uint16_t *>(g.hidden) + params.hidden[i],
+                          nullptr,
+                          steps_of(g, item) * kFeatures,
+                          0,
+                          item.rank / kUnit,
+                          0,
                           item.scaling};
   }
   return launch_many<true>(p, g, weights, rows, stream);

@@ -1,13 +1,20 @@
-// The few-token linear as a stream of weights: base weight, bias and experts of a whole group of linears in one launch.
+// Linear with experts for 1 or 2 tokens (up to 8 in tests), weights streamed through shared memory: out = x weight^T + bias + base +
+// experts.
 //
-// As many blocks as fit. The rows of all linears of the group, put end to end, are dealt out evenly, to the row. Each
-// warp keeps its own ring of shared-memory stages filled with asynchronous copies, across the borders of tiles and linears,
-// and multiplies what has arrived on tensor cores (mma.cuh): no barrier between warps but one for each tile, when their
-// partial sums meet.
+//   x [tokens, in]   weight [out, in]   bias [out]   experts, gates [tokens, top_k]   out [tokens, out]
+//   lora_a [E, rank, in]   lora_b [E, out, rank]   hidden [tokens, top_k, rank]
+//   dtypes: float16, bfloat16, accumulated in float32; in divisible by 32, rank by 8
+//   grid: as many blocks as run at once. The rows of all weights of the group, end to end, are dealt out evenly to the row, so no
+//   block is left with a short last wave; a block goes over its rows in tiles of 16 * MT rows by 8 * NT tokens
+//   block: 8 warps with a share of the input features each (split-K inside the block) and 1 warp for the shrink
+//   shared memory: for each of the 8 warps a ring of STAGES stages (16 * MT rows of 64 features), filled by cp.async; partial sums;
+//   the hidden; with SINGLE, x
 //
-// The shrink is done meanwhile by a warp more in each block, so that no ring runs dry: these warps draw rows of the chosen
-// experts' A until there are none left, then fetch the hidden, which the others need at the end of their first tile. They wait
-// for each other only when every row has been drawn, by a warp that is running: so nobody waits for a block that cannot begin.
+// A warp's ring runs on across the borders of tiles and linears. The only barrier is one for each tile, where partial sums meet.
+//
+// The shrink: the ninth warps of all blocks draw elements of the hidden (a row of a chosen expert's lora_a each) from a counter until
+// none is left, publish them as words that hold value and flag, then collect all of them; the other warps need them in the epilogue
+// of their first tile. A warp waits only for elements that a running warp has drawn: no block waits for one that cannot start.
 #include "cp_async.cuh"
 #include "mma.cuh"
 
@@ -16,7 +23,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that stream weights; one warp more shrinks
 constexpr int kSlice = 64;  // features of one stage: a 128-byte line of each row
-constexpr int kStages = 5;  // of each warp's ring: measured, csrc/README.md
+constexpr int kStages = 5;  // of each warp's ring: measured, docs/kernel_log.md
 constexpr int kMostTokens = 8;
 constexpr int kIds = kMostTokens * LS_MAX_TOP_K;
 
@@ -139,7 +146,10 @@ template <class E, bool SINGLE> __device__ __forceinline__ void shrink(const Gro
   for (int i = lane * 4; i < p.hidden_elements; i += 32 * 4) {
     uint4 v;
     do {
-      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(words + i) : "memory");
+      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(words + i)
+                   : "memory");
     } while (!(v.x && v.y && v.z && v.w));
     copy[i / 4] = make_uint2((v.x & 0xffff) | v.y << 16, (v.z & 0xffff) | v.w << 16);
   }
@@ -150,8 +160,8 @@ template <class E, bool SINGLE> __device__ __forceinline__ void shrink(const Gro
 }
 
 // NT tiles of 8 tokens, MT tiles of 16 rows, STAGES stages of a warp's ring. SINGLE: one token, its x in shared memory.
-template <class E, int NT, int MT, int STAGES, bool SINGLE>
-__global__ void __launch_bounds__(kThreads + 32, 2) linear_streaming_kernel(const __grid_constant__ GroupParams p) {
+template <class E, int NT, int MT, int STAGES, bool SINGLE> __global__ void __launch_bounds__(kThreads + 32, 2)
+    linear_streaming_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
   constexpr int kBuffers = NT * MT > 2 ? 1 : 2;  // two spare a barrier a tile, where shared memory allows
   extern __shared__ __align__(128) unsigned char raw[];
@@ -255,7 +265,8 @@ __global__ void __launch_bounds__(kThreads + 32, 2) linear_streaming_kernel(cons
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (n * 8 + t * 2 + i % 2 < (SINGLE ? 1 : tokens)) partial[buffer][warp][n * 8 + t * 2 + i % 2][m * 16 + i / 2 * 8 + g] = acc[m][n][i];
+          if (n * 8 + t * 2 + i % 2 < (SINGLE ? 1 : tokens))
+            partial[buffer][warp][n * 8 + t * 2 + i % 2][m * 16 + i / 2 * 8 + g] = acc[m][n][i];
     barrier(kWeights, kThreads);
     for (int i = threadIdx.x; i < kRows * tokens; i += kThreads) {
       const int r = i % kRows, token = i / kRows;

@@ -148,9 +148,8 @@ int ls_driver_version(int *version);
 
 /* Softmax of float32 logits over experts, then the top_k of them, ids ascending among equals, gates summing to 1 if
  * normalize. x [tokens, in] of x_dtype, router [num_experts, in] of router_dtype. One launch. */
-int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens, int32_t in_features,
-              int32_t num_experts, int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype,
-              int32_t device, void *stream);
+int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens, int32_t in_features, int32_t num_experts,
+              int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream);
 
 /* Hands `bytes` of zeroed device memory to the library, 16-byte aligned: counters and words by which the blocks of a launch
  * tell each other that the shrink is done. It must stay allocated for as long as anything is launched. Once per device: a

@@ -1,10 +1,17 @@
-// Merge: the chosen experts of one token into the weights of every adapted linear of a model, one launch.
+// Merge: weight = source + scaling * (sum_j gates[j] lora_b[e_j] lora_a[e_j] - the same of the last token), for all linears of a model,
+// one launch.
 //
-// Bytes: each adapted weight read and written once (25.9 GB for the seven linears of Llama-2-7B in bf16) plus a few
-// megabytes of experts: nothing but memory traffic, as long as the low-rank product hides behind it. That product runs
-// on tensor cores with the weight's columns as the M side and its rows as the N side, the columns of four 16-column
-// fragments interleaved so that a lane's accumulators are eight neighbouring columns of two rows: 16-byte loads of the
-// source and 16-byte stores, each warp instruction four full 128-byte lines. The accumulators start from the source.
+//   weight, source [out, in] or [in, out]   lora_a [E, rank, in]   lora_b [E, out, rank]   experts, gates [top_k], of one token
+//   dtypes: float32, float16, bfloat16; the update is accumulated in float32 and rounded once
+//   grid: tiles of 512 rows by 256 columns of all weights; block: 8 warps, each with strips of 64 columns
+//   merge_narrow_kernel: few ranks in all, lora_a stays in registers, no shared memory; merge_wide_kernel: more, fragments of lora_a in
+//   up to 88 KB of shared memory; merge_generic_kernel: float32, odd sizes
+//
+// Bytes: each adapted weight read and written once (25.9 GB for the seven linears of Llama-2-7B in bf16) plus a few megabytes of
+// experts: nothing but memory traffic, as long as the low-rank product hides behind it. That product runs on tensor cores with the
+// weight's columns as M and its rows as N, the columns of four 16-column fragments interleaved, so that a lane's accumulators are
+// eight neighbouring columns of two rows: 16-byte loads of the source and 16-byte stores, four full 128-byte lines a warp instruction.
+// The accumulators start from the source.
 #include "mma.cuh"
 
 namespace ls {
@@ -50,8 +57,7 @@ __device__ __forceinline__ Tile find_tile(const ls_merge_item &item, int rows, i
 // The source, read once: past L1. Coherent, because in place it is what the last merge wrote.
 __device__ __forceinline__ uint4 load_source(const void *p) {
   uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 // Rows of A and B: kept in L1, because the warps of a block share them.
@@ -63,7 +69,7 @@ __device__ __forceinline__ void load_expert(const void *p, uint2 &v) {
 }
 // The result, not needed again soon.
 __device__ __forceinline__ void store_weight(void *p, const uint4 &v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
 }
 
 // Of 64 columns, lane (g, t) = (lane / 4, lane % 4) holds columns 8g .. 8g+7 of rows 2t and 2t+1 of a step of eight rows.
@@ -100,8 +106,7 @@ template <class E> __device__ __forceinline__ void scale(uint32_t lo, uint32_t h
 
 // 16-bit [out, in] weights, in % 8 == 0, rank % 8 == 0, 16-byte aligned; HALVES * 16 ranks, of all experts, at most.
 // A stays in registers; the rows stream by, the next kRing steps of a warp on their way. No barrier.
-template <class E, int HALVES>
-__global__ void __launch_bounds__(kThreads, 2) merge_narrow_kernel(const __grid_constant__ ls_merge_args p) {
+template <class E, int HALVES> __global__ void __launch_bounds__(kThreads, 2) merge_narrow_kernel(const __grid_constant__ ls_merge_args p) {
   constexpr int kRing = 4 - (HALVES - 1);  // steps of eight rows whose source is on its way: what registers hold
   using Raw = typename std::conditional<HALVES == 2, uint4, uint2>::type;  // this lane's ranks of a row of B
   const ls_merge_item item = p.items[p.tile_item[blockIdx.x]];
@@ -184,9 +189,8 @@ struct alignas(8) Unit {
 
 // Fragments of A for `strips` strips from column0 on and `count` times 32 ranks, in the order in which mma takes them: of a
 // strip, of 32 ranks, of a half of those (four ranks of each unit), of an accumulator, of a lane.
-template <class E>
-__device__ __forceinline__ void fill_fragments(uint4 *fragments, const Unit *units, const ls_merge_item &item, int column0,
-                                               int strips, int count) {
+template <class E> __device__ __forceinline__ void fill_fragments(uint4 *fragments, const Unit *units, const ls_merge_item &item,
+                                                                  int column0, int strips, int count) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 2
   for (int i = threadIdx.x / 32; i < strips * count * 2; i += kWarps) {
@@ -209,8 +213,7 @@ __device__ __forceinline__ void fill_fragments(uint4 *fragments, const Unit *uni
 // The same for any rank. A waits in shared memory for all rows of the tile; each of its fragments, once loaded, serves
 // kGroup * 8 rows. If the ranks of all experts do not fit for the whole tile, for half or a quarter of its columns at a
 // time, and if not even then, chunks of them pass by for every group of rows.
-template <class E>
-__global__ void __launch_bounds__(kThreads, 2) merge_wide_kernel(const __grid_constant__ ls_merge_args p) {
+template <class E> __global__ void __launch_bounds__(kThreads, 2) merge_wide_kernel(const __grid_constant__ ls_merge_args p) {
   extern __shared__ uint4 fragments[];
   __shared__ Unit units[kMaxUnits];
   const ls_merge_item item = p.items[p.tile_item[blockIdx.x]];
@@ -369,8 +372,8 @@ LS_EXPORT int64_t ls_merge_tiles(int32_t rows, int32_t columns) {
 
 LS_EXPORT int ls_merge_is_fast(const ls_merge_item *item, int32_t dtype) {
   return dtype != LS_FLOAT32 && !item->transposed && item->in_features % 8 == 0 && item->rank > 0 && item->rank % 8 == 0 &&
-         int64_t(item->out_features) * item->rank <= 0x7fffffff && ls::aligned16(item->weight) &&
-         ls::aligned16(item->source) && ls::aligned16(item->lora_a) && ls::aligned16(item->lora_b);
+         int64_t(item->out_features) * item->rank <= 0x7fffffff && ls::aligned16(item->weight) && ls::aligned16(item->source) &&
+         ls::aligned16(item->lora_a) && ls::aligned16(item->lora_b);
 }
 
 LS_EXPORT int ls_merge(const ls_merge_args *args, void *stream) {

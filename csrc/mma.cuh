@@ -1,8 +1,8 @@
-// Tensor-core fragments of the few-token linear, shared by linear_streaming.cu and linear_registers.cu.
+// mma.sync fragments for few tokens, shared by the linear kernels; and the experts as more columns of the inner dimension.
 //
-// Rows of a weight are the M side, tokens the N side. The sum over input features may be taken in any order, so a lane
-// takes 16 contiguous bytes (8 features) of row g = lane / 4 at feature 8 (lane % 4), of each 32, and uses them as its
-// part of two k16 fragments: no shuffle between memory and the tensor core.
+// Rows of a weight are M, tokens are N. The sum over input features may be taken in any order, so a lane takes 16 contiguous bytes (8
+// features) of row g = lane / 4 at feature 8 (lane % 4), of each 32, and uses them as its part of two k16 fragments: no shuffle between
+// memory and the tensor core.
 #pragma once
 #include "group.cuh"
 
@@ -11,17 +11,19 @@ namespace ls {
 constexpr int kUnit = 8;    // features in one 16-byte load
 constexpr int kChunk = 32;  // features the four lanes of a row load at once
 
-template <class E> __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                       uint32_t b0, uint32_t b1);
-template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                      uint32_t b0, uint32_t b1) {
+template <class E>
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma<bf16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-template <> __device__ __forceinline__ void mma<fp16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                      uint32_t b0, uint32_t b1) {
+template <>
+__device__ __forceinline__ void mma<fp16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // 32 features of 16 rows (this lane's: rows g and g + 8) times 32 features of 8 tokens (this lane's: token g).
@@ -33,8 +35,10 @@ template <class E> __device__ __forceinline__ void mma32(float (&c)[4], const ui
 // Between two lanes: `high` of the lower one for `low` of the upper one.
 __device__ __forceinline__ void exchange(uint32_t &low, uint32_t &high, int distance, bool upper) {
   const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
-  if (upper) low = got;
-  else high = got;
+  if (upper)
+    low = got;
+  else
+    high = got;
 }
 // Of four neighbouring lanes, the t-th gets the t-th words of all.
 __device__ __forceinline__ void transpose(uint4 &v, int t) {
@@ -136,8 +140,7 @@ __device__ __forceinline__ void read_ids(const GroupParams &p, short *ids, int t
   for (int i = thread; i < p.g.tokens * p.g.top_k; i += threads) ids[i] = valid_id(p, i);
 }
 
-template <class E>
-__device__ __forceinline__ void store_result(const ls_item &item, int token, int row, float sum) {
+template <class E> __device__ __forceinline__ void store_result(const ls_item &item, int token, int row, float sum) {
   const int64_t at = int64_t(token) * item.out_features + row;
   if (item.bias) sum += to_float(static_cast<const E *>(item.bias)[row]);
   if (item.base) sum += to_float(static_cast<const E *>(item.base)[at]);

@@ -1,9 +1,9 @@
-// Which launches may begin before their predecessor has ended: those that a stream captures right behind another of ours. Host
-// code only.
+// Programmatic dependent launch (PDL): which launches may start before their predecessor has ended. Host code only.
 //
-// Between two of our launches a programmatic edge saves 10 % (csrc/README.md: linears alone). Behind a launch of somebody
-// else, which never lets its successor begin early, it saves nothing, and a graph with such edges may take the host longer to
-// launch. Outside of a capture nobody can say what came before, and the host is slower than the GPU anyway.
+// Those that a stream captures right behind another launch of this library. Between two of ours a programmatic edge saves 10 %
+// (the linears alone, docs/kernel_log.md). Behind a launch of somebody else, which never lets its successor start early, it saves
+// nothing, and a graph with such edges may take the host longer to launch. Outside of a capture nobody can say what came before, and
+// the host is slower than the GPU anyway.
 #include "common.cuh"
 
 namespace ls {

@@ -1,7 +1,12 @@
-// Router: logits, softmax and top-k of one token in one block; one launch for all tokens.
+// Router: experts, gates = top_k(softmax(x router^T)), one launch for all tokens.
 //
-// Bytes: the router (experts x in, 64 KB at 8 x 4096 in bf16) once from memory, then from L2 for every further token.
-// The time is the launch and one round trip to memory, so the only care taken is many loads in flight.
+//   x [tokens, in]   router [E, in]   experts int64 [tokens, top_k]   gates float32 [tokens, top_k]
+//   dtypes of x and router: float32, float16, bfloat16, independently; logits, softmax and gates are float32
+//   grid: a block of 8 warps for each token; a warp computes the logits of every eighth expert, warp 0 the softmax and top-k
+//   shared memory: 256 logits
+//
+// Bytes: the router once from memory (64 KB for 8 experts at in = 4096, bf16), then from L2 for every further token. What takes
+// the time is the launch and one round trip to memory, so many loads are in flight and nothing else is done about speed.
 #include "common.cuh"
 
 namespace ls {
@@ -26,8 +31,7 @@ template <class E> __device__ __forceinline__ float4 load4(const E *p) {
   }
 }
 
-template <class X, class R, int VEC>
-__global__ void __launch_bounds__(kThreads) router_kernel(const __grid_constant__ RouterParams p) {
+template <class X, class R, int VEC> __global__ void __launch_bounds__(kThreads) router_kernel(const __grid_constant__ RouterParams p) {
   __shared__ float logits[LS_MAX_EXPERTS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t token = blockIdx.x;
@@ -122,11 +126,11 @@ template <class X> int dispatch_router(const RouterParams &p, int router_dtype, 
 }  // namespace
 }  // namespace ls
 
-LS_EXPORT int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens,
-                        int32_t in_features, int32_t num_experts, int32_t top_k, int32_t normalize, int32_t x_dtype,
-                        int32_t router_dtype, int32_t device, void *stream) {
-  if (tokens < 0 || in_features < 1 || num_experts < 1 || num_experts > LS_MAX_EXPERTS || top_k < 1 ||
-      top_k > LS_MAX_TOP_K || top_k > num_experts)
+LS_EXPORT int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens, int32_t in_features,
+                        int32_t num_experts, int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype, int32_t device,
+                        void *stream) {
+  if (tokens < 0 || in_features < 1 || num_experts < 1 || num_experts > LS_MAX_EXPERTS || top_k < 1 || top_k > LS_MAX_TOP_K ||
+      top_k > num_experts)
     return LS_ERROR_ARGUMENT;
   if (tokens == 0) return 0;
   if (!x || !router || !experts || !gates) return LS_ERROR_POINTER;

@@ -1,7 +1,13 @@
-// Shrink: hidden[t, j, :] = scaling * gates[t, j] * lora_a[e] x[t], e = experts[t, j], for every linear of a group.
+// Shrink: hidden[t, j] = scaling * gates[t, j] * lora_a[e] x[t] with e = experts[t, j], for every linear of a group.
 //
-// As a launch of its own, where the launch that needs the hidden cannot do it itself. Small (128 KB for two experts of rank 8
-// at 4096) and on the critical path, so it is spread over many small blocks.
+//   x [tokens, in]   lora_a [E, rank, in]   hidden [tokens, top_k, rank], one behind the other for the linears
+//   dtypes: float32, float16, bfloat16; sums are float32
+//   grid: (rows of all linears' hidden for one token / ROWS, tokens); block: 8 warps, each an eighth of the input features;
+//   ROWS is 8 where there are many rows (they share their reads of x), else 1
+//   shared memory: one partial sum for each warp and row
+//
+// A launch of its own, for the linear kernels that cannot do the shrink inside (see can_shrink_inside() in api.cu). It reads little
+// (128 KB for two experts of rank 8 at in = 4096) and the next launch waits for it, so it is spread over many small blocks.
 #include "group.cuh"
 
 namespace ls {
@@ -11,8 +17,7 @@ constexpr int kThreads = 256;
 constexpr int kAhead = 2;  // loads of x in flight before the expert is known
 
 // sum[r] += eight features of x times those of row r of a.
-template <class E, int ROWS>
-__device__ __forceinline__ void add(float (&sum)[ROWS], const uint4 &xv, const E *a, int in, int i) {
+template <class E, int ROWS> __device__ __forceinline__ void add(float (&sum)[ROWS], const uint4 &xv, const E *a, int in, int i) {
   const float2 x0 = unpack2<E>(xv.x), x1 = unpack2<E>(xv.y), x2 = unpack2<E>(xv.z), x3 = unpack2<E>(xv.w);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -24,8 +29,7 @@ __device__ __forceinline__ void add(float (&sum)[ROWS], const uint4 &xv, const E
 }
 
 // One block: ROWS rows of one expert of one token. VEC elements a load.
-template <class E, int VEC, int ROWS>
-__global__ void __launch_bounds__(kThreads) shrink_kernel(const __grid_constant__ GroupParams p) {
+template <class E, int VEC, int ROWS> __global__ void __launch_bounds__(kThreads) shrink_kernel(const __grid_constant__ GroupParams p) {
   __shared__ float partial[kThreads / 32][ROWS];
   const int item_index = find_item(p, blockIdx.x);
   const ls_item &item = p.g.items[item_index];
@@ -55,8 +59,7 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(const __grid_constant_
       for (int n = 0; n < kAhead; ++n)
         if (const int i = (n * kThreads + threadIdx.x) * 8; i < in) add<E, ROWS>(sum, ahead[n], a, in, i);
 #pragma unroll 4
-      for (int i = (kAhead * kThreads + threadIdx.x) * 8; i < in; i += kThreads * 8)
-        add<E, ROWS>(sum, load_shared_input(x + i), a, in, i);
+      for (int i = (kAhead * kThreads + threadIdx.x) * 8; i < in; i += kThreads * 8) add<E, ROWS>(sum, load_shared_input(x + i), a, in, i);
     } else {
 #pragma unroll 4
       for (int i = threadIdx.x; i < in; i += kThreads) {

@@ -1,10 +1,17 @@
-// The shrink for many tokens and few ranks, on GPUs of compute capability 9.0: the hidden of all experts of a group of linears,
-// times their gates and zero where a token did not choose, as linear_sm90.cu takes it: [tokens, columns], those of each linear
-// experts * rank rounded up to 64. One launch. (The hidden of many ranks is a product as large as a linear's: linear_sm90.cu makes it.)
+// Shrink for many tokens and few ranks on sm_90a (WGMMA, TMA, clusters): hidden = gates * (x lora_a^T), for linear_sm90.cu.
 //
-// A block has 64 tokens and up to four times 64 columns, and a share of the features: the blocks of a cluster have one each, and
-// add up their sums through each other's shared memory at the end. Four warps multiply, one has tiles copied. Two blocks fit on a
-// multiprocessor: clusters of large blocks would not all find room at once.
+//   x [tokens, in]   lora_a [E * rank, in] for each linear   experts, gates [tokens, top_k]
+//   hidden [tokens, width]: of all experts, times scaling and gate, 0 where a token did not choose; each linear's E * rank columns
+//   padded to a multiple of 64
+//   dtypes: float16, bfloat16, accumulated in float32
+//   tile: 64 tokens by kGroups (1 to 4) times 64 columns, K in steps of 64
+//   grid: (shares of the features, token tiles, column tiles); cluster: the shares of one tile (split-K), whose partial sums meet
+//   through each other's shared memory (DSMEM)
+//   block: 160 threads: four consumer warps (WGMMA), one producer warp (TMA); two blocks a multiprocessor, because clusters of larger
+//   blocks would not all find room at once
+//   shared memory: a ring of stages of 96 KB; afterwards, the partial sums
+//
+// With more columns (api.cu: kFewColumns) the shrink is a GEMM as large as a linear's, and linear_sm90.cu makes it.
 #include "sm90.cuh"
 #include "mma.cuh"
 
@@ -39,7 +46,8 @@ struct ShrinkSm90Params {
   int n_items, tokens, top_k, num_experts, steps;
 };
 
-template <class E, int kGroups> __global__ void __launch_bounds__(kThreads, 2) shrink_sm90_kernel(const __grid_constant__ ShrinkSm90Params p) {
+template <class E, int kGroups> __global__ void __launch_bounds__(kThreads, 2)
+    shrink_sm90_kernel(const __grid_constant__ ShrinkSm90Params p) {
 #ifdef LS_HAS_SM90A
   constexpr int kStages = stages_of(kGroups), kStageBytes = stage_bytes(kGroups), kStride = sums_stride(kGroups);
   extern __shared__ unsigned char raw[];

@@ -1,5 +1,5 @@
-// What GPUs of compute capability 9.0 alone have (sm_90a): products of four warps straight from shared memory, tiles that the copy
-// engine brings by a map of the tensor, barriers that it reports to, and blocks that work as a cluster.
+// What sm_90a alone has: WGMMA (products of a warpgroup straight from shared memory), TMA (tiles copied by a tensor map, with
+// multicast), and thread-block clusters.
 #pragma once
 #include <cuda.h>
 
@@ -39,8 +39,9 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
 }
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, int block) {
   asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}"
-      ::"r"(barrier), "r"(block) : "memory");
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
 }
 
 __device__ __forceinline__ void cluster_barrier() {
@@ -49,9 +50,10 @@ __device__ __forceinline__ void cluster_barrier() {
 // Four floats of another block's shared memory.
 __device__ __forceinline__ float4 load_remote(uint32_t address, int block) {
   float4 v;
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(block) : "memory");
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address), "r"(block)
+               : "memory");
   return v;
 }
 __device__ __forceinline__ int cluster_rank() {
@@ -71,23 +73,31 @@ template <int kStages> struct RingPlace {
 // Copies of a tile. What lies outside of the tensor is zero. `blocks`: a bit for each block of the cluster that gets it, at the
 // same addresses as this one.
 __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map),
-               "r"(c0), "r"(c1), "r"(barrier) : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+               "l"(&map), "r"(c0), "r"(c1), "r"(barrier)
+               : "memory");
 }
 __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int c0, int c1, uint16_t blocks) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(&map), "r"(c0), "r"(c1), "r"(barrier), "h"(blocks) : "memory");
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::
+          "r"(to),
+      "l"(&map), "r"(c0), "r"(c1), "r"(barrier), "h"(blocks)
+      : "memory");
 }
 __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int c0, int c1, int c2, uint16_t blocks) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(blocks) : "memory");
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], "
+      "%6;" ::"r"(to),
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(blocks)
+      : "memory");
 }
-__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int c0, int c1, int c2, int c3, uint16_t blocks) {
+__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int c0, int c1, int c2, int c3,
+                                          uint16_t blocks) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(
-          to), "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier), "h"(blocks) : "memory");
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], "
+      "%7;" ::"r"(to),
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier), "h"(blocks)
+      : "memory");
 }
 
 // The address within the block's memory: above it is the number of the block in its cluster.
@@ -109,29 +119,35 @@ template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wg
 
 // sums[4 i ...] (of row 16 w + g columns 8 i + 2 t and the next, then of row 16 w + g + 8; w: warp of the four, g: lane / 4,
 // t: lane % 4) += 16 features of 64 rows `a` times those of 2 N rows `b`; or = if not `add`.
-#define LS_8(i) \
-  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define LS_8(i)                                                                                                                    \
+  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), \
+      "+f"(sums[i + 7])
 #define LS_32(i) LS_8(i), LS_8(i + 8), LS_8(i + 16), LS_8(i + 24)
-#define LS_NAMES_32 \
+#define LS_NAMES_32                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LS_NAMES_64 \
-  LS_NAMES_32 \
+#define LS_NAMES_64                                                                  \
+  LS_NAMES_32                                                                        \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define LS_NAMES_128 \
-  LS_NAMES_64 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+#define LS_NAMES_128                                                                             \
+  LS_NAMES_64                                                                                    \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define LS_WGMMA(columns, type, names, a, b, add, ...) \
-  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names \
-               "}, " a ", " b ", adds, 1, 1, 0, 0;\n}" : __VA_ARGS__ : "l"(a_), "l"(b_), "r"(int(add_)))
-#define LS_WGMMAS(type) \
-  if constexpr (N == 32) LS_WGMMA("64", type, LS_NAMES_32, "%32", "%33", "%34", LS_32(0)); \
-  else if constexpr (N == 64) LS_WGMMA("128", type, LS_NAMES_64, "%64", "%65", "%66", LS_32(0), LS_32(32)); \
-  else LS_WGMMA("256", type, LS_NAMES_128, "%128", "%129", "%130", LS_32(0), LS_32(32), LS_32(64), LS_32(96))
+#define LS_WGMMA(columns, type, names, a, b, add, ...)                                                                                  \
+  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type \
+               " {" names "}, " a ", " b ", adds, 1, 1, 0, 0;\n}"                                                                       \
+               : __VA_ARGS__                                                                                                            \
+               : "l"(a_), "l"(b_), "r"(int(add_)))
+#define LS_WGMMAS(type)                                                           \
+  if constexpr (N == 32)                                                          \
+    LS_WGMMA("64", type, LS_NAMES_32, "%32", "%33", "%34", LS_32(0));             \
+  else if constexpr (N == 64)                                                     \
+    LS_WGMMA("128", type, LS_NAMES_64, "%64", "%65", "%66", LS_32(0), LS_32(32)); \
+  else                                                                            \
+    LS_WGMMA("256", type, LS_NAMES_128, "%128", "%129", "%130", LS_32(0), LS_32(32), LS_32(64), LS_32(96))
 template <class E, int N> __device__ __forceinline__ void wgmma(float (&sums)[N], uint64_t a_, uint64_t b_, bool add_) {
   static_assert(N == 32 || N == 64 || N == 128, "64, 128 or 256 columns");
   if constexpr (std::is_same_v<E, bf16>) {

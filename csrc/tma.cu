@@ -1,5 +1,6 @@
-// Maps of tensors, by which the copy engine of a GPU of compute capability 9.0 finds tiles; and whether the device is one. Host code.
-// The driver makes the maps: its function is looked up, not linked.
+// Tensor maps for TMA copies, and whether a device is an sm_90a. Host code only.
+//
+// cuTensorMapEncodeTiled of the driver makes the maps. It is looked up at run time, so that the library does not link libcuda.
 #include "sm90.cuh"
 
 namespace ls {

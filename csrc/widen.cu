@@ -1,8 +1,11 @@
-// Widen: B of all experts of a linear as one matrix, [E, out, r] -> [out, E * r], for a group of linears, one launch. With many
-// ranks the product of the hidden with this matrix is best left to a library, whose inner dimension it makes.
+// Widen: lora_b of all experts of a linear as one matrix, for every linear of a group, one launch.
 //
-// A thread copies some units of 16 bytes (eight ranks of one expert), neighbours in a row of the result beside each other: with
-// 64 ranks or more both sides are whole lines.
+//   lora_b [E, out, rank]  ->  out [out, E * rank]: out[o, e * rank + q] = lora_b[e, o, q]
+//   dtypes: float16, bfloat16; rank divisible by 8
+//   grid: blocks of 256 threads, each copies 4 units of 16 bytes (8 ranks of one expert), neighbours in a row of the result; no shared
+//   memory
+//
+// With many ranks the product of the hidden with this matrix is best left to cuBLAS, which wants it as the inner dimension.
 #include "common.cuh"
 
 namespace ls {
@@ -25,7 +28,8 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(const __grid_constant__
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
     const unsigned unit = first + k * kThreads, row = unit / width, column = unit - row * width, e = column / units_each;
-    if (unit < units) v[k] = load_static(static_cast<const uint4 *>(item.lora_b) + ((e * out + row) * units_each + column - e * units_each));
+    if (unit < units)
+      v[k] = load_static(static_cast<const uint4 *>(item.lora_b) + ((e * out + row) * units_each + column - e * units_each));
   }
 #pragma unroll
   for (int k = 0; k < kEach; ++k)

@@ -1,7 +1,7 @@
-// The counters that the blocks of a launch share, dealt out of the memory that the caller gave. Host code only.
+// Counters that the blocks of one launch share, dealt out of the device memory that ls_set_workspace() was given. Host code only.
 //
-// Launches of one stream run one after the other, so they may share. A captured launch keeps its own for good: graphs captured
-// on one stream may be replayed on two.
+// Launches of one stream run one after the other, so they share counters. A captured launch keeps its own for good: two graphs that
+// were captured on one stream may be replayed on two streams at once.
 #include "group.cuh"
 
 namespace ls {

@@ -1,4 +1,4 @@
-"""The linear layers of a decoder alone, in one CUDA graph: what csrc/README.md's table comes from.
+"""The linear layers of a decoder alone, in one CUDA graph: what docs/kernel_log.md comes from.
 
     python recipes/bench_linears.py [--shape llama-2-7b] [--layers 8] [--tokens 1 8 32] [--ranks 0 8] [--kernels 0 1 2]
 
