@@ -44,12 +44,12 @@ def report() -> str:
     if count == 0:
         lines.append("GPU: none")
     try:
-        lines.append(f"library: {kernels.LIBRARY.name}, {kernels.build_info()}")
+        lines.append(f"library: {kernels.loader.LIBRARY.name}, {kernels.build_info()}")
     except RuntimeError:
         lines.append("library: not loaded")
     reason = kernels.why_not()
     lines.append("kernels: available" if reason is None else f"kernels: NOT available: {reason}")
-    lines.append(f"{kernels.SWITCH}=0 in the environment turns them off")
+    lines.append(f"{kernels.loader.SWITCH}=0 in the environment turns them off")
     return "\n".join(lines)
 
 

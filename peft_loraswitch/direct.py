@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from . import kernels, ops
-from .kernels import MAX_GROUP, Expansion, Group, Item, PackedGroup, _check, empty_strided_cuda, library
+from .kernels import MAX_GROUP, Expansion, PackedGroup, check, empty_strided_cuda, library
+from .kernels.abi import Group, Item
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class DirectGroup:
             _pack_pointer(buffer, offset, output.data_ptr())
         code = self.function(bytes(buffer), torch._C._cuda_getCurrentRawStream(device))
         if code:
-            _check(code, "ls_linear")
+            check(code, "ls_linear")
         return outputs
 
     def _many(self, x: Tensor, routing: Routing, shape: _Shape, group: Expansion) -> list[Tensor]:
@@ -167,7 +168,7 @@ class DirectGroup:
             return None
         aligned, many = False, None
         if group.tokens > self.few_tokens:
-            aligned = self.packed.path(x, experts) == kernels.MANY_PATH
+            aligned = self.packed.path(x, experts) == kernels.SM90_PATH
             if not aligned:
                 many = kernels.expansion(self.lora_b, self.biases, self.scalings, group.top_k)
                 if not (many.expands or many.widens):

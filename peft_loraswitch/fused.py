@@ -427,7 +427,7 @@ def within_limits(layer: LoRASwitchLinear, adapter: str, active: int) -> bool:
     stack, rank, _ = layer.loraswitch_A[adapter].weight.shape
     if active <= kernels.MAX_TOP_K and stack <= kernels.MAX_EXPERTS and rank <= kernels.MAX_RANK:
         return True
-    kernels._log_once(
+    kernels.log_once(
         f"LoRA-Switch: adapter '{adapter}' is served by PyTorch operations: the fused ones take at most "
         f"{kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), {kernels.MAX_EXPERTS} experts and rank "
         f"{kernels.MAX_RANK}."

@@ -103,7 +103,7 @@ def in_place_of_the_library(library: Any) -> Iterator[None]:
 
     with ExitStack() as stack:
         empty = torch._C._dynamo.guards._empty_strided_cpu
-        for module in (direct, kernels):
+        for module in (direct, kernels.calls):
             stack.enter_context(mock.patch.object(module, "library", lambda: library))
             stack.enter_context(mock.patch.object(module, "empty_strided_cuda", empty))
         for module in (direct, fused):

@@ -46,7 +46,7 @@ class StandIn:
             argtypes: Any = None
 
             def __call__(_, group: bytes, stream: int) -> int:
-                return self.linear(kernels.Group.from_buffer_copy(group))
+                return self.linear(kernels.abi.Group.from_buffer_copy(group))
 
         return Function()
 
@@ -56,9 +56,9 @@ class StandIn:
     def ls_linear_path(self, group: Any) -> int:
         args = group._obj
         assert args.x and args.experts and args.gates and args.hidden and args.items[0].out, "the library refuses those"
-        return kernels.MANY_PATH if args.tokens >= self.fewest_tokens else kernels.FAST_PATH
+        return kernels.SM90_PATH if args.tokens >= self.fewest_tokens else kernels.FAST_PATH
 
-    def linear(self, group: kernels.Group) -> int:
+    def linear(self, group: kernels.abi.Group) -> int:
         tokens, k, width, experts = group.tokens, group.top_k, group.in_features, group.num_experts
         self.calls.append((group.n_items, tokens))
         x = view(group.x, tokens, width)
@@ -85,7 +85,7 @@ class StandIn:
         return 1
 
     def ls_expand(self, group: bytes, stream: int) -> int:
-        args = kernels.ExpandArgs.from_buffer_copy(group)
+        args = kernels.abi.ExpandArgs.from_buffer_copy(group)
         items, experts, tokens, k = args.items[: args.n_items], args.num_experts, args.tokens, args.top_k
         self.expanded.append((args.n_items, tokens))
         hidden = view(args.hidden, tokens, experts * sum(item.rank for item in items))
@@ -103,7 +103,7 @@ class StandIn:
         return 0
 
     def ls_widen(self, group: bytes, stream: int) -> int:
-        args = kernels.ExpandArgs.from_buffer_copy(group)
+        args = kernels.abi.ExpandArgs.from_buffer_copy(group)
         self.expanded.append((args.n_items, -1))
         for item in args.items[: args.n_items]:
             b = view(item.lora_b, args.num_experts, item.out_features, item.rank)

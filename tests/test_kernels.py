@@ -35,8 +35,8 @@ def setup_with_nvcc() -> Any:
 @pytest.fixture(scope="session")
 def library() -> Path:
     """The library of an in-place build; built here if there is an nvcc and none yet."""
-    assert setup_with_nvcc().build_kernels(kernels.LIBRARY)
-    return kernels.LIBRARY
+    assert setup_with_nvcc().build_kernels(kernels.loader.LIBRARY)
+    return kernels.loader.LIBRARY
 
 
 def declared() -> set[str]:
@@ -51,7 +51,7 @@ def exported(path: Path) -> set[str]:
 
 
 def test_the_header_is_the_whole_abi(library):
-    assert exported(library) == declared() == set(kernels.SIGNATURES)
+    assert exported(library) == declared() == set(kernels.abi.SIGNATURES)
 
 
 def test_it_compiles_for_every_architecture(library):
@@ -72,21 +72,21 @@ def test_it_links_neither_torch_nor_cudart(library):
 def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
     if shutil.which("gcc") is None:
         pytest.skip("no gcc on this machine")
-    structs = {"ls_item": kernels.Item, "ls_group": kernels.Group, "ls_merge_item": kernels.MergeItem}
-    structs["ls_merge_args"] = kernels.MergeArgs
-    structs |= {"ls_expand_item": kernels.ExpandItem, "ls_expand_args": kernels.ExpandArgs}
+    structs = {"ls_item": kernels.abi.Item, "ls_group": kernels.abi.Group, "ls_merge_item": kernels.abi.MergeItem}
+    structs["ls_merge_args"] = kernels.abi.MergeArgs
+    structs |= {"ls_expand_item": kernels.abi.ExpandItem, "ls_expand_args": kernels.abi.ExpandArgs}
     constants = {
         "LS_ABI_VERSION": kernels.ABI_VERSION,
         "LS_MAX_GROUP": kernels.MAX_GROUP,
         "LS_MAX_TOP_K": kernels.MAX_TOP_K,
     }
     constants |= {"LS_MAX_EXPERTS": kernels.MAX_EXPERTS, "LS_MAX_RANK": kernels.MAX_RANK}
-    constants |= {"LS_FAST_TOKENS": kernels.FAST_TOKENS, "LS_TUNING_STREAMING": kernels.TUNING_STREAM}
-    constants |= {"LS_TUNING_PERSISTENT": kernels.TUNING_PANEL, "LS_TUNING_IMPATIENT": kernels.TUNING_IMPATIENT}
+    constants |= {"LS_FAST_TOKENS": kernels.FAST_TOKENS, "LS_TUNING_STREAMING": kernels.TUNING_STREAMING}
+    constants |= {"LS_TUNING_PERSISTENT": kernels.TUNING_PERSISTENT, "LS_TUNING_IMPATIENT": kernels.TUNING_IMPATIENT}
     constants |= {"LS_TUNING_REGISTERS": kernels.TUNING_REGISTERS, "LS_FLOAT32": kernels.DTYPES[torch.float32]}
     constants |= {"LS_FLOAT16": kernels.DTYPES[torch.float16], "LS_BFLOAT16": kernels.DTYPES[torch.bfloat16]}
     constants |= {"LS_PATH_FAST": kernels.FAST_PATH, "LS_PATH_GENERIC": kernels.GENERIC_PATH}
-    constants |= {"LS_PATH_SM90": kernels.MANY_PATH, "LS_TUNING_TWO_LAUNCHES": kernels.TUNING_TWO_LAUNCHES}
+    constants |= {"LS_PATH_SM90": kernels.SM90_PATH, "LS_TUNING_TWO_LAUNCHES": kernels.TUNING_TWO_LAUNCHES}
     constants |= {"LS_TUNING_NARROW": kernels.TUNING_NARROW, "LS_TUNING_WIDE": kernels.TUNING_WIDE}
     checks = [f"_Static_assert({name} == {value}, {name!r});".replace("'", '"') for name, value in constants.items()]
     for name, struct in structs.items():
@@ -104,7 +104,7 @@ def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
 
 def test_more_tokens_than_a_grid_is_high_are_refused_where_no_kernel_takes_them(library):
     loaded = ctypes.CDLL(str(library))
-    group = kernels.Group(n_items=1, in_features=64, x=16, hidden=16, experts=16, gates=16, num_experts=4, top_k=2)
+    group = kernels.abi.Group(n_items=1, in_features=64, x=16, hidden=16, experts=16, gates=16, num_experts=4, top_k=2)
     group.items[0].weight = group.items[0].out = group.items[0].lora_a = group.items[0].lora_b = 16
     group.items[0].out_features, group.items[0].rank = 64, 8
     for tokens, path in ((65535, kernels.GENERIC_PATH), (65536, -1)):
@@ -140,7 +140,7 @@ def test_launches_without_a_gpu_return_an_error_and_do_not_crash(library):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     lib = kernels.library()
-    group = kernels.Group(n_items=1, tokens=1, in_features=8, top_k=1, num_experts=1, dtype=2)
+    group = kernels.abi.Group(n_items=1, tokens=1, in_features=8, top_k=1, num_experts=1, dtype=2)
     assert lib.ls_linear(ctypes.byref(group), None) == 100002  # no x
     group.x = 4096
     assert lib.ls_linear(ctypes.byref(group), None) == 100001  # out_features is 0
@@ -149,8 +149,8 @@ def test_launches_without_a_gpu_return_an_error_and_do_not_crash(library):
     group.items[0].out = 4096
     assert lib.ls_linear_path(ctypes.byref(group)) == kernels.FAST_PATH
     assert 0 < lib.ls_linear(ctypes.byref(group), None) < 1000
-    args = kernels.ExpandArgs(n_items=1, tokens=200_000, num_experts=8, top_k=2, dtype=2)
-    args.items[0] = kernels.ExpandItem(lora_b=4096, out_features=136, rank=8)
+    args = kernels.abi.ExpandArgs(n_items=1, tokens=200_000, num_experts=8, top_k=2, dtype=2)
+    args.items[0] = kernels.abi.ExpandItem(lora_b=4096, out_features=136, rank=8)
     assert lib.ls_expand_takes(ctypes.byref(args)) == 1
     assert lib.ls_expand(bytes(args), None) == 100002  # no hidden
     args.hidden = args.experts = args.gates = args.items[0].out = 4096
@@ -158,7 +158,7 @@ def test_launches_without_a_gpu_return_an_error_and_do_not_crash(library):
     for field, value, widens in (
         ("rank", 24, 1), ("rank", 12, 0), ("rank", 264, 0), ("out_features", 20, 1), ("bias", 4098, 1), ("lora_b", 4104, 0)
     ):  # fmt: skip
-        other = kernels.ExpandArgs.from_buffer_copy(args)
+        other = kernels.abi.ExpandArgs.from_buffer_copy(args)
         setattr(other.items[0], field, value)
         assert lib.ls_expand_takes(ctypes.byref(other)) == 0 and lib.ls_expand(bytes(other), None) == 100001
         assert lib.ls_widen_takes(ctypes.byref(other)) == widens
@@ -171,14 +171,14 @@ def test_a_missing_or_broken_library_is_a_reason_not_an_error(tmp_path, monkeypa
         path = tmp_path / "libloraswitch.so"
         if content is not None:
             path.write_bytes(content)
-        monkeypatch.setattr(kernels, "LIBRARY", path)
-        kernels._load.cache_clear()
+        monkeypatch.setattr(kernels.loader, "LIBRARY", path)
+        kernels.loader._load.cache_clear()
         kernels.why_not.cache_clear()
         assert reason in kernels.why_not() and not kernels.available()
         with pytest.raises(RuntimeError, match=reason):
             kernels.library()
     monkeypatch.undo()
-    kernels._load.cache_clear()
+    kernels.loader._load.cache_clear()
     kernels.why_not.cache_clear()
 
 

@@ -23,7 +23,7 @@ def kernels_must_be_there():
     kernels.give_workspace(torch.cuda.current_device())
     yield
     torch.cuda.synchronize()
-    counters = kernels._workspaces[torch.cuda.current_device()]
+    counters = kernels.loader._workspaces[torch.cuda.current_device()]
     assert not counters.any(), "a launch left counters behind: the next one of its stream would go wrong"
 
 
@@ -110,7 +110,7 @@ def test_delta_alone(dtype, tokens, rank):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 8, 12, 32])
 @pytest.mark.parametrize("launches", [0, kernels.TUNING_TWO_LAUNCHES])
-@pytest.mark.parametrize("tuning", [kernels.TUNING_STREAM, kernels.TUNING_REGISTERS, kernels.TUNING_PANEL])
+@pytest.mark.parametrize("tuning", [kernels.TUNING_STREAMING, kernels.TUNING_REGISTERS, kernels.TUNING_PERSISTENT])
 @pytest.mark.parametrize("in_features", [32, 1120, 1096])
 def test_linear_every_kernel_shape(dtype, tokens, tuning, launches, in_features):
     check_group([512, 100, 4096], in_features, [16, 8, 64], 8, 2, tokens, dtype, tuning=tuning + launches)
@@ -119,11 +119,11 @@ def test_linear_every_kernel_shape(dtype, tokens, tuning, launches, in_features)
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize(("rank", "top_k"), [(256, 2), (256, 8), (64, 8)])
 def test_more_shrink_tasks_than_blocks(tokens, rank, top_k):
-    check_group([4096, 64], 1024, [rank, rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAM)
+    check_group([4096, 64], 1024, [rank, rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAMING)
     check_group(
-        [16], 1024, [rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAM
+        [16], 1024, [rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAMING
     )  # one block has it all
-    for tuning in (kernels.TUNING_REGISTERS, kernels.TUNING_PANEL):
+    for tuning in (kernels.TUNING_REGISTERS, kernels.TUNING_PERSISTENT):
         check_group([4096, 64], 1024, [rank, rank], 8, top_k, tokens, torch.bfloat16, tuning=tuning)
 
 
@@ -142,7 +142,7 @@ def test_more_shrink_tasks_than_blocks(tokens, rank, top_k):
 )
 def test_panels(dtype, tokens, outs, in_features, ranks):
     for flags in (0, kernels.TUNING_IMPATIENT, kernels.TUNING_TWO_LAUNCHES):
-        tuning = kernels.TUNING_PANEL + flags
+        tuning = kernels.TUNING_PERSISTENT + flags
         check_group(outs, in_features, ranks, 8, 2, tokens, dtype, tuning=tuning, bias=True, base=tokens % 2 == 0)
 
 
@@ -157,7 +157,7 @@ def hopper():
 @pytest.mark.parametrize("tokens", [33, 64, 65, 127, 128, 129, 255, 256, 257, 700, 2048])
 def test_many_tokens(dtype, width, tokens, hopper):
     packed, x, experts = check_group([512, 104, 8], 520, [8, 24, 64], 8, 2, tokens, dtype, tuning=width, bias=True)
-    assert packed.path(x, experts) == kernels.MANY_PATH
+    assert packed.path(x, experts) == kernels.SM90_PATH
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -167,7 +167,7 @@ def test_many_tokens(dtype, width, tokens, hopper):
 def test_many_tokens_every_rank(dtype, width, rank, num_experts, hopper):
     ranks = [rank, 8, rank, 0]
     packed, x, experts = check_group([136, 256, 264, 40], 256, ranks, num_experts, 1, 150, dtype, tuning=width)
-    assert packed.path(x, experts) == kernels.MANY_PATH
+    assert packed.path(x, experts) == kernels.SM90_PATH
 
 
 @pytest.mark.parametrize("width", [kernels.TUNING_NARROW, kernels.TUNING_WIDE])
@@ -193,7 +193,7 @@ def test_many_tokens_full_size(hopper):
             for width in (0, kernels.TUNING_NARROW, kernels.TUNING_WIDE):
                 ranks = [rank] * len(outs)
                 packed, x, experts = check_group(outs, in_features, ranks, 8, 2, tokens, torch.bfloat16, tuning=width)
-                assert packed.path(x, experts) == kernels.MANY_PATH
+                assert packed.path(x, experts) == kernels.SM90_PATH
 
 
 def test_many_tokens_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice(hopper):
@@ -202,12 +202,12 @@ def test_many_tokens_ids_outside_the_experts_add_nothing_and_repeated_ids_add_tw
     for num_experts in (8, 7, 5):  # with 7 and 5, hidden columns are left that are of no expert
         for ranks in ([8, 24], [64, 40], [8, 256]):
             packed, x, experts = check_group([128, 64], 256, ranks, num_experts, 3, 300, torch.bfloat16, ids=ids)
-            assert packed.path(x, experts) == kernels.MANY_PATH
+            assert packed.path(x, experts) == kernels.SM90_PATH
 
 
 def test_many_tokens_more_than_a_grid_is_high(hopper):
     packed, x, experts = check_group([16], 64, [8], 4, 2, 70000, torch.bfloat16)
-    assert packed.path(x, experts) == kernels.MANY_PATH
+    assert packed.path(x, experts) == kernels.SM90_PATH
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -417,8 +417,9 @@ def test_the_workspace_is_given_once():
     device = torch.cuda.current_device()
     kernels.give_workspace(device)
     with pytest.raises(RuntimeError, match="ls_set_workspace"):
-        kernels._check(
-            kernels.library().ls_set_workspace(device, kernels._workspaces[device].data_ptr(), 16), "ls_set_workspace"
+        kernels.check(
+            kernels.library().ls_set_workspace(device, kernels.loader._workspaces[device].data_ptr(), 16),
+            "ls_set_workspace",
         )
 
 

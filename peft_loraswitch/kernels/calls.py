@@ -1,266 +1,28 @@
-"""Finds and loads the compiled kernels (csrc/), and calls them.
-
-The library is plain C (csrc/loraswitch.h), loaded with ctypes, so one wheel serves every torch and Python. Loading never
-needs a GPU. Without the library, or without a GPU that it runs on, `ops.py` uses PyTorch instead; `why_not()` says why.
-The one switch: PEFT_LORASWITCH_KERNELS=0 in the environment turns the kernels off.
-"""
+"""Calls of the kernels: tensors in, tensors out. The arguments are checked before, in `ops`."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import logging
-import os
-import threading
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p, sizeof
-from pathlib import Path
+from ctypes import byref, sizeof
 from struct import Struct
 from typing import NamedTuple
 
 import torch
 
-logger = logging.getLogger(__name__)
-
-SWITCH = "PEFT_LORASWITCH_KERNELS"
-LIBRARY = Path(__file__).with_name("libloraswitch.so")
-
-# csrc/loraswitch.h; tests compare these with the header
-ABI_VERSION = 4
-MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
-TUNING_STREAM, TUNING_REGISTERS, TUNING_PANEL, TUNING_TWO_LAUNCHES, TUNING_IMPATIENT = 1, 2, 3, 4, 8
-TUNING_NARROW, TUNING_WIDE = 16, 32
-WORKSPACE_BYTES = 32 << 20  # a captured model of 32 layers takes 2 KiB at rank 8, 114 KiB at rank 64
-FAST_PATH, GENERIC_PATH, MANY_PATH = 0, 1, 2
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-class Item(Structure):
-    _fields_ = [
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("base", c_void_p),
-        ("lora_a", c_void_p),
-        ("lora_b", c_void_p),
-        ("out", c_void_p),
-        ("scaling", c_float),
-        ("out_features", c_int32),
-        ("rank", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class Group(Structure):
-    _fields_ = [
-        ("items", Item * MAX_GROUP),
-        ("x", c_void_p),
-        ("experts", c_void_p),
-        ("gates", c_void_p),
-        ("hidden", c_void_p),
-        ("n_items", c_int32),
-        ("tokens", c_int32),
-        ("in_features", c_int32),
-        ("num_experts", c_int32),
-        ("top_k", c_int32),
-        ("dtype", c_int32),
-        ("transposed", c_int32),
-        ("device", c_int32),
-        ("tuning", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class MergeItem(Structure):
-    _fields_ = [
-        ("weight", c_void_p),
-        ("source", c_void_p),
-        ("lora_a", c_void_p),
-        ("lora_b", c_void_p),
-        ("first_tile", c_int64),
-        ("scaling", c_float),
-        ("out_features", c_int32),
-        ("in_features", c_int32),
-        ("rank", c_int32),
-        ("transposed", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class MergeArgs(Structure):
-    _fields_ = [
-        ("items", c_void_p),
-        ("tile_item", c_void_p),
-        ("experts", c_void_p),
-        ("gates", c_void_p),
-        ("old_experts", c_void_p),
-        ("old_gates", c_void_p),
-        ("n_tiles", c_int64),
-        ("n_items", c_int32),
-        ("num_experts", c_int32),
-        ("top_k", c_int32),
-        ("dtype", c_int32),
-        ("fast", c_int32),
-        ("device", c_int32),
-        ("max_rank", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class ExpandItem(Structure):
-    _fields_ = [
-        ("lora_b", c_void_p),
-        ("bias", c_void_p),
-        ("out", c_void_p),
-        ("scaling", c_float),
-        ("out_features", c_int32),
-        ("rank", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class ExpandArgs(Structure):
-    _fields_ = [
-        ("items", ExpandItem * MAX_GROUP),
-        ("hidden", c_void_p),
-        ("experts", c_void_p),
-        ("gates", c_void_p),
-        ("n_items", c_int32),
-        ("tokens", c_int32),
-        ("num_experts", c_int32),
-        ("top_k", c_int32),
-        ("dtype", c_int32),
-        ("device", c_int32),
-    ]
-
-
-SIGNATURES = {
-    "ls_abi_version": (c_int, []),
-    "ls_build_info": (c_char_p, []),
-    "ls_error_string": (c_char_p, [c_int]),
-    "ls_device_count": (c_int, [POINTER(c_int)]),
-    "ls_device_supported": (c_int, [c_int]),
-    "ls_driver_version": (c_int, [POINTER(c_int)]),
-    "ls_router": (c_int, [c_void_p] * 4 + [c_int32] * 8 + [c_void_p]),
-    "ls_set_workspace": (c_int, [c_int32, c_void_p, c_int64]),
-    "ls_workspace_left": (c_int64, [c_int32]),
-    "ls_hidden_elements": (c_int64, [POINTER(Group)]),
-    "ls_linear_path": (c_int, [POINTER(Group)]),
-    "ls_linear": (c_int, [POINTER(Group), c_void_p]),
-    "ls_expand_takes": (c_int, [POINTER(ExpandArgs)]),
-    "ls_expand": (c_int, [c_char_p, c_void_p]),  # a struct as bytes: filled in by `struct`, faster than field by field
-    "ls_widen_takes": (c_int, [POINTER(ExpandArgs)]),
-    "ls_widen": (c_int, [c_char_p, c_void_p]),
-    "ls_merge_tiles": (c_int64, [c_int32, c_int32]),
-    "ls_merge_is_fast": (c_int, [POINTER(MergeItem), c_int32]),
-    "ls_merge": (c_int, [POINTER(MergeArgs), c_void_p]),
-}
-
-
-# ---------------------------------------------------------------------------------------------- finding and loading
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(library, None) or (None, why not). Needs no GPU."""
-    if os.environ.get(SWITCH, "1") == "0":
-        return None, f"turned off by {SWITCH}=0"
-    if not LIBRARY.exists():
-        return None, (
-            "this installation has no compiled kernels (a pure-Python wheel or a source checkout): install with nvcc 12.8 "
-            "or newer at hand, or run `python setup.py build_kernels` in the checkout"
-        )
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-        for name, (result, arguments) in SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        return None, f"{LIBRARY.name} does not load: {error}"
-    if (version := library.ls_abi_version()) != ABI_VERSION:
-        return None, f"{LIBRARY.name} has ABI {version}, this package needs {ABI_VERSION}: reinstall, or build it again"
-    return library, None
-
-
-def library() -> ctypes.CDLL:
-    """The loaded library.
-
-    Raises:
-        RuntimeError: it cannot be loaded; the message says why.
-    """
-    loaded, reason = _load()
-    if loaded is None:
-        raise RuntimeError(f"The LoRA-Switch kernels are not available: {reason}.")
-    return loaded
-
-
-@functools.cache
-def why_not(device: int | None = None) -> str | None:
-    """Why the kernels cannot run on CUDA device `device` (default: on any); None if they can."""
-    loaded, reason = _load()
-    if loaded is None:
-        return reason
-    if not torch.cuda.is_available():
-        if torch.version.cuda is None:
-            return "this torch has no CUDA"
-        return "torch finds no usable CUDA GPU"
-    count = c_int()
-    if code := loaded.ls_device_count(byref(count)):
-        hint = " (the kernels need driver 580 or newer)" if code == 35 else ""
-        return f"CUDA error {code}: {_error_string(code)}{hint}"
-    devices = range(torch.cuda.device_count()) if device is None else [device]
-    codes = [loaded.ls_device_supported(index) for index in devices]
-    if not codes or all(codes):
-        return f"the library ({build_info()}) has no code for this GPU: {_error_string(codes[0]) if codes else 'none'}"
-    return None
-
-
-def available(device: int | None = None) -> bool:
-    """Whether the kernels run on CUDA device `device` (default: on any)."""
-    return why_not(device) is None
-
-
-def build_info() -> str:
-    """Compiler and architectures of the loaded library."""
-    return library().ls_build_info().decode()
-
-
-def _error_string(code: int) -> str:
-    return library().ls_error_string(code).decode()
-
-
-def _check(code: int, what: str) -> None:
-    if code:
-        raise RuntimeError(f"LoRA-Switch kernel {what} failed with error {code}: {_error_string(code)}.")
-
-
-def _stream(device: int) -> int:
-    return int(torch._C._cuda_getCurrentRawStream(device))
-
-
-_workspaces: dict[int, torch.Tensor] = {}
-_workspaces_lock = threading.Lock()
-
-
-def give_workspace(device: int) -> None:
-    """Let groups of linears on CUDA device `device` run as one launch: once per process, 32 MiB for good.
-
-    Not while a CUDA graph is captured or compiled code runs: graphs would take the memory for theirs.
-    """
-    with _workspaces_lock:
-        if device in _workspaces:
-            return
-        zeroed = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", device))
-        torch.cuda.current_stream(device).synchronize()  # launches of any stream will use it
-        _check(library().ls_set_workspace(device, zeroed.data_ptr(), WORKSPACE_BYTES), "ls_set_workspace")
-        _workspaces[device] = zeroed
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.warning(message)
-
-
-# ------------------------------------------------------------------------------------------------------------ calls
+from .abi import (
+    DTYPES,
+    FAST_TOKENS,
+    GENERIC_PATH,
+    MAX_GROUP,
+    WORKSPACE_BYTES,
+    ExpandArgs,
+    ExpandItem,
+    Group,
+    MergeArgs,
+    MergeItem,
+)  # fmt: skip
+from .loader import check, library, log_once, stream_of
 
 
 def router(x: torch.Tensor, weight: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,9 +32,9 @@ def router(x: torch.Tensor, weight: torch.Tensor, top_k: int, normalize: bool) -
     gates = torch.empty((tokens, top_k), dtype=torch.float32, device=x.device)
     code = library().ls_router(
         x.data_ptr(), weight.data_ptr(), experts.data_ptr(), gates.data_ptr(), tokens, x.shape[1], num_experts, top_k,
-        int(normalize), DTYPES[x.dtype], DTYPES[weight.dtype], device, _stream(device),
+        int(normalize), DTYPES[x.dtype], DTYPES[weight.dtype], device, stream_of(device),
     )  # fmt: skip
-    _check(code, "ls_router")
+    check(code, "ls_router")
     return experts, gates
 
 
@@ -315,7 +77,7 @@ class PackedGroup:
                 item.lora_a, item.lora_b = a.data_ptr(), b.data_ptr()
         self._hidden_sizes: dict[tuple[int, int], int] = {}
         if self.device.type == "cuda" and 0 <= library().ls_workspace_left(group.device) < WORKSPACE_BYTES // 64:
-            _log_once(
+            log_once(
                 f"LoRA-Switch: so many CUDA graphs have been captured on device {group.device} in this process that more will "
                 "run two launches for each group of linears instead of one (about 2 % slower)."
             )
@@ -345,11 +107,11 @@ class PackedGroup:
             item.out = result.data_ptr()
         for item, base in zip(group.items, bases, strict=False):
             item.base = base.data_ptr()
-        _check(library().ls_linear(reference, _stream(group.device)), "ls_linear")
+        check(library().ls_linear(reference, stream_of(group.device)), "ls_linear")
         return results
 
     def path(self, x: torch.Tensor, experts: torch.Tensor) -> int:
-        """FAST_PATH, GENERIC_PATH or MANY_PATH: what a call with these would take (float32 always takes the generic one)."""
+        """FAST_PATH, GENERIC_PATH or SM90_PATH: what a call with these would take (float32 always takes the generic one)."""
         group = Group.from_buffer_copy(self.group)
         group.tokens, group.top_k = x.numel() // x.shape[-1], experts.shape[-1]
         group.x = group.experts = group.gates = group.hidden = x.data_ptr()
@@ -363,7 +125,7 @@ def warn_if_generic(packed: PackedGroup, x: torch.Tensor, experts: torch.Tensor)
     if packed.path(x, experts) == GENERIC_PATH and packed.dtype != torch.float32:
         ranks = sorted({item.rank for item in packed.group.items[: packed.group.n_items]})
         layout = "Conv1D [in, out]" if packed.group.transposed else "[out, in]"
-        _log_once(
+        log_once(
             f"LoRA-Switch: the slower kernel serves linears with in_features={packed.group.in_features}, ranks {ranks}, "
             f"{layout} weights; the fast one needs [out, in] weights, in_features and ranks divisible by 8, memory "
             f"aligned to 16 bytes and at most {FAST_TOKENS} tokens."
@@ -445,7 +207,7 @@ def expand(group: Expansion, hidden: torch.Tensor, experts: torch.Tensor, gates:
         buffer, ExpandArgs.hidden.offset, hidden.data_ptr(), experts.data_ptr(), gates.data_ptr(), len(results), tokens
     )
     _pack_outputs(buffer, results)
-    _check(library().ls_expand(bytes(buffer), _stream(hidden.get_device())), "ls_expand")
+    check(library().ls_expand(bytes(buffer), stream_of(hidden.get_device())), "ls_expand")
     return results
 
 
@@ -455,7 +217,7 @@ def widen(group: Expansion, like: torch.Tensor) -> list[torch.Tensor]:
     buffer = bytearray(group.template)
     results = [_empty(like, out, ranks) for out, ranks in zip(group.outs, group.ranks, strict=True)]
     _pack_outputs(buffer, results)
-    _check(library().ls_widen(bytes(buffer), _stream(like.get_device())), "ls_widen")
+    check(library().ls_widen(bytes(buffer), stream_of(like.get_device())), "ls_widen")
     return results
 
 
@@ -495,7 +257,7 @@ class MergeTable:
             args.n_tiles += counts[-1]
             args.fast = int(args.fast and lib.ls_merge_is_fast(byref(item), dtype))
         if not args.fast and weights[0].dtype != torch.float32:
-            _log_once(
+            log_once(
                 "LoRA-Switch: the slower merge kernel is used: a size, an alignment or a Conv1D rules out the fast one."
             )
         index = torch.arange(len(weights), dtype=torch.int32)
@@ -519,4 +281,4 @@ class MergeTable:
         args.experts, args.gates, args.top_k = experts.data_ptr(), gates.data_ptr(), experts.shape[-1]
         args.old_experts = None if old_experts is None else old_experts.data_ptr()
         args.old_gates = None if old_gates is None else old_gates.data_ptr()
-        _check(library().ls_merge(byref(args), _stream(args.device)), "ls_merge")
+        check(library().ls_merge(byref(args), stream_of(args.device)), "ls_merge")
