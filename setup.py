@@ -1,10 +1,14 @@
 """Builds the kernels into the wheel when there is an nvcc, and a pure-Python wheel that says so when there is none.
 
 Never imports torch, never downloads. `python setup.py build_kernels` builds the library in place, in a source checkout.
+PEFT_LORASWITCH_KERNELS=0 in the environment: build no kernels. =1: fail if they cannot be built, instead of going on without.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -12,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Command, setup
@@ -25,6 +30,7 @@ except ImportError:  # setuptools before 70.1
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libloraswitch.so"
+LOCK = ".kernels.lock"
 SOURCES = [
     "api.cu",
     "workspace.cu",
@@ -48,66 +54,199 @@ ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 PTX = "90"
 
 
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of the PATH, of the usual place, or of the PyPI packages nvidia-cuda-nvcc and friends."""
-    candidates = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    if found := shutil.which("nvcc"):
-        candidates.append(Path(found))
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+OLDEST_NVCC = (12, 8)  # knows the newest of them
+SWITCH = "PEFT_LORASWITCH_KERNELS"
+
+
+def _load_library_file():
+    """peft_loraswitch/kernels/library_file.py, without importing the package."""
+    path = ROOT / "peft_loraswitch" / "kernels" / "library_file.py"
+    spec = importlib.util.spec_from_file_location("library_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+library_file = _load_library_file()
+
+
+class NoKernels(Exception):
+    """The kernels cannot be built here; the message says why."""
+
+
+# ------------------------------------------------------------------------------------------------------ the compiler
+
+
+def candidates() -> list[Path]:
+    """Where an nvcc may be: CUDA_HOME, CUDA_PATH, the PATH, the usual place, the PyPI package nvidia-cuda-nvcc."""
+    found = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if on_path := shutil.which("nvcc"):
+        found.append(Path(on_path))
+    found.append(Path("/usr/local/cuda/bin/nvcc"))
     for folder in dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]):
         if folder:
-            candidates += sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"), reverse=True)
-    return next((str(path) for path in candidates if path.is_file() and os.access(path, os.X_OK)), None)
+            found += sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"), reverse=True)
+    return list(dict.fromkeys(path for path in found if path.is_file() and os.access(path, os.X_OK)))
 
 
-def build_kernels(target: Path) -> bool:
-    """Compile csrc/ into `target`; False, with one line that says so, if there is nothing to compile with."""
-    nvcc = find_nvcc()
-    if platform.system() != "Linux" or nvcc is None:
-        print(
-            "peft_loraswitch: no nvcc found: building a PURE-PYTHON wheel, without the CUDA kernels.", file=sys.stderr
-        )
-        return False
-    version = re.search(
-        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+def version_of(nvcc: Path) -> str:
+    """ "13.0.88". Raises NoKernels: it does not run, says something else, or is too old."""
+    try:
+        said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoKernels(f"{nvcc} does not run ({error})") from error
+    found = re.search(r"release (\d+)\.(\d+), V([\d.]+)", said.stdout) or re.search(
+        r"release (\d+)\.(\d+)", said.stdout
     )
-    if version is None or tuple(map(int, version.groups())) < (12, 8):
-        print(
-            f"peft_loraswitch: {nvcc} is older than 12.8, which the newest GPUs need: building a PURE-PYTHON wheel, "
-            "without the CUDA kernels.",
-            file=sys.stderr,
-        )
-        return False
-    architectures = "+".join(f"sm_{a}" for a in ARCHITECTURES) + f"+compute_{PTX}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    in_place = ROOT / "peft_loraswitch" / LIBRARY
-    if is_current(in_place, architectures):
-        print(f"peft_loraswitch: {in_place} is newer than its sources and has all architectures: kept.")
-        if target != in_place:
-            shutil.copy2(in_place, target)
-        return True
-    command = [nvcc, "-std=c++17", "-O3", "-shared", "-cudart", "static", "--threads", "0", "--compress-mode=size"]
-    command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-s"]
-    command += [f'-DLS_ARCHITECTURES="{architectures}"']
+    if said.returncode or found is None:
+        raise NoKernels(f"{nvcc} --version says nothing that can be understood")
+    if (int(found[1]), int(found[2])) < OLDEST_NVCC:
+        raise NoKernels(f"{nvcc} is {found[1]}.{found[2]}, older than {'.'.join(map(str, OLDEST_NVCC))}")
+    return found[found.lastindex] if found.lastindex == 3 else f"{found[1]}.{found[2]}"
+
+
+def find_nvcc() -> tuple[Path, str]:
+    """The first nvcc that is new enough, and its version.
+
+    Raises:
+        NoKernels: there is none, with what is wrong with each that was found.
+    """
+    if platform.system() != "Linux":
+        raise NoKernels(f"the kernels are for Linux, this is {platform.system()}")
+    problems = []
+    for nvcc in candidates():
+        try:
+            return nvcc, version_of(nvcc)
+        except NoKernels as problem:
+            problems.append(str(problem))
+    raise NoKernels("; ".join(problems) or "no nvcc found")
+
+
+# ------------------------------------------------------------------------------------------------------- the library
+
+
+def architectures() -> str:
+    return "+".join(f"sm_{a}" for a in ARCHITECTURES) + f"+compute_{PTX}"
+
+
+def flags() -> list[str]:
+    """All of nvcc's arguments but paths."""
+    arguments = ["-std=c++17", "-O3", "-shared", "-cudart", "static", "--threads", "0", "--compress-mode=size"]
+    arguments += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-s"]
+    arguments += [f'-DLS_ARCHITECTURES="{architectures()}"']
     for a in ARCHITECTURES:
-        command += ["-gencode", f"arch=compute_{a},code=sm_{a}"]
-    command += ["-gencode", f"arch=compute_{PTX},code=compute_{PTX}"]
-    toolkit = Path(nvcc).parent.parent
-    for folder in ("lib", "lib64"):  # the PyPI toolkit keeps its static runtime in lib/, which its nvcc does not search
-        if (toolkit / folder / "libcudart_static.a").exists():
-            command += ["-L", str(toolkit / folder)]
-    command += [str(ROOT / "csrc" / name) for name in SOURCES] + ["-o", str(target)]
-    print(" ".join(command))
-    subprocess.run(command, check=True)
-    return True
+        arguments += ["-gencode", f"arch=compute_{a},code=sm_{a}"]
+    return [*arguments, "-gencode", f"arch=compute_{PTX},code=compute_{PTX}"]
 
 
-def is_current(library: Path, architectures: str) -> bool:
-    """Whether `library` is newer than what it is built from, and built for all architectures."""
-    inputs = [ROOT / "setup.py", *(ROOT / "csrc").glob("*.cu*"), *(ROOT / "csrc").glob("*.h")]
-    if not library.exists() or library.stat().st_mtime <= max(path.stat().st_mtime for path in inputs):
+def sources_hash() -> str:
+    """Of everything that decides on the machine code, but for the compiler."""
+    digest = hashlib.sha256(repr(flags()).encode())
+    for path in sorted((ROOT / "csrc").glob("*")):
+        if path.suffix in (".cu", ".cuh", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_current(library: Path, nvcc_version: str | None) -> bool:
+    """Whether `library` is whole and what a build would make now (by any compiler, if there is none)."""
+    try:
+        facts = library_file.read_seal(library)
+    except library_file.BrokenLibrary:
         return False
-    return architectures.encode() in library.read_bytes()
+    return facts.get("sources") == sources_hash() and nvcc_version in (None, facts.get("nvcc"))
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """One build at a time in a folder; another one waits, and then finds the library there."""
+    with open(folder / LOCK, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:  # not Linux: nothing is built
+            pass
+        yield
+
+
+def compile_into(target: Path, nvcc: Path, nvcc_version: str) -> None:
+    """Link to a file beside `target`, seal it, and move it into place: `target` is never half written."""
+    for left in target.parent.glob(".kernels-*"):  # by a build that was killed; nobody else builds here now
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=".kernels-", dir=target.parent))
+    try:
+        linked = folder / LIBRARY
+        command = [str(nvcc), *flags()]
+        toolkit = nvcc.parent.parent
+        for name in (
+            "lib",
+            "lib64",
+        ):  # the PyPI toolkit keeps its static runtime in lib/, which its nvcc does not search
+            if (toolkit / name / "libcudart_static.a").exists():
+                command += ["-L", str(toolkit / name)]
+        command += [os.path.join("csrc", name) for name in SOURCES] + ["-o", str(linked)]
+        print(" ".join(command), flush=True)
+        try:
+            result = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace")
+        except OSError as error:
+            raise NoKernels(f"{nvcc} does not run ({error})") from error
+        if result.returncode or not linked.is_file():
+            sys.stderr.write(result.stderr)
+            last = next((line for line in reversed(result.stderr.splitlines()) if line.strip()), "no word why")
+            raise NoKernels(f"nvcc failed with exit status {result.returncode}: {last.strip()}")
+        library_file.seal(linked, {"sources": sources_hash(), "nvcc": nvcc_version})
+        os.replace(linked, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_kernels(target: Path) -> None:
+    """Make `target` the library that csrc/ says; what was there is kept only if it is that.
+
+    Raises:
+        NoKernels: it cannot be built; `target` does not exist then.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target.parent):
+            if os.environ.get(SWITCH) == "0":
+                target.unlink(missing_ok=True)
+                raise NoKernels(f"turned off by {SWITCH}=0")
+            in_place = ROOT / "peft_loraswitch" / LIBRARY
+            try:
+                nvcc, version = find_nvcc()
+            except NoKernels:
+                version = None
+                if not is_current(in_place, version) and not is_current(target, version):
+                    target.unlink(missing_ok=True)  # of other sources: worse than none
+                    raise
+            if is_current(target, version):
+                print(f"peft_loraswitch: {target} is what csrc/ says: kept.")
+            elif is_current(in_place, version):
+                print(f"peft_loraswitch: {in_place} is what csrc/ says: copied.")
+                scratch = target.with_name(f".{LIBRARY}.{os.getpid()}")
+                shutil.copy2(in_place, scratch)
+                os.replace(scratch, target)
+            else:
+                target.unlink(missing_ok=True)
+                compile_into(target, nvcc, version)
+    except OSError as error:  # a read-only tree, a full disk
+        raise NoKernels(f"{target} cannot be written ({error})") from error
+
+
+def try_to_build(target: Path, what: str) -> bool:
+    """`build_kernels`, and without kernels go on, loudly, unless they are demanded."""
+    try:
+        build_kernels(target)
+        return True
+    except NoKernels as reason:
+        if os.environ.get(SWITCH) == "1":
+            raise SystemExit(
+                f"peft_loraswitch: the kernels cannot be built, and {SWITCH}=1 demands them: {reason}"
+            ) from reason
+        print(f"peft_loraswitch: {reason}: {what}, without the CUDA kernels.", file=sys.stderr)
+        return False
 
 
 def platform_tag(library: Path) -> str:
@@ -120,15 +259,11 @@ def platform_tag(library: Path) -> str:
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
-        if not self.editable_mode:
-            build_kernels(Path(self.build_lib) / "peft_loraswitch" / LIBRARY)
-            return
-        try:  # `pip install -e .`: next to the sources, where the package then looks for it
-            build_kernels(ROOT / "peft_loraswitch" / LIBRARY)
-        except subprocess.CalledProcessError as error:
-            print(
-                f"peft_loraswitch: nvcc failed ({error.returncode}): no CUDA kernels in this install.", file=sys.stderr
-            )
+        if self.editable_mode:  # `pip install -e .`: next to the sources, where the package then looks for it
+            try_to_build(ROOT / "peft_loraswitch" / LIBRARY, "a PURE-PYTHON install")
+        else:
+            try_to_build(Path(self.build_lib) / "peft_loraswitch" / LIBRARY, "a PURE-PYTHON wheel")
+            (Path(self.build_lib) / "peft_loraswitch" / LOCK).unlink(missing_ok=True)
 
 
 class Wheel(bdist_wheel):
@@ -152,8 +287,10 @@ class BuildKernels(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        if not build_kernels(ROOT / "peft_loraswitch" / LIBRARY):
-            raise SystemExit(1)
+        try:
+            build_kernels(ROOT / "peft_loraswitch" / LIBRARY)
+        except NoKernels as reason:
+            raise SystemExit(f"peft_loraswitch: the kernels cannot be built: {reason}") from reason
 
 
 def main() -> None:

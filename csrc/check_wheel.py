@@ -27,7 +27,7 @@ import sys
 sys.path.insert(0, ".")
 import setup
 if not {compiled}:
-    setup.find_nvcc = lambda: None
+    setup.candidates = lambda: []
 sys.argv = ["setup.py", "build", "--build-base", {scratch!r}, "bdist_wheel", "--dist-dir", {output!r}]
 setup.main()
 """
@@ -35,7 +35,7 @@ ARCHITECTURES = """
 import sys
 sys.path.insert(0, ".")
 import setup
-print("+".join(f"sm_{a}" for a in setup.ARCHITECTURES) + f"+compute_{setup.PTX}")
+print(setup.architectures())
 """
 # Runs in the empty environment. The package imports; so do PEFT and Transformers, which then know the method.
 PROBE = """

@@ -1,7 +1,7 @@
 """Whether two builds of the library hold the same machine code, whatever their kernels are called.
 
-    python csrc/compare_machine_code.py OLD.so NEW.so    # exit status 0: the same; needs cuobjdump of the CUDA toolkit
-                                                          # (or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
+python csrc/compare_machine_code.py OLD.so NEW.so    # exit status 0: the same; needs cuobjdump of the CUDA toolkit
+                                                      # (or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds and loads the compiled library, and says why the kernels are not used where they are not.
 
 The library is plain C, loaded with ctypes, so one wheel serves every torch and Python. Loading never needs a GPU.
-The one switch: PEFT_LORASWITCH_KERNELS=0 in the environment turns the kernels off.
+The one switch: PEFT_LORASWITCH_KERNELS=0 in the environment turns the kernels off (set while installing, it builds none).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 from .abi import ABI_VERSION, SIGNATURES, WORKSPACE_BYTES
+from .library_file import BrokenLibrary, read_seal
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "PEFT_LORASWITCH_KERNELS"
+AGAIN = "reinstall the package, or run `python setup.py build_kernels` in the checkout"
 LIBRARY = Path(__file__).resolve().parent.parent / "libloraswitch.so"
 
 
@@ -35,14 +37,15 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             "or newer at hand, or run `python setup.py build_kernels` in the checkout"
         )
     try:
+        read_seal(LIBRARY)  # loading half a file would crash the process
         library = ctypes.CDLL(str(LIBRARY))
+        if (version := library.ls_abi_version()) != ABI_VERSION:
+            return None, f"{LIBRARY.name} has ABI {version}, this package needs {ABI_VERSION}: {AGAIN}"
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        return None, f"{LIBRARY.name} does not load: {error}"
-    if (version := library.ls_abi_version()) != ABI_VERSION:
-        return None, f"{LIBRARY.name} has ABI {version}, this package needs {ABI_VERSION}: reinstall, or build it again"
+    except (OSError, AttributeError, BrokenLibrary) as error:
+        return None, f"{LIBRARY.name} does not load: {error}: {AGAIN}"
     return library, None
 
 
