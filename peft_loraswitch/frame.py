@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from .balance import RoutingRecord, add_auxiliary_losses
 from .checkpointing import SECOND_RUN, CheckpointedBlock, Relay, checkpointed_blocks
 from .routing import Routing, jitter, route, shared_routing
-from .unused import UnusedLinears
+from .unused import UnusedLinears, keep_off_fast_paths
 
 if TYPE_CHECKING:
     from .layer import LoRASwitchLinear
@@ -307,10 +307,7 @@ class RoutingState:
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
         self._blocks = checkpointed_blocks(root, adapted)
         self._unused = UnusedLinears(root, layers)
-        for encoder_layer in root.modules():
-            if isinstance(encoder_layer, nn.TransformerEncoderLayer):
-                for layer in adapted & set(encoder_layer.modules()):
-                    self._handles.append(layer.register_forward_pre_hook(_keep_off_the_fast_path))
+        self._handles += keep_off_fast_paths(root, adapted)
 
     def disconnect(self) -> None:
         """Remove every hook and wrapper."""
@@ -364,11 +361,6 @@ class RoutingState:
             current.frames[self.key] = frame
 
 
-def _keep_off_the_fast_path(module: nn.Module, args: tuple) -> None:
-    """nn.TransformerEncoderLayer has, in eval mode, a fast path that reads the weights of its linears and does not call them. It
-    is not taken where one of its modules has a hook."""
-
-
 def _outside_of_a_forward(layer_name: str) -> str:
     return (
         f"The adapted layer '{layer_name}' was reached before any routing: LoRA-Switch decides once per forward of "
@@ -386,7 +378,9 @@ def _broken_logits(adapter: str, layer_name: str, x: torch.Tensor, weight: torch
             "training that diverged or by its file. Load a checkpoint from before"
         )
     elif not torch.isfinite(x).all():
-        what = f"the input of the router of adapter '{adapter}' (layer '{layer_name}'): the hidden states that reach it are broken"
+        what = (
+            f"the input of the router of adapter '{adapter}' (layer '{layer_name}'): the hidden states there are broken"
+        )
     else:
         what = (
             f"the logits of the router of adapter '{adapter}' (layer '{layer_name}'): hidden states and weight are "

@@ -53,3 +53,31 @@ class UnusedLinears:
             "not call them, only the modules that hold them: those read the weights themselves, or left them out. The experts "
             f"on these linears do nothing and learn nothing. Add exclude_modules={endings}."
         )
+
+
+def keep_off_fast_paths(root: nn.Module, layers: set[nn.Module]) -> list[Any]:
+    """In eval mode PyTorch's own encoder has fast paths that read the weights of its linears: keep it off those where `layers`
+    are within it. Returns handles whose `remove()` takes that back."""
+    handles: list[Any] = []
+    for module in root.modules():
+        inside = layers & set(module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer):
+            handles += [layer.register_forward_pre_hook(_nothing) for layer in inside]  # a hook is enough
+        elif isinstance(module, nn.TransformerEncoder) and inside:
+            handles.append(_WithoutNestedTensors(module))
+    return handles
+
+
+def _nothing(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing but be there."""
+
+
+class _WithoutNestedTensors:
+    """Has an encoder compute padding too, since a layer that is off its fast path does not take nested tensors."""
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        self.encoder, self.before = encoder, encoder.use_nested_tensor
+        encoder.use_nested_tensor = False
+
+    def remove(self) -> None:
+        self.encoder.use_nested_tensor = self.before
