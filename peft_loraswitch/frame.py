@@ -306,7 +306,7 @@ class RoutingState:
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
         self._blocks = checkpointed_blocks(root, adapted)
-        self._unused = UnusedLinears(root, layers)
+        self._unused = UnusedLinears(root, adapted)
         self._handles += keep_off_fast_paths(root, adapted)
 
     def disconnect(self) -> None:
@@ -332,8 +332,7 @@ class RoutingState:
                 else:
                     block.wrap(self)
             if self._unused is not None and not torch.compiler.is_compiling():
-                frame.unused, self._unused = self._unused, None
-                frame.unused.begin()
+                frame.unused, self._unused = self._unused.begin(), None
         self._enter(frame)
         return frame
 

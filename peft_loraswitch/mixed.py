@@ -8,7 +8,6 @@ may be running the module while a call begins or ends.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .frame import NO_ADAPTER, RoutingState
 
@@ -48,26 +46,21 @@ def mixed_batch(
     if not names:
         raise ValueError("adapter_names is empty: give one name per sample.")
     check_batch_size(names, inputs, named)
-    with _hooking:
-        for module in model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                _hook(module, state)
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            _hook(module, state)
     with state.sample_adapters(names):
         yield
 
 
-_hooking = threading.Lock()
-
-
 def _hook(module: nn.Module, state: RoutingState) -> None:
-    """Put the hook on `module`, unless it is there."""
-    if any(isinstance(hook, _PerSample) and hook.state is state for hook in module._forward_hooks.values()):
-        return
-    handle = RemovableHandle(module._forward_hooks, extra_dict=module._forward_hooks_with_kwargs)
-    # Not register_forward_hook(): it enters the hook first and then that it takes keyword arguments, between which another
-    # thread may call it.
-    module._forward_hooks_with_kwargs[handle.id] = True
-    module._forward_hooks[handle.id] = _PerSample(state)
+    """Put the hook on `module`, unless it is there. By a key of its own and not by register_forward_hook(), which would enter
+    one more each time, and enters the hook before it enters that the hook takes keyword arguments: another thread may call it
+    in between."""
+    key: Any = f"loraswitch {state.key}"
+    if key not in module._forward_hooks:
+        module._forward_hooks_with_kwargs[key] = True
+        module._forward_hooks[key] = _PerSample(state)
 
 
 def check_batch_size(names: Sequence[str], inputs: tuple, named: dict) -> None:

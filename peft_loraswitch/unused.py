@@ -25,13 +25,20 @@ class UnusedLinears:
     """
 
     def __init__(self, root: nn.Module, layers: Iterable[nn.Module]) -> None:
+        self.root = root
         self.holders = [(layer, root.get_submodule(str(layer.name).rpartition(".")[0])) for layer in layers]
         self.ran: set[nn.Module] = set()
         self.handles: list[Any] = []
 
-    def begin(self) -> None:
+    def begin(self) -> UnusedLinears | None:
+        """Itself; None where parts of the model are compiled, which hooks that come and go would have compiled again."""
+        if any(
+            module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in self.root.modules()
+        ):
+            return None
         for module in {module for pair in self.holders for module in pair}:
             self.handles.append(module.register_forward_pre_hook(self._note))
+        return self
 
     def _note(self, module: nn.Module, args: tuple) -> None:
         self.ran.add(module)
