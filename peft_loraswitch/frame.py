@@ -196,6 +196,19 @@ class _Current(threading.local):
 
 
 current = _Current()
+
+
+_tracing_context = torch._guards.TracingContext.try_get
+
+
+@torch.compiler.assume_constant_result
+def _traced() -> bool:
+    """Whether a compiler is tracing this code. For hooks: where they are outside of what is compiled, dynamo leaves them to
+    Python, but not if they ask torch.compiler.is_compiling(): it would then guard what they read, at every step. (No name here
+    is a module of torch's, or dynamo would compile this function by itself.)"""
+    return _tracing_context() is not None
+
+
 _keys = itertools.count()
 
 
@@ -241,8 +254,8 @@ class RoutingState:
         """The frame of the forward that this thread is in, or None. Frames of forwards that have ended without a word (a
         KeyboardInterrupt, a thread that was told to stop) are closed first."""
         frame = self._local.frame
-        while not (torch.compiler.is_compiling() or frame is None or frame.is_running()):
-            self.close_frame(frame)
+        while not (frame is None or _traced() or frame.is_running()):
+            self.close_frame(frame, False)
             frame = self._local.frame
         return frame
 
@@ -320,7 +333,7 @@ class RoutingState:
     def new_frame(self, training: bool, adapter_names: Sequence[str] | None) -> RoutingFrame:
         return RoutingFrame(training, adapter_names)
 
-    def open_frame(self, opened_at: int, training: bool, previous: RoutingFrame | None = None) -> RoutingFrame:
+    def open_frame(self, opened_at: int, training: bool, previous: RoutingFrame | None) -> RoutingFrame:
         """A frame for a forward that begins, of the owner at depth `opened_at`, within that of `previous`."""
         frame = self.new_frame(training, self._local.adapter_names)
         frame.opened_at, frame.previous = opened_at, previous
@@ -336,7 +349,7 @@ class RoutingState:
         self._enter(frame)
         return frame
 
-    def close_frame(self, frame: RoutingFrame, finished: bool = False) -> None:
+    def close_frame(self, frame: RoutingFrame, finished: bool) -> None:
         """Go back to the frame before it. `finished`: the forward has come to its end."""
         for module in frame.paused:
             module.gradient_checkpointing = True  # type: ignore[assignment]
@@ -429,7 +442,7 @@ class _OwnerHooks:
         frame = self._frame()
         if frame is None:
             return
-        if not torch.compiler.is_compiling():
+        if not _traced():
             frame.called_from(self.depth, sys._getframe(1))
         if self.mask_position is not None:
             mask = kwargs.get("attention_mask", args[self.mask_position] if len(args) > self.mask_position else None)
@@ -445,16 +458,15 @@ class _OwnerHooks:
     def _frame(self) -> RoutingFrame | None:
         """The frame that this forward of the owner belongs to; None in a checkpointed block's second run."""
         state, depth = self.state, self.depth
-        compiling = torch.compiler.is_compiling()
         frame = state.running_frame()
         if frame is not None and frame.opened_at == SECOND_RUN:
             return None
-        if frame is None or (compiling and frame.opened_at >= depth):  # compiled code cannot tell whether that one runs
-            frame = state.open_frame(depth, state.in_training())
-        elif not compiling and (
+        if frame is None or (frame.opened_at >= depth and _traced()):  # compiled code cannot tell whether that one runs
+            frame = state.open_frame(depth, state.in_training(), None)
+        elif not _traced() and (
             frame.opened_at >= depth or frame.runs(depth)
-        ):  # the model is called within its forward
-            frame = state.open_frame(depth, state.in_training(), previous=frame)
+        ):  # the model is called in its own forward
+            frame = state.open_frame(depth, state.in_training(), frame)
         elif frame.deepest >= depth:  # a second pass of the same forward
             earlier = frame
             frame = state.open_frame(earlier.opened_at, earlier.training, earlier.previous)
@@ -471,7 +483,7 @@ class _OwnerHooks:
                 frame.routings.clear()
                 frame.shared.clear()
             return None
-        self.state.close_frame(frame, finished=output is not None)
+        self.state.close_frame(frame, output is not None)
         if output is None:  # an exception is on its way
             return None
         if frame.training or self.state.recorders:
