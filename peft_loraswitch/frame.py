@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ from transformers import PreTrainedModel
 from .balance import RoutingRecord, add_auxiliary_losses
 from .checkpointing import SECOND_RUN, CheckpointedBlock, Relay, checkpointed_blocks
 from .routing import Routing, jitter, route, shared_routing
+from .unused import UnusedLinears, keep_off_fast_paths
 
 if TYPE_CHECKING:
     from .layer import LoRASwitchLinear
@@ -44,10 +47,13 @@ class RoutingFrame:
         shared: what linears follow that have shared experts only, by adapter name.
         used: adapters that a layer asked for; `trained`: those of them whose experts train.
         relays, paused: see `checkpointing.py`.
+        previous: the frame of the forward within which this one runs (a hook that calls the model again), or None.
     """
 
     def __init__(self, training: bool, adapter_names: Sequence[str] | None = None) -> None:
         self.training = training
+        self.previous: RoutingFrame | None = None
+        self._callers: dict[int, FrameType] = {}  # by depth, the Python frame from which the owner's forward is called
         self.adapter_names = adapter_names
         self.routings: dict[str, Routing] = {}
         self.shared: dict[str, Routing] = {}
@@ -58,8 +64,40 @@ class RoutingFrame:
         self.used: set[str] = set()
         self.trained: set[str] = set()
         self.paused: list[nn.Module] = []
+        self.unused: UnusedLinears | None = None
         self.relays: dict[str, Relay] = {}
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
+
+    def called_from(self, depth: int, caller: FrameType) -> None:
+        """The owner at `depth` has been called, from `caller`."""
+        self._callers[depth] = caller
+
+    def continues(self, earlier: RoutingFrame, depth: int) -> None:
+        """This frame is of another pass, of the owner at `depth`, of the forward that `earlier` is of."""
+        self.num_items_in_batch, self.unused = earlier.num_items_in_batch, earlier.unused
+        self.earlier, self.paused = (*earlier.earlier, earlier), [*earlier.paused, *self.paused]
+        self._callers = {outer: caller for outer, caller in earlier._callers.items() if outer < depth}
+
+    def is_running(self) -> bool:
+        """Whether the forward that this is the frame of is still running."""
+        return self.opened_at < 0 or self.runs(self.opened_at)  # a block's second run ends within a `with`
+
+    def runs(self, depth: int) -> bool:
+        """Whether the forward of the owner at `depth` that this frame knows of is still running.
+
+        No hook runs when a forward is left by a KeyboardInterrupt, so being open is not enough. Python refuses to clear the
+        frame of a call that is running; where it is not, what the call left in memory is let go of. (Compiled forwards have
+        no such frame: what is open runs.)
+        """
+        caller = self._callers.get(depth)
+        if caller is None:
+            return depth == self.opened_at
+        try:
+            caller.clear()
+        except RuntimeError:
+            return True
+        del self._callers[depth]
+        return False
 
     def routing(self, adapter: str, layer: LoRASwitchLinear, x: torch.Tensor) -> Routing:
         """What `layer` follows: this forward's decision for `adapter`, taken now, from x [..., in_features], if it is not
@@ -98,13 +136,10 @@ class RoutingFrame:
         options = router_layer.routing_options[adapter]
         router = router_layer.loraswitch_router[adapter]
         recording = self.training or len(layer.routing_state.recorders) > 0
-        routed = jitter(x, options.jitter) if options.jitter and layer.training else x
+        routed = jitter(x, options.jitter) if options.jitter and router_layer.training else x
         logits = router(routed)
         if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(logits).all():
-            raise ValueError(
-                f"NaN or Inf in the input of the router of adapter '{adapter}' (layer '{layer.name}'): the hidden states "
-                "that reach it are broken. On a GPU, where a check would stall the device, the outputs become NaN instead."
-            )
+            raise ValueError(_broken_logits(adapter, layer.name, routed, router.weight))
         routing = route(logits, options)
         if recording:
             routing.router_input = routed.detach()
@@ -161,6 +196,19 @@ class _Current(threading.local):
 
 
 current = _Current()
+
+
+_tracing_context = torch._guards.TracingContext.try_get
+
+
+@torch.compiler.assume_constant_result
+def _traced() -> bool:
+    """Whether a compiler is tracing this code. For hooks: where they are outside of what is compiled, dynamo leaves them to
+    Python, but not if they ask torch.compiler.is_compiling(): it would then guard what they read, at every step. (No name here
+    is a module of torch's, or dynamo would compile this function by itself.)"""
+    return _tracing_context() is not None
+
+
 _keys = itertools.count()
 
 
@@ -175,9 +223,10 @@ class RoutingState:
         self.recorders: list[RoutingRecorder] = []  # `record_routing()` blocks in progress
         self._blocks: list[CheckpointedBlock] = []
         self._handles: list[Any] = []
+        self._unused: UnusedLinears | None = None  # to look for in the next forward that trains
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: everything but the frames in flight
-        return {**self.__dict__, "_local": None, "recorders": []}
+        return {**self.__dict__, "_local": None, "recorders": [], "_unused": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _local=_ThreadState())
@@ -195,11 +244,25 @@ class RoutingState:
     def frame_or_outside(self) -> RoutingFrame:
         """The frame of the forward that this thread is in; if it is in none, one that is good for shared experts only
         (`generate` calls the encoder of an encoder-decoder model by itself)."""
-        frame = self._local.frame
+        frame = self.running_frame()
         if frame is None:
             frame = self.new_frame(False, self._local.adapter_names)
             frame.opened_at = OUTSIDE
         return frame
+
+    def running_frame(self) -> RoutingFrame | None:
+        """The frame of the forward that this thread is in, or None. Frames of forwards that have ended without a word (a
+        KeyboardInterrupt, a thread that was told to stop) are closed first."""
+        frame = self._local.frame
+        while not (frame is None or _traced() or frame.is_running()):
+            self.close_frame(frame, False)
+            frame = self._local.frame
+        return frame
+
+    def in_training(self) -> bool:
+        """Whether a loss may follow a forward that begins now: the layers that route are in training mode (not the backbone:
+        an adapter on a backbone in eval mode trains as well), and gradients are on."""
+        return torch.is_grad_enabled() and any(layer.training for layer in self.router_layers.values())
 
     def router_layer(self, adapter: str, layer: LoRASwitchLinear) -> LoRASwitchLinear:
         """The layer that holds the router of `adapter`, given that `layer` is the first one reached."""
@@ -256,6 +319,8 @@ class RoutingState:
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
         self._blocks = checkpointed_blocks(root, adapted)
+        self._unused = UnusedLinears(root, adapted)
+        self._handles += keep_off_fast_paths(root, adapted)
 
     def disconnect(self) -> None:
         """Remove every hook and wrapper."""
@@ -263,13 +328,15 @@ class RoutingState:
             handle.remove()
         for block in self._blocks:
             block.unwrap()
-        self._handles, self._blocks = [], []
+        self._handles, self._blocks, self._unused = [], [], None
 
     def new_frame(self, training: bool, adapter_names: Sequence[str] | None) -> RoutingFrame:
         return RoutingFrame(training, adapter_names)
 
-    def open_frame(self, training: bool) -> RoutingFrame:
+    def open_frame(self, opened_at: int, training: bool, previous: RoutingFrame | None) -> RoutingFrame:
+        """A frame for a forward that begins, of the owner at depth `opened_at`, within that of `previous`."""
         frame = self.new_frame(training, self._local.adapter_names)
+        frame.opened_at, frame.previous = opened_at, previous
         if training:
             # at each forward, because gradient_checkpointing_enable() may come at any time
             for block in self._blocks:
@@ -277,18 +344,33 @@ class RoutingState:
                     block.pause(frame)
                 else:
                     block.wrap(self)
-        self._local.frame = frame
-        if self.fused:
-            current.frames[self.key] = frame
+            if self._unused is not None and not torch.compiler.is_compiling():
+                frame.unused, self._unused = self._unused.begin(), None
+        self._enter(frame)
         return frame
 
-    def close_frame(self, frame: RoutingFrame) -> None:
+    def close_frame(self, frame: RoutingFrame, finished: bool) -> None:
+        """Go back to the frame before it. `finished`: the forward has come to its end."""
         for module in frame.paused:
             module.gradient_checkpointing = True  # type: ignore[assignment]
-        self._local.frame = None
+        self._enter(frame.previous)
         if self.fused:
-            current.frames.pop(self.key, None)
             current.results.clear()
+        if frame.unused is not None:
+            frame.unused.end()
+            if finished:
+                frame.unused.warn()
+            elif self._unused is None:
+                self._unused = frame.unused  # it saw a part of a forward: the next one says
+
+    def _enter(self, frame: RoutingFrame | None) -> None:
+        self._local.frame = frame
+        if not self.fused:
+            return
+        if frame is None:
+            current.frames.pop(self.key, None)
+        else:
+            current.frames[self.key] = frame
 
 
 def _outside_of_a_forward(layer_name: str) -> str:
@@ -298,6 +380,25 @@ def _outside_of_a_forward(layer_name: str) -> str:
         "gradient checkpointing that LoRA-Switch cannot follow (torch.utils.checkpoint called by the model itself, "
         "FSDP's activation_checkpointing): use the model's gradient_checkpointing_enable() instead."
     )
+
+
+def _broken_logits(adapter: str, layer_name: str, x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Why the router's logits are not finite, from its input x and its weight."""
+    if not torch.isfinite(weight).all():
+        what = (
+            f"the weight of the router of adapter '{adapter}' (at '{layer_name}'): the adapter itself is broken, by a "
+            "training that diverged or by its file. Load a checkpoint from before"
+        )
+    elif not torch.isfinite(x).all():
+        what = (
+            f"the input of the router of adapter '{adapter}' (layer '{layer_name}'): the hidden states there are broken"
+        )
+    else:
+        what = (
+            f"the logits of the router of adapter '{adapter}' (layer '{layer_name}'): hidden states and weight are "
+            "finite, but their product is beyond float32"
+        )
+    return f"NaN or Inf in {what}. On a GPU, where a check would stall the device, the outputs become NaN instead."
 
 
 class RoutingRecorder:
@@ -338,9 +439,11 @@ class _OwnerHooks:
         self.has_no_mask = self.mask_position is None and depth > 0 and isinstance(owner, PreTrainedModel)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        frame = self._frame(module)
+        frame = self._frame()
         if frame is None:
             return
+        if not _traced():
+            frame.called_from(self.depth, sys._getframe(1))
         if self.mask_position is not None:
             mask = kwargs.get("attention_mask", args[self.mask_position] if len(args) > self.mask_position else None)
             # The innermost knows best, also by passing none (a T5 decoder's mask is not the encoder's). But the attention's
@@ -352,25 +455,27 @@ class _OwnerHooks:
         if frame.num_items_in_batch is None:
             frame.num_items_in_batch = kwargs.get("num_items_in_batch", None)
 
-    def _frame(self, module: nn.Module) -> RoutingFrame | None:
-        """The frame that this forward of `module` belongs to; None in a checkpointed block's second run."""
-        frame = self.state.frame
+    def _frame(self) -> RoutingFrame | None:
+        """The frame that this forward of the owner belongs to; None in a checkpointed block's second run."""
+        state, depth = self.state, self.depth
+        frame = state.running_frame()
         if frame is not None and frame.opened_at == SECOND_RUN:
             return None
-        # an open frame of this very owner was left behind by a KeyboardInterrupt, for which no hook runs
-        if frame is None or frame.opened_at >= self.depth:
-            frame = self.state.open_frame(module.training and torch.is_grad_enabled())
-            frame.opened_at = self.depth
-        elif frame.deepest >= self.depth:
+        if frame is None or (frame.opened_at >= depth and _traced()):  # compiled code cannot tell whether that one runs
+            frame = state.open_frame(depth, state.in_training(), None)
+        elif not _traced() and (
+            frame.opened_at >= depth or frame.runs(depth)
+        ):  # the model is called in its own forward
+            frame = state.open_frame(depth, state.in_training(), frame)
+        elif frame.deepest >= depth:  # a second pass of the same forward
             earlier = frame
-            frame = self.state.open_frame(earlier.training)
-            frame.opened_at, frame.num_items_in_batch = earlier.opened_at, earlier.num_items_in_batch
-            frame.earlier = (*earlier.earlier, earlier)
-        frame.deepest = self.depth
+            frame = state.open_frame(earlier.opened_at, earlier.training, earlier.previous)
+            frame.continues(earlier, depth)
+        frame.deepest = depth
         return frame
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        frame = self.state.frame
+        frame = self.state.running_frame()
         if frame is None or frame.opened_at != self.depth:
             # Nobody asks for the decision any more. torch 2.11 runs the hooks of the outermost module that it compiles outside
             # of the graph: what the frame still holds there becomes an output of the graph.
@@ -378,7 +483,7 @@ class _OwnerHooks:
                 frame.routings.clear()
                 frame.shared.clear()
             return None
-        self.state.close_frame(frame)
+        self.state.close_frame(frame, output is not None)
         if output is None:  # an exception is on its way
             return None
         if frame.training or self.state.recorders:

@@ -98,6 +98,7 @@ class LoRASwitchLayer(BaseTunerLayer):
 
     in_features: int
     out_features: int
+    training: bool  # this class is always an nn.Module as well
     # nn.ModuleDicts by adapter name. Any, because a type checker sees no more than Module in them.
     loraswitch_A: Any  # of ExpertsA
     loraswitch_B: Any  # of ExpertsB
@@ -165,6 +166,11 @@ class LoRASwitchLayer(BaseTunerLayer):
             self.loraswitch_record[adapter_name] = RoutingRecord(config.num_experts)
             self.loraswitch_pending[adapter_name] = PendingBatches()
             self.routing_state.router_layers[adapter_name] = self  # type: ignore[assignment]
+        for name in (*self.adapter_layer_names, "loraswitch_dropout"):
+            if adapter_name in getattr(self, name):
+                getattr(self, name)[adapter_name].train(
+                    self.training
+                )  # new modules are in training mode, whatever holds them
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -235,9 +241,11 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
         lora_alpha: float,
         is_router: bool,
         is_routed: bool = True,
+        training: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        self.training = training
         LoRASwitchLayer.__init__(self, base_layer, name, routing_state, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha, is_router, is_routed)

@@ -2,14 +2,14 @@
 
 The names travel with the thread (`RoutingState.sample_adapters`) and into the frame of each forward, where the adapted
 linears find them. PEFT's wrappers around modules that an adapter trains in full (`modules_to_save`, trainable tokens) do
-not know frames: hooks hand them their names for as long as the call lasts.
+not know frames: a hook on each hands it its names. It is put there by the first mixed batch and stays, because another thread
+may be running the module while a call begins or ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,15 +46,21 @@ def mixed_batch(
     if not names:
         raise ValueError("adapter_names is empty: give one name per sample.")
     check_batch_size(names, inputs, named)
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    hook = partial(_run_per_sample, state)
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in wrappers]
-    try:
-        with state.sample_adapters(names):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            _hook(module, state)
+    with state.sample_adapters(names):
+        yield
+
+
+def _hook(module: nn.Module, state: RoutingState) -> None:
+    """Put the hook on `module`, unless it is there. By a key of its own and not by register_forward_hook(), which would enter
+    one more each time, and enters the hook before it enters that the hook takes keyword arguments: another thread may call it
+    in between."""
+    key: Any = f"loraswitch {state.key}"
+    if key not in module._forward_hooks:
+        module._forward_hooks_with_kwargs[key] = True
+        module._forward_hooks[key] = _PerSample(state)
 
 
 def check_batch_size(names: Sequence[str], inputs: tuple, named: dict) -> None:
@@ -67,13 +73,22 @@ def check_batch_size(names: Sequence[str], inputs: tuple, named: dict) -> None:
         )
 
 
-def _run_per_sample(state: RoutingState, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+class _PerSample:
     """Forward hook of PEFT's wrapper. Its own forward looks at the active adapter first, and gives up on adapters that do
-    not wrap this module; so its answer is replaced, with `__base__` for those."""
-    frame = state.frame
-    if frame is None or frame.adapter_names is None:  # another thread's forward
-        return None
-    each = len(args[0]) // len(frame.adapter_names)
-    wrapped = module._adapters
-    names = [name if name in wrapped else NO_ADAPTER for name in frame.adapter_names for _ in range(each)]  # type: ignore[operator]
-    return module._mixed_batch_forward(*args, adapter_names=names, **kwargs)  # type: ignore[operator]
+    not wrap this module; so its answer is replaced, with `__base__` for those. (An object: `copy.deepcopy` copies its state too.)
+    """
+
+    def __init__(self, state: RoutingState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        names = self.state.adapter_names
+        frame = self.state.running_frame()
+        if frame is not None:
+            names = frame.adapter_names
+        if names is None:
+            return None
+        each = len(args[0]) // len(names)
+        wrapped: Any = module._adapters
+        per_row = [name if name in wrapped else NO_ADAPTER for name in names for _ in range(each)]
+        return module._mixed_batch_forward(*args, adapter_names=per_row, **kwargs)  # type: ignore[operator]

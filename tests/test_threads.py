@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -202,3 +203,63 @@ def test_no_thread_leaves_routing_behind():
     state = next(iter(switch_layers(model).values())).routing_state
     frames = at_once(*[lambda index: (model(input_ids=tokens(seed=index)), state.frame)[1]] * 2)
     assert all(frame is None for found in frames for frame in found) and state.frame is None
+
+
+def test_mixed_batches_with_modules_trained_in_full():
+    """A hook on PEFT's wrapper hands it its names. Threads that switch at every instruction, as far as Python can."""
+    model = adapted(tiny_llama(), modules_to_save=["lm_head", "embed_tokens"])
+    model.add_adapter("other", switch_config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if "modules_to_save" in name:
+            parameter.data += 0.01 * (1 + index)
+    randomize_adapter(model, "other")
+    model.eval()
+    ids = tokens(3, 5)
+    names = [
+        ["default", "other", "__base__"],
+        ["other", "__base__", "default"],
+        ["__base__", "default", "default"],
+        None,
+    ]
+    with torch.no_grad():
+        alone = {n: model(ids, adapter_names=[n] * 3).logits for n in ("default", "other", "__base__")}
+        expected = [
+            model(ids).logits if each is None else torch.stack([alone[n][row] for row, n in enumerate(each)])
+            for each in names
+        ]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+
+        def job(given: dict[str, Any]) -> Callable[[int], Any]:
+            def forward(index: int) -> torch.Tensor:
+                with torch.no_grad():
+                    return model(ids, **given).logits
+
+            return forward
+
+        results = at_once(*(job({} if each is None else {"adapter_names": each}) for each in names))
+    finally:
+        sys.setswitchinterval(interval)
+    for index, each in enumerate(results):
+        assert len(each) == ROUNDS
+        for logits in each:
+            torch.testing.assert_close(logits, expected[index])
+    hooks = [len(m._forward_hooks) for m in model.modules() if type(m).__name__ == "ModulesToSaveWrapper"]
+    assert hooks == [1, 1], "one each, not one for each call"
+
+
+def test_a_copy_of_a_model_that_has_run_mixed_batches_is_its_own():
+    model = adapted(tiny_llama(), modules_to_save=["lm_head"])
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        model(ids, adapter_names=["default", "__base__"])
+        twin = copy.deepcopy(model)
+        randomize_adapter(twin, seed=9)
+        for name, parameter in twin.named_parameters():
+            if "modules_to_save" in name:
+                parameter.data += 0.1
+        mixed = twin(ids, adapter_names=["default", "__base__"]).logits
+        torch.testing.assert_close(mixed[0], twin(ids).logits[0])
+        with twin.disable_adapter():
+            torch.testing.assert_close(mixed[1], twin(ids).logits[1])
