@@ -1,4 +1,4 @@
-"""Load-balance loss, z-loss and router statistics, and how they join a training loss that others compute.
+"""Load-balance loss, z-loss and router statistics. How the losses join a training objective: see `joining.py`.
 
 The losses are functions of the router's weight and of its (detached) input: they train the router, not the layers below.
 With T real tokens (padding does not count), probabilities p = softmax(logits) and c_e = how often expert e was chosen:
@@ -12,18 +12,12 @@ the gradient needs are kept (`PendingBatches`); the last micro-batch adds the lo
 large batch. Outside of accelerate each forward stands for itself. With several processes each computes the losses of its
 own tokens, and the average over processes trains.
 
-**Joining.** If the output has a scalar loss, the losses are added to it. Trainers that compute the loss from other
-outputs (DPO, GRPO, TRL's fused head) get it by `AttachLoss`: the output is passed on unchanged, and its backward adds the
-gradient of the losses with weight 1. That weight knows nothing of a factor that is put on the loss later, so where fp16
-training scales it (`torch.amp.GradScaler`), attached losses vanish: there is a warning, and bf16 needs no scaling.
-
 **torch.compile.** Everything that lasts from one forward to the next is a buffer that is updated in place: no guard on a
 value that changes from step to step, no additional output of the graph.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,22 +26,11 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 
-from .routing import Routing, RoutingOptions
+from .joining import JoinPoint, RouterGradient, add_to_loss, join_at_outputs
+from .routing import Routing, RoutingOptions, full_precision, router_logits
 
 if TYPE_CHECKING:
     from .frame import RoutingFrame, RoutingState
-
-
-class AttachLoss(torch.autograd.Function):
-    """Identity on `tensor`; its backward sends 1 to `loss` besides passing the gradient on."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        return grad, torch.ones((), dtype=torch.float32, device=grad.device)
 
 
 class PendingBatches(nn.Module):
@@ -104,33 +87,30 @@ class PendingBatches(nn.Module):
             self.weight_version = weight._version
 
     @torch.no_grad()
-    def add(self, batch: _Batch) -> None:
+    def add(self, batches: Sequence[_Batch]) -> None:
+        """The tokens of one micro-batch, in the passes of its forward."""
         if not self.in_progress:
             for buffer in self.buffers():
                 buffer.zero_()
             self.in_progress, self.backward_ran = True, False
-        x, probabilities, logsumexp = batch.x.float(), batch.probabilities.detach(), batch.logsumexp.detach()
-        p = probabilities * batch.real
         self.micro_batches.add_(1)
-        self.tokens.add_(batch.tokens)
-        self.counts.add_(batch.counts)
-        self.probabilities.add_(p.sum(0))
-        self.z.add_((logsumexp.square() * batch.real.squeeze(-1)).sum())
-        self.probability_inputs.add_(p.T @ x)
-        pairs = (p.unsqueeze(2) * probabilities.unsqueeze(1)).flatten(1)  # [T, E * E]
-        self.products.add_((pairs.T @ x).view_as(self.products))
-        self.z_inputs.add_((p * logsumexp.unsqueeze(-1)).T @ x)
+        for batch in batches:
+            x, probabilities, logsumexp = batch.x.float(), batch.probabilities.detach(), batch.logsumexp.detach()
+            p = probabilities * batch.real
+            self.tokens.add_(batch.tokens)
+            self.counts.add_(batch.counts)
+            self.probabilities.add_(p.sum(0))
+            self.z.add_(batch.z_sum.detach())
+            self.probability_inputs.add_(p.T @ x)
+            pairs = (p.unsqueeze(2) * probabilities.unsqueeze(1)).flatten(1)  # [T, E * E]
+            self.products.add_((pairs.T @ x).view_as(self.products))
+            self.z_inputs.add_((p * logsumexp.unsqueeze(-1)).T @ x)
 
-    def loss(self, load: torch.Tensor, tokens: torch.Tensor, options: RoutingOptions) -> torch.Tensor:
-        """Value of these tokens' share, for the load [E] = c_e / T and the token count T of all of them."""
-        balance = options.aux_loss_coef * options.num_experts * (load * self.probabilities).sum()
-        return (balance + options.z_loss_coef * self.z) / tokens
-
-    def gradient(self, load: torch.Tensor, tokens: torch.Tensor, options: RoutingOptions) -> torch.Tensor:
-        """Its gradient with respect to the router's weight: [E, d]."""
-        balance = load.unsqueeze(-1) * self.probability_inputs - torch.einsum("e,ejd->jd", load, self.products)
-        scale = options.aux_loss_coef * options.num_experts / tokens
-        return scale * balance + (2 * options.z_loss_coef / tokens) * self.z_inputs
+    def gradient(self, terms: _Terms) -> torch.Tensor:
+        """The gradient of these tokens' share with respect to the router's weight: [E, d]."""
+        balance = terms.load.unsqueeze(-1) * self.probability_inputs
+        balance = balance - torch.einsum("e,ejd->jd", terms.load, self.products)
+        return terms.balance_coef * balance + terms.z_coef * 2 * self.z_inputs
 
 
 def _apply_but_keep_dtypes(module: nn.Module, apply: Any, fn: Any, recurse: bool) -> Any:
@@ -146,7 +126,7 @@ def _apply_but_keep_dtypes(module: nn.Module, apply: Any, fn: Any, recurse: bool
 
 @dataclass
 class _Batch:
-    """The routed tokens of one forward, flattened: x [T, d], experts [T, k], real float32 [T, 1]."""
+    """The routed tokens of one pass, flattened: x [T, d], experts [T, k], real float32 [T, 1]."""
 
     x: torch.Tensor
     experts: torch.Tensor
@@ -154,35 +134,40 @@ class _Batch:
     probabilities: torch.Tensor = field(init=False)  # [T, E]
     logsumexp: torch.Tensor = field(init=False)  # [T]
     counts: torch.Tensor = field(init=False)  # [E], how often each expert was chosen
-    tokens: torch.Tensor = field(init=False)  # scalar, at least 1 so that an empty batch gives 0, not NaN
+    tokens: torch.Tensor = field(init=False)  # scalar
 
-    @staticmethod
-    def concatenate(batches: Sequence[_Batch]) -> _Batch:
-        fields = ([getattr(batch, name) for batch in batches] for name in ("x", "experts", "real"))
-        return _Batch(*map(torch.cat, fields))
-
-    def route(self, router: nn.Module, num_experts: int) -> None:
-        logits = _with_whole_weight(router)(self.x)
+    def score(self, logits: torch.Tensor) -> None:
         self.probabilities = torch.softmax(logits, dim=-1)
         self.logsumexp = torch.logsumexp(logits, dim=-1)
+
+    def count(self, num_experts: int) -> None:
         chosen = self.real.expand(-1, self.experts.shape[-1]).flatten()
         counts = torch.zeros(num_experts, dtype=torch.float32, device=self.x.device)
         self.counts = counts.scatter_add(0, self.experts.flatten(), chosen)
         self.tokens = self.real.sum()
 
+    @property
+    def probability_sum(self) -> torch.Tensor:
+        """[E], over real tokens."""
+        return (self.probabilities * self.real).sum(0)
 
-def _with_whole_weight(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The router's forward after the layer that holds it has run: by then FSDP2 has sharded its weight again."""
+    @property
+    def z_sum(self) -> torch.Tensor:
+        """Scalar, over real tokens."""
+        return (self.logsumexp.square() * self.real.squeeze(-1)).sum()
+
+
+def _whole_weight(router: nn.Module) -> torch.Tensor:
+    """The router's weight after the layer that holds it has run: by then FSDP2 has sharded it again."""
     weight: Any = router.weight
     if not hasattr(weight, "full_tensor"):
-        return router
+        return weight
     from torch.distributed.tensor import Partial
 
     # each process has the gradient of its own tokens: the average trains, as with all weights under FSDP
     mesh = weight.device_mesh
     whole = weight.full_tensor(grad_placements=[Partial("sum")] * mesh.ndim)
-    whole = whole / mesh.size() + whole.detach() * (1 - 1 / mesh.size())
-    return lambda x: torch.func.functional_call(router, {"weight": whole}, (x,))
+    return whole / mesh.size() + whole.detach() * (1 - 1 / mesh.size())
 
 
 class RoutingRecord(nn.Module):
@@ -220,13 +205,12 @@ class RoutingRecord(nn.Module):
 
     @torch.no_grad()
     def add(self, batch: _Batch) -> None:
-        p = batch.probabilities.detach()
-        real = batch.real.squeeze(-1)
+        p, real = batch.probabilities.detach(), batch.real.squeeze(-1)
         self.tokens.add_(batch.tokens.long())
         self.counts.add_(batch.counts.long())
-        self.probabilities.add_((p * batch.real).sum(0))
+        self.probabilities.add_(batch.probability_sum.detach())
         self.entropy.add_((torch.special.entr(p).sum(-1) * real).sum())
-        self.z.add_((batch.logsumexp.detach().square() * real).sum())
+        self.z.add_(batch.z_sum.detach())
 
     def summary(self) -> dict[str, Any]:
         """tokens (int), load (E floats, sum 1), entropy of the router's softmax (nats, mean over tokens), dropped_experts
@@ -245,6 +229,28 @@ class RoutingRecord(nn.Module):
         }
 
 
+class _Terms:
+    """What both losses need to know of all tokens since the last optimiser step: load [E] = c_e / T, and T in the factors."""
+
+    def __init__(self, options: RoutingOptions, counts: torch.Tensor, tokens: torch.Tensor) -> None:
+        tokens = tokens.clamp(min=1)  # no token, as where all is padding, gives 0 and not NaN
+        self.load = counts / tokens
+        self.balance_coef = options.aux_loss_coef * options.num_experts / tokens
+        self.z_coef = options.z_loss_coef / tokens
+
+    def value(self, probabilities: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Both losses, weighted by their coefficients, of the tokens over which these are sums, [E] and a scalar."""
+        return self.balance_coef * (self.load * probabilities).sum() + self.z_coef * z
+
+    def gradient(self, batch: _Batch) -> torch.Tensor:
+        """The gradient of its tokens' share with respect to the router's weight: [E, d]."""
+        p = batch.probabilities
+        balance = p * (self.load - (p * self.load).sum(-1, keepdim=True))
+        z = 2 * batch.logsumexp.unsqueeze(-1) * p
+        of_logits = (self.balance_coef * balance + self.z_coef * z) * batch.real
+        return of_logits.T @ batch.x.float()
+
+
 def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) -> Any:
     """At the end of a forward: count the routed tokens, and in training join the losses to `output` (returned)."""
     passes = (*frame.earlier, frame)
@@ -254,65 +260,92 @@ def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) 
         if router_layer is None or any(routing.router_input is None for _, routing in routed):
             continue  # decided before anybody wanted to know
         options = router_layer.routing_options[adapter]
-        batches = [_batch(each, adapter, routing, options.top_k) for each, routing in routed]
-        batch = batches[0] if len(batches) == 1 else _Batch.concatenate(batches)
         router = router_layer.loraswitch_router[adapter]
-        with torch.set_grad_enabled(frame.training and torch.is_grad_enabled()):
-            batch.route(router, options.num_experts)
-        for recorder in state.recorders:
-            if adapter in recorder.records:
-                recorder.records[adapter].add(batch)
-        if not frame.training:
-            continue
-        router_layer.loraswitch_record[adapter].add(batch)
-        weight: torch.Tensor = router.weight
-        if weight.requires_grad and (options.aux_loss_coef or options.z_loss_coef):
-            loss = _loss(router_layer.loraswitch_pending[adapter], router, options, batch)
-            if loss is not None:
-                output = _add_to_output(output, *loss, frame)
+        records = [recorder.records[adapter] for recorder in state.recorders if adapter in recorder.records]
+        if frame.training:
+            records.append(router_layer.loraswitch_record[adapter])
+        losses = None
+        with torch.no_grad(), full_precision(router.weight.device):
+            weight = _whole_weight(router)
+            batches = [_batch(each, adapter, routing, weight, options) for each, routing in routed]
+            for record in records:
+                for batch in batches:
+                    record.add(batch)
+            if frame.training and router.weight.requires_grad and (options.aux_loss_coef or options.z_loss_coef):
+                losses = _losses(router_layer.loraswitch_pending[adapter], router.weight, options, batches)
+        if losses is not None:
+            points = [routing.join_point for _, routing in routed]
+            output = _join(output, losses, points, router, _weight_in_loss(frame, losses.micro_batches))
     return output
 
 
-def _batch(frame: RoutingFrame, adapter: str, routing: Routing, top_k: int) -> _Batch:
+def _batch(
+    frame: RoutingFrame, adapter: str, routing: Routing, weight: torch.Tensor, options: RoutingOptions
+) -> _Batch:
     assert routing.router_input is not None
-    chosen = routing.experts[..., :top_k]  # without the shared experts, which nobody chose
+    chosen = routing.experts[..., : options.top_k]  # without the shared experts, which nobody chose
     x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, chosen))
-    return _Batch(x=x, experts=experts, real=_real_tokens(frame, adapter, routing))
+    batch = _Batch(x=x, experts=experts, real=_real_tokens(frame, adapter, routing))
+    batch.score(router_logits(x, weight))
+    batch.count(options.num_experts)
+    return batch
 
 
-def _loss(
-    pending: PendingBatches, router: nn.Module, options: RoutingOptions, batch: _Batch
-) -> tuple[torch.Tensor, torch.Tensor | float] | None:
-    """(both losses, weighted by their coefficients, of all tokens since the last optimiser step; number of micro-batches)
-    or None while more micro-batches follow."""
-    weight: torch.Tensor = router.weight  # type: ignore[assignment]
+@dataclass
+class _Losses:
+    """Of all tokens since the last optimiser step: value (scalar), gradients [E, d] by pass of this forward with the earlier
+    micro-batches' in the last, how many micro-batches there are, and what second derivatives are made from."""
+
+    value: torch.Tensor
+    gradients: list[torch.Tensor]
+    micro_batches: torch.Tensor | float
+    terms: _Terms
+    batches: list[_Batch]
+    of_earlier: torch.Tensor | None
+
+    def differentiable(self, index: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(x, weight) -> `gradients[index]` with a graph to `weight`."""
+        terms, real, experts = self.terms, self.batches[index].real, self.batches[index].experts
+        earlier = self.of_earlier if index == len(self.batches) - 1 else None
+
+        def gradient(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            batch = _Batch(x=x.detach().reshape(-1, x.shape[-1]), experts=experts, real=real)
+            with full_precision(x.device):
+                batch.score(router_logits(batch.x, weight))
+                own = terms.gradient(batch)
+            return own if earlier is None else own + earlier
+
+        return gradient
+
+
+def _losses(
+    pending: PendingBatches, weight: torch.Tensor, options: RoutingOptions, batches: list[_Batch]
+) -> _Losses | None:
+    """The losses to be joined now; None while more micro-batches follow."""
     # read without an instance: torch 2.11 cannot trace GradientState's __getattr__
     last = GradientState._shared_state.get("sync_gradients", True)
     if not last and not pending.allocated:
-        pending.allocate(options.num_experts, batch.x.shape[-1], batch.x.device)
+        pending.allocate(options.num_experts, batches[0].x.shape[-1], batches[0].x.device)
         pending.watch(weight)
     if pending.allocated and not torch.compiler.is_compiling():
         pending.forget_if_stale(weight)
     if not last:
-        pending.add(batch)
+        pending.add(batches)
         return None
-    tokens, counts = batch.tokens, batch.counts
+    tokens, counts = sum(batch.tokens for batch in batches), sum(batch.counts for batch in batches)
+    probabilities, z = sum(batch.probability_sum for batch in batches), sum(batch.z_sum for batch in batches)
+    micro_batches: torch.Tensor | float = 1.0
     if pending.in_progress:
         tokens, counts = tokens + pending.tokens, counts + pending.counts
-    tokens = tokens.clamp(min=1)
-    load = counts / tokens
-    probabilities = (batch.probabilities * batch.real).sum(0) / tokens
-    z = (batch.logsumexp.square() * batch.real.squeeze(-1)).sum() / tokens
-    loss = options.aux_loss_coef * options.num_experts * (load * probabilities).sum() + options.z_loss_coef * z
-    if not pending.in_progress:
-        return loss, 1.0
-    pending.in_progress = False
-    # What the earlier tokens add has a gradient in closed form. The sum of weight * gradient carries it, computed by a
-    # forward of the router (row e of its input is the gradient of row e of its weight), because with FSDP only that
-    # sees the whole weight.
-    carrier = _with_whole_weight(router)(pending.gradient(load, tokens, options)).diagonal().sum()
-    loss = loss + pending.loss(load, tokens, options) + (carrier - carrier.detach())
-    return loss, pending.micro_batches + 1
+        probabilities, z = probabilities + pending.probabilities, z + pending.z
+        micro_batches = pending.micro_batches + 1
+    terms = _Terms(options, counts, tokens)
+    gradients = [terms.gradient(batch) for batch in batches]
+    of_earlier = pending.gradient(terms) if pending.in_progress else None
+    if of_earlier is not None:
+        gradients[-1] = gradients[-1] + of_earlier
+        pending.in_progress = False
+    return _Losses(terms.value(probabilities, z), gradients, micro_batches, terms, batches, of_earlier)
 
 
 def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) -> torch.Tensor | float:
@@ -329,70 +362,26 @@ def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) ->
     return 1.0
 
 
-def _add_to_output(output: Any, loss: torch.Tensor, micro_batches: torch.Tensor | float, frame: RoutingFrame) -> Any:
-    """`output` with the loss joined: see the module's text."""
-    joined = False
-    for key, tensor in _candidates(output):
-        if tensor.dim() == 0:
-            tensor = tensor + (_weight_in_loss(frame, micro_batches) * loss).to(
-                device=tensor.device, dtype=tensor.dtype
-            )
-        else:
-            _warn_if_scaled(tensor.device.type)
-            tensor = AttachLoss.apply(tensor, loss.to(tensor.device))
-        output = _replace(output, key, tensor)
-        joined = True
-    if not joined and not torch.compiler.is_compiling():
-        warnings.warn(
-            "LoRA-Switch found no differentiable tensor in the output of the model to join the router's losses to "
-            f"({type(output).__name__}): the load-balance and z-loss do not train.",
-            stacklevel=2,
-        )
-    return output
-
-
-def _warn_if_scaled(device_type: str) -> None:
-    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device_type):
-        return
-    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
-        warnings.warn(
-            "In fp16 training with a loss that is not the model's own (TRL's trainers) the router's load-balance and z-loss "
-            "have no effect: the loss is scaled up afterwards, and they are not. Use bf16.",
-            stacklevel=2,
-        )
-
-
-def _candidates(output: Any) -> list[tuple[Any, torch.Tensor]]:
-    """Where the loss joins: the output's scalar loss if it has one, else its first differentiable tensor. TRL's fused
-    head returns a `loss` that its trainers leave aside and `log_probs` that they use: then both, as only one is used."""
-    if isinstance(output, torch.Tensor):
-        items: list[tuple[Any, Any]] = [(None, output)]
-    elif isinstance(output, dict):
-        items = list(output.items())
-    elif isinstance(output, (tuple, list)):
-        items = list(enumerate(output))
+def _join(
+    output: Any, losses: _Losses, points: Sequence[JoinPoint | None], router: nn.Module, weight_in_loss: torch.Tensor | float
+) -> Any:
+    """`output` with the losses joined to what is differentiated of it."""
+    scaled_later = _is_fp16_autocast(losses.value.device.type)
+    if all(point is not None for point in points):
+        for index, point in enumerate(points):
+            point.gradient.set(losses.gradients[index], losses.differentiable(index), scaled_later)
+        zero = sum(point.loss_scale for point in points)
     else:
-        items = []
-    found = [
-        (key, value)
-        for key, value in items
-        if isinstance(value, torch.Tensor) and value.requires_grad and value.is_floating_point()
-    ]
-    if isinstance(output, dict):
-        # another scalar is not the loss (a mixture-of-experts backbone returns its own aux_loss)
-        found = [(key, value) for key, value in found if key == "loss" or value.dim() > 0]
-        named = [(key, value) for key, value in found if key in ("loss", "log_probs")]
-        return named or found[:1]
-    return found[:1]
+        gradient = RouterGradient()
+        gradient.set(sum(losses.gradients), None, scaled_later)
+        output, zero = join_at_outputs(output, _whole_weight(router), gradient)
+    return add_to_loss(output, weight_in_loss * (losses.value + zero))
 
 
-def _replace(output: Any, key: Any, tensor: torch.Tensor) -> Any:
-    if key is None:
-        return tensor
-    if isinstance(output, tuple):
-        return (*output[:key], tensor, *output[key + 1 :])
-    output[key] = tensor
-    return output
+def _is_fp16_autocast(device_type: str) -> bool:
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
 
 
 def _real_tokens(frame: RoutingFrame, adapter: str, routing: Routing) -> torch.Tensor:
