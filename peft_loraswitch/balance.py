@@ -19,7 +19,8 @@ value that changes from step to step, no additional output of the graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,16 +96,18 @@ class PendingBatches(nn.Module):
             self.in_progress, self.backward_ran = True, False
         self.micro_batches.add_(1)
         for batch in batches:
-            x, probabilities, logsumexp = batch.x.float(), batch.probabilities.detach(), batch.logsumexp.detach()
-            p = probabilities * batch.real
-            self.tokens.add_(batch.tokens)
-            self.counts.add_(batch.counts)
-            self.probabilities.add_(p.sum(0))
-            self.z.add_(batch.z_sum.detach())
+            for total, new in zip(self.sums, batch.sums, strict=True):
+                total.add_(new)
+            x, p = batch.x.float(), batch.probabilities * batch.real
+            pairs = (p.unsqueeze(2) * batch.probabilities.unsqueeze(1)).flatten(1)  # [T, E * E]
             self.probability_inputs.add_(p.T @ x)
-            pairs = (p.unsqueeze(2) * probabilities.unsqueeze(1)).flatten(1)  # [T, E * E]
             self.products.add_((pairs.T @ x).view_as(self.products))
-            self.z_inputs.add_((p * logsumexp.unsqueeze(-1)).T @ x)
+            self.z_inputs.add_((p * batch.logsumexp.unsqueeze(-1)).T @ x)
+
+    @property
+    def sums(self) -> tuple[torch.Tensor, ...]:
+        """As `_Batch.sums`."""
+        return self.tokens, self.counts, self.probabilities, self.z
 
     def gradient(self, terms: _Terms) -> torch.Tensor:
         """The gradient of these tokens' share with respect to the router's weight: [E, d]."""
@@ -131,30 +134,22 @@ class _Batch:
     x: torch.Tensor
     experts: torch.Tensor
     real: torch.Tensor
+    num_experts: InitVar[int]
+    weight: InitVar[torch.Tensor]  # the router's
     probabilities: torch.Tensor = field(init=False)  # [T, E]
     logsumexp: torch.Tensor = field(init=False)  # [T]
-    counts: torch.Tensor = field(init=False)  # [E], how often each expert was chosen
-    tokens: torch.Tensor = field(init=False)  # scalar
+    sums: tuple[torch.Tensor, ...] = field(
+        init=False
+    )  # over real tokens: their number, counts [E], probabilities [E], z
 
-    def score(self, logits: torch.Tensor) -> None:
-        self.probabilities = torch.softmax(logits, dim=-1)
-        self.logsumexp = torch.logsumexp(logits, dim=-1)
-
-    def count(self, num_experts: int) -> None:
+    def __post_init__(self, num_experts: int, weight: torch.Tensor) -> None:
+        logits = router_logits(self.x, weight)
+        self.probabilities, self.logsumexp = logits.softmax(-1), logits.logsumexp(-1)
         chosen = self.real.expand(-1, self.experts.shape[-1]).flatten()
         counts = torch.zeros(num_experts, dtype=torch.float32, device=self.x.device)
-        self.counts = counts.scatter_add(0, self.experts.flatten(), chosen)
-        self.tokens = self.real.sum()
-
-    @property
-    def probability_sum(self) -> torch.Tensor:
-        """[E], over real tokens."""
-        return (self.probabilities * self.real).sum(0)
-
-    @property
-    def z_sum(self) -> torch.Tensor:
-        """Scalar, over real tokens."""
-        return (self.logsumexp.square() * self.real.squeeze(-1)).sum()
+        counts = counts.scatter_add(0, self.experts.flatten(), chosen)
+        z = (self.logsumexp.square() * self.real.squeeze(-1)).sum()
+        self.sums = self.real.sum(), counts, (self.probabilities * self.real).sum(0), z
 
 
 def _whole_weight(router: nn.Module) -> torch.Tensor:
@@ -205,12 +200,12 @@ class RoutingRecord(nn.Module):
 
     @torch.no_grad()
     def add(self, batch: _Batch) -> None:
-        p, real = batch.probabilities.detach(), batch.real.squeeze(-1)
-        self.tokens.add_(batch.tokens.long())
-        self.counts.add_(batch.counts.long())
-        self.probabilities.add_(batch.probability_sum.detach())
-        self.entropy.add_((torch.special.entr(p).sum(-1) * real).sum())
-        self.z.add_(batch.z_sum.detach())
+        tokens, counts, probabilities, z = batch.sums
+        self.tokens.add_(tokens.long())
+        self.counts.add_(counts.long())
+        self.probabilities.add_(probabilities)
+        self.entropy.add_((torch.special.entr(batch.probabilities).sum(-1) * batch.real.squeeze(-1)).sum())
+        self.z.add_(z)
 
     def summary(self) -> dict[str, Any]:
         """tokens (int), load (E floats, sum 1), entropy of the router's softmax (nats, mean over tokens), dropped_experts
@@ -230,11 +225,12 @@ class RoutingRecord(nn.Module):
 
 
 class _Terms:
-    """What both losses need to know of all tokens since the last optimiser step: load [E] = c_e / T, and T in the factors."""
+    """What the share of some tokens in both losses depends on besides these tokens: the load and the number of all of them,
+    since the last optimiser step."""
 
     def __init__(self, options: RoutingOptions, counts: torch.Tensor, tokens: torch.Tensor) -> None:
         tokens = tokens.clamp(min=1)  # no token, as where all is padding, gives 0 and not NaN
-        self.load = counts / tokens
+        self.load = counts / tokens  # [E], c_e / T
         self.balance_coef = options.aux_loss_coef * options.num_experts / tokens
         self.z_coef = options.z_loss_coef / tokens
 
@@ -242,13 +238,14 @@ class _Terms:
         """Both losses, weighted by their coefficients, of the tokens over which these are sums, [E] and a scalar."""
         return self.balance_coef * (self.load * probabilities).sum() + self.z_coef * z
 
-    def gradient(self, batch: _Batch) -> torch.Tensor:
-        """The gradient of its tokens' share with respect to the router's weight: [E, d]."""
-        p = batch.probabilities
-        balance = p * (self.load - (p * self.load).sum(-1, keepdim=True))
-        z = 2 * batch.logsumexp.unsqueeze(-1) * p
-        of_logits = (self.balance_coef * balance + self.z_coef * z) * batch.real
-        return of_logits.T @ batch.x.float()
+    def gradient(
+        self, x: torch.Tensor, probabilities: torch.Tensor, logsumexp: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
+        """Its gradient with respect to the router's weight: [E, d]. The arguments are those of a `_Batch`."""
+        balance = probabilities * (self.load - (probabilities * self.load).sum(-1, keepdim=True))
+        z = 2 * logsumexp.unsqueeze(-1) * probabilities
+        of_logits = (self.balance_coef * balance + self.z_coef * z) * real
+        return of_logits.T @ x.float()
 
 
 def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) -> Any:
@@ -285,37 +282,24 @@ def _batch(
     assert routing.router_input is not None
     chosen = routing.experts[..., : options.top_k]  # without the shared experts, which nobody chose
     x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, chosen))
-    batch = _Batch(x=x, experts=experts, real=_real_tokens(frame, adapter, routing))
-    batch.score(router_logits(x, weight))
-    batch.count(options.num_experts)
-    return batch
+    return _Batch(x, experts, _real_tokens(frame, adapter, routing), options.num_experts, weight)
 
 
 @dataclass
 class _Losses:
-    """Of all tokens since the last optimiser step: value (scalar), gradients [E, d] by pass of this forward with the earlier
-    micro-batches' in the last, how many micro-batches there are, and what second derivatives are made from."""
+    """Both losses of all tokens since the last optimiser step.
+
+    Attributes:
+        value: scalar.
+        gradients: [E, d] each, one for each pass of the forward that just ends; that of earlier micro-batches is in the last.
+        differentiable: for each, (x, weight) -> the same with a graph to the router's weight.
+        micro_batches: their number.
+    """
 
     value: torch.Tensor
     gradients: list[torch.Tensor]
+    differentiable: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
     micro_batches: torch.Tensor | float
-    terms: _Terms
-    batches: list[_Batch]
-    of_earlier: torch.Tensor | None
-
-    def differentiable(self, index: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """(x, weight) -> `gradients[index]` with a graph to `weight`."""
-        terms, real, experts = self.terms, self.batches[index].real, self.batches[index].experts
-        earlier = self.of_earlier if index == len(self.batches) - 1 else None
-
-        def gradient(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            batch = _Batch(x=x.detach().reshape(-1, x.shape[-1]), experts=experts, real=real)
-            with full_precision(x.device):
-                batch.score(router_logits(batch.x, weight))
-                own = terms.gradient(batch)
-            return own if earlier is None else own + earlier
-
-        return gradient
 
 
 def _losses(
@@ -332,20 +316,34 @@ def _losses(
     if not last:
         pending.add(batches)
         return None
-    tokens, counts = sum(batch.tokens for batch in batches), sum(batch.counts for batch in batches)
-    probabilities, z = sum(batch.probability_sum for batch in batches), sum(batch.z_sum for batch in batches)
     micro_batches: torch.Tensor | float = 1.0
+    sums = [torch.stack(each).sum(0) for each in zip(*(batch.sums for batch in batches), strict=True)]
     if pending.in_progress:
-        tokens, counts = tokens + pending.tokens, counts + pending.counts
-        probabilities, z = probabilities + pending.probabilities, z + pending.z
+        sums = [new + earlier for new, earlier in zip(sums, pending.sums, strict=True)]
         micro_batches = pending.micro_batches + 1
+    tokens, counts, probabilities, z = sums
     terms = _Terms(options, counts, tokens)
-    gradients = [terms.gradient(batch) for batch in batches]
-    of_earlier = pending.gradient(terms) if pending.in_progress else None
-    if of_earlier is not None:
-        gradients[-1] = gradients[-1] + of_earlier
+    gradients = [terms.gradient(batch.x, batch.probabilities, batch.logsumexp, batch.real) for batch in batches]
+    differentiable: list[Callable[..., torch.Tensor]] = [
+        partial(_gradient, terms, batch.real, None) for batch in batches
+    ]
+    if pending.in_progress:
+        earlier = pending.gradient(terms)
+        gradients[-1] = gradients[-1] + earlier
+        differentiable[-1] = partial(_gradient, terms, batches[-1].real, earlier)
         pending.in_progress = False
-    return _Losses(terms.value(probabilities, z), gradients, micro_batches, terms, batches, of_earlier)
+    return _Losses(terms.value(probabilities, z), gradients, differentiable, micro_batches)
+
+
+def _gradient(
+    terms: _Terms, real: torch.Tensor, earlier: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """`terms.gradient` of the tokens x [..., d], with a graph to the router's weight, and what earlier micro-batches add."""
+    x = x.detach().reshape(-1, x.shape[-1])
+    logits = router_logits(x, weight)
+    with full_precision(x.device):
+        own = terms.gradient(x, logits.softmax(-1), logits.logsumexp(-1), real)
+    return own if earlier is None else own + earlier
 
 
 def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) -> torch.Tensor | float:
@@ -363,18 +361,23 @@ def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) ->
 
 
 def _join(
-    output: Any, losses: _Losses, points: Sequence[JoinPoint | None], router: nn.Module, weight_in_loss: torch.Tensor | float
+    output: Any,
+    losses: _Losses,
+    points: Sequence[JoinPoint | None],
+    router: nn.Module,
+    weight_in_loss: torch.Tensor | float,
 ) -> Any:
     """`output` with the losses joined to what is differentiated of it."""
-    scaled_later = _is_fp16_autocast(losses.value.device.type)
-    if all(point is not None for point in points):
-        for index, point in enumerate(points):
-            point.gradient.set(losses.gradients[index], losses.differentiable(index), scaled_later)
-        zero = sum(point.loss_scale for point in points)
+    fp16 = _is_fp16_autocast(losses.value.device.type)
+    here = [point for point in points if point is not None]
+    if len(here) == len(points):
+        for point, gradient, differentiable in zip(here, losses.gradients, losses.differentiable, strict=True):
+            point.gradient.complete(gradient, differentiable, fp16)
+        zero = torch.stack([point.loss_scale for point in here]).sum()
     else:
-        gradient = RouterGradient()
-        gradient.set(sum(losses.gradients), None, scaled_later)
-        output, zero = join_at_outputs(output, _whole_weight(router), gradient)
+        whole = RouterGradient()
+        whole.complete(torch.stack(losses.gradients).sum(0), None, fp16)
+        output, zero = join_at_outputs(output, _whole_weight(router), whole)
     return add_to_loss(output, weight_in_loss * (losses.value + zero))
 
 

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from .routing import Routing
 
 
+SecondOrder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class RouterGradient:
     """The gradient of the router's losses with respect to its weight, of one forward, and how often it has joined.
 
@@ -46,12 +49,13 @@ class RouterGradient:
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
-        self.differentiable: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        self.differentiable: SecondOrder | None = None
         self.is_scaled_later = False
         self._joined: str | None = None  # "alone" or "with the loss", in an earlier backward call
         self._was_differentiated = False  # by a call with create_graph=True
 
-    def set(self, value: torch.Tensor, differentiable: Any, is_scaled_later: bool) -> None:
+    def complete(self, value: torch.Tensor, differentiable: SecondOrder | None, is_scaled_later: bool) -> None:
+        """The forward has ended: from now on there is something to deliver."""
         self.value, self.differentiable, self.is_scaled_later = value, differentiable, is_scaled_later
 
     def of(self, saved: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
@@ -211,8 +215,7 @@ def join_at_outputs(output: Any, weight: torch.Tensor, gradient: RouterGradient)
             output = _Passages(zero, only_first=True)(output)
         return output, zero
     passed, loss_scale = _AtOutputs.apply(weight, gradient)
-    passages = _Passages(passed)
-    loss = _loss_of(output)
+    passages, loss = _Passages(passed), _loss_of(output)
     if loss is not None:
         passages.leave_alone(loss[1])
     output = passages(output)
@@ -227,7 +230,7 @@ def join_at_outputs(output: Any, weight: torch.Tensor, gradient: RouterGradient)
 
 
 class _Passages:
-    """Replaces every differentiable tensor in nested tuples, lists and dicts, the same one by the same one."""
+    """Replaces every differentiable tensor of an output, in nested tuples, lists and dicts, the same one by the same one."""
 
     def __init__(self, zero: torch.Tensor, only_first: bool = False) -> None:
         self.zero, self.only_first = zero, only_first
@@ -237,20 +240,26 @@ class _Passages:
     def leave_alone(self, tensor: torch.Tensor) -> None:
         self._left.append(id(tensor))
 
-    def __call__(self, value: Any) -> Any:
+    def __call__(self, output: Any) -> Any:
+        fields = getattr(output, "__dict__", None)
+        if fields is None or isinstance(output, (torch.Tensor, dict, tuple, list)):
+            return self._within(output)
+        for name, value in list(fields.items()):  # an object of a class of its own
+            object.__setattr__(output, name, self._within(value))
+        return output
+
+    def _within(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self._replaced(value)
         if isinstance(value, dict):
             for key, item in list(value.items()):
-                replaced = self(item)
+                replaced = self._within(item)
                 if replaced is not item:
                     value[key] = replaced
-            return value
-        if isinstance(value, (tuple, list)):
-            items = [self(item) for item in value]
-            if all(map(_is, items, value)):
-                return value
-            return _sequence_like(value, items)
+        elif isinstance(value, (tuple, list)):
+            items = [self._within(item) for item in value]
+            if any(new is not old for new, old in zip(items, value, strict=True)):
+                return _sequence_like(value, items)
         return value
 
     def _replaced(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -263,10 +272,6 @@ class _Passages:
         return self.made[id(tensor)][1]
 
 
-def _is(a: Any, b: Any) -> bool:
-    return a is b
-
-
 def add_to_loss(output: Any, term: torch.Tensor) -> Any:
     """`output` with `term` (a scalar) added to its loss, if it has one."""
     found = _loss_of(output)
@@ -277,18 +282,16 @@ def add_to_loss(output: Any, term: torch.Tensor) -> Any:
 
 
 def _loss_of(output: Any) -> tuple[Any, torch.Tensor] | None:
-    """(where, the loss): the output itself, or its "loss" (of a dict or any other object), or the first differentiable
-    tensor of a plain tuple, if that is a scalar."""
-    if isinstance(output, torch.Tensor):
-        key, value = None, output
-    elif isinstance(output, dict):
+    """(where, the loss): the output itself, its "loss" (of a dict, a named tuple or an object), or the first differentiable
+    tensor of a plain tuple; if that is a scalar."""
+    key: Any = None
+    value: Any = output
+    if isinstance(output, dict):
         key, value = "loss", output.get("loss")
     elif "loss" in getattr(output, "_fields", ()) or "loss" in getattr(output, "__dict__", ()):
         key, value = "loss", output.loss
     elif isinstance(output, (tuple, list)):
-        key, value = next(((i, v) for i, v in enumerate(output) if _is_differentiable(v)), (0, None))
-    else:
-        return None
+        key, value = next(((i, v) for i, v in enumerate(output) if _is_differentiable(v)), (None, None))
     return (key, value) if _is_differentiable(value) and value.dim() == 0 else None
 
 
