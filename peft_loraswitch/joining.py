@@ -58,11 +58,6 @@ class RouterGradient:
         """The forward has ended: from now on there is something to deliver."""
         self.value, self.differentiable, self.is_scaled_later = value, differentiable, is_scaled_later
 
-    def of(self, saved: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-        if torch.is_grad_enabled() and self.differentiable is not None:  # backward(create_graph=True)
-            return self.differentiable(*saved)
-        return self.value
-
     def factor(self, weight: Any, loss_scale: torch.Tensor | None) -> torch.Tensor | float | None:
         """What the gradient is multiplied with in the backward call in progress; None: it has no part in it.
 
@@ -89,7 +84,7 @@ class RouterGradient:
         if self.is_scaled_later:
             warnings.warn(
                 "In fp16 training with a loss that is not the model's own (TRL's trainers) the router's load-balance and "
-                "z-loss have no effect: the loss is scaled up afterwards, and they are not. Use bf16.",
+                "z-loss have no effect: the loss is scaled up afterwards, and they are not. Use bf16, or train on output.loss.",
                 stacklevel=2,
             )
         return 1.0
@@ -110,12 +105,6 @@ def _accumulates(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:
         return False
-
-
-def _product(
-    factor: torch.Tensor | float | None, gradient: torch.Tensor | None, weight: torch.dtype
-) -> torch.Tensor | None:
-    return None if factor is None or gradient is None else (factor * gradient).to(weight)
 
 
 class JoinPoint(NamedTuple):
@@ -139,10 +128,13 @@ class _AtDecision(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, loss_scale: torch.Tensor | None) -> tuple:  # type: ignore[override]
-        factor = ctx.gradient.factor(ctx.next_functions[2][0], loss_scale)
+        losses = ctx.gradient
+        factor = losses.factor(ctx.next_functions[2][0], loss_scale)
         if factor is None:
             return grad, None, None, None
-        return grad, None, _product(factor, ctx.gradient.of(ctx.saved_tensors), ctx.dtype), None
+        second_order = torch.is_grad_enabled()  # backward(create_graph=True)
+        gradient = losses.differentiable(*ctx.saved_tensors) if second_order else losses.value
+        return grad, None, (factor * gradient).to(ctx.dtype), None
 
     @staticmethod
     def jvp(ctx: Any, gates: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +162,7 @@ class _AtOutputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, passed: torch.Tensor | None, loss_scale: torch.Tensor | None) -> tuple:  # type: ignore[override]
         factor = ctx.gradient.factor(ctx.next_functions[0][0], loss_scale)
-        return _product(factor, ctx.gradient.value, ctx.dtype), None
+        return None if factor is None else (factor * ctx.gradient.value).to(ctx.dtype), None
 
 
 class _AtOutputsCompiled(torch.autograd.Function):
