@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
     from .routing import Routing
@@ -222,7 +223,8 @@ def join_at_outputs(output: Any, weight: torch.Tensor, gradient: RouterGradient)
 
 
 class _Passages:
-    """Replaces every differentiable tensor of an output, in nested tuples, lists and dicts, the same one by the same one."""
+    """Replaces every differentiable tensor of an output (in nested tuples, lists, dicts and caches; if it is an object of a
+    class of its own, in its attributes), the same one by the same one."""
 
     def __init__(self, zero: torch.Tensor, only_first: bool = False) -> None:
         self.zero, self.only_first = zero, only_first
@@ -233,14 +235,14 @@ class _Passages:
         self._left.append(id(tensor))
 
     def __call__(self, output: Any) -> Any:
-        fields = getattr(output, "__dict__", None)
-        if fields is None or isinstance(output, (torch.Tensor, dict, tuple, list)):
-            return self._within(output)
-        for name, value in list(fields.items()):  # an object of a class of its own
-            object.__setattr__(output, name, self._within(value))
-        return output
+        replaced = self._within(output)
+        if replaced is output and not self.made and not isinstance(output, (torch.Tensor, dict, tuple, list)):
+            self._within_attributes(output)
+        return replaced
 
     def _within(self, value: Any) -> Any:
+        if self.only_first and self.made:
+            return value
         if isinstance(value, torch.Tensor):
             return self._replaced(value)
         if isinstance(value, dict):
@@ -252,12 +254,18 @@ class _Passages:
             items = [self._within(item) for item in value]
             if any(new is not old for new, old in zip(items, value, strict=True)):
                 return _sequence_like(value, items)
+        elif isinstance(value, (Cache, CacheLayerMixin)):
+            self._within_attributes(value)
         return value
+
+    def _within_attributes(self, value: Any) -> None:
+        for name, item in list(getattr(value, "__dict__", {}).items()):
+            replaced = self._within(item)
+            if replaced is not item:
+                object.__setattr__(value, name, replaced)  # also of a frozen dataclass: the model has just made it
 
     def _replaced(self, tensor: torch.Tensor) -> torch.Tensor:
         if not _is_differentiable(tensor) or id(tensor) in self._left:
-            return tensor
-        if self.only_first and self.made:
             return tensor
         if id(tensor) not in self.made:
             self.made[id(tensor)] = (tensor, _Passage.apply(tensor, self.zero))
@@ -276,14 +284,16 @@ def add_to_loss(output: Any, term: torch.Tensor) -> Any:
 def _loss_of(output: Any) -> tuple[Any, torch.Tensor] | None:
     """(where, the loss): the output itself, its "loss" (of a dict, a named tuple or an object), or the first differentiable
     tensor of a plain tuple; if that is a scalar."""
-    key: Any = None
-    value: Any = output
-    if isinstance(output, dict):
-        key, value = "loss", output.get("loss")
-    elif "loss" in getattr(output, "_fields", ()) or "loss" in getattr(output, "__dict__", ()):
-        key, value = "loss", output.loss
-    elif isinstance(output, (tuple, list)):
+    key: Any = "loss"
+    value: Any = None
+    if isinstance(output, torch.Tensor):
+        key, value = None, output
+    elif isinstance(output, dict):
+        value = output.get("loss")
+    elif isinstance(output, (tuple, list)) and "loss" not in getattr(output, "_fields", ()):
         key, value = next(((i, v) for i, v in enumerate(output) if _is_differentiable(v)), (None, None))
+    else:
+        value = getattr(output, "loss", None)
     return (key, value) if _is_differentiable(value) and value.dim() == 0 else None
 
 
@@ -296,7 +306,7 @@ def _with_loss(output: Any, key: Any, loss: torch.Tensor) -> Any:
     if isinstance(output, (dict, list)):
         output[key] = loss
     else:
-        object.__setattr__(output, key, loss)  # a frozen dataclass too: the model has just made it
+        object.__setattr__(output, key, loss)
     return output
 
 
