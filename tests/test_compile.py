@@ -337,7 +337,8 @@ def test_every_output_brings_the_losses(prepare, labels):
         objective(step(**batch)).backward()
         expected = adapter_gradients(plain)
         for key, gradient in adapter_gradients(model).items():
-            torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+            wanted = expected.get(key, torch.zeros_like(gradient))  # a compiled backward has zeros for the unused
+            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
 
 
 def test_switching_adapters_after_compilation():
