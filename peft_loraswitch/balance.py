@@ -1,4 +1,4 @@
-"""Load-balance loss, z-loss and router statistics, and how they join a training loss that others compute.
+"""Load-balance loss, z-loss and router statistics. How the losses join a training objective: see `joining.py`.
 
 The losses are functions of the router's weight and of its (detached) input: they train the router, not the layers below.
 With T real tokens (padding does not count), probabilities p = softmax(logits) and c_e = how often expert e was chosen:
@@ -12,42 +12,26 @@ the gradient needs are kept (`PendingBatches`); the last micro-batch adds the lo
 large batch. Outside of accelerate each forward stands for itself. With several processes each computes the losses of its
 own tokens, and the average over processes trains.
 
-**Joining.** If the output has a scalar loss, the losses are added to it. Trainers that compute the loss from other
-outputs (DPO, GRPO, TRL's fused head) get it by `AttachLoss`: the output is passed on unchanged, and its backward adds the
-gradient of the losses with weight 1. That weight knows nothing of a factor that is put on the loss later, so where fp16
-training scales it (`torch.amp.GradScaler`), attached losses vanish: there is a warning, and bf16 needs no scaling.
-
 **torch.compile.** Everything that lasts from one forward to the next is a buffer that is updated in place: no guard on a
 value that changes from step to step, no additional output of the graph.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import GradientState
 from torch import nn
 
-from .routing import Routing, RoutingOptions
+from .joining import JoinPoint, RouterGradient, add_to_loss, join_at_outputs
+from .routing import Routing, RoutingOptions, full_precision, router_logits
 
 if TYPE_CHECKING:
     from .frame import RoutingFrame, RoutingState
-
-
-class AttachLoss(torch.autograd.Function):
-    """Identity on `tensor`; its backward sends 1 to `loss` besides passing the gradient on."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        return grad, torch.ones((), dtype=torch.float32, device=grad.device)
 
 
 class PendingBatches(nn.Module):
@@ -104,33 +88,32 @@ class PendingBatches(nn.Module):
             self.weight_version = weight._version
 
     @torch.no_grad()
-    def add(self, batch: _Batch) -> None:
+    def add(self, batches: Sequence[_Batch]) -> None:
+        """The tokens of one micro-batch, in the passes of its forward."""
         if not self.in_progress:
             for buffer in self.buffers():
                 buffer.zero_()
             self.in_progress, self.backward_ran = True, False
-        x, probabilities, logsumexp = batch.x.float(), batch.probabilities.detach(), batch.logsumexp.detach()
-        p = probabilities * batch.real
         self.micro_batches.add_(1)
-        self.tokens.add_(batch.tokens)
-        self.counts.add_(batch.counts)
-        self.probabilities.add_(p.sum(0))
-        self.z.add_((logsumexp.square() * batch.real.squeeze(-1)).sum())
-        self.probability_inputs.add_(p.T @ x)
-        pairs = (p.unsqueeze(2) * probabilities.unsqueeze(1)).flatten(1)  # [T, E * E]
-        self.products.add_((pairs.T @ x).view_as(self.products))
-        self.z_inputs.add_((p * logsumexp.unsqueeze(-1)).T @ x)
+        for batch in batches:
+            for total, new in zip(self.sums, batch.sums, strict=True):
+                total.add_(new)
+            x, p = batch.x.float(), batch.probabilities * batch.real
+            pairs = (p.unsqueeze(2) * batch.probabilities.unsqueeze(1)).flatten(1)  # [T, E * E]
+            self.probability_inputs.add_(p.T @ x)
+            self.products.add_((pairs.T @ x).view_as(self.products))
+            self.z_inputs.add_((p * batch.logsumexp.unsqueeze(-1)).T @ x)
 
-    def loss(self, load: torch.Tensor, tokens: torch.Tensor, options: RoutingOptions) -> torch.Tensor:
-        """Value of these tokens' share, for the load [E] = c_e / T and the token count T of all of them."""
-        balance = options.aux_loss_coef * options.num_experts * (load * self.probabilities).sum()
-        return (balance + options.z_loss_coef * self.z) / tokens
+    @property
+    def sums(self) -> tuple[torch.Tensor, ...]:
+        """As `_Batch.sums`."""
+        return self.tokens, self.counts, self.probabilities, self.z
 
-    def gradient(self, load: torch.Tensor, tokens: torch.Tensor, options: RoutingOptions) -> torch.Tensor:
-        """Its gradient with respect to the router's weight: [E, d]."""
-        balance = load.unsqueeze(-1) * self.probability_inputs - torch.einsum("e,ejd->jd", load, self.products)
-        scale = options.aux_loss_coef * options.num_experts / tokens
-        return scale * balance + (2 * options.z_loss_coef / tokens) * self.z_inputs
+    def gradient(self, terms: _Terms) -> torch.Tensor:
+        """The gradient of these tokens' share with respect to the router's weight: [E, d]."""
+        balance = terms.load.unsqueeze(-1) * self.probability_inputs
+        balance = balance - torch.einsum("e,ejd->jd", terms.load, self.products)
+        return terms.balance_coef * balance + terms.z_coef * 2 * self.z_inputs
 
 
 def _apply_but_keep_dtypes(module: nn.Module, apply: Any, fn: Any, recurse: bool) -> Any:
@@ -146,43 +129,40 @@ def _apply_but_keep_dtypes(module: nn.Module, apply: Any, fn: Any, recurse: bool
 
 @dataclass
 class _Batch:
-    """The routed tokens of one forward, flattened: x [T, d], experts [T, k], real float32 [T, 1]."""
+    """The routed tokens of one pass, flattened: x [T, d], experts [T, k], real float32 [T, 1]."""
 
     x: torch.Tensor
     experts: torch.Tensor
     real: torch.Tensor
+    num_experts: InitVar[int]
+    weight: InitVar[torch.Tensor]  # the router's
     probabilities: torch.Tensor = field(init=False)  # [T, E]
     logsumexp: torch.Tensor = field(init=False)  # [T]
-    counts: torch.Tensor = field(init=False)  # [E], how often each expert was chosen
-    tokens: torch.Tensor = field(init=False)  # scalar, at least 1 so that an empty batch gives 0, not NaN
+    sums: tuple[torch.Tensor, ...] = field(
+        init=False
+    )  # over real tokens: their number, counts [E], probabilities [E], z
 
-    @staticmethod
-    def concatenate(batches: Sequence[_Batch]) -> _Batch:
-        fields = ([getattr(batch, name) for batch in batches] for name in ("x", "experts", "real"))
-        return _Batch(*map(torch.cat, fields))
-
-    def route(self, router: nn.Module, num_experts: int) -> None:
-        logits = _with_whole_weight(router)(self.x)
-        self.probabilities = torch.softmax(logits, dim=-1)
-        self.logsumexp = torch.logsumexp(logits, dim=-1)
+    def __post_init__(self, num_experts: int, weight: torch.Tensor) -> None:
+        logits = router_logits(self.x, weight)
+        self.probabilities, self.logsumexp = logits.softmax(-1), logits.logsumexp(-1)
         chosen = self.real.expand(-1, self.experts.shape[-1]).flatten()
         counts = torch.zeros(num_experts, dtype=torch.float32, device=self.x.device)
-        self.counts = counts.scatter_add(0, self.experts.flatten(), chosen)
-        self.tokens = self.real.sum()
+        counts = counts.scatter_add(0, self.experts.flatten(), chosen)
+        z = (self.logsumexp.square() * self.real.squeeze(-1)).sum()
+        self.sums = self.real.sum(), counts, (self.probabilities * self.real).sum(0), z
 
 
-def _with_whole_weight(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The router's forward after the layer that holds it has run: by then FSDP2 has sharded its weight again."""
+def _whole_weight(router: nn.Module) -> torch.Tensor:
+    """The router's weight after the layer that holds it has run: by then FSDP2 has sharded it again."""
     weight: Any = router.weight
     if not hasattr(weight, "full_tensor"):
-        return router
+        return weight
     from torch.distributed.tensor import Partial
 
     # each process has the gradient of its own tokens: the average trains, as with all weights under FSDP
     mesh = weight.device_mesh
     whole = weight.full_tensor(grad_placements=[Partial("sum")] * mesh.ndim)
-    whole = whole / mesh.size() + whole.detach() * (1 - 1 / mesh.size())
-    return lambda x: torch.func.functional_call(router, {"weight": whole}, (x,))
+    return whole / mesh.size() + whole.detach() * (1 - 1 / mesh.size())
 
 
 class RoutingRecord(nn.Module):
@@ -220,13 +200,12 @@ class RoutingRecord(nn.Module):
 
     @torch.no_grad()
     def add(self, batch: _Batch) -> None:
-        p = batch.probabilities.detach()
-        real = batch.real.squeeze(-1)
-        self.tokens.add_(batch.tokens.long())
-        self.counts.add_(batch.counts.long())
-        self.probabilities.add_((p * batch.real).sum(0))
-        self.entropy.add_((torch.special.entr(p).sum(-1) * real).sum())
-        self.z.add_((batch.logsumexp.detach().square() * real).sum())
+        tokens, counts, probabilities, z = batch.sums
+        self.tokens.add_(tokens.long())
+        self.counts.add_(counts.long())
+        self.probabilities.add_(probabilities)
+        self.entropy.add_((torch.special.entr(batch.probabilities).sum(-1) * batch.real.squeeze(-1)).sum())
+        self.z.add_(z)
 
     def summary(self) -> dict[str, Any]:
         """tokens (int), load (E floats, sum 1), entropy of the router's softmax (nats, mean over tokens), dropped_experts
@@ -245,6 +224,30 @@ class RoutingRecord(nn.Module):
         }
 
 
+class _Terms:
+    """What the share of some tokens in both losses depends on besides these tokens: the load and the number of all of them,
+    since the last optimiser step."""
+
+    def __init__(self, options: RoutingOptions, counts: torch.Tensor, tokens: torch.Tensor) -> None:
+        tokens = tokens.clamp(min=1)  # no token, as where all is padding, gives 0 and not NaN
+        self.load = counts / tokens  # [E], c_e / T
+        self.balance_coef = options.aux_loss_coef * options.num_experts / tokens
+        self.z_coef = options.z_loss_coef / tokens
+
+    def value(self, probabilities: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Both losses, weighted by their coefficients, of the tokens over which these are sums, [E] and a scalar."""
+        return self.balance_coef * (self.load * probabilities).sum() + self.z_coef * z
+
+    def gradient(
+        self, x: torch.Tensor, probabilities: torch.Tensor, logsumexp: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
+        """Its gradient with respect to the router's weight: [E, d]. The arguments are those of a `_Batch`."""
+        balance = probabilities * (self.load - (probabilities * self.load).sum(-1, keepdim=True))
+        z = 2 * logsumexp.unsqueeze(-1) * probabilities
+        of_logits = (self.balance_coef * balance + self.z_coef * z) * real
+        return of_logits.T @ x.float()
+
+
 def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) -> Any:
     """At the end of a forward: count the routed tokens, and in training join the losses to `output` (returned)."""
     passes = (*frame.earlier, frame)
@@ -254,65 +257,93 @@ def add_auxiliary_losses(state: RoutingState, frame: RoutingFrame, output: Any) 
         if router_layer is None or any(routing.router_input is None for _, routing in routed):
             continue  # decided before anybody wanted to know
         options = router_layer.routing_options[adapter]
-        batches = [_batch(each, adapter, routing, options.top_k) for each, routing in routed]
-        batch = batches[0] if len(batches) == 1 else _Batch.concatenate(batches)
         router = router_layer.loraswitch_router[adapter]
-        with torch.set_grad_enabled(frame.training and torch.is_grad_enabled()):
-            batch.route(router, options.num_experts)
-        for recorder in state.recorders:
-            if adapter in recorder.records:
-                recorder.records[adapter].add(batch)
-        if not frame.training:
-            continue
-        router_layer.loraswitch_record[adapter].add(batch)
-        weight: torch.Tensor = router.weight
-        if weight.requires_grad and (options.aux_loss_coef or options.z_loss_coef):
-            loss = _loss(router_layer.loraswitch_pending[adapter], router, options, batch)
-            if loss is not None:
-                output = _add_to_output(output, *loss, frame)
+        records = [recorder.records[adapter] for recorder in state.recorders if adapter in recorder.records]
+        if frame.training:
+            records.append(router_layer.loraswitch_record[adapter])
+        losses = None
+        with torch.no_grad(), full_precision(router.weight.device):
+            weight = _whole_weight(router)
+            batches = [_batch(each, adapter, routing, weight, options) for each, routing in routed]
+            for record in records:
+                for batch in batches:
+                    record.add(batch)
+            if frame.training and router.weight.requires_grad and (options.aux_loss_coef or options.z_loss_coef):
+                losses = _losses(router_layer.loraswitch_pending[adapter], router.weight, options, batches)
+        if losses is not None:
+            points = [routing.join_point for _, routing in routed]
+            output = _join(output, losses, points, router, _weight_in_loss(frame, losses.micro_batches))
     return output
 
 
-def _batch(frame: RoutingFrame, adapter: str, routing: Routing, top_k: int) -> _Batch:
+def _batch(
+    frame: RoutingFrame, adapter: str, routing: Routing, weight: torch.Tensor, options: RoutingOptions
+) -> _Batch:
     assert routing.router_input is not None
-    chosen = routing.experts[..., :top_k]  # without the shared experts, which nobody chose
+    chosen = routing.experts[..., : options.top_k]  # without the shared experts, which nobody chose
     x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, chosen))
-    return _Batch(x=x, experts=experts, real=_real_tokens(frame, adapter, routing))
+    return _Batch(x, experts, _real_tokens(frame, adapter, routing), options.num_experts, weight)
 
 
-def _loss(
-    pending: PendingBatches, router: nn.Module, options: RoutingOptions, batch: _Batch
-) -> tuple[torch.Tensor, torch.Tensor | float] | None:
-    """(both losses, weighted by their coefficients, of all tokens since the last optimiser step; number of micro-batches)
-    or None while more micro-batches follow."""
-    weight: torch.Tensor = router.weight  # type: ignore[assignment]
+@dataclass
+class _Losses:
+    """Both losses of all tokens since the last optimiser step.
+
+    Attributes:
+        value: scalar.
+        gradients: [E, d] each, one for each pass of the forward that just ends; that of earlier micro-batches is in the last.
+        differentiable: for each, (x, weight) -> the same with a graph to the router's weight.
+        micro_batches: their number.
+    """
+
+    value: torch.Tensor
+    gradients: list[torch.Tensor]
+    differentiable: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+    micro_batches: torch.Tensor | float
+
+
+def _losses(
+    pending: PendingBatches, weight: torch.Tensor, options: RoutingOptions, batches: list[_Batch]
+) -> _Losses | None:
+    """The losses to be joined now; None while more micro-batches follow."""
     # read without an instance: torch 2.11 cannot trace GradientState's __getattr__
     last = GradientState._shared_state.get("sync_gradients", True)
     if not last and not pending.allocated:
-        pending.allocate(options.num_experts, batch.x.shape[-1], batch.x.device)
+        pending.allocate(options.num_experts, batches[0].x.shape[-1], batches[0].x.device)
         pending.watch(weight)
     if pending.allocated and not torch.compiler.is_compiling():
         pending.forget_if_stale(weight)
     if not last:
-        pending.add(batch)
+        pending.add(batches)
         return None
-    tokens, counts = batch.tokens, batch.counts
+    micro_batches: torch.Tensor | float = 1.0
+    sums = [torch.stack(each).sum(0) for each in zip(*(batch.sums for batch in batches), strict=True)]
     if pending.in_progress:
-        tokens, counts = tokens + pending.tokens, counts + pending.counts
-    tokens = tokens.clamp(min=1)
-    load = counts / tokens
-    probabilities = (batch.probabilities * batch.real).sum(0) / tokens
-    z = (batch.logsumexp.square() * batch.real.squeeze(-1)).sum() / tokens
-    loss = options.aux_loss_coef * options.num_experts * (load * probabilities).sum() + options.z_loss_coef * z
-    if not pending.in_progress:
-        return loss, 1.0
-    pending.in_progress = False
-    # What the earlier tokens add has a gradient in closed form. The sum of weight * gradient carries it, computed by a
-    # forward of the router (row e of its input is the gradient of row e of its weight), because with FSDP only that
-    # sees the whole weight.
-    carrier = _with_whole_weight(router)(pending.gradient(load, tokens, options)).diagonal().sum()
-    loss = loss + pending.loss(load, tokens, options) + (carrier - carrier.detach())
-    return loss, pending.micro_batches + 1
+        sums = [new + earlier for new, earlier in zip(sums, pending.sums, strict=True)]
+        micro_batches = pending.micro_batches + 1
+    tokens, counts, probabilities, z = sums
+    terms = _Terms(options, counts, tokens)
+    gradients = [terms.gradient(batch.x, batch.probabilities, batch.logsumexp, batch.real) for batch in batches]
+    differentiable: list[Callable[..., torch.Tensor]] = [
+        partial(_gradient, terms, batch.real, None) for batch in batches
+    ]
+    if pending.in_progress:
+        earlier = pending.gradient(terms)
+        gradients[-1] = gradients[-1] + earlier
+        differentiable[-1] = partial(_gradient, terms, batches[-1].real, earlier)
+        pending.in_progress = False
+    return _Losses(terms.value(probabilities, z), gradients, differentiable, micro_batches)
+
+
+def _gradient(
+    terms: _Terms, real: torch.Tensor, earlier: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """`terms.gradient` of the tokens x [..., d], with a graph to the router's weight, and what earlier micro-batches add."""
+    x = x.detach().reshape(-1, x.shape[-1])
+    logits = router_logits(x, weight)
+    with full_precision(x.device):
+        own = terms.gradient(x, logits.softmax(-1), logits.logsumexp(-1), real)
+    return own if earlier is None else own + earlier
 
 
 def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) -> torch.Tensor | float:
@@ -329,70 +360,31 @@ def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) ->
     return 1.0
 
 
-def _add_to_output(output: Any, loss: torch.Tensor, micro_batches: torch.Tensor | float, frame: RoutingFrame) -> Any:
-    """`output` with the loss joined: see the module's text."""
-    joined = False
-    for key, tensor in _candidates(output):
-        if tensor.dim() == 0:
-            tensor = tensor + (_weight_in_loss(frame, micro_batches) * loss).to(
-                device=tensor.device, dtype=tensor.dtype
-            )
-        else:
-            _warn_if_scaled(tensor.device.type)
-            tensor = AttachLoss.apply(tensor, loss.to(tensor.device))
-        output = _replace(output, key, tensor)
-        joined = True
-    if not joined and not torch.compiler.is_compiling():
-        warnings.warn(
-            "LoRA-Switch found no differentiable tensor in the output of the model to join the router's losses to "
-            f"({type(output).__name__}): the load-balance and z-loss do not train.",
-            stacklevel=2,
-        )
-    return output
-
-
-def _warn_if_scaled(device_type: str) -> None:
-    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device_type):
-        return
-    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
-        warnings.warn(
-            "In fp16 training with a loss that is not the model's own (TRL's trainers) the router's load-balance and z-loss "
-            "have no effect: the loss is scaled up afterwards, and they are not. Use bf16.",
-            stacklevel=2,
-        )
-
-
-def _candidates(output: Any) -> list[tuple[Any, torch.Tensor]]:
-    """Where the loss joins: the output's scalar loss if it has one, else its first differentiable tensor. TRL's fused
-    head returns a `loss` that its trainers leave aside and `log_probs` that they use: then both, as only one is used."""
-    if isinstance(output, torch.Tensor):
-        items: list[tuple[Any, Any]] = [(None, output)]
-    elif isinstance(output, dict):
-        items = list(output.items())
-    elif isinstance(output, (tuple, list)):
-        items = list(enumerate(output))
+def _join(
+    output: Any,
+    losses: _Losses,
+    points: Sequence[JoinPoint | None],
+    router: nn.Module,
+    weight_in_loss: torch.Tensor | float,
+) -> Any:
+    """`output` with the losses joined to what is differentiated of it."""
+    fp16 = _is_fp16_autocast(losses.value.device.type)
+    here = [point for point in points if point is not None]
+    if len(here) == len(points):
+        for point, gradient, differentiable in zip(here, losses.gradients, losses.differentiable, strict=True):
+            point.gradient.complete(gradient, differentiable, fp16)
+        zero = torch.stack([point.loss_scale for point in here]).sum()
     else:
-        items = []
-    found = [
-        (key, value)
-        for key, value in items
-        if isinstance(value, torch.Tensor) and value.requires_grad and value.is_floating_point()
-    ]
-    if isinstance(output, dict):
-        # another scalar is not the loss (a mixture-of-experts backbone returns its own aux_loss)
-        found = [(key, value) for key, value in found if key == "loss" or value.dim() > 0]
-        named = [(key, value) for key, value in found if key in ("loss", "log_probs")]
-        return named or found[:1]
-    return found[:1]
+        whole = RouterGradient()
+        whole.complete(torch.stack(losses.gradients).sum(0), None, fp16)
+        output, zero = join_at_outputs(output, _whole_weight(router), whole)
+    return add_to_loss(output, weight_in_loss * (losses.value + zero))
 
 
-def _replace(output: Any, key: Any, tensor: torch.Tensor) -> Any:
-    if key is None:
-        return tensor
-    if isinstance(output, tuple):
-        return (*output[:key], tensor, *output[key + 1 :])
-    output[key] = tensor
-    return output
+def _is_fp16_autocast(device_type: str) -> bool:
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
 
 
 def _real_tokens(frame: RoutingFrame, adapter: str, routing: Routing) -> torch.Tensor:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from .balance import RoutingRecord, add_auxiliary_losses
 from .checkpointing import SECOND_RUN, CheckpointedBlock, Relay, checkpointed_blocks
+from .joining import join_at_decision
 from .routing import Routing, jitter, route, shared_routing
 from .unused import UnusedLinears, keep_off_fast_paths
 
@@ -149,6 +150,7 @@ class RoutingFrame:
                 routing.dense_gates = relay.stand_in(routing.dense_gates)
             elif routing.dense_gates.requires_grad:
                 routing.dense_gates.register_hook(relay.join)
+                join_at_decision(routing, router.weight)
         return routing
 
     def served_rows(self, adapter: str, num_served: int) -> tuple[int, torch.Tensor] | None:

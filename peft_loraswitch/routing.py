@@ -10,11 +10,15 @@ gives a chosen one, so that both kinds learn at the same pace. In a layer's stac
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .joining import JoinPoint
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,20 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features], any float dtype -> logits [..., num_experts], float32."""
-        x, weight = x.float(), self.weight.float()
-        if x.is_meta:  # shapes and costs without data; autocast knows no such device
-            return F.linear(x, weight)
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            return F.linear(x, weight)
+        return router_logits(x, self.weight)
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., in_features], weight [num_experts, in_features], any float dtypes -> logits [..., num_experts], float32."""
+    with full_precision(x.device):
+        return F.linear(x.float(), weight.float())
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast."""
+    if device.type == "meta":  # shapes and costs without data; autocast knows no such device
+        return nullcontext()
+    return torch.autocast(device_type=device.type, enabled=False)
 
 
 @dataclass
@@ -65,12 +78,14 @@ class Routing:
             where not chosen. This is what layers multiply with, and the one path by which gradients reach the router.
         router_input: [*token_shape, in_features], detached; what the balance losses are computed from. None outside of
             training, where nothing needs it.
+        join_point: where the router's losses join, see `joining.py`; None if they join elsewhere, or not.
     """
 
     experts: torch.Tensor
     gates: torch.Tensor
     dense_gates: torch.Tensor
     router_input: torch.Tensor | None = None
+    join_point: JoinPoint | None = None
     _scaled: dict[tuple[float, torch.dtype], torch.Tensor] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )

@@ -91,6 +91,13 @@ def run_training_without_labels(model: nn.Module, graphs: Graphs) -> None:
         step(input_ids=tokens(seed=seed)).logits.square().mean().backward()
 
 
+def run_training_on_all_outputs(model: nn.Module, graphs: Graphs) -> None:
+    step = compiled(model.train(), graphs)
+    for seed in range(3):
+        output = step(**padded([7, 5], seed=seed))
+        (output.loss + output.logits.mean() + output.past_key_values.layers[0].keys.mean()).backward()
+
+
 def checkpointing(model: nn.Module) -> nn.Module:
     backbone = model.base_model.model  # transformers 5.23 says "activation" where older versions say "gradient"
     name = "activation" if hasattr(backbone, "activation_checkpointing_enable") else "gradient"
@@ -147,6 +154,7 @@ def run_switching(model: nn.Module, graphs: Graphs) -> None:
         run_eval,
         run_training,
         run_training_without_labels,
+        run_training_on_all_outputs,
         run_checkpointed,
         run_lengths,
         run_cached_decoding,
@@ -286,6 +294,51 @@ def test_accumulation_equals_one_batch():
         (step(**half).loss / 2).backward()
     for name, gradient in adapter_gradients(plain).items():
         torch.testing.assert_close(adapter_gradients(model)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def whole(model: nn.Module) -> Any:
+    return compiled(model, "aot_eager")
+
+
+def by_layer(model: nn.Module) -> nn.Module:
+    for layer in model.base_model.model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    return model
+
+
+def without_head(model: nn.Module) -> nn.Module:
+    model.base_model.model.model.compile(fullgraph=True, backend="aot_eager")
+    return model
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("prepare", [whole, by_layer, without_head])
+def test_every_output_brings_the_losses(prepare, labels):
+    """The router's losses come with the weight of `loss`, or with 1 where that has no part; outputs may be changed in place."""
+    objectives: dict[str, Callable[[Any], torch.Tensor]] = {
+        "logits": lambda output: output.logits.square().mean(),
+        "logits, in place": lambda output: output.logits.div_(0.7).square().mean(),
+        "cache": lambda output: output.past_key_values.layers[1].values.square().mean(),
+        "loss": lambda output: 0.5 * output.loss,
+        "loss and logits": lambda output: 0.25 * output.loss + output.logits.square().mean(),
+    }
+    plain = switch(two_layers(), router_aux_loss_coef=0.5, router_z_loss_coef=0.1).train()
+    model = copy.deepcopy(plain)
+    step = prepare(model)
+    batch = padded([7, 5])
+    if not labels:
+        del batch["labels"]
+    for name, objective in objectives.items():
+        if "loss" in name and not labels:
+            continue
+        for each in (plain, model):
+            each.zero_grad()
+        objective(plain(**batch)).backward()
+        objective(step(**batch)).backward()
+        expected = adapter_gradients(plain)
+        for key, gradient in adapter_gradients(model).items():
+            wanted = expected.get(key, torch.zeros_like(gradient))  # a compiled backward has zeros for the unused
+            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
 
 
 def test_switching_adapters_after_compilation():

@@ -127,7 +127,7 @@ def test_averaged_micro_batches(count):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 3])
-def test_attached_losses(scale):
+def test_losses_that_come_with_the_logits(scale):
     """No labels, the trainer's own loss, scaled as it likes: the losses come with weight 1."""
     model, batches = trained(), micro_batches()
     own = without_losses(model)

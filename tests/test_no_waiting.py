@@ -56,7 +56,7 @@ def test_the_only_wait_is_the_finite_check_on_a_cpu():
         assert len(with_adapter.waits) == len(without.waits) + 1
 
 
-@pytest.mark.parametrize("labels", [True, False], ids=["joined to the loss", "attached to the logits"])
+@pytest.mark.parametrize("labels", [True, False], ids=["joined to the loss", "brought by the logits"])
 @pytest.mark.parametrize("jitter", [0.0, 0.1])
 def test_nothing_waits_where_waiting_is_impossible(labels, jitter):
     """On the meta device tensors have no values: whoever asks for one gets an exception. (As on a GPU, and unlike on a CPU,

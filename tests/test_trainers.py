@@ -128,19 +128,38 @@ def test_accumulation_in_a_classifier(tmp_path, batch, accumulation, averaged):
     torch.testing.assert_close(updates[1] - updates[0], expected, rtol=1e-3, atol=2e-6)
 
 
-def test_a_loss_of_the_users_own(tmp_path):
-    """compute_loss_func sees outputs without a loss: the router's losses hang on the logits."""
-
-    def compute(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(
+def cross_entropy(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return (
+        torch.nn.functional.cross_entropy(
             outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-        ) / (num_items_in_batch)
+        )
+        / num_items_in_batch
+    )
 
-    updates = []
-    for own in (None, compute):
-        settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "compute_loss_func": own}
-        updates.append(router_update(tmp_path, causal, COEFFICIENTS, **settings)[0])
-    torch.testing.assert_close(updates[1], updates[0], rtol=1e-4, atol=1e-6)
+
+class WithLabels(OrderedTrainer):
+    """Its own loss, and the labels are passed to the model as well."""
+
+    def compute_loss(self, model: Any, inputs: dict, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        return cross_entropy(model(**inputs), inputs["labels"], num_items_in_batch)
+
+
+OWN_LOSSES: dict[str, dict[str, Any]] = {
+    "compute_loss_func": {"compute_loss_func": cross_entropy},  # the Trainer takes the labels out
+    "compute_loss": {"trainer": WithLabels},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+}
+
+
+@pytest.mark.parametrize("batch, accumulation", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("own", OWN_LOSSES)
+def test_a_loss_of_the_users_own(tmp_path, own, batch, accumulation):
+    """Logits bring the losses, whether the model has computed its own loss as well or not."""
+    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, **OWN_LOSSES[own]}
+    plain, _ = router_update(tmp_path, causal, OFF, **settings)
+    joined, inputs = router_update(tmp_path, causal, COEFFICIENTS, **settings)
+    expected = auxiliary_gradient(causal(**COEFFICIENTS), inputs.x, 0.5, 0.1)
+    torch.testing.assert_close(joined - plain, expected, rtol=1e-3, atol=2e-6)
 
 
 def test_losses_are_absent_in_eval(tmp_path):
@@ -270,15 +289,14 @@ def test_bf16_autocast(tmp_path):
     torch.testing.assert_close(joined - plain, expected, rtol=2e-2, atol=2e-3)
 
 
-def test_fp16_with_losses_that_hang_on_the_logits_warns():
-    """A loss scaler multiplies what comes after the forward: attached losses would vanish, silently without this."""
-    batch = padded([7, 5])
-    model = causal(**COEFFICIENTS).train()
+def test_fp16_without_the_models_own_loss_warns():
+    """A loss scaler multiplies what comes after the forward: losses with weight 1 would vanish, silently without this."""
+    model, batch = causal(**COEFFICIENTS).train(), padded([7, 5])
+    del batch["labels"]
     with torch.autocast("cpu", dtype=torch.float16):
-        model(**batch)  # part of the model's own loss, which the scaler scales
-        del batch["labels"]
-        with pytest.warns(UserWarning, match="fp16.*no effect.*Use bf16"):
-            model(**batch)
+        logits = model(**batch).logits
+    with pytest.warns(UserWarning, match="fp16.*no effect.*Use bf16"):
+        logits.float().square().mean().backward()
 
 
 def test_fp16_scaling_keeps_losses_in_the_models_own_loss():
