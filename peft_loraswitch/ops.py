@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .routing import decide
 
 _library = torch.library.Library("loraswitch", "DEF")
 _library.define("route(Tensor x, Tensor router, int top_k, bool normalize) -> (Tensor, Tensor)")
@@ -251,9 +252,7 @@ def _experts_reference(
 def _route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     _check_route(x, router, top_k)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        probabilities = torch.softmax(F.linear(x.float(), router.float()), dim=-1)
-    gates, experts = torch.topk(probabilities, top_k, dim=-1)
-    return experts, gates / gates.sum(-1, keepdim=True) if normalize else gates
+        return decide(F.linear(x.float(), router.float()), top_k, normalize)
 
 
 def _linear_pytorch(

@@ -1,7 +1,7 @@
 """The routing decision: which experts a token uses, and with which gates.
 
-`Router` turns hidden states into logits; `route` turns logits into a `Routing`, taken once per token and followed by
-every adapted layer. LoRA-Switch, arXiv 2405.17741: linear, softmax, top-k on the input of the first adapted linear.
+`Router` turns hidden states into logits; `route` turns logits into a `Routing`, taken once per token (by `decide`) and
+followed by every adapted layer. LoRA-Switch, arXiv 2405.17741: linear, softmax, top-k on the input of the first adapted linear.
 
 Shared experts (DeepSeekMoE, arXiv 2401.06066) are experts that every token uses, with the gate 1 / top_k: what even routing
 gives a chosen one, so that both kinds learn at the same pace. In a layer's stack they come after the routed ones, and in a
@@ -10,6 +10,7 @@ gives a chosen one, so that both kinds learn at the same pace. In a layer's stac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -119,17 +120,39 @@ class Routing:
         return scaled
 
 
+def decide(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which experts, and their gates. The rule is the same on every device, in the kernels, and in compiled and exported
+    code: the highest logits, best first; of equal ones the lowest expert index first.
+
+    0.0 and -0.0 are equal. NaN and Inf count as the largest finite number, -Inf as the smallest. A token with NaN or Inf
+    among its logits, or with nothing but -Inf, gets valid experts, and NaN for each of its gates, so that its outputs show it.
+
+    Args:
+        logits: float32 [..., num_experts].
+        normalize: rescale the gates, which are the experts' softmax, to sum 1.
+
+    Returns:
+        (experts int64 [..., top_k], gates float32 [..., top_k]); gradients flow through the gates.
+    """
+    # By logits: the exponentials of different ones may be equal. Not by topk, which leaves the order of equal values open,
+    # but by argmax, which returns the first of them; a stable sort is slower for many experts, and exporters do not know it.
+    heights = torch.nan_to_num(logits.detach(), nan=torch.finfo(logits.dtype).max)
+    best = [heights.argmax(dim=-1, keepdim=True)]
+    while len(best) < top_k:
+        heights = heights.scatter(-1, best[-1], -math.inf)  # not again
+        best.append(heights.argmax(dim=-1, keepdim=True))
+    experts = torch.cat(best, dim=-1)
+    gates = torch.softmax(logits, dim=-1).gather(-1, experts)
+    return experts, gates / gates.sum(dim=-1, keepdim=True) if normalize else gates
+
+
 def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
-    """Pick experts and gates: softmax in float32, top-k, gates rescaled to sum 1 if `options.normalize_gates`; then the
-    shared experts.
+    """`decide()` by these options, and the shared experts.
 
     Args:
         logits: float32 [*token_shape, num_experts].
     """
-    probabilities = torch.softmax(logits, dim=-1)
-    gates, experts = torch.topk(probabilities, options.top_k, dim=-1)
-    if options.normalize_gates:
-        gates = gates / gates.sum(dim=-1, keepdim=True)
+    experts, gates = decide(logits, options.top_k, options.normalize_gates)
     return routing_of(experts, gates, options)
 
 
