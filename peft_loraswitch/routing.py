@@ -76,6 +76,7 @@ class Routing:
         init=False, default_factory=dict, repr=False, compare=False
     )
     _elsewhere: dict[torch.device, Routing] = field(init=False, default_factory=dict, repr=False, compare=False)
+    _chosen: torch.Tensor | None = field(init=False, default=None, repr=False, compare=False)
 
     @property
     def token_shape(self) -> torch.Size:
@@ -87,13 +88,37 @@ class Routing:
         Raises:
             RuntimeError: x does not hold the tokens that were routed.
         """
+        return self._as_seen(self.dense_gates, x, layer_name)
+
+    def chosen(self) -> torch.Tensor | None:
+        """bool [*token_shape, all experts]: which experts the token chose, also those whose gate is 0. None if every token
+        chose all of them. Made once for all layers."""
+        if self.experts.shape[-1] == self.dense_gates.shape[-1]:
+            return None
+        if self._chosen is None:
+            self._chosen = torch.zeros_like(self.dense_gates, dtype=torch.bool).scatter(-1, self.experts, True)
+        return self._chosen
+
+    def chosen_for(self, x: torch.Tensor, layer_name: str) -> torch.Tensor | None:
+        """`chosen()`, as `dense_gates_for` gives the gates."""
+        chosen = self.chosen()
+        return None if chosen is None else self._as_seen(chosen, x, layer_name)
+
+    def chosen_rows(self) -> torch.Tensor | None:
+        """`chosen()` as [tokens, all experts]."""
+        chosen = self.chosen()
+        return None if chosen is None else chosen.reshape(-1, chosen.shape[-1])
+
+    def _as_seen(self, each: torch.Tensor, x: torch.Tensor, layer_name: str) -> torch.Tensor:
+        """`each` [*token_shape, all experts] in token shape and device of x."""
         shape = x.shape[:-1]
-        gates = self.dense_gates if self.dense_gates.device == x.device else self.dense_gates.to(x.device)
+        if each.device != x.device:
+            each = each.to(x.device)
         if shape == self.token_shape:
-            return gates
+            return each
         # Some models flatten (batch, sequence) on the way (OPT's decoder); a same-rank difference is other tokens.
         if len(shape) != len(self.token_shape) and shape.numel() == self.token_shape.numel():
-            return gates.reshape(*shape, gates.shape[-1])
+            return each.reshape(*shape, each.shape[-1])
         raise RuntimeError(
             f"LoRA-Switch routed tokens of shape {tuple(self.token_shape)}, but the adapted layer '{layer_name}' sees "
             f"{tuple(shape)}: it does not process the tokens that were routed (a pooler, cross-attention, a table of "
@@ -115,7 +140,7 @@ class Routing:
         """`scaling * dense_gates` in `dtype`, [tokens, all experts]: made once for all layers that ask for the same."""
         scaled = self._scaled.get((scaling, dtype))
         if scaled is None:
-            scaled = (self.dense_gates.flatten(0, -2) * scaling).to(dtype)
+            scaled = (self.dense_gates.reshape(-1, self.dense_gates.shape[-1]) * scaling).to(dtype)
             self._scaled[scaling, dtype] = scaled
         return scaled
 
@@ -153,7 +178,9 @@ def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
         logits: float32 [*token_shape, num_experts].
     """
     experts, gates = decide(logits, options.top_k, options.normalize_gates)
-    return routing_of(experts, gates, options)
+    routing = routing_of(experts, gates, options)
+    routing.chosen()  # here, because a checkpointed block that is compiled must not change what lies outside of it
+    return routing
 
 
 def routing_of(experts: torch.Tensor, gates: torch.Tensor, options: RoutingOptions) -> Routing:
