@@ -7,6 +7,8 @@
 //
 // Bytes: the router once from memory (64 KB for 8 experts at in = 4096, bf16), then from L2 for every further token. What takes
 // the time is the launch and one round trip to memory, so many loads are in flight and nothing else is done about speed.
+#include <cfloat>
+
 #include "common.cuh"
 
 namespace ls {
@@ -56,48 +58,44 @@ template <class X, class R, int VEC> __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (warp != 0) return;
 
-  // Each lane keeps the logits of experts lane, lane + 32, ...
+  // Each lane keeps the heights of experts lane, lane + 32, ...: their logits, but NaN and Inf are the largest finite number and
+  // -Inf is the smallest, so that what is no expert or chosen already is below all.
   constexpr int kPerLane = LS_MAX_EXPERTS / 32;
   float mine[kPerLane];
   float top = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    int e = lane + i * 32;
-    mine[i] = e < p.num_experts ? logits[e] : -INFINITY;
-    top = fmaxf(top, mine[i]);
+    const int e = lane + i * 32;
+    const float logit = e < p.num_experts ? logits[e] : -INFINITY;
+    top = fmaxf(top, logit);
+    mine[i] = e < p.num_experts ? fminf(fmaxf(logit == logit ? logit : FLT_MAX, -FLT_MAX), FLT_MAX) : -INFINITY;
   }
 #pragma unroll
   for (int o = 16; o; o >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
-  float sum = 0.f;
+  float sum = 0.f;  // NaN if any logit is NaN or Inf, or if all are -Inf; and then so are all gates
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    bool is_expert = lane + i * 32 < p.num_experts;
-    mine[i] = is_expert ? expf(mine[i] - top) : 0.f;
-    sum += mine[i];
-  }
+  for (int i = 0; i < kPerLane; ++i)
+    if (lane + i * 32 < p.num_experts) sum += expf(logits[lane + i * 32] - top);
   sum = warp_sum(sum);
 
   float chosen_sum = 0.f, my_gate = 0.f;
   int my_expert = 0;
   unsigned taken = 0;  // bit i: expert lane + 32 i is chosen already
   for (int j = 0; j < p.top_k; ++j) {
-    // Best remaining of this lane, then of the warp; the lowest id wins ties, and NaN logits still give valid ids.
-    float best = -2.f;
+    // Best remaining of this lane, then of the warp: of equal ones the lowest id. By logits: the exponentials of different ones
+    // may be equal.
+    float best = -INFINITY;
     int expert = LS_MAX_EXPERTS;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      bool is_expert = lane + i * 32 < p.num_experts && !((taken >> i) & 1);
-      float v = mine[i] >= 0.f ? mine[i] : -1.f;
-      if (is_expert && v > best) best = v, expert = lane + i * 32;
-    }
+    for (int i = 0; i < kPerLane; ++i)
+      if (!((taken >> i) & 1) && mine[i] > best) best = mine[i], expert = lane + i * 32;
 #pragma unroll
     for (int o = 16; o; o >>= 1) {
       float other = __shfl_xor_sync(0xffffffffu, best, o);
       int other_expert = __shfl_xor_sync(0xffffffffu, expert, o);
       if (other > best || (other == best && other_expert < expert)) best = other, expert = other_expert;
     }
-    float gate = logits[expert];  // NaN stays NaN: the caller's output shows it, as PyTorch's would
-    gate = expf(gate - top) / sum;
+    const float gate = expf(logits[expert] - top) / sum;
     if (expert % 32 == lane) taken |= 1u << (expert / 32);
     chosen_sum += gate;
     if (lane == j) my_gate = gate, my_expert = expert;

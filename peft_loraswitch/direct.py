@@ -154,7 +154,7 @@ class DirectGroup:
                 result.addmm_(rows, matrix)  # the larger product adds to the smaller one's result while it computes
         else:
             gates = [routing.scaled(scaling, x.dtype) for scaling in self.scalings]
-            parts = ops.group_hidden(hidden, [b.shape[::2] for b in self.lora_b], gates)
+            parts = ops.group_hidden(hidden, [b.shape[::2] for b in self.lora_b], gates, routing.chosen_rows())
             linears = zip(parts, self.matrices, self.biases, kernels.widen(group, hidden), strict=True)
             results = [ops.dense_linear(rows, h, matrix, bias, wide, True) for h, matrix, bias, wide in linears]
         return [result.view(size) for result, (size, _) in zip(results, shape.outputs, strict=True)]

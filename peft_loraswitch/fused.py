@@ -530,7 +530,7 @@ def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     weights, biases, lora_a, lora_b, scalings = group.parts()
     rows = x.reshape(-1, x.shape[-1])
     gates = [routing.scaled(scaling, x.dtype) for scaling in scalings]
-    hidden = ops.group_hidden(ops.all_hidden(rows, lora_a), [a.shape[:2] for a in lora_a], gates)
+    hidden = ops.group_hidden(ops.all_hidden(rows, lora_a), [a.shape[:2] for a in lora_a], gates, routing.chosen_rows())
     results = []
     for h, weight, bias, b in zip(hidden, weights, biases, lora_b, strict=True):
         result = ops.dense_linear(rows, h, weight, bias, ops.wide(b), group.transposed)
@@ -550,7 +550,8 @@ def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Rout
     if x.numel() // x.shape[-1] <= group.few_tokens and not unfit:
         return ops.delta(base, x, routing.experts, routing.gates, a, b, scaling)
     rows = x.to(a.dtype).reshape(-1, x.shape[-1])
-    hidden = ops.gated(ops.all_hidden(rows, [a]), routing.scaled(scaling, a.dtype), a.shape[1])
+    hidden, gates = ops.all_hidden(rows, [a]), routing.scaled(scaling, a.dtype)
+    hidden = ops.gated(hidden, gates, routing.chosen_rows(), a.shape[1])
     if base.dtype != hidden.dtype:
         return base + (hidden @ ops.wide(b).T).to(base.dtype).view(base.shape)
     # Out of place: a quantised base layer may return a view. One rounding, which `ops.expand` and a sum would make two.

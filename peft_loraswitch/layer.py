@@ -6,7 +6,12 @@ Experts are stacked: `num_experts` routed ones, then `num_shared_experts` that e
 the one that routes has the shared ones only, and follows no decision.
 
 No loop over experts and no wait for the device: A of all experts is one wide matrix, the hidden of experts that were not
-chosen is multiplied by the gate 0, and B of all experts is one wide matrix again: two dense products, whatever the routing.
+chosen is set to zero, and B of all experts is one wide matrix again: two dense products, whatever the routing.
+
+Chosen experts alone decide. Whatever the weights of the others make of a token, Inf and NaN included, forward or backward,
+reaches neither its output nor a gradient, as long as those weights themselves are finite. Weights that are Inf or NaN are a
+broken adapter, which loading refuses: 0 * Inf is NaN, so in B they reach the outputs of tokens that did not choose that
+expert, and in A the gradient of the layer's input. Looking for them would cost a pass over all experts in each forward.
 """
 
 from __future__ import annotations
@@ -268,8 +273,12 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
         """s * g_te A[e] x for every expert e, 0 where e was not chosen: x [..., in_features] -> [..., E, r]."""
         experts_a: Any = self.loraswitch_A[adapter]
         gates = routing.dense_gates_for(x, self.name) * self.scaling[adapter]  # [..., E]
+        chosen = routing.chosen_for(x, self.name)  # [..., E]
         inputs: Any = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), experts_a.weight.dtype)
         hidden = experts_a(inputs)
+        if chosen is not None:
+            # Not by the gate: Inf * 0 is NaN, and a chosen expert whose gate is 0 (an underflow) keeps its gradient.
+            hidden = hidden.where(chosen.unsqueeze(-1), 0.0)
         return hidden * gates.to(hidden.dtype).unsqueeze(-1)
 
     def _forward_mixed(self, x: torch.Tensor, result: torch.Tensor, frame: RoutingFrame) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .routing import decide
 
 _library = torch.library.Library("loraswitch", "DEF")
 _library.define("route(Tensor x, Tensor router, int top_k, bool normalize) -> (Tensor, Tensor)")
@@ -172,11 +173,14 @@ def _check_merge(
 # ------------------------------------------------------------------------------------------- PyTorch implementations
 
 
-def dense_gates(experts: Tensor, gates: Tensor, num_experts: int) -> Tensor:
-    """[T, k] each -> [T, E] float32: gates scattered over all experts; ids outside [0, E) dropped, repeated ones added."""
+def dense(experts: Tensor, gates: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """[T, k] each -> gates [T, E] float32, scattered over all experts, and bool [T, E], which of those were chosen. Ids
+    outside [0, E) are dropped, the gates of repeated ones added."""
     valid = (experts >= 0) & (experts < num_experts)
-    zeros = torch.zeros(experts.shape[0], num_experts, dtype=gates.dtype, device=gates.device)
-    return zeros.scatter_add(1, experts.where(valid, 0), gates.where(valid, 0.0))
+    ids = experts.where(valid, num_experts)  # one column more, for what is dropped
+    scattered = torch.zeros(experts.shape[0], num_experts + 1, dtype=gates.dtype, device=gates.device)
+    chosen = torch.zeros_like(scattered, dtype=torch.bool).scatter_(1, ids, True)
+    return scattered.scatter_add_(1, ids, gates)[:, :num_experts], chosen[:, :num_experts]
 
 
 def all_hidden(x: Tensor, lora_a: Sequence[Tensor]) -> Tensor:
@@ -190,23 +194,32 @@ def all_hidden(x: Tensor, lora_a: Sequence[Tensor]) -> Tensor:
     return F.linear(x, stacked[0] if len(stacked) == 1 else torch.cat(stacked))
 
 
-def gated(hidden: Tensor, gates: Tensor, rank: int) -> Tensor:
-    """One linear's hidden [T, E * r] times its gates [T, E]."""
-    return (hidden.unflatten(1, (gates.shape[1], rank)) * gates.unsqueeze(-1)).flatten(1)
+def gated(hidden: Tensor, gates: Tensor, chosen: Tensor | None, rank: int) -> Tensor:
+    """One linear's hidden [T, E * r] times its gates [T, E]; zero, whatever it is, where `chosen` (bool [T, E]; None: all are)
+    says that it does not count."""
+    each = hidden.unflatten(1, (gates.shape[1], rank))
+    if chosen is not None:
+        each = each.where(chosen.unsqueeze(-1), 0.0)
+    return (each * gates.unsqueeze(-1)).flatten(1)
 
 
-def group_hidden(hidden: Tensor, shapes: Sequence[Sequence[int]], gates: Sequence[Tensor]) -> list[Tensor]:
-    """`all_hidden` times the gates: [T, E * r] for each linear.
+def group_hidden(
+    hidden: Tensor, shapes: Sequence[Sequence[int]], gates: Sequence[Tensor], chosen: Tensor | None
+) -> list[Tensor]:
+    """`all_hidden`, gated: [T, E * r] for each linear.
 
     Args:
         shapes: (E, r) each.
         gates: [T, E] each, in the dtype of x, times the linear's scaling; the same tensor where linears share it.
+        chosen: of the experts, bool [T, E], or None: all are.
     """
     if all(shape == shapes[0] for shape in shapes) and all(g is gates[0] for g in gates):
-        together = hidden.view(hidden.shape[0], len(shapes), *shapes[0]) * gates[0][:, None, :, None]
-        return list(together.flatten(2).unbind(1))
+        together = hidden.view(hidden.shape[0], len(shapes), *shapes[0])
+        if chosen is not None:
+            together = together.where(chosen[:, None, :, None], 0.0)
+        return list((together * gates[0][:, None, :, None]).flatten(2).unbind(1))
     parts = hidden.split([num_experts * rank for num_experts, rank in shapes], dim=1)
-    return [gated(h, g, shape[1]) for h, shape, g in zip(parts, shapes, gates, strict=True)]
+    return [gated(h, g, chosen, shape[1]) for h, shape, g in zip(parts, shapes, gates, strict=True)]
 
 
 def wide(lora_b: Tensor) -> Tensor:
@@ -234,8 +247,9 @@ def _add_chosen(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_
     ids = experts.where(valid, 0).flatten()
     rows = x.repeat_interleave(top_k, 0).unsqueeze(-1)  # [T * k, in, 1]
     hidden = torch.bmm(lora_a[ids], rows)  # [T * k, r, 1]
-    factors = (gates.where(valid, 0.0) * scaling).flatten().to(x.dtype)
-    return torch.bmm(lora_b[ids], hidden * factors.view(-1, 1, 1)).view(tokens, top_k, out).sum(1)
+    factors = (gates * scaling).flatten().to(x.dtype)
+    each = torch.bmm(lora_b[ids], hidden * factors.view(-1, 1, 1)).view(tokens, top_k, out)
+    return each.where(valid.unsqueeze(-1), 0.0).sum(1)
 
 
 def _experts_reference(
@@ -244,16 +258,15 @@ def _experts_reference(
     """x [T, in], experts and gates [T, k] -> [T, out]"""
     if experts.numel() < lora_a.shape[0]:
         return _add_chosen(x, experts, gates, lora_a, lora_b, scaling)
-    scaled = (dense_gates(experts, gates, lora_a.shape[0]) * scaling).to(x.dtype)
-    return gated(all_hidden(x, [lora_a]), scaled, lora_a.shape[1]) @ wide(lora_b).T
+    factors, chosen = dense(experts, gates, lora_a.shape[0])
+    hidden = gated(all_hidden(x, [lora_a]), (factors * scaling).to(x.dtype), chosen, lora_a.shape[1])
+    return hidden @ wide(lora_b).T
 
 
 def _route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     _check_route(x, router, top_k)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        probabilities = torch.softmax(F.linear(x.float(), router.float()), dim=-1)
-    gates, experts = torch.topk(probabilities, top_k, dim=-1)
-    return experts, gates / gates.sum(-1, keepdim=True) if normalize else gates
+        return decide(F.linear(x.float(), router.float()), top_k, normalize)
 
 
 def _linear_pytorch(
@@ -276,11 +289,11 @@ def _expand_pytorch(
     scalings: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
     _check_expand(hidden, experts, gates, biases, lora_b, scalings)
-    chosen = dense_gates(experts, gates, lora_b[0].shape[0])
+    factors, chosen = dense(experts, gates, lora_b[0].shape[0])
     parts = hidden.split([b.shape[0] * b.shape[2] for b in lora_b], dim=1)
     results = []
     for h, bias, b, scaling in zip(parts, biases, lora_b, scalings, strict=True):
-        h, up = gated(h, (chosen * scaling).to(h.dtype), b.shape[2]), wide(b).T
+        h, up = gated(h, (factors * scaling).to(h.dtype), chosen, b.shape[2]), wide(b).T
         results.append(h @ up if bias is None else torch.addmm(bias, h, up))
     return results
 
@@ -306,10 +319,10 @@ def _merge_pytorch(
     for weight, source, a, b, scaling, swapped in zip(
         weights, sources, lora_a, lora_b, scalings, transposed, strict=True
     ):
-        valid = (ids >= 0) & (ids < a.shape[0])
-        chosen = ids.where(valid, 0)
-        up = b[chosen].float() * (factors.where(valid, 0.0) * scaling).view(-1, 1, 1)  # [k, out, r]
-        update = up.transpose(0, 1).flatten(1) @ a[chosen].float().flatten(0, 1)  # [out, in]
+        valid = ((ids >= 0) & (ids < a.shape[0])).view(-1, 1, 1)
+        down, up = (each[ids.where(valid.flatten(), 0)].float().where(valid, 0.0) for each in (a, b))
+        up = up * (factors.view(-1, 1, 1) * scaling).where(valid, 0.0)  # [k, out, r]
+        update = up.transpose(0, 1).flatten(1) @ down.flatten(0, 1)  # [out, in]
         weight.copy_(source.float() + (update.T if swapped else update))
 
 

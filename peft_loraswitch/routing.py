@@ -1,7 +1,7 @@
 """The routing decision: which experts a token uses, and with which gates.
 
-`Router` turns hidden states into logits; `route` turns logits into a `Routing`, taken once per token and followed by
-every adapted layer. LoRA-Switch, arXiv 2405.17741: linear, softmax, top-k on the input of the first adapted linear.
+`Router` turns hidden states into logits; `route` turns logits into a `Routing`, taken once per token (by `decide`) and
+followed by every adapted layer. LoRA-Switch, arXiv 2405.17741: linear, softmax, top-k on the input of the first adapted linear.
 
 Shared experts (DeepSeekMoE, arXiv 2401.06066) are experts that every token uses, with the gate 1 / top_k: what even routing
 gives a chosen one, so that both kinds learn at the same pace. In a layer's stack they come after the routed ones, and in a
@@ -10,6 +10,7 @@ gives a chosen one, so that both kinds learn at the same pace. In a layer's stac
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,7 @@ class Routing:
         init=False, default_factory=dict, repr=False, compare=False
     )
     _elsewhere: dict[torch.device, Routing] = field(init=False, default_factory=dict, repr=False, compare=False)
+    _chosen: torch.Tensor | None = field(init=False, default=None, repr=False, compare=False)
 
     @property
     def token_shape(self) -> torch.Size:
@@ -101,13 +103,37 @@ class Routing:
         Raises:
             RuntimeError: x does not hold the tokens that were routed.
         """
+        return self._as_seen(self.dense_gates, x, layer_name)
+
+    def chosen(self) -> torch.Tensor | None:
+        """bool [*token_shape, all experts]: which experts the token chose, also those whose gate is 0. None if every token
+        chose all of them. Made once for all layers."""
+        if self.experts.shape[-1] == self.dense_gates.shape[-1]:
+            return None
+        if self._chosen is None:
+            self._chosen = torch.zeros_like(self.dense_gates, dtype=torch.bool).scatter(-1, self.experts, True)
+        return self._chosen
+
+    def chosen_for(self, x: torch.Tensor, layer_name: str) -> torch.Tensor | None:
+        """`chosen()`, as `dense_gates_for` gives the gates."""
+        chosen = self.chosen()
+        return None if chosen is None else self._as_seen(chosen, x, layer_name)
+
+    def chosen_rows(self) -> torch.Tensor | None:
+        """`chosen()` as [tokens, all experts]."""
+        chosen = self.chosen()
+        return None if chosen is None else chosen.reshape(-1, chosen.shape[-1])
+
+    def _as_seen(self, each: torch.Tensor, x: torch.Tensor, layer_name: str) -> torch.Tensor:
+        """`each` [*token_shape, all experts] in token shape and device of x."""
         shape = x.shape[:-1]
-        gates = self.dense_gates if self.dense_gates.device == x.device else self.dense_gates.to(x.device)
+        if each.device != x.device:
+            each = each.to(x.device)
         if shape == self.token_shape:
-            return gates
+            return each
         # Some models flatten (batch, sequence) on the way (OPT's decoder); a same-rank difference is other tokens.
         if len(shape) != len(self.token_shape) and shape.numel() == self.token_shape.numel():
-            return gates.reshape(*shape, gates.shape[-1])
+            return each.reshape(*shape, each.shape[-1])
         raise RuntimeError(
             f"LoRA-Switch routed tokens of shape {tuple(self.token_shape)}, but the adapted layer '{layer_name}' sees "
             f"{tuple(shape)}: it does not process the tokens that were routed (a pooler, cross-attention, a table of "
@@ -129,23 +155,47 @@ class Routing:
         """`scaling * dense_gates` in `dtype`, [tokens, all experts]: made once for all layers that ask for the same."""
         scaled = self._scaled.get((scaling, dtype))
         if scaled is None:
-            scaled = (self.dense_gates.flatten(0, -2) * scaling).to(dtype)
+            scaled = (self.dense_gates.reshape(-1, self.dense_gates.shape[-1]) * scaling).to(dtype)
             self._scaled[scaling, dtype] = scaled
         return scaled
 
 
+def decide(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which experts, and their gates. The rule is the same on every device, in the kernels, and in compiled and exported
+    code: the highest logits, best first; of equal ones the lowest expert index first.
+
+    0.0 and -0.0 are equal. NaN and Inf count as the largest finite number, -Inf as the smallest. A token with NaN or Inf
+    among its logits, or with nothing but -Inf, gets valid experts, and NaN for each of its gates, so that its outputs show it.
+
+    Args:
+        logits: float32 [..., num_experts].
+        normalize: rescale the gates, which are the experts' softmax, to sum 1.
+
+    Returns:
+        (experts int64 [..., top_k], gates float32 [..., top_k]); gradients flow through the gates.
+    """
+    # By logits: the exponentials of different ones may be equal. Not by topk, which leaves the order of equal values open,
+    # but by argmax, which returns the first of them; a stable sort is slower for many experts, and exporters do not know it.
+    heights = torch.nan_to_num(logits.detach(), nan=torch.finfo(logits.dtype).max)
+    best = [heights.argmax(dim=-1, keepdim=True)]
+    while len(best) < top_k:
+        heights = heights.scatter(-1, best[-1], -math.inf)  # not again
+        best.append(heights.argmax(dim=-1, keepdim=True))
+    experts = torch.cat(best, dim=-1)
+    gates = torch.softmax(logits, dim=-1).gather(-1, experts)
+    return experts, gates / gates.sum(dim=-1, keepdim=True) if normalize else gates
+
+
 def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
-    """Pick experts and gates: softmax in float32, top-k, gates rescaled to sum 1 if `options.normalize_gates`; then the
-    shared experts.
+    """`decide()` by these options, and the shared experts.
 
     Args:
         logits: float32 [*token_shape, num_experts].
     """
-    probabilities = torch.softmax(logits, dim=-1)
-    gates, experts = torch.topk(probabilities, options.top_k, dim=-1)
-    if options.normalize_gates:
-        gates = gates / gates.sum(dim=-1, keepdim=True)
-    return routing_of(experts, gates, options)
+    experts, gates = decide(logits, options.top_k, options.normalize_gates)
+    routing = routing_of(experts, gates, options)
+    routing.chosen()  # here, because a checkpointed block that is compiled must not change what lies outside of it
+    return routing
 
 
 def routing_of(experts: torch.Tensor, gates: torch.Tensor, options: RoutingOptions) -> Routing:

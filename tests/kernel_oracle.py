@@ -17,9 +17,12 @@ def rounds(n: int) -> range:
 
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, in], router [E, in] -> experts [T, k], gates [T, k] in float64."""
-    probabilities = torch.softmax(x.double() @ router.double().T, dim=-1)
-    gates, experts = torch.topk(probabilities, top_k, dim=-1)
+    """x [T, in], router [E, in] -> experts [T, k], gates [T, k] in float64: the highest logits (NaN is as high as +Inf), of
+    equal ones those that come first."""
+    logits = x.double() @ router.double().T
+    heights = logits.where(~logits.isnan(), float("inf"))
+    experts = heights.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    gates = torch.softmax(logits, dim=-1).gather(-1, experts)
     return experts, gates / gates.sum(-1, keepdim=True) if normalize else gates
 
 

@@ -22,13 +22,15 @@ Decision = list[list[tuple[int, torch.Tensor]]]  # for each token: (expert, gate
 
 
 def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -> Decision:
-    """x [..., in] and router [E, in], both taken to float64 -> the decision for each token, in row-major order."""
+    """x [..., in] and router [E, in], both taken to float64 -> the decision for each token, in row-major order: the experts
+    with the highest logits (NaN is as high as +Inf), of equal ones those that come first."""
     decision: Decision = []
     for token in x.double().reshape(-1, x.shape[-1]):
         logits = [(token * row).sum() for row in router.double()]
         exponentials = [torch.exp(logit - max(logits).detach()) for logit in logits]
         probabilities = [e / sum(exponentials) for e in exponentials]
-        chosen = sorted(range(len(logits)), key=lambda e: -float(probabilities[e].detach()))[:top_k]
+        heights = [math.inf if logit.isnan() else float(logit.detach()) for logit in logits]
+        chosen = sorted(range(len(logits)), key=lambda e, heights=heights: -heights[e])[:top_k]  # a stable sort
         total = sum(probabilities[e] for e in chosen) if normalize else 1.0
         decision.append([(e, probabilities[e] / total) for e in chosen])
     return decision
