@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from .patterns import BLOCK, ENDING, compile_pattern, shown
+from .patterns import BLOCK, ENDING, check_target_pattern, compile_pattern, shown
 from .registration import extend_peft_type
 from .routing import RoutingOptions
 
@@ -260,7 +260,7 @@ class LoRASwitchConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
-                compile_pattern(name, value)
+                check_target_pattern(name, value)
             elif value is not None:
                 _require_names(name, value)
                 setattr(self, name, set(value))

@@ -100,10 +100,7 @@ class LoRASwitchModel(BaseTuner):
         return selects(self._injected or config, key)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LoRASwitchConfig) -> None:
-        # PEFT looks for embeddings: among the linears there are none, and a pattern must not be matched without a limit
-        embeddings = copy.copy(self._injected or peft_config)
-        embeddings.target_modules = []
-        super()._check_tied_modules(model, embeddings)
+        super()._check_tied_modules(model, self._injected or peft_config)
 
     def _create_and_replace(
         self,
@@ -231,7 +228,7 @@ def plan_injection(
         ValueError: names the field (`target_modules`, `router_module`, the adapter's name) and what to do.
     """
     _check_adapter_name(model, adapter_name)
-    check_trained_in_full(model, config)
+    check_trained_in_full(model, config, adapter_name)
     limit = TimeLimit()
     every_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)

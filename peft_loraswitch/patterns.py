@@ -1,8 +1,8 @@
 """Which modules a configuration names: lists of name endings, and regular expressions matched within a time limit.
 
 PEFT matches the patterns of a configuration with Python's `re`, which takes for ever on some short ones, such as
-`(a|aa)+$`, and a configuration may come from a stranger's file. So PEFT is never given them: the same rules are applied here,
-with the `regex` package. It reads the same syntax, takes no long time on most of these patterns, and stops where it would.
+`(a|aa)+$`, and a configuration may come from a stranger's file. So the same rules are applied here in its place, with the
+`regex` package. It reads the same syntax, takes no long time on most of these patterns, and stops where it would.
 
 The limit counts processor time of this thread, and grows with the number of names: a thousand times what ordinary patterns
 take. A slow or busy machine does not make a difference.
@@ -16,6 +16,9 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import peft.tuners.tuners_utils
+import peft.utils.other
+import peft.utils.save_and_load
 import regex
 from peft.tuners.tuners_utils import _ExcludedModule
 
@@ -84,6 +87,38 @@ def compile_pattern(field: str, pattern: str, template: str | None = None) -> re
     except (re.error, regex.error, OverflowError, RecursionError) as error:
         hint = " Names go into a list." if template is None else ""
         raise ValueError(f"{field}={shown(pattern)} is not a valid regular expression ({error}).{hint}") from error
+
+
+_target_patterns: set[str] = set()
+
+
+def check_target_pattern(field: str, pattern: str) -> None:
+    """`compile_pattern` for `target_modules` and `exclude_modules`; from now on, PEFT matches this pattern within the limit.
+
+    Raises:
+        ValueError: see `compile_pattern`.
+    """
+    compile_pattern(field, pattern)
+    _target_patterns.add(pattern)
+
+
+def limit_peft() -> None:
+    """Make PEFT match `target_modules` of our configurations within the limit where it does so by itself: it looks whether
+    embeddings are among the targets when it injects and when it saves. Idempotent."""
+    original = peft.utils.other.match_target_against_key
+    if getattr(original, "limited_by_loraswitch", False):
+        return
+
+    @functools.wraps(original)
+    def match(target_pattern: str, key: str) -> Any:
+        if target_pattern in _target_patterns:
+            return TimeLimit().match("target_modules", target_pattern, key)
+        return original(target_pattern, key)
+
+    match.limited_by_loraswitch = True  # type: ignore[attr-defined]
+    for module in (peft.utils.other, peft.utils.save_and_load, peft.tuners.tuners_utils):
+        if hasattr(module, "match_target_against_key"):
+            module.match_target_against_key = match
 
 
 def selects(config: LoRASwitchConfig, name: str, limit: TimeLimit | None = None) -> bool | _ExcludedModule:

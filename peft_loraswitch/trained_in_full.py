@@ -7,6 +7,7 @@ PEFT is shown a model without the modules inside of adapted linears.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -59,25 +60,38 @@ def train_in_full(tuner: BaseTuner, model: nn.Module, config: LoRASwitchConfig, 
         parameter.requires_grad_(requires_grad)
 
 
-def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig) -> None:
-    """Check what PEFT takes as it is, before anything is changed.
+def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig, adapter_name: str) -> None:
+    """Check, before anything is changed, what PEFT would find out later or not at all.
 
     Raises:
-        ValueError: `trainable_token_indices` names no module, or tokens that it does not have.
+        ValueError: `trainable_token_indices` names no module, or tokens that it does not have; or an adapter is called as a
+            part of the name of a module that is trained in full, whose weights PEFT would then lose when it saves.
     """
-    tokens = config.trainable_token_indices
-    if tokens is None:
-        return
-    by_ending = tokens if isinstance(tokens, dict) else {str(_get_input_embeddings_name(model, "embed_tokens")): tokens}
-    modules = list(BackboneView(model).named_modules(remove_duplicate=False))
-    for ending, indices in by_ending.items():
-        found = [module for name, module in modules if name.endswith(ending)]
+    modules = dict(BackboneView(model).named_modules(remove_duplicate=False))
+    tokens = config.trainable_token_indices or {}
+    if not isinstance(tokens, dict):
+        tokens = {str(_get_input_embeddings_name(model, "embed_tokens")): tokens}
+    for ending, indices in tokens.items():
+        found = [name for name in modules if name.endswith(ending)]
         if not found:
             raise ValueError(f"trainable_token_indices: the model has no module whose name ends in '{ending}'.")
-        for module in found:
-            module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
-            rows = getattr(getattr(module, "weight", None), "shape", (0,))[0]
-            if indices and rows and max(indices) >= rows:
-                raise ValueError(
-                    f"trainable_token_indices: '{ending}' has {rows} tokens, none of index {max(indices)}."
-                )
+        rows = min(_rows(modules[name]) for name in found)
+        if indices and max(indices) >= rows:
+            raise ValueError(f"trainable_token_indices: '{ending}' has {rows} tokens, none of index {max(indices)}.")
+
+    endings = (*(config.modules_to_save or ()), *tokens)
+    in_full = [n for n, m in modules.items() if isinstance(m, AuxiliaryTrainingWrapper) or (n and n.endswith(endings))]
+    adapters = {adapter_name, *(n for m in modules.values() if isinstance(m, LoRASwitchLayer) for n in m.loraswitch_A)}
+    for name in in_full:
+        clash = adapters.intersection(name.split("."))
+        if clash:
+            raise ValueError(
+                f"The adapter name '{clash.pop()}' is part of the name of a module that modules_to_save (or "
+                f"trainable_token_indices) takes, '{name}', whose weights PEFT would lose when it saves. Choose another "
+                "adapter_name."
+            )
+
+
+def _rows(module: nn.Module) -> int:
+    module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+    return getattr(getattr(module, "weight", None), "shape", (sys.maxsize,))[0]

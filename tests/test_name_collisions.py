@@ -20,7 +20,7 @@ from peft_loraswitch.layer import LoRASwitchLayer
 
 pytestmark = pytest.mark.compat
 # ends of the names within an adapted linear: "q_proj.loraswitch_router.default", "q_proj.base_layer"
-OURS = ["router", "record", "pending", "A", "B", "dropout", "base_layer", "default", "layer", "r", "loraswitch_A"]
+OURS = ["router", "record", "pending", "A", "B", "dropout", "base_layer", "default", "layer"]
 
 
 class Block(nn.Module):
@@ -93,31 +93,30 @@ def test_modules_to_save(name: str, tmp_path):
     """Trained, saved under its own name, and back again; also with a second adapter, and with one of that name."""
     backbone = toy(name, "other")
     config = {"target_modules": ["q_proj"], "modules_to_save": [name]}
-    model = randomize_adapter(get_peft_model(copy.deepcopy(backbone), switch_config(**config)))
+    first = "default" if name != "default" else "first"
+    model = randomize_adapter(get_peft_model(copy.deepcopy(backbone), switch_config(**config), adapter_name=first))
     wanted = {name, *(f"blocks.{i}.inner.{name}" for i in range(2))}
     assert wrapped(model) == wanted
     assert_nothing_of_ours_is_wrapped(model)
     assert set(switch_layers(model.get_base_model())) == {"blocks.0.q_proj", "blocks.1.q_proj"}
     train_a_little(model, ids=tokens())
     output = model(ids=tokens())
-    assert model.peft_config["default"].modules_to_save == [name], "what the user wrote"
+    assert model.peft_config[first].modules_to_save == [name], "what the user wrote"
 
     model.save_pretrained(tmp_path)
-    keys = {key.removeprefix("base_model.model.") for key in load_file(tmp_path / "adapter_model.safetensors")}
-    assert {key.removesuffix(".weight") for key in keys if "loraswitch_" not in key and "bias" not in key} == wanted or (
-        name.startswith("loraswitch_")
-    )
+    folder = tmp_path / ("" if first == "default" else first)
+    keys = {key.removeprefix("base_model.model.") for key in load_file(folder / "adapter_model.safetensors")}
+    assert {key.removesuffix(".weight") for key in keys if "loraswitch_" not in key and "bias" not in key} == wanted
     for low in (False, True):
-        again = PeftModel.from_pretrained(copy.deepcopy(backbone), tmp_path, low_cpu_mem_usage=low).eval()
+        again = PeftModel.from_pretrained(copy.deepcopy(backbone), folder, first, low_cpu_mem_usage=low).eval()
         assert torch.equal(again(ids=tokens()), output)
-    again.load_adapter(tmp_path, "second")
-    again.load_adapter(tmp_path, "router")
-    for adapter in ("second", "router"):
+    for adapter in ("second", "third"):
+        again.load_adapter(folder, adapter)
         again.set_adapter(adapter)
         assert torch.equal(again(ids=tokens()), output)
     assert wrapped(again) == wanted
     assert_nothing_of_ours_is_wrapped(again)
-    again.delete_adapter("default")
+    again.delete_adapter(first)
     assert torch.equal(again(ids=tokens()), output)
     with again.disable_adapter():
         assert torch.equal(again(ids=tokens()), backbone(tokens()))
@@ -130,19 +129,48 @@ def test_names_of_which_the_backbone_has_none(name: str):
     assert wrapped(model) == set()
 
 
+class TokenToy(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.block = Block([])
+        self.tables = nn.ModuleDict({name: nn.Embedding(64, 16)})
+        setattr(self, name, nn.Embedding(64, 16))
+        self.name = name
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.block(self.tables[self.name](ids) + getattr(self, self.name)(ids))
+
+
 @pytest.mark.parametrize("name", ["router", "A", "record"])
 def test_trainable_tokens(name: str, tmp_path):
-    backbone = toy("other")
-    setattr(backbone.blocks, name, nn.Embedding(64, 16))
-    setattr(backbone, name, backbone.embed)
-    backbone.embed = getattr(backbone.blocks, name)
+    backbone = TokenToy(name)
     config = switch_config(target_modules=["q_proj"], trainable_token_indices={name: [3, 5]})
     model = get_peft_model(copy.deepcopy(backbone), config)
-    assert wrapped(model) >= {name, f"blocks.{name}"}
+    assert wrapped(model) == {name, f"tables.{name}"}
     assert_nothing_of_ours_is_wrapped(model)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "trainable_tokens_delta" in key:
+                value.add_(1.0)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(backbone), tmp_path).eval()
     assert torch.equal(again(ids=tokens()), model.eval()(ids=tokens()))
+    assert not torch.equal(again(ids=torch.tensor([[3]])), backbone(torch.tensor([[3]])))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ({"A": [64]}, "'A' has 64 tokens, none of index 64"),
+        ({"no_such": [1]}, "no module whose name ends in 'no_such'"),
+        ({"A": [1, 1]}, "names a token twice"),
+    ],
+)
+def test_tokens_that_are_not_there(indices: Any, message: str):
+    model = TokenToy("A")
+    with pytest.raises(ValueError, match=f"trainable_token_indices.*{message}"):
+        get_peft_model(model, switch_config(target_modules=["q_proj"], trainable_token_indices=indices))
+    assert not switch_layers(model)
 
 
 @pytest.mark.parametrize("name", OURS[:8])
@@ -161,7 +189,7 @@ def test_targets_and_exclusions_of_further_adapters(name: str):
     assert not any(isinstance(m, LoRASwitchLayer) for layer in layers.values() for m in layer.children())
 
 
-@pytest.mark.parametrize("adapter", ["router", "A", "record", "q_proj", "inner", "blocks"])
+@pytest.mark.parametrize("adapter", ["record", "q_proj", "loraswitch", "other"])
 def test_adapters_with_such_names(adapter: str, tmp_path):
     backbone = toy("router", "A", "record")
     config = switch_config(target_modules=["q_proj"], modules_to_save=["router", "A"])
@@ -170,6 +198,25 @@ def test_adapters_with_such_names(adapter: str, tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(backbone), tmp_path / adapter, adapter_name=adapter).eval()
     assert torch.equal(again(ids=tokens()), model(ids=tokens()))
+
+
+@pytest.mark.parametrize("adapter", ["router", "inner", "blocks"])
+def test_adapters_whose_weights_peft_would_lose(adapter: str):
+    """PEFT takes the adapter's name out of the keys it saves, and leaves out keys with other adapters' names."""
+    config = {"target_modules": ["q_proj"]}
+    backbone = toy("router", "other")
+    message = f"adapter name '{adapter}' is part of the name of a module that modules_to_save"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(backbone, switch_config(**config, modules_to_save=["router"]), adapter_name=adapter)
+    assert not switch_layers(backbone)
+    model = get_peft_model(backbone, switch_config(**config, modules_to_save=["router"]))
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter(adapter, switch_config(**config))
+    assert list(model.peft_config) == ["default"]
+    model = get_peft_model(toy("router", "other"), switch_config(**config), adapter_name=adapter)
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("second", switch_config(**config, modules_to_save=["router"]))
+    assert list(model.peft_config) == [adapter]
 
 
 # -------------------------------------------------------------------------------------------------- real architectures
@@ -239,6 +286,6 @@ def test_routers_of_a_mixture_of_experts(kind: str, tmp_path):
     again = copy.deepcopy(backbone)
     again.load_adapter(str(tmp_path / "transformers"))
     assert torch.equal(again.eval()(**batch_for(model)).logits, output)
-    again.add_adapter(switch_config(**config), adapter_name="router")
+    again.add_adapter(switch_config(**config), adapter_name="second")
     assert wrapped(again) == routers
-    assert all("router" in m.modules_to_save for m in again.modules() if isinstance(m, ModulesToSaveWrapper))
+    assert all("second" in m.modules_to_save for m in again.modules() if isinstance(m, ModulesToSaveWrapper))

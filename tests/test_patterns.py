@@ -84,6 +84,16 @@ def test_patterns_that_hang_only_python_work(field: str, pattern: str):
     assert len(switch_layers(model)) == 14
 
 
+def test_saving_matches_within_the_limit_as_well(tmp_path):
+    """PEFT asks there whether the embeddings are among the targets."""
+    hangs_python = r".*q_proj|(?:(?:\w+\.?)+)+!"  # `regex` decides this one at once
+    model = adapted(tiny_llama(), target_modules=hangs_python)
+    model.get_base_model().add_module("a" * 40, torch.nn.ModuleDict({"embed_tokens": torch.nn.Identity()}))
+    started = time.process_time()
+    model.save_pretrained(tmp_path)
+    assert time.process_time() - started < 5
+
+
 def test_many_patterns_share_one_limit():
     """Each takes a part of the limit only, all together more than it."""
     name = "z" * 27
