@@ -117,8 +117,7 @@ def limit_peft() -> None:
 
     match.limited_by_loraswitch = True  # type: ignore[attr-defined]
     for module in (peft.utils.other, peft.utils.save_and_load, peft.tuners.tuners_utils):
-        if hasattr(module, "match_target_against_key"):
-            module.match_target_against_key = match
+        setattr(module, original.__name__, match)
 
 
 def selects(config: LoRASwitchConfig, name: str, limit: TimeLimit | None = None) -> bool | _ExcludedModule:

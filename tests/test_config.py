@@ -170,7 +170,15 @@ def test_deep_nesting():
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
-    for name in ("target_modules", "modules_to_save", "r", "rank_pattern", "bias", "trainable_token_indices", "auto_mapping"):
+    for name in (
+        "target_modules",
+        "modules_to_save",
+        "r",
+        "rank_pattern",
+        "bias",
+        "trainable_token_indices",
+        "auto_mapping",
+    ):
         with pytest.raises(ValueError, match=f"{name}.*<list>"):
             LoRASwitchConfig(**{name: nested})
 

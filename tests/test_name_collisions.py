@@ -72,7 +72,9 @@ def wrapped(model: nn.Module) -> set[str]:
 
 def assert_nothing_of_ours_is_wrapped(model: nn.Module) -> None:
     for name, layer in switch_layers(model).items():
-        inside = [m for m in layer.modules() if isinstance(m, AuxiliaryTrainingWrapper | LoRASwitchLayer) and m is not layer]
+        inside = [
+            m for m in layer.modules() if isinstance(m, AuxiliaryTrainingWrapper | LoRASwitchLayer) and m is not layer
+        ]
         assert not inside, name
 
 
