@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import keyword
 import os
 import re
 import tempfile
@@ -177,9 +178,10 @@ def _adapters_in(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for folder in [root, *folders]:
         if folder != root and ((folder / "README.md").exists() or folder.name.startswith("checkpoint-")):
             continue  # a repository of its own
+        path = folder / "adapter_config.json"
         try:
-            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would block
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(config, dict) and config.get("peft_type") == _PEFT_TYPE:
             yield ("" if folder == root else folder.name), config
@@ -187,8 +189,11 @@ def _adapters_in(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
     """Tensor name -> shape of the weights beside a configuration, from the file's header; empty if there are none."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return {}
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="numpy") as file:
+        with safe_open(path, framework="numpy") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError):
         return {}
@@ -196,7 +201,8 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 def _hub_id(name: Any) -> str | None:
     """`name` if it can be a Hub repository; a local folder must not get into metadata, the Hub refuses such a card."""
-    if not isinstance(name, str) or not name or os.path.isdir(name):
+    # (its check lets a line break at the end pass)
+    if not isinstance(name, str) or not name or name != _printable(name) or os.path.isdir(name):
         return None
     try:
         validate_repo_id(name)
@@ -265,7 +271,7 @@ def _insert(text: str, section: str) -> str:
 
 
 def _update_metadata(data: Any, adapters: dict[str, dict]) -> None:
-    bases = list(dict.fromkeys(config.get("base_model_name_or_path") for config in adapters.values()))
+    bases = list(dict.fromkeys(_text_or_none(c.get("base_model_name_or_path")) for c in adapters.values()))
     hub_bases = [base for base in bases if _hub_id(base)]
     data.library_name = "peft"
     known = data.base_model if isinstance(data.base_model, list) else [data.base_model]
@@ -276,7 +282,7 @@ def _update_metadata(data: Any, adapters: dict[str, dict]) -> None:
     tags = [tag for tag in tags if not tag.startswith(prefix) or _hub_id(tag.removeprefix(prefix))]
     data.tags = list(dict.fromkeys(tags))
     if not data.pipeline_tag:
-        data.pipeline_tag = next((_PIPELINES.get(c.get("task_type") or "") for c in adapters.values()), None)
+        data.pipeline_tag = next((_PIPELINES.get(str(c.get("task_type"))) for c in adapters.values()), None)
 
 
 def _section(root: Path, adapters: dict[str, dict], repo_id: str | None, revision: str | None) -> str:
@@ -290,8 +296,8 @@ def _section(root: Path, adapters: dict[str, dict], repo_id: str | None, revisio
     ]
     for subfolder, config in adapters.items():
         if len(adapters) > 1 or subfolder:
-            where = f"sub-folder `{subfolder}`" if subfolder else "main folder"
-            lines += ["", f"### Adapter `{subfolder or 'default'}` ({where})"]
+            where = f"sub-folder {_code(subfolder)}" if subfolder else "main folder"
+            lines += ["", f"### Adapter {_code(subfolder or 'default')} ({where})"]
         lines += ["", "| setting | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in _settings(config, _shapes(root / subfolder))]
     for snippet in _snippets(root, adapters, repo_id, revision):
@@ -299,36 +305,56 @@ def _section(root: Path, adapters: dict[str, dict], repo_id: str | None, revisio
     return "\n".join([*lines, END])
 
 
+def _printable(value: Any) -> str:
+    """`value` as text of one line: whatever a configuration holds, it must not become a line, a heading or a tag of the
+    card. Line breaks and other control characters are written as escapes, and long texts shortened."""
+    text = str(value)
+    if len(text) > 2000:
+        text = f"{text[:1500]} ... {text[-200:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _code(value: Any) -> str:
-    """A value in a Markdown table cell."""
+    """A value, or a list of them, in a Markdown table cell or heading."""
     items = value if isinstance(value, (list, tuple)) else [value]
-    return ", ".join("`" + str(item).replace("|", "\\|").replace("`", "'") + "`" for item in items)
+    escaped = (_printable(item).replace("|", "\\|").replace("`", "'").replace("<!--", "<! --") for item in items)
+    return ", ".join(f"`{item}`" for item in escaped)
+
+
+def _number(value: Any) -> str:
+    return str(value) if isinstance(value, (int, float)) else _code(value)
+
+
+def _literal(text: Any) -> str:
+    """A string in the Python code of the card; without a character that could end the code or this section."""
+    return json.dumps(text).replace("<", "\\u003c").replace("`", "\\u0060")
 
 
 def _settings(config: dict, shapes: dict[str, list[int]]) -> Iterator[tuple[str, str]]:
     base = config.get("base_model_name_or_path")
     link = f"[{base}](https://huggingface.co/{base})" if _hub_id(base) else f"{_code(base)} (a local folder)"
     yield "base model", link if base else "not recorded"
-    yield "experts", f"{config.get('num_experts')}, of rank {config.get('r')}"
+    yield "experts", f"{_number(config.get('num_experts'))}, of rank {_number(config.get('r'))}"
     shared = config.get("num_shared_experts")
     if shared:
         alone = "; the adapted modules before the routing layer have these alone" if config.get("router_module") else ""
-        yield "shared experts", f"{shared} more, used by every token{alone}"
+        yield "shared experts", f"{_number(shared)} more, used by every token{alone}"
     normalize = config.get("normalize_gates")
     if normalize is None:
-        normalize = (config.get("top_k") or 0) > 1
+        normalize = config.get("top_k") != 1
     yield (
         "experts per token (top-k)",
-        f"{config.get('top_k')}, gates {'' if normalize else 'not '}renormalised to sum 1",
+        f"{_number(config.get('top_k'))}, gates {'' if normalize else 'not '}renormalised to sum 1",
     )
     scale = "lora_alpha / sqrt(r)" if config.get("use_rslora") else "lora_alpha / r"
-    yield "lora_alpha", f"{config.get('lora_alpha')} (scaled by {scale})"
+    yield "lora_alpha", f"{_number(config.get('lora_alpha'))} (scaled by {scale})"
     for name in ("rank_pattern", "alpha_pattern"):
         if config.get(name):
             yield name, _code(json.dumps(config[name], sort_keys=True))
     targets = config.get("target_modules")
     if isinstance(targets, list):
         # "all-linear" is saved as the full name of every layer: one line per kind of layer is enough to read.
+        targets = [_printable(name) for name in targets]
         targets = sorted(targets if len(targets) <= 12 else {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in targets})
     yield "adapted modules", _code(targets)
     routers = [name.split(".loraswitch_router.")[0] for name in shapes if ".loraswitch_router." in name]
@@ -351,13 +377,16 @@ def _product(shape: list[int]) -> int:
 
 def _model_class(config: dict) -> tuple[str, str] | None:
     """Module and name of the class that loads the base model; None if it is not one that transformers knows."""
-    if config.get("task_type") in _AUTO_CLASSES:
-        return "transformers", _AUTO_CLASSES[config["task_type"]]
-    mapping = config.get("auto_mapping") or {}
-    if mapping.get("parent_library", "transformers").split(".")[0] != "transformers":
+    task = config.get("task_type")
+    if isinstance(task, str) and task in _AUTO_CLASSES:
+        return "transformers", _AUTO_CLASSES[task]
+    mapping = config.get("auto_mapping")
+    mapping = mapping if isinstance(mapping, dict) else {}
+    if str(mapping.get("parent_library", "transformers")).split(".")[0] != "transformers":
         return None
     # Without task type and mapping (transformers' own `add_adapter` records neither) most adapters are language models.
-    return "transformers", mapping.get("base_model_class", "AutoModelForCausalLM")
+    name = str(mapping.get("base_model_class", "AutoModelForCausalLM"))
+    return ("transformers", name) if name.isidentifier() and not keyword.iskeyword(name) else None
 
 
 def _num_labels(config: dict, shapes: dict[str, list[int]]) -> int | None:
@@ -369,34 +398,39 @@ def _num_labels(config: dict, shapes: dict[str, list[int]]) -> int | None:
     return heads[-1][0] if heads else None
 
 
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
 def _snippets(root: Path, adapters: dict[str, dict], repo_id: str | None, revision: str | None) -> Iterator[str]:
     """One piece of code per base model; it runs as it stands, in the adapter's folder if no repository is known."""
     groups: dict[tuple, dict[str, dict]] = {}
     for subfolder, config in adapters.items():
         labels = _num_labels(config, _shapes(root / subfolder))
-        key = (config.get("base_model_name_or_path"), config.get("revision"), _model_class(config), labels)
+        base, base_revision = (_text_or_none(config.get(name)) for name in ("base_model_name_or_path", "revision"))
+        key = (base, base_revision, _model_class(config), labels)
         groups.setdefault(key, {})[subfolder] = config
-    where = f"adapter = {json.dumps(repo_id)}"
+    where = f"adapter = {_literal(repo_id)}"
     if repo_id is None:
         where = 'adapter = "."  # this folder; from elsewhere its path, or the name of its Hub repository'
-    at_revision = f", revision={json.dumps(revision)}" if repo_id and revision else ""
+    at_revision = f", revision={_literal(revision)}" if repo_id and revision else ""
     for (base, base_revision, model_class, labels), members in groups.items():
         load_base = "base = ...  # build the base model as it was built for training"
         lines = ["import peft_loraswitch  # registers the method with PEFT", "from peft import PeftModel"]
         if base and model_class:
             lines.append(f"from {model_class[0]} import {model_class[1]}")
-            options = f", revision={json.dumps(base_revision)}" if base_revision else ""
+            options = f", revision={_literal(base_revision)}" if base_revision else ""
             options += f", num_labels={labels}" if labels else ""
-            load_base = f"base = {model_class[1]}.from_pretrained({json.dumps(base)}{options})"
+            load_base = f"base = {model_class[1]}.from_pretrained({_literal(base)}{options})"
         lines += ["", where, load_base]
         for index, subfolder in enumerate(members):
-            name = json.dumps(subfolder or "default")
-            options = at_revision + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
+            name = _literal(subfolder or "default")
+            options = at_revision + (f", subfolder={_literal(subfolder)}" if subfolder else "")
             if index == 0:
                 named = f", adapter_name={name}" if subfolder else ""
                 lines.append(f"model = PeftModel.from_pretrained(base, adapter{named}{options})")
             else:
                 lines.append(f"model.load_adapter(adapter, adapter_name={name}{options})")
         if len(members) > 1:
-            lines.append(f"model.set_adapter({json.dumps(list(members)[0] or 'default')})  # or another of them")
+            lines.append(f"model.set_adapter({_literal(list(members)[0] or 'default')})  # or another of them")
         yield "\n".join(lines)

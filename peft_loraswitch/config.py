@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
-import re
 import tempfile
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import peft
 from packaging.version import Version
+from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from .patterns import BLOCK, ENDING, check_target_pattern, compile_pattern, shown
 from .registration import extend_peft_type
 from .routing import RoutingOptions
 
 BIAS_CHOICES = ("none", "all", "loraswitch_only")
 SAVES_BIASES = Version(peft.__version__) >= Version("0.21.0.dev0")  # of methods other than its own
-MAX_EXPERTS, MAX_RANK = 4096, 65536  # sanity bounds: beyond them a number is a typing mistake, not a choice
+# Sanity bounds: beyond them a number is a typing mistake (or an attack on the memory), not a choice.
+MAX_EXPERTS = 4096
+MAX_RANK = 65536  # also of all experts of one linear together
+MAX_SCALE, MIN_SCALE = 65504.0, 2.0**-126  # the largest float16, the smallest normal float32
+MAX_COEFFICIENT = 1e6
+MAX_BLOCKS = 65536
+MAX_NAME = 4096
 
 
 @dataclass
@@ -143,6 +151,12 @@ class LoRASwitchConfig(PeftConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> LoRASwitchConfig:
         # PEFT drops config fields it does not know with a warning. A field of ours that is dropped changes the maths.
         unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
+        foreign = [name for name in unknown if name in {f.name for f in fields(LoraConfig)}]
+        if foreign:
+            raise ValueError(
+                f"LoRASwitchConfig has no {', '.join(foreign)}: this part of LoraConfig has no counterpart in LoRA-Switch. "
+                "Leave it out."
+            )
         if unknown:
             raise ValueError(
                 f"LoRASwitchConfig does not know the field(s) {', '.join(unknown)}. Check the spelling; if they come from "
@@ -165,6 +179,7 @@ class LoRASwitchConfig(PeftConfig):
         self._check_routing()
         self._check_experts()
         self._check_targets()
+        self._check_origin()
 
     def _check_routing(self) -> None:
         for name in ("num_experts", "top_k"):
@@ -181,41 +196,71 @@ class LoRASwitchConfig(PeftConfig):
                 "set normalize_gates=False (or leave it out), or top_k >= 2."
             )
         if self.router_module is not None and (not isinstance(self.router_module, str) or not self.router_module):
-            raise ValueError(f"router_module={self.router_module!r} must be the name of an adapted linear, or None.")
+            raise ValueError(
+                f"router_module={shown(self.router_module)} must be the name of an adapted linear, or None."
+            )
         _require_float("router_jitter", self.router_jitter, low=0, high=1)
-        _require_float("router_aux_loss_coef", self.router_aux_loss_coef, low=0)
-        _require_float("router_z_loss_coef", self.router_z_loss_coef, low=0)
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            _require_float(name, getattr(self, name), low=0, high=MAX_COEFFICIENT)
 
     def _check_experts(self) -> None:
-        _require_int("r", self.r, MAX_RANK)
-        _require_float("lora_alpha", self.lora_alpha, low=0, low_open=True)
-        _require_float("lora_dropout", self.lora_dropout, low=0, high=1)
-        _require_bool("use_rslora", self.use_rslora)
-        if not (isinstance(self.init_weights, bool) or self.init_weights == "gaussian"):
-            raise ValueError(f"init_weights={self.init_weights!r} is not one of True, False, 'gaussian'.")
-        if self.bias not in BIAS_CHOICES:
-            raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS_CHOICES)}.")
-        if self.bias != "none" and not SAVES_BIASES:
-            raise ValueError(
-                f"bias={self.bias!r} needs PEFT 0.21 or newer: PEFT {peft.__version__} would train the biases and not save "
-                "them. Use bias='none', or pip install -U peft."
-            )
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             if pattern is None:
                 setattr(self, name, {})
             elif not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
-                raise ValueError(f"{name}={pattern!r} must be a dict of name (ending or regex) to number.")
-        for key, rank in self.rank_pattern.items():
-            _require_int(f"rank_pattern[{key!r}]", rank, MAX_RANK)
-        for key, alpha in self.alpha_pattern.items():
-            _require_float(f"alpha_pattern[{key!r}]", alpha, low=0, low_open=True)
+                raise ValueError(f"{name}={shown(pattern)} must be a dict of name (ending or regex) to number.")
+        _require_bool("use_rslora", self.use_rslora)
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
+        for name, rank in ranks.items():
+            self._check_rank(name, rank)
+        alphas = {"lora_alpha": self.lora_alpha}
+        alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            self._check_scale(name, alpha, ranks)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                compile_pattern(f"{name}[{shown(key)}]", key, ENDING)
+        _require_float("lora_dropout", self.lora_dropout, low=0, high=1)
+        if not (isinstance(self.init_weights, bool) or self.init_weights == "gaussian"):
+            raise ValueError(f"init_weights={shown(self.init_weights)} is not one of True, False, 'gaussian'.")
+        if self.bias not in BIAS_CHOICES:
+            raise ValueError(f"bias={shown(self.bias)} is not one of {', '.join(BIAS_CHOICES)}.")
+        if self.bias != "none" and not SAVES_BIASES:
+            raise ValueError(
+                f"bias={self.bias!r} needs PEFT 0.21 or newer: PEFT {peft.__version__} would train the biases and not save "
+                "them. Use bias='none', or pip install -U peft."
+            )
+
+    def _check_rank(self, name: str, rank: Any) -> None:
+        _require_int(name, rank, MAX_RANK)
+        stacked = (self.num_experts + self.num_shared_experts) * rank
+        if stacked > MAX_RANK:
+            raise ValueError(
+                f"{name}={rank} with num_experts={self.num_experts}, num_shared_experts={self.num_shared_experts} makes "
+                f"{stacked:,} rows on every adapted linear; at most {MAX_RANK:,} are accepted. Lower one of them."
+            )
+
+    def _check_scale(self, name: str, alpha: Any, ranks: dict[str, int]) -> None:
+        """What experts are multiplied with must be a number in the dtypes they come in."""
+        _require_float(name, alpha, low=0, low_open=True, high=MAX_SCALE * MAX_RANK)
+        for rank in {min(ranks.values()), max(ranks.values())}:
+            scale = self.scale(alpha, rank)
+            if not MIN_SCALE <= scale <= MAX_SCALE:
+                raise ValueError(
+                    f"{name}={alpha} makes a scale of {scale:.3g} at rank {rank}; it must be from {MIN_SCALE:.2g} to "
+                    f"{MAX_SCALE:.0f}, beyond which float16 is infinite."
+                )
+
+    def scale(self, alpha: float, rank: int) -> float:
+        """What the experts of a linear with this `lora_alpha` and rank are multiplied with."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
-                _require_regex(name, value)
+                check_target_pattern(name, value)
             elif value is not None:
                 _require_names(name, value)
                 setattr(self, name, set(value))
@@ -223,18 +268,36 @@ class LoRASwitchConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not (name == "layers_pattern" and isinstance(value, str)):
                 _require_names(name, value)
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            compile_pattern("layers_pattern", pattern, BLOCK)
         _require_indices("layers_to_transform", self.layers_to_transform)
+        if isinstance(self.layers_to_transform, (list, tuple)) and len(self.layers_to_transform) > MAX_BLOCKS:
+            raise ValueError(
+                f"layers_to_transform has {len(self.layers_to_transform):,} indices; at most {MAX_BLOCKS:,}."
+            )
         tokens = self.trainable_token_indices
         for name, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
-            _require_indices(f"trainable_token_indices{[name] if name else ''}", indices, lists_only=True)
+            field = f"trainable_token_indices{[name] if name else ''}"
+            _require_indices(field, indices, lists_only=True)
+            if indices is not None and len(set(indices)) < len(indices):
+                raise ValueError(f"{field}={shown(indices)} names a token twice.")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} needs target_modules as a list of names, not as the str {self.target_modules!r}."
+                        f"{name} needs target_modules as a list of names, not as the str {shown(self.target_modules)}."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform.")
+
+    def _check_origin(self) -> None:
+        for name in ("base_model_name_or_path", "revision"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (str, os.PathLike)) or len(str(value)) > MAX_NAME):
+                raise ValueError(f"{name}={shown(value)} must be a name of at most {MAX_NAME} characters, or None.")
+        if not isinstance(self.auto_mapping, (dict, type(None))):
+            raise ValueError(f"auto_mapping={shown(self.auto_mapping)} must be a dict, or None.")
+        _require_bool("inference_mode", self.inference_mode)
 
     def routing_options(self) -> RoutingOptions:
         """The part of the configuration that routing itself needs."""
@@ -274,37 +337,28 @@ class LoRASwitchConfig(PeftConfig):
 
 def _require_int(name: str, value: Any, upper: int, lower: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not lower <= value <= upper:
-        raise ValueError(f"{name}={value!r} must be a whole number from {lower} to {upper}.")
+        raise ValueError(f"{name}={shown(value)} must be a whole number from {lower} to {upper}.")
 
 
 def _require_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be True or False.")
+        raise ValueError(f"{name}={shown(value)} must be True or False.")
 
 
-def _require_float(name: str, value: Any, low: float, high: float = float("inf"), low_open: bool = False) -> None:
+def _require_float(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not ok or not (low < value < high if low_open else low <= value < high):
         bracket = "(" if low_open else "["
-        raise ValueError(f"{name}={value!r} must be a number in {bracket}{low}, {high}).")
+        raise ValueError(f"{name}={shown(value)} must be a number in {bracket}{low}, {high:.10g}).")
 
 
 def _require_names(name: str, value: Any) -> None:
     if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) and item for item in value):
-        raise ValueError(f"{name}={value!r} must be a list of names.")
-
-
-def _require_regex(name: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(
-            f"{name}={value!r} is a str, so a regex, but not a valid one ({error}). Names go into a list."
-        ) from error
+        raise ValueError(f"{name}={shown(value)} must be a list of names.")
 
 
 def _require_indices(name: str, value: Any, lists_only: bool = False) -> None:
     indices = [value] if isinstance(value, int) and not lists_only else value
     ok = indices is None or isinstance(indices, (list, tuple))
     if not ok or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices or ()):
-        raise ValueError(f"{name}={value!r} must be a list of whole numbers from 0 on.")
+        raise ValueError(f"{name}={shown(value)} must be a list of whole numbers from 0 on.")

@@ -152,7 +152,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         """Add an adapter to this layer; with `is_router` also its router, without `is_routed` only its shared experts."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling[adapter_name] = config.scale(lora_alpha, r)
         self.top_k[adapter_name], self.num_experts[adapter_name] = (
             (config.top_k, config.num_experts) if is_routed else (0, 0)
         )

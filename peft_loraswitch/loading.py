@@ -27,11 +27,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
+from .patterns import TimeLimit, rank_for
 from .rollback import Snapshot, all_or_nothing
 
 if TYPE_CHECKING:
@@ -238,14 +238,15 @@ def check_weights_file(path: str, config: LoRASwitchConfig) -> Header:
         ) from error
     if integers:
         raise ValueError(f"{path}: '{integers[0]}' does not hold floating-point numbers.")
+    limit = TimeLimit()
     for key, shape in header.items():
         if match := OUR_KEY.fullmatch(key):
-            _check_shape(path, key, match["module"].removeprefix(PREFIX), match["part"], shape, config)
+            rank = rank_for(config, match["module"].removeprefix(PREFIX), limit)
+            _check_shape(path, key, rank, match["part"], shape, config)
     return header
 
 
-def _check_shape(path: str, key: str, name: str, part: str, shape: tuple[int, ...], config: LoRASwitchConfig) -> None:
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+def _check_shape(path: str, key: str, rank: int, part: str, shape: tuple[int, ...], config: LoRASwitchConfig) -> None:
     layout = {
         "A": "[num_experts, r, in_features]",
         "B": "[num_experts, out_features, r]",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,10 +14,8 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
-    check_target_module_exists,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import LoRASwitchConfig
@@ -24,8 +23,10 @@ from .frame import RoutingRecorder, RoutingState, summary_of
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear, _quantization_backend
 from .loading import LIST_AT_MOST, check_adapter_state_dict, check_file_being_loaded, injecting
 from .mixed import check_batch_size, mixed_batch
+from .patterns import TimeLimit, matching_key, selects, shown
 from .streams import check_streams
 from .targets import is_supported_linear, left_out, refused
+from .trained_in_full import check_trained_in_full, train_in_full
 
 
 @dataclass
@@ -35,6 +36,8 @@ class InjectionPlan:
     adapted: list[str]  # full names, in module order
     router: str  # the one of them that holds the router
     before: list[str]  # those before it, which have shared experts only
+    ranks: dict[str, int] = field(default_factory=dict)  # by name, of those whose rank is not `r`
+    alphas: dict[str, float] = field(default_factory=dict)  # by name, of those whose alpha is not `lora_alpha`
 
 
 class LoRASwitchModel(BaseTuner):
@@ -49,6 +52,7 @@ class LoRASwitchModel(BaseTuner):
 
     prefix = "loraswitch_"
     tuner_layer_cls = LoRASwitchLayer
+    _injected: LoRASwitchConfig | None = None  # the configuration of the adapter that is being injected
     # deberta-v2's query_proj and pooler see something else than tokens (see targets.py)
     target_module_mapping: dict[str, Any] = {
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -83,15 +87,28 @@ class LoRASwitchModel(BaseTuner):
         # PEFT has entered the configuration already: taken out, so that what a failure goes back to is the state without it
         config: Any = self.peft_config.pop(adapter_name)
         with injecting(self, config):
-            self.peft_config[adapter_name] = config
             prepared = self._prepare_adapter_config(config, self.get_model_config(model))
             prepared.check()
             self._plan = plan_injection(model, prepared, adapter_name, kwargs.get("state_dict"))
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._injected = config
+            try:
+                self.peft_config[adapter_name] = seen_by_peft = _for_peft(config)
+                with train_in_full(self, model, config, adapter_name):
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
+            finally:
+                self._injected = None
+            self.peft_config[adapter_name] = config
+            config.target_modules = seen_by_peft.target_modules  # many names have become few endings
             check_file_being_loaded(model, config, adapter_name)
             state = routing_state(model)
             assert state is not None
             state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
+
+    def _check_target_module_exists(self, config: LoRASwitchConfig, key: str) -> Any:  # type: ignore[override]
+        return selects(self._injected or config, key)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: LoRASwitchConfig) -> None:
+        super()._check_tied_modules(model, self._injected or peft_config)
 
     def _create_and_replace(
         self,
@@ -105,12 +122,10 @@ class LoRASwitchModel(BaseTuner):
     ) -> None:
         if current_key not in self._plan.adapted:  # runs before the router: see LoRASwitchConfig.router_module
             return
-        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.lora_alpha)
         settings: dict[str, Any] = {
             "config": config,
-            "r": r,
-            "lora_alpha": alpha,
+            "r": self._plan.ranks.get(current_key, config.r),
+            "lora_alpha": self._plan.alphas.get(current_key, config.lora_alpha),
             "is_router": current_key == self._plan.router,
             "is_routed": current_key not in self._plan.before,
         }
@@ -202,6 +217,14 @@ class LoRASwitchModel(BaseTuner):
         return remapped
 
 
+def _for_peft(config: LoRASwitchConfig) -> LoRASwitchConfig:
+    """The configuration as PEFT gets to see it while it injects the adapter: without what is done here in its place."""
+    seen = copy.copy(config)
+    seen.rank_pattern, seen.alpha_pattern = {}, {}
+    seen.modules_to_save = seen.trainable_token_indices = None
+    return seen
+
+
 def plan_injection(
     model: nn.Module, config: LoRASwitchConfig, adapter_name: str, state_dict: dict[str, torch.Tensor] | None = None
 ) -> InjectionPlan:
@@ -214,6 +237,8 @@ def plan_injection(
         ValueError: names the field (`target_modules`, `router_module`, the adapter's name) and what to do.
     """
     _check_adapter_name(model, adapter_name)
+    check_trained_in_full(model, config, adapter_name)
+    limit = TimeLimit()
     every_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
     inside = tuple(name + "." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
@@ -226,7 +251,7 @@ def plan_injection(
         }
         names = [name for name in names if name in keys]
     else:
-        names = [name for name in names if check_target_module_exists(config, name)]
+        names = [name for name in names if selects(config, name, limit)]
     if every_linear:
         outside = left_out(model, names)
         names = [name for name in names if name not in outside]
@@ -235,10 +260,11 @@ def plan_injection(
         if outside:
             warnings.warn(f"'all-linear' leaves out {_some_reasons(outside)}.")
     if not names:
-        excluded = f", exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
+        excluded = f", exclude_modules={shown(config.exclude_modules)}" if config.exclude_modules else ""
         raise ValueError(
-            f"target_modules={config.target_modules!r}{excluded}, layers_to_transform={config.layers_to_transform!r} leave no "
-            "module to adapt. Print model.named_modules() to see the names; modules in modules_to_save are not adapted either."
+            f"target_modules={shown(config.target_modules)}{excluded}, layers_to_transform="
+            f"{shown(config.layers_to_transform)} leave no module to adapt. Print model.named_modules() to see the names; "
+            "modules in modules_to_save are not adapted either."
         )
     for name in names:
         module = model.get_submodule(name)
@@ -271,7 +297,21 @@ def plan_injection(
     check_streams(model, names)  # those before the router follow no decision: they may see any tokens
     if config.num_shared_experts == 0:
         before = []
-    return InjectionPlan([*before, *names], router, before)
+    adapted = [*before, *names]
+    ranks, alphas = (_values_by_name(config, name, adapted, limit) for name in ("rank_pattern", "alpha_pattern"))
+    return InjectionPlan(adapted, router, before, ranks, alphas)
+
+
+def _values_by_name(config: LoRASwitchConfig, pattern: str, names: list[str], limit: TimeLimit) -> dict[str, Any]:
+    """What `rank_pattern` or `alpha_pattern` says of those of `names` that it matches."""
+    keys = {name: matching_key(config, pattern, name, limit) for name in names}
+    unused = sorted(set(getattr(config, pattern)) - {key for key in keys.values() if key is not None})
+    if unused:
+        warnings.warn(
+            f"{pattern}: {shown(unused)} match no adapted linear (or only some that an earlier key matches) and are ignored.",
+            RuntimeWarning,
+        )
+    return {name: getattr(config, pattern)[key] for name, key in keys.items() if key is not None}
 
 
 def _some_reasons(reasons: dict[str, str]) -> str:

@@ -39,8 +39,10 @@ def register(config_cls: type, model_cls: type) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     from .loading import watch_loads
+    from .patterns import limit_peft
 
     watch_loads()
+    limit_peft()
 
     peft_type = extend_peft_type()
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -5,6 +5,7 @@ The load snippet is executed, in a fresh process, by test_hub.py.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -338,3 +339,108 @@ def test_snippet_names_repository_and_branch(tmp_path, revision, loaded):
     (snippet,) = snippets_of(section_of(tmp_path))
     assert 'adapter = "someone/adapter"\n' in snippet
     assert snippet.rstrip().endswith(f"PeftModel.from_pretrained(base, adapter{loaded})")
+
+
+# ---------------------------------------------------------------------------------------- text that is not what it seems
+
+
+EVIL = [
+    "x\n\n# Heading\n",
+    "x\r## Heading",
+    "x\u2028# Heading\u2029\x85\x0b\x0c",
+    "x`|`y` <script>alert(1)</script> [link](http://evil) ![](http://evil/x.png)",
+    "```\n```python\nimport os",
+    f"x {END}\n# After {BEGIN}",
+    "---\nlicense: evil\n---",
+    '"); import os; os.system("evil") #',
+    "\x00\x1b[31m\u202eevil",
+    "someone/base\n",
+    "| a | b |\n|---|---|",
+    "|" * 50 + "\\" * 5,
+    "y" * 100_000,
+]
+STRINGS = {
+    "base_model_name_or_path": lambda text: text,
+    "revision": lambda text: text,
+    "router_module": lambda text: text,
+    "target_modules": lambda text: [text, "q_proj"],
+    "exclude_modules": lambda text: [text],
+    "modules_to_save": lambda text: [text],
+    "rank_pattern": lambda text: {text: 4},
+    "alpha_pattern": lambda text: {text: 4},
+    "r": lambda text: text,
+    "num_experts": lambda text: text,
+    "num_shared_experts": lambda text: text,
+    "top_k": lambda text: text,
+    "lora_alpha": lambda text: text,
+    "task_type": lambda text: text,
+    "auto_mapping": lambda text: {"base_model_class": text, "parent_library": "transformers.models"},
+    "normalize_gates": lambda text: text,
+    "peft_version": lambda text: text,
+}
+
+
+def bare_text(section: str) -> str:
+    """What is left of a section without its code: what Markdown would read as headings, links, tags, table cells."""
+    section = re.sub(r"```python\n.*?\n```", "```code```", section, flags=re.DOTALL)
+    return re.sub(r"(?<!`)`[^`\n]*`(?!`)", "`code`", section)
+
+
+@pytest.mark.parametrize("where", ["", "sub"])
+@pytest.mark.parametrize("field", STRINGS)
+def test_no_string_of_a_configuration_becomes_markdown(field, where, tmp_path):
+    """The structure of the card is that of a harmless string's; its code is one snippet that compiles and calls nothing else."""
+    peft_card(tmp_path)
+    folder = tmp_path / where
+    folder.mkdir(exist_ok=True)
+    config().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    structures = set()
+    for text in ["harm less", *EVIL]:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**settings, "auto_mapping": None, field: STRINGS[field](text)}))
+        refresh_model_card(tmp_path)
+        text = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert text.count(BEGIN) == text.count(END) == 1
+        section = text[text.index(BEGIN) : text.index(END)]
+        assert len(section) < 20_000
+        assert all(c.isprintable() or c == "\n" for c in section)
+        for code in snippets_of(section):
+            kinds = [type(node).__name__ for node in ast.walk(ast.parse(code))]
+            assert kinds.count("Import") == 1 and kinds.count("ImportFrom") <= 2 and kinds.count("Call") <= 4
+        bare = bare_text(section)
+        assert "Heading" not in bare and "script" not in bare and "evil" not in bare
+        structures.add(bare)
+        data = card_in(tmp_path).data
+        assert data.license is None and all("evil" not in str(value) for value in data.to_dict().values())
+        assert section.count("```python") == len(snippets_of(section))
+    assert len(structures) == 1
+
+
+@pytest.mark.parametrize("name", ["a`b", "a|b", "a\n# b", "a<!-- loraswitch:end -->b"])
+def test_names_of_sub_folders(name, tmp_path):
+    peft_card(tmp_path)
+    config().save_pretrained(tmp_path)
+    config(num_experts=5).save_pretrained(tmp_path / name)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1
+    section = text[text.index(BEGIN) : text.index(END)]
+    assert "5, of rank 8" in section and "\n# b" not in section
+    assert len(re.findall("^### Adapter", section, re.MULTILINE)) == 2
+    assert f"subfolder={json.dumps(name)}".replace("<", "\\u003c").replace("`", "\\u0060") in section
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{" + '"a":{' * 50_000, "fifo", "folder"])
+def test_what_is_no_configuration_does_not_stop_a_save(content, tmp_path):
+    peft_card(tmp_path)
+    (tmp_path / "junk").mkdir()
+    path = tmp_path / "junk" / "adapter_config.json"
+    if content == "fifo":
+        os.mkfifo(path)
+        os.mkfifo(tmp_path / "adapter_model.safetensors")
+    elif content == "folder":
+        path.mkdir()
+    else:
+        path.write_text(content)
+    config().save_pretrained(tmp_path)
+    assert "8, of rank 8" in section_of(tmp_path)

@@ -130,6 +130,77 @@ def test_bad_values_name_the_field(fields):
         assert repr(value) in str(raised.value) or repr(next(iter(value.values()))) in str(raised.value)
 
 
+HUGE: list[tuple[dict, str]] = [
+    ({"lora_alpha": 1e40}, "lora_alpha"),
+    ({"lora_alpha": 10**400}, "lora_alpha"),
+    ({"lora_alpha": 65504 * 8 * 1.01}, "lora_alpha=.*scale of 6.6.*rank 8"),
+    ({"lora_alpha": 1e-40}, "lora_alpha"),
+    ({"lora_alpha": 70000, "rank_pattern": {"q": 1}}, "lora_alpha=.*rank 1"),
+    ({"lora_alpha": 400_000, "r": 8, "use_rslora": True}, "lora_alpha"),
+    ({"alpha_pattern": {"q_proj": 1e40}}, r"alpha_pattern\['q_proj'\]"),
+    ({"router_aux_loss_coef": 1e40}, "router_aux_loss_coef"),
+    ({"router_z_loss_coef": 10**400}, "router_z_loss_coef"),
+    ({"num_shared_experts": 4096, "r": 4096}, "r=4096 with num_experts=8, num_shared_experts=4096.*16,809,984 rows"),
+    ({"num_experts": 4096, "r": 64}, "num_experts=4096"),
+    ({"rank_pattern": {"q_proj": 65536}}, r"rank_pattern\['q_proj'\]=65536 with num_experts=8"),
+    ({"r": 10**5000}, "r=<int> must be"),
+    ({"layers_to_transform": list(range(100_000)), "target_modules": ["q"]}, "layers_to_transform has 100,000 indices"),
+    ({"base_model_name_or_path": "x" * 5000}, "base_model_name_or_path"),
+    ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path"),
+    ({"revision": 3}, "revision"),
+    ({"auto_mapping": "x"}, "auto_mapping"),
+    ({"inference_mode": "no"}, "inference_mode"),
+    ({"bias": "x" * 10**7}, "bias"),
+    ({"init_weights": ["x" * 100] * 10**4}, "init_weights"),
+    ({"router_module": 10**5000}, "router_module"),
+    ({"trainable_token_indices": [3, 5, 3]}, "trainable_token_indices=.*twice"),
+    ({"trainable_token_indices": {"embed": [3, 5, 3]}}, r"trainable_token_indices\['embed'\]=.*twice"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), HUGE, ids=lambda value: value[:40] if isinstance(value, str) else "")
+def test_numbers_and_strings_beyond_all_measure(fields, message):
+    """Refused by name, at once, in a message that can be read, and before anything is allocated."""
+    with pytest.raises(ValueError, match=message) as raised:
+        LoRASwitchConfig(**fields)
+    assert len(str(raised.value)) < 1500
+
+
+def test_deep_nesting():
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    for name in (
+        "target_modules",
+        "modules_to_save",
+        "r",
+        "rank_pattern",
+        "bias",
+        "trainable_token_indices",
+        "auto_mapping",
+    ):
+        with pytest.raises(ValueError, match=f"{name}.*<list>"):
+            LoRASwitchConfig(**{name: nested})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_scale_is_a_number_in_every_dtype(dtype):
+    fields = {"r": 2, "lora_alpha": 65504 * 2, "target_modules": ["q_proj"]}
+    model = get_peft_model(tiny_llama(), switch_config(**fields))
+    scale = switch_layers(model)["base_model.model.model.layers.0.self_attn.q_proj"].scaling["default"]
+    assert torch.tensor(scale).to(dtype).isfinite()
+
+
+@pytest.mark.parametrize("name", ["use_dora", "ensure_weight_tying", "init_lora_weights"])
+def test_fields_of_lora_that_are_not_ours(name):
+    """An upgrade would not help."""
+    if name not in {f.name for f in dataclasses.fields(LoraConfig)}:
+        pytest.skip("not a field of this PEFT")
+    with pytest.raises(ValueError, match=f"no {name}: this part of LoraConfig has no counterpart") as raised:
+        LoRASwitchConfig(**{name: True})
+    assert "upgrade" not in str(raised.value) and "pip" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
