@@ -177,7 +177,7 @@ def read_header(path: str) -> Header:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
             return {k: TensorInfo(k, str(part.get_dtype()), tuple(part.get_shape())) for k, part in slices.items()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:  # too large to be mapped is not an OSError
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}): copy or download it again."
         ) from error

@@ -3,7 +3,6 @@ are being written when the disk fills up: the previous adapter survives."""
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 from contextlib import contextmanager
@@ -13,26 +12,33 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from helpers import adapted, randomize_adapter, switch_config, switch_layers, tiny_llama, tiny_llama_classifier, tokens
+from loaders import (
+    CONFIG,
+    LOADERS,
+    ROUTER,
+    WEIGHTS,
+    K,
+    configure,
+    pickle_instead,
+    rewrite,
+    same_shape,
+    save_adapter,
+    truncate,
+)
 from peft_loraswitch import LoRASwitchConfig, loading, weights_file
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A good adapter, whose configuration names a backbone that is on disk."""
-    folder = tmp_path_factory.mktemp("saved")
-    tiny_llama().save_pretrained(folder / "base")
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    adapted(model, task_type="CAUSAL_LM", num_experts=3, seed=5).save_pretrained(folder / "adapter")
-    return folder
+    return save_adapter(tmp_path_factory.mktemp("saved")).parent
 
 
 @pytest.fixture
@@ -40,73 +46,6 @@ def adapter(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved / "adapter", tmp_path / "adapter"))
 
 
-# ------------------------------------------------------------------------------------------------------ what loads, what is bad
-
-
-def with_other() -> torch.nn.Module:
-    model = tiny_llama()
-    model.add_adapter(switch_config(init_weights=False, target_modules=["q_proj", "up_proj"]), "first")
-    return model.eval()
-
-
-def live() -> torch.nn.Module:
-    return adapted(tiny_llama(), target_modules=["q_proj", "up_proj"])
-
-
-def same_shape() -> torch.nn.Module:
-    return adapted(tiny_llama(), num_experts=3, seed=9)
-
-
-LOADERS = {
-    "PeftModel.from_pretrained": (tiny_llama, lambda model, folder: PeftModel.from_pretrained(model, folder)),
-    "from_pretrained, meta": (
-        tiny_llama,
-        lambda model, folder: PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True),
-    ),
-    "from_pretrained, trainable": (
-        tiny_llama,
-        lambda model, folder: PeftModel.from_pretrained(model, folder, is_trainable=True),
-    ),
-    "PeftModel.load_adapter": (live, lambda model, folder: model.load_adapter(folder, "new")),
-    "into an adapter that exists": (same_shape, lambda model, folder: model.load_adapter(folder, "default")),
-    "model.load_adapter": (tiny_llama, lambda model, folder: model.load_adapter(folder)),
-    "second model.load_adapter": (with_other, lambda model, folder: model.load_adapter(folder, adapter_name="new")),
-    "AutoPeftModel": (tiny_llama, lambda model, folder: AutoPeftModelForCausalLM.from_pretrained(folder)),
-    "AutoModel": (tiny_llama, lambda model, folder: AutoModelForCausalLM.from_pretrained(folder)),
-}
-
-
-def rewrite(change):
-    """A corruption of the tensors: `change` is called with all of them, by key, and edits."""
-
-    def corrupt(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS)
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return corrupt
-
-
-def configure(**fields):
-    def corrupt(folder: Path) -> None:
-        config = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**config, **fields}))
-
-    return corrupt
-
-
-def truncate(folder: Path) -> None:
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
-
-
-def pickle_instead(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    (folder / WEIGHTS).unlink()
-
-
-K = "base_model.model.model.layers.1.self_attn.k_proj.loraswitch_"
-ROUTER = "base_model.model.model.layers.0.self_attn.q_proj.loraswitch_router.weight"
 BAD_FILES = {
     "truncated": (truncate, rf"{WEIGHTS} is truncated"),
     "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), rf"{WEIGHTS} is truncated"),
