@@ -147,6 +147,13 @@ class LoRASwitchConfig(PeftConfig):
         default=0.0,
         metadata={"help": "In training the router's input is multiplied by noise from [1 - j, 1 + j]; j in [0, 1)."},
     )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={
+            "help": "On a model whose input and output embeddings are tied: what modules_to_save trains of the one is the "
+            "other's too, as in LoraConfig."
+        },
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoRASwitchConfig:
         # PEFT drops config fields it does not know with a warning. A field of ours that is dropped changes the maths.
@@ -211,6 +218,7 @@ class LoRASwitchConfig(PeftConfig):
             elif not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
                 raise ValueError(f"{name}={shown(pattern)} must be a dict of name (ending or regex) to number.")
         _require_bool("use_rslora", self.use_rslora)
+        _require_bool("ensure_weight_tying", self.ensure_weight_tying)
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             self._check_rank(name, rank)
@@ -314,8 +322,9 @@ class LoRASwitchConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved: names in order, so that the same adapter is always the same file."""
         settings = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-        if not self.num_shared_experts:  # so that versions before it still read adapters that do not use it
-            del settings["num_shared_experts"]
+        for name in ("num_shared_experts", "ensure_weight_tying"):
+            if not settings[name]:  # so that versions before it still read adapters that do not use it
+                del settings[name]
         return settings
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -1,13 +1,13 @@
-"""Loading an adapter: what the weights file must hold, and that a load that fails changes nothing.
+"""Loading an adapter: only its own tensors are written, all or nothing.
 
 Adapters are loaded by `PeftModel.from_pretrained`, `PeftModel.load_adapter` and Transformers' `model.load_adapter` (also
-behind `AutoModelForCausalLM.from_pretrained(adapter)`). Each changes the model before it reads the weights, puts up with
-missing and unknown tensors, and leaves no hook. `watch_loads` therefore wraps the three; loads of other PEFT methods
-pass through. Within a load of ours
+behind `AutoModelForCausalLM.from_pretrained(adapter)`). Each changes the model before it reads the weights, writes every
+tensor whose name the model knows, puts up with missing and unknown ones, and leaves no hook. `watch_loads` therefore wraps
+the three, and whatever reads an adapter_config.json; loads of other PEFT methods pass through. Within a load of ours
 
-- the weights file is found (folder or Hub) and its header compared with the configuration and the model, while the
-  adapter is being injected (`check_file_being_loaded`);
-- missing and unknown tensors are errors;
+- the header of the weights file (`weights_file.py`) is compared with the configuration before experts are made, and with
+  the tensors that an adapter of this model may have (`layout.py`) before one is written;
+- what the loader knows no place for, although the file may hold it, is written afterwards;
 - after any error the model is put back as it was (`rollback.py`).
 """
 
@@ -15,71 +15,142 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.config import PeftConfigMixin
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
-from transformers.integrations.peft import PeftAdapterMixin
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.integrations import peft as transformers_peft
+from transformers.models.auto import auto_factory
 
-from .patterns import TimeLimit, rank_for
+from .layout import (
+    PREFIX,
+    Layout,
+    Slot,
+    backbone_of,
+    check_experts,
+    check_shape,
+    expert_shapes,
+    refuse,
+    scale_of,
+    some,
+)
+from .patterns import TimeLimit
 from .rollback import Snapshot, all_or_nothing
+from .weights_file import (
+    HUB_ARGUMENTS,
+    Header,
+    TensorInfo,
+    check_finite,
+    find_file,
+    find_weights_file,
+    make_config,
+    read_config_file,
+    read_header,
+    read_tensors,
+)
 
 if TYPE_CHECKING:
     from .config import LoRASwitchConfig
 
-LIST_AT_MOST = 3
-PREFIX = "base_model.model."  # what PEFT puts before the names of the backbone's modules
-OUR_KEY = re.compile(r"(?P<module>.+)\.loraswitch_(?P<part>A|B|router)\.weight")
-Header = dict[str, tuple[int, ...]]  # of a safetensors file: shape by key
+logger = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------------ watching loads
 
 
 class _Load:
-    """A load in progress: where the weights come from, and what to put back if it fails."""
+    """A load in progress: where the weights come from, what they become, and what to put back if it fails."""
 
-    def __init__(self, source: Any, hub: dict[str, Any]) -> None:
-        self.source = source
-        self.hub = hub
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.model: Any = arguments.get("self", arguments.get("model"))
+        self.adapter: str = arguments.get("adapter_name") or "default"
+        self.source: Any = arguments.get("model_id", arguments.get("peft_model_id"))
+        self.given: dict[str, torch.Tensor] | None = arguments.get("adapter_state_dict")  # then nothing is read
+        self.hub = _hub_arguments(arguments)
         self.snapshots: list[Snapshot] = []
+        self.slots: dict[str, Slot] = {}  # of each tensor in the file, once it has been checked
+        self._header: Header = {}
 
-    def weights_file(self) -> str | None:
-        return None if self.source is None else find_weights_file(self.source, **self.hub)
+    @functools.cached_property
+    def path(self) -> str:
+        """The weights file."""
+        pickle_first = _transformers_argument(self.arguments, "use_safetensors") is False
+        path = find_weights_file(self.source, pickle_first=pickle_first, **self.hub)
+        if path is None:
+            raise ValueError(f"{self.source} holds no weights: there is no {SAFETENSORS_WEIGHTS_NAME}.")
+        return path
+
+    @property
+    def where(self) -> str:
+        """The origin of the tensors, for messages."""
+        return self.path if self.given is None else "adapter_state_dict"
+
+    def header(self, model: nn.Module) -> Header:
+        """What the weights file holds, by the names that the loader will look for in `model`."""
+        if self._header:
+            return self._header
+        given = self.given or {}
+        held = {k: TensorInfo.of(k, t) for k, t in given.items()} if self.given is not None else read_header(self.path)
+        rename, self._header = _renaming(self.arguments, model), {}
+        for key, info in held.items():
+            name = PREFIX + rename(key).removeprefix(PREFIX)
+            if name in self._header:
+                raise ValueError(f"{self.where}: '{key}' and '{self._header[name].key}' are the same tensor.")
+            self._header[name] = info
+        return self._header
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors of the file by these names, one after the other."""
+        keys = {name: self._header[name].key for name in names}
+        given = self.given
+        found = read_tensors(self.path, keys.values()) if given is None else (given[key] for key in keys.values())
+        return zip(keys, found, strict=True)
+
+    def config(self) -> Any:
+        """The configuration beside the weights; None if there is none."""
+        path = find_file(self.source, CONFIG_NAME, **self.hub)
+        return None if path is None else make_config(read_config_file(path))
 
 
 _current: ContextVar[_Load | None] = ContextVar("loraswitch_load", default=None)
 
 
 def watch_loads() -> None:
-    """Wrap the three functions that load adapters. Idempotent, also across re-imports of this package."""
-    for owner, name in (
-        (PeftModel, "load_adapter"),
-        (PeftModel, "from_pretrained"),
-        (PeftAdapterMixin, "load_adapter"),
+    """Wrap what loads adapters, and what a load asks on its way. Idempotent, also across re-imports of this package."""
+    for owner, name, watch in (
+        (PeftModel, "load_adapter", _watched),
+        (PeftModel, "from_pretrained", _watched),
+        (transformers_peft.PeftAdapterMixin, "load_adapter", _watched),
+        (PeftConfigMixin, "from_json_file", _read_after_a_check),
+        (transformers_peft, "find_adapter_config_file", _found_after_a_check),
+        (auto_factory, "find_adapter_config_file", _found_after_a_check),
+        (TrainableTokensWrapper, "adapter_state_dict", _nothing_of_other_adapters),
+        (TrainableTokensWrapper, "adapter_state_dict_load_map", _nothing_of_other_adapters),
     ):
         original = vars(owner)[name]
         function = original.__func__ if isinstance(original, classmethod) else original
         if getattr(function, "watched_by_loraswitch", False):
             continue
-        watched = _watched(function)
+        watched = functools.wraps(function)(watch(function))
+        watched.watched_by_loraswitch = True  # type: ignore[attr-defined]
         setattr(owner, name, classmethod(watched) if isinstance(original, classmethod) else watched)
 
 
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def load(*args: Any, **kwargs: Any) -> Any:
         from peft_loraswitch.loading import run_load  # looked up at each call: after a re-import, the new one
 
@@ -89,26 +160,59 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         return run_load(functools.partial(original, *args, **kwargs), arguments)
 
-    load.watched_by_loraswitch = True  # type: ignore[attr-defined]
     return load
+
+
+def _read_after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around PEFT's reader of adapter_config.json, whose argument is the path."""
+
+    def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> Any:
+        read_config_file(path_json_file)
+        return original(cls, path_json_file, **kwargs)
+
+    return from_json_file
+
+
+def _found_after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around Transformers' search for adapter_config.json, which comes before its own reading of it."""
+
+    def find_adapter_config_file(*args: Any, **kwargs: Any) -> str | None:
+        path = original(*args, **kwargs)
+        if path is not None:
+            read_config_file(path)
+        return path
+
+    return find_adapter_config_file
+
+
+def _nothing_of_other_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around what PEFT asks a module with trainable tokens for an adapter's tensors: of one that has none there it names
+    tensors that do not exist, so that neither save nor load of it works beside one that has some."""
+
+    def tensors_of(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if adapter_name not in self.token_adapter.trainable_tokens_delta:
+            return {}
+        return original(self, adapter_name, *args, **kwargs)
+
+    return tensors_of
 
 
 def run_load(load: Callable[[], Any], arguments: dict[str, Any]) -> Any:
     """Run one of the three functions, called with `arguments` (by parameter name), all or nothing."""
-    model: Any = arguments.get("self")
-    adapter = arguments.get("adapter_name") or "default"
-    progress = _Load(arguments.get("model_id", arguments.get("peft_model_id")), _hub_arguments(arguments))
-    if arguments.get("adapter_state_dict") is not None:
-        progress.source = None  # the tensors are given: nothing is read
-    outermost = _current.get() is None
+    progress = _current.get()
+    if progress is not None:  # PeftModel.from_pretrained calls load_adapter: one load
+        result = load()
+        _finish(progress, result)
+        return result
+    progress = _Load(arguments)
     token = _current.set(progress)
     try:
-        if outermost and (config := _our_config(model, adapter)):  # an adapter that exists gets new weights
-            progress.snapshots.append(Snapshot(model, values_of=adapter))
-            check_file_being_loaded(model, config, adapter)
+        config = _our_config(progress.model, progress.adapter)
+        if config is not None and "self" in arguments and "model_id" in arguments:  # PeftModel.load_adapter
+            _prepare_loading_again(progress, config)
         result = load()
-        if config := _our_config(model, adapter):
-            _check_result(result, config, adapter, progress.source)
+        _finish(progress, result)
+        _tell_of_the_backbone(progress)
         return result
     except BaseException as error:
         for snapshot in reversed(progress.snapshots):
@@ -131,13 +235,39 @@ def _our_config(model: Any, adapter: str) -> Any:
     return config if isinstance(config, LoRASwitchConfig) else None
 
 
+def _transformers_argument(arguments: dict[str, Any], name: str) -> Any:
+    """One that Transformers takes as a keyword or in `load_config`."""
+    given = arguments.get("kwargs") or {}
+    return given[name] if name in given else getattr(arguments.get("load_config"), name, None)
+
+
 def _hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Where and how on the Hub, from the arguments of any of the three functions."""
-    given: dict[str, Any] = dict(getattr(arguments.get("load_config"), "download_kwargs", None) or {})
+    given: dict[str, Any] = dict(_transformers_argument(arguments, "download_kwargs") or {})
     for source in (arguments.get("adapter_kwargs"), arguments.get("kwargs"), arguments):
         given.update(source or {})
-    wanted = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-    return {name: given[name] for name in wanted if given.get(name) is not None}
+    return {name: given[name] for name in HUB_ARGUMENTS if given.get(name) is not None}
+
+
+def _renaming(arguments: dict[str, Any], model: Any) -> Callable[[str], str]:
+    """How the loader renames the keys of the file: PEFT by `key_mapping`, Transformers by what it knows of the model."""
+    if "peft_model_id" in arguments:
+        mapping = _transformers_argument(arguments, "weight_mapping") or get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        return lambda key: rename_source_key(key.removeprefix(PREFIX), renamings, [])[0]
+    patterns = arguments.get("key_mapping")
+    if patterns is None and "model" in arguments:  # PeftModel.from_pretrained
+        patterns = getattr(arguments["model"], "_checkpoint_conversion_mapping", None)
+
+    def rename(key: str) -> str:
+        key = key.removeprefix(PREFIX)
+        for pattern, replacement in (patterns or {}).items():
+            renamed, changes = re.subn(pattern, replacement, key)
+            if changes:
+                return renamed
+        return key
+
+    return rename
 
 
 @contextmanager
@@ -147,15 +277,16 @@ def injecting(tuner: nn.Module, config: LoRASwitchConfig) -> Iterator[None]:
 
     keep_card_on_push()
     model: Any = tuner.model
+    progress = _current.get()
+    loaded_into = [] if progress is None else [progress.model]  # a PeftModel is around the tuner
     try:
-        with all_or_nothing(tuner, config) as snapshot:
+        with all_or_nothing(tuner, config, *loaded_into) as snapshot:
             yield
     except BaseException:
         # Transformers' add_adapter says so before it is true, and trips over it the next time
         if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
             model._hf_peft_config_loaded = False
         raise
-    progress = _current.get()
     if progress is not None:
         progress.snapshots.append(snapshot)
 
@@ -163,164 +294,137 @@ def injecting(tuner: nn.Module, config: LoRASwitchConfig) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_file_being_loaded(model: nn.Module, config: LoRASwitchConfig, adapter_name: str) -> None:
-    """If a load is in progress: check the header of its weights file against the configuration and the model's tensors.
-
-    Raises:
-        ValueError: see `check_weights_file`; or a tensor does not fit the backbone. Names file, tensor and shapes.
-    """
-    progress = _current.get()
-    path = progress.weights_file() if progress is not None else None
-    if path is None:
-        return
-    header = check_weights_file(path, config)
-    own = {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    for key, shape in header.items():
-        match = OUR_KEY.fullmatch(key)
-        name = key.removeprefix(PREFIX).removesuffix(".weight") + f".{adapter_name}.weight"
-        if match and name in own and own[name] != shape:
-            raise ValueError(
-                f"{path}: wrong shape: '{key}' is {list(shape)}, this model needs {list(own[name])}. The adapter was made "
-                f"for another backbone ({config.base_model_name_or_path or 'its name was not saved'})."
-            )
-
-
-def find_weights_file(source: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str | None:
-    """The safetensors file of an adapter in a folder or on the Hub; None if there is none, which the loader reports.
-
-    Raises:
-        ValueError: there is a pickle instead. It can run code when it is loaded, so it is not.
-    """
-    folder = os.path.join(source, subfolder or "")
-    if os.path.isdir(folder):
-        path, pickle = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), os.path.join(folder, WEIGHTS_NAME)
-        if not os.path.isfile(path) and os.path.isfile(pickle):
-            raise ValueError(_pickle_message(pickle))
-        return path if os.path.isfile(path) else None
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        try:
-            path = hf_hub_download(str(source), name, subfolder=subfolder, **hub)
-        except EntryNotFoundError:
-            continue
-        except Exception:  # no such repository, no network, ...: the loader's own words are the best ones
-            return None
-        if name == WEIGHTS_NAME:
-            raise ValueError(_pickle_message(path))
-        return path
-    return None
-
-
-def _pickle_message(path: str) -> str:
-    return (
-        f"{path} is a pickle, which can run code when it is loaded; LoRA-Switch adapters are safetensors only. If you trust "
-        "it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
-        f"'{os.path.join(os.path.dirname(path), SAFETENSORS_WEIGHTS_NAME)}')"
-    )
-
-
-def check_weights_file(path: str, config: LoRASwitchConfig) -> Header:
-    """Check a weights file against the configuration, reading its header only; return the header.
-
-    Raises:
-        ValueError: the file is truncated; a tensor is not of a float dtype, or has another number of dimensions, experts or
-            ranks than the configuration says. Names the file and the tensor. (What is missing or unknown, the load tells.)
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            header = {key: tuple(part.get_shape()) for key, part in slices.items()}
-            integers = [
-                key for key, part in slices.items() if part.get_dtype()[0] not in "FB" and ".loraswitch_" in key
-            ]
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}): copy or download it again."
-        ) from error
-    if integers:
-        raise ValueError(f"{path}: '{integers[0]}' does not hold floating-point numbers.")
-    limit = TimeLimit()
-    for key, shape in header.items():
-        if match := OUR_KEY.fullmatch(key):
-            rank = rank_for(config, match["module"].removeprefix(PREFIX), limit)
-            _check_shape(path, key, rank, match["part"], shape, config)
-    return header
-
-
-def _check_shape(path: str, key: str, rank: int, part: str, shape: tuple[int, ...], config: LoRASwitchConfig) -> None:
-    layout = {
-        "A": "[num_experts, r, in_features]",
-        "B": "[num_experts, out_features, r]",
-        "router": "[num_experts, in_features]",
-    }[part]
-    if len(shape) != layout.count(",") + 1:
-        raise ValueError(f"{path}: wrong shape: '{key}' is {list(shape)}, not {layout}.")
-    shared = 0 if part == "router" else config.num_shared_experts
-    sizes = {config.num_experts + shared}
-    if shared and config.router_module:
-        sizes.add(shared)  # a linear before the router
-    if shape[0] not in sizes:
-        raise ValueError(
-            f"{path} holds {shape[0]} experts ('{key}' is {list(shape)}), but the configuration (adapter_config.json) says "
-            f"num_experts={config.num_experts}{f', num_shared_experts={shared}' if shared else ''}: the two do not belong "
-            "together."
-        )
-    found = {"A": shape[1], "B": shape[-1], "router": rank}[part]
-    if found != rank:
-        raise ValueError(
-            f"{path} holds experts of rank {found} ('{key}' is {list(shape)}), but the configuration (adapter_config.json) "
-            f"says {'rank_pattern' if config.rank_pattern else 'r'}={rank}: the two do not belong together."
-        )
-
-
-def _check_result(result: Any, config: LoRASwitchConfig, adapter_name: str, source: Any) -> None:
-    """What PEFT (a named tuple) or Transformers (a dataclass) report of a load that they take for a success."""
-    missing = [key for key in getattr(result, "missing_keys", ()) if _belongs_to(adapter_name, key)]
-    _refuse(source, sorted(missing), sorted(getattr(result, "unexpected_keys", ())))
-
-
-def check_adapter_state_dict(
-    model: nn.Module, config: LoRASwitchConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+def check_experts_being_loaded(
+    model: nn.Module, config: LoRASwitchConfig, adapted: list[str], router: str, before: Collection[str]
 ) -> None:
-    """Check tensors, with the model's own keys, before they are loaded.
+    """If a load is in progress: compare the experts in its file with those that are about to be made, so that nothing is
+    allocated that the file does not hold.
+
+    Args:
+        adapted, router, before: see `InjectionPlan`.
 
     Raises:
-        ValueError: tensors are missing, unknown or of another shape. Names them.
+        ValueError: the file is no safetensors file, or holds other experts. Names file, tensor and shapes.
     """
-    own = model.state_dict()
-    inserted = "" if any(key.startswith(PREFIX) for key in own) else PREFIX
-    given = {key.removeprefix(inserted) if inserted else key: tensor for key, tensor in state_dict.items()}
-    wanted = {key for key in own if ".loraswitch_" in key and _belongs_to(adapter_name, key)}
-    for key in sorted(wanted & set(given)):
-        if given[key].shape != own[key].shape:
-            raise ValueError(
-                f"Adapter '{adapter_name}': wrong shape: '{key}' is {list(given[key].shape)}, this model needs "
-                f"{list(own[key].shape)} (num_experts={config.num_experts}, r={config.r}; was it made for this backbone?)."
-            )
     progress = _current.get()
-    where = f"adapter '{adapter_name}'" if progress is None or progress.source is None else progress.source
-    _refuse(where, sorted(wanted - set(given)), sorted(set(given) - set(own)))
+    if progress is None:
+        return
+    header = progress.header(model)
+    check_experts(progress.where, header, config)
+    wanted = expert_shapes(model, config, adapted, router, before)
+    refuse(progress.where, [key for key in wanted if key not in header], [])
+    for key, shape in wanted.items():
+        check_shape(progress.where, key, header[key].shape, shape, config)
 
 
-def _belongs_to(adapter_name: str, key: str) -> bool:
-    """Whether a key of the model names a tensor of this adapter (the name may also be a component of other keys)."""
-    return any(
-        key.rpartition(mark)[2].split(".")[1:2] == [adapter_name]
-        for mark in (".loraswitch_", ".modules_to_")
-        if mark in key
-    )
+def check_file_being_loaded(model: nn.Module, config: LoRASwitchConfig, adapter_name: str) -> None:
+    """If a load is in progress: compare its file with the tensors of the adapter, which is in the model by now.
+
+    Raises:
+        ValueError: tensors are missing, unknown, of another shape or dtype, or hold NaN or Inf. Names file and tensors.
+    """
+    progress = _current.get()
+    if progress is None:
+        return
+    layout = Layout(model, config, adapter_name)
+    progress.slots = layout.match(progress.where, progress.header(model))
+    trained = [key for key, slot in progress.slots.items() if slot.required and isinstance(slot.tensor, nn.Parameter)]
+    check_finite(progress.where, progress.tensors(trained))
+    progress.snapshots.append(Snapshot(values=[slot.tensor for slot in progress.slots.values() if slot.of_backbone]))
 
 
-def _refuse(where: Any, missing: Iterable[str], unknown: Iterable[str]) -> None:
-    problems = [
-        f"{what}: {_some(list(keys))}" for what, keys in (("missing", missing), ("not in the model", unknown)) if keys
-    ]
-    if problems:
-        raise ValueError(
-            f"The weights of {where} do not match the LoRA-Switch adapter. Tensors {'; tensors '.join(problems)}. Nothing has "
-            "been changed."
+def _prepare_loading_again(progress: _Load, config: LoRASwitchConfig) -> None:
+    """An adapter that exists gets new weights: PEFT reads only these, and the adapter keeps its configuration.
+
+    Raises:
+        ValueError: the configuration in the file gives the same weights another meaning; or see `check_file_being_loaded`.
+    """
+    saved = progress.config()
+    check_experts(progress.where, progress.header(progress.model), saved or config)
+    if saved is not None:
+        _check_same_meaning(progress, config, saved)
+    check_file_being_loaded(progress.model, config, progress.adapter)
+    progress.snapshots.append(Snapshot(progress.model, values=[slot.tensor for slot in progress.slots.values()]))
+
+
+def _check_same_meaning(progress: _Load, config: LoRASwitchConfig, saved: LoRASwitchConfig) -> None:
+    def compare(field: str, ours: Any, theirs: Any) -> None:
+        if ours != theirs:
+            raise ValueError(
+                f"{progress.source}: {CONFIG_NAME} says {field}={theirs!r}, but the adapter '{progress.adapter}' that is in the "
+                f"model has {ours!r}. An adapter that exists keeps its configuration, so load this one under another "
+                f"adapter_name, or call delete_adapter('{progress.adapter}') first."
+            )
+
+    for field in ("num_experts", "num_shared_experts", "top_k", "normalize_gates"):
+        compare(field, getattr(config, field), getattr(saved, field))
+    compare("trainable_token_indices", _rows(config.trainable_token_indices), _rows(saved.trainable_token_indices))
+    limit = TimeLimit()
+    for name, module in backbone_of(progress.model).named_modules():
+        if progress.adapter in getattr(module, "loraswitch_A", {}):
+            scale = scale_of(saved, name, limit)
+            compare(
+                f"lora_alpha (with r, use_rslora and alpha_pattern: the scale of '{name}')",
+                module.scaling[progress.adapter],
+                scale,
+            )
+
+
+def _rows(token_indices: Any) -> list[list[int]] | None:
+    """Token ids, whether or not their embedding is named."""
+    if isinstance(token_indices, dict):
+        return [list(token_indices[name]) for name in sorted(token_indices)]
+    return None if token_indices is None else [list(token_indices)]
+
+
+def _finish(progress: _Load, result: Any) -> None:
+    """Write what the loader could not place, and check that everything is there.
+
+    Args:
+        result: what PEFT (a named tuple) or Transformers (a dataclass) report of a load that they take for a success.
+    """
+    unplaced = {PREFIX + key.removeprefix(PREFIX) for key in getattr(result, "unexpected_keys", ())}
+    left = {name: slot.target for name, slot in progress.slots.items() if name in unplaced and slot.target is not None}
+    state = backbone_of(progress.model).state_dict(keep_vars=True) if left else {}
+    with torch.no_grad():
+        for name, tensor in progress.tensors(left):
+            state[left[name]].copy_(tensor)
+    _check_result(progress, set(getattr(result, "missing_keys", ())) - set(left.values()))
+
+
+def _check_result(progress: _Load, missing: set[str]) -> None:
+    needed = {slot.target for slot in progress.slots.values() if slot.required}
+    refuse(progress.where, [key for key in missing if key.removeprefix(PREFIX) in needed], [])
+
+
+def _tell_of_the_backbone(progress: _Load) -> None:
+    names = sorted(slot.target for slot in progress.slots.values() if slot.of_backbone and slot.target is not None)
+    if names:
+        logger.warning(
+            f"{progress.where} also holds tensors of the backbone, as PEFT saves them with resized embeddings, "
+            f"save_embedding_layers=True or bias: {some(names)}. They are loaded, for all adapters on this model."
         )
 
 
-def _some(items: list[str]) -> str:
-    more = len(items) - LIST_AT_MOST
-    return ", ".join(items[:LIST_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+def select_tensors(
+    model: nn.Module, config: LoRASwitchConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Those of `state_dict` that belong to the adapter, under the names that they have in `model`.
+
+    Args:
+        state_dict: tensors by name in the file or in the model.
+
+    Raises:
+        ValueError: tensors are missing, unknown or of another shape or dtype. Names them.
+    """
+    layout = Layout(model, config, adapter_name)
+    slots = {slot.target: slot for slot in layout.slots.values() if slot.target is not None}
+    tensors = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
+    header = {name: TensorInfo.of(name, tensor) for name, tensor in tensors.items()}
+    progress = _current.get()
+    where = f"adapter '{adapter_name}'" if progress is None else progress.where
+    matched = layout.match(where, header, lambda name: slots.get(name.removeprefix(PREFIX)) or layout.find(name))
+    if progress is None:
+        check_finite(where, ((name, tensors[name]) for name, slot in matched.items() if slot.required))
+    inserted = PREFIX if backbone_of(model) is not model else ""
+    return {inserted + slot.target: tensors[name] for name, slot in matched.items() if slot.target is not None}

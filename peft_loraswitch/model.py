@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -21,7 +22,8 @@ from torch import nn
 from .config import LoRASwitchConfig
 from .frame import RoutingRecorder, RoutingState, summary_of
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear, _quantization_backend
-from .loading import LIST_AT_MOST, check_adapter_state_dict, check_file_being_loaded, injecting
+from .layout import LIST_AT_MOST
+from .loading import check_experts_being_loaded, check_file_being_loaded, injecting, select_tensors
 from .mixed import check_batch_size, mixed_batch
 from .patterns import TimeLimit, matching_key, selects, shown
 from .streams import check_streams
@@ -90,6 +92,7 @@ class LoRASwitchModel(BaseTuner):
             prepared = self._prepare_adapter_config(config, self.get_model_config(model))
             prepared.check()
             self._plan = plan_injection(model, prepared, adapter_name, kwargs.get("state_dict"))
+            check_experts_being_loaded(model, prepared, self._plan.adapted, self._plan.router, self._plan.before)
             self._injected = config
             try:
                 self.peft_config[adapter_name] = seen_by_peft = _for_peft(config)
@@ -109,6 +112,10 @@ class LoRASwitchModel(BaseTuner):
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LoRASwitchConfig) -> None:
         super()._check_tied_modules(model, self._injected or peft_config)
+
+    def _add_modules_to_save_to_tie(self, peft_config: LoRASwitchConfig, tied_weight_keys: list[str]) -> None:
+        """What `ensure_weight_tying` asks for: PEFT's LoRA knows how."""
+        LoraModel._add_modules_to_save_to_tie(self, peft_config, tied_weight_keys)  # type: ignore[arg-type]
 
     def _create_and_replace(
         self,
@@ -213,8 +220,7 @@ class LoRASwitchModel(BaseTuner):
         cls, model: nn.Module, config: LoRASwitchConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_adapter_state_dict(model, config, adapter_name, remapped)
-        return remapped
+        return select_tensors(model, config, adapter_name, remapped)
 
 
 def _for_peft(config: LoRASwitchConfig) -> LoRASwitchConfig:

@@ -2,12 +2,12 @@
 
 PEFT and Transformers change the model step by step, read the weights last, and take nothing back when a step fails. So
 what makes up the model is noted before the first change: the module tree, every setting, hook and flag. Values of
-weights are not copied; they are only overwritten when an adapter that exists is loaded again (`values_of`).
+weights are not copied, but for those that a load overwrites in place: of an adapter that exists, of embeddings (`values`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,10 @@ class Snapshot:
 
     Args:
         objects: modules, or any objects with a `__dict__`.
-        values_of: name of an adapter whose tensors are copied as well.
+        values: tensors that may be overwritten in place, and are copied therefore.
     """
 
-    def __init__(self, *objects: Any, values_of: str | None = None) -> None:
+    def __init__(self, *objects: Any, values: Iterable[torch.Tensor] = ()) -> None:
         seen: dict[int, Any] = {}
         for root in objects:
             for item in root.modules() if isinstance(root, nn.Module) else [root]:
@@ -40,12 +40,7 @@ class Snapshot:
         self._containers = [(value, _contents(value)) for value in containers]
         parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}
         self._trainable = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
-        self._values: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if values_of is not None:
-            for root in objects:
-                for name, tensor in root.state_dict(keep_vars=True).items():
-                    if values_of in name.split("."):
-                        self._values.append((tensor, tensor.detach().clone()))
+        self._values = [(tensor, tensor.detach().clone()) for tensor in values]
 
     def restore(self) -> None:
         """Put everything back. Objects and containers keep their identity: handles of hooks, for one, stay valid."""
@@ -63,10 +58,10 @@ class Snapshot:
 
 
 @contextmanager
-def all_or_nothing(*objects: Any, values_of: str | None = None) -> Iterator[Snapshot]:
+def all_or_nothing(*objects: Any) -> Iterator[Snapshot]:
     """Whatever goes wrong within the block, `objects` are afterwards as they were before it. Yields the snapshot, for
     those who want to go back later."""
-    snapshot = Snapshot(*objects, values_of=values_of)
+    snapshot = Snapshot(*objects)
     try:
         yield snapshot
     except BaseException:

@@ -55,6 +55,7 @@ def test_defaults():
         "router_aux_loss_coef": 0.01,
         "router_z_loss_coef": 0.001,
         "router_jitter": 0.0,
+        "ensure_weight_tying": False,
     }
     assert config.peft_type == "LORASWITCH" and not config.is_prompt_learning
     assert LoRASwitchConfig(top_k=1).normalize_gates is False

@@ -1,0 +1,113 @@
+"""Everything that loads an adapter from a folder, and ways to spoil such a folder. Nothing here asserts anything."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from helpers import adapted, switch_config, tiny_llama
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def with_other() -> torch.nn.Module:
+    model = tiny_llama()
+    model.add_adapter(switch_config(init_weights=False, target_modules=["q_proj", "up_proj"]), "first")
+    return model.eval()
+
+
+def live() -> torch.nn.Module:
+    return adapted(tiny_llama(), target_modules=["q_proj", "up_proj"])
+
+
+def same_shape() -> torch.nn.Module:
+    return adapted(tiny_llama(), num_experts=3, seed=9)
+
+
+LOADERS = {
+    "PeftModel.from_pretrained": (tiny_llama, lambda model, folder: PeftModel.from_pretrained(model, folder)),
+    "from_pretrained, meta": (
+        tiny_llama,
+        lambda model, folder: PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True),
+    ),
+    "from_pretrained, trainable": (
+        tiny_llama,
+        lambda model, folder: PeftModel.from_pretrained(model, folder, is_trainable=True),
+    ),
+    "PeftModel.load_adapter": (live, lambda model, folder: model.load_adapter(folder, "new")),
+    "into an adapter that exists": (same_shape, lambda model, folder: model.load_adapter(folder, "default")),
+    "model.load_adapter": (tiny_llama, lambda model, folder: model.load_adapter(folder)),
+    "second model.load_adapter": (with_other, lambda model, folder: model.load_adapter(folder, adapter_name="new")),
+    "AutoPeftModel": (tiny_llama, lambda model, folder: AutoPeftModelForCausalLM.from_pretrained(folder)),
+    "AutoModel": (tiny_llama, lambda model, folder: AutoModelForCausalLM.from_pretrained(folder)),
+}
+
+
+def save_adapter(folder: Path) -> Path:
+    """A good adapter in `folder / "adapter"`, whose configuration names a backbone that is on disk. Returns its folder."""
+    tiny_llama().save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    adapted(model, task_type="CAUSAL_LM", num_experts=3, seed=5).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+@contextmanager
+def bounded(seconds: int, megabytes: int) -> Iterator[None]:
+    """What happens within takes no longer and no more memory (beyond the peak so far). Main thread only."""
+
+    def stop(*args: Any) -> None:
+        raise TimeoutError(f"longer than {seconds} s")
+
+    before, peak = signal.signal(signal.SIGALRM, stop), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) // 1024
+    if grown > megabytes:
+        raise MemoryError(f"{grown} MB")
+
+
+def rewrite(change):
+    """A corruption of the tensors: `change` is called with all of them, by key, and edits."""
+
+    def corrupt(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return corrupt
+
+
+def configure(**fields):
+    def corrupt(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+
+    return corrupt
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def pickle_instead(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+K = "base_model.model.model.layers.1.self_attn.k_proj.loraswitch_"
+ROUTER = "base_model.model.model.layers.0.self_attn.q_proj.loraswitch_router.weight"
