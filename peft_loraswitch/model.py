@@ -72,6 +72,8 @@ class LoRASwitchModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        from .fuse import fuse_new_layers
+
         # PEFT has entered the configuration already: taken out, so that what a failure goes back to is the state without it
         config: Any = self.peft_config.pop(adapter_name)
         with injecting(self, config):
@@ -79,11 +81,17 @@ class LoRASwitchModel(BaseTuner):
             prepared = self._prepare_adapter_config(config, self.get_model_config(model))
             prepared.check()
             self._plan = plan_injection(model, prepared, adapter_name, kwargs.get("state_dict"))
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with torch.inference_mode(False):  # what a server loads within it can still be trained, moved and changed outside
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             check_file_being_loaded(model, config, adapter_name)
             state = routing_state(model)
             assert state is not None
             state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
+            fuse_new_layers(model)
+
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        with torch.inference_mode(False):  # as above
+            super()._cast_adapter_dtype(*args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -167,6 +175,12 @@ class LoRASwitchModel(BaseTuner):
 
         unfuse(self.model)
 
+    def refresh_fused(self) -> None:
+        """Have a fused model take up what was written to its weights: see `peft_loraswitch.fuse.refresh_fused`."""
+        from .fuse import refresh_fused
+
+        refresh_fused(self.model)
+
     # -------------------------------------------------------------------------------- merging, unloading
 
     def _check_merge_allowed(self) -> None:
@@ -177,6 +191,7 @@ class LoRASwitchModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Take every adapter off and return the backbone."""
+        self.unfuse()
         state = routing_state(self.model)
         if state is not None:
             state.disconnect()
