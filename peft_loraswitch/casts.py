@@ -45,7 +45,8 @@ def refresh_cast(layer: LoRASwitchLinear, fusing: Fusing, adapter: str, changed:
     versions = versions_of(a, b)
     old = None if casts is None else casts.a["weight"]
     with torch.inference_mode(False), torch.no_grad():  # casts that forwards of every mode can use and write
-        if casts is not None and old is not None and (old.dtype, old.device, old.shape) == (dtype, a.device, a.shape):
+        fits = old is not None and (old.dtype, old.device, old.shape) == (dtype, a.device, a.shape)
+        if casts is not None and fits and not old.is_inference():  # as those of a copy made within inference mode are
             if changed or versions != casts.versions:
                 casts.a["weight"].copy_(a)
                 casts.b["weight"].copy_(b)
