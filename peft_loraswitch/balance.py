@@ -123,7 +123,8 @@ def _apply_but_keep_dtypes(module: nn.Module, apply: Any, fn: Any, recurse: bool
     for name, value in before.items():
         moved = getattr(module, name)
         source = torch.zeros_like(moved) if value.device.type == "meta" else value  # to_empty() leaves memory as it was
-        setattr(module, name, source.to(device=moved.device, dtype=value.dtype))
+        with torch.inference_mode(False):
+            setattr(module, name, source.to(device=moved.device, dtype=value.dtype))
     return module
 
 
@@ -189,7 +190,8 @@ class RoutingRecord(nn.Module):
         ):
             # float32 stops counting at 2**24, a few steps of a large run
             dtype = torch.int64 if name in ("tokens", "counts") else torch.float32
-            self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device), persistent=False)
+            with torch.inference_mode(False):  # forwards of every mode write to it
+                self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutingRecord:
         return _apply_but_keep_dtypes(self, super()._apply, fn, recurse)

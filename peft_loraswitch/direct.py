@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import kernels, ops
+from .counted import versions_of
 from .kernels import MAX_GROUP, Expansion, PackedGroup, check, empty_strided_cuda, library
 from .kernels.abi import Group, Item
 from .routing import Routing
@@ -25,7 +26,6 @@ from .routing import Routing
 if TYPE_CHECKING:
     from .frame import RoutingFrame
     from .fused import FusedGroup
-    from .layer import LoRASwitchLinear
 
 _pack_pointer = Struct("P").pack_into
 _pack_inputs = Struct("PPPP").pack_into  # x, experts, gates, hidden: neighbours in `Group`
@@ -50,12 +50,6 @@ def launchable(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cuda and x.is_contiguous()
 
 
-def versions_of(layer: LoRASwitchLinear, adapter: str) -> tuple[int, ...]:
-    """Changes whenever the experts of `adapter` are written to or replaced, as far as PyTorch can tell."""
-    a, b = layer.loraswitch_A[adapter].weight, layer.loraswitch_B[adapter].weight
-    return a._version, b._version, a.data_ptr(), b.data_ptr()
-
-
 class DirectGroup:
     """The linears of a group with one adapter, as `lead()` calls them.
 
@@ -74,7 +68,7 @@ class DirectGroup:
         self.parameters = [*self.bases, *(one.a for one in live), *(one.b for one in live)]
         self.scaling_of = [one.scaling for one in live]
         self.hooks = [hooks for one in live for hooks in (one.hooks, one.pre_hooks)]
-        self.cast = [one.layer for one in live if one.layer.fusing.casts]
+        self.cast = [one.layer for one in live if one.fusing.casts]
         self.seen = self._seen()
         function = library()["ls_linear"]  # of its own, so that it can take the group as bytes
         function.restype, function.argtypes = c_int, [c_char_p, c_void_p]
@@ -94,7 +88,7 @@ class DirectGroup:
         seen += [scaling[adapter] for scaling in self.scaling_of]
         seen.append(any(self.hooks))
         for layer in self.cast:
-            seen += versions_of(layer, adapter)
+            seen += versions_of(layer.loraswitch_A[adapter].weight, layer.loraswitch_B[adapter].weight)
         return seen
 
     def is_current(self) -> bool:

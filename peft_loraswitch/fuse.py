@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .base_layers import base_of, device_of, facts_of
+from .base_layers import adapted_layers, base_of, device_of, facts_of
+from .frame import NO_ADAPTER, _keys
 from .fused import (
     FusedFollower,
     FusedLeader,
     FusedLinear,
     FusedMerged,
+    changing,
     put_on,
+    refresh,
     resolve,
     take_off,
 )
@@ -35,50 +38,61 @@ STRATEGIES = ("auto", "fused", "merge")
 # ------------------------------------------------------------------------------------------------ finding the groups
 
 
-def _watch_groups(model: nn.Module, layers: list[LoRASwitchLinear]) -> list[list[LoRASwitchLinear]]:
-    """Linears that received the very same tensor in one forward of a single token, in the order they ran."""
-    seen: list[tuple[LoRASwitchLinear, Tensor]] = []  # tensors are kept, so that no two share an id
+class Watch:
+    """Looks which linears receive the very same tensor, in one forward of a single token without an adapter."""
 
-    def watch(layer: nn.Module, args: tuple) -> None:
-        seen.append((layer, args[0]))  # type: ignore[arg-type]
+    def __init__(self, model: nn.Module, layers: list[LoRASwitchLinear]) -> None:
+        self.model, self.layers = model, layers
+        self.seen: list[tuple[LoRASwitchLinear, Tensor]] = []  # tensors are kept, so that no two share an id
+        self.handles: list[Any] = []
+        self.training = [module for module in model.modules() if module.training]
 
-    handles = [layer.register_forward_pre_hook(watch) for layer in layers]
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-    except Exception as error:  # a model that wants other inputs: correct all the same, one launch for each linear
-        name = type(model).__name__
-        logger.warning(
-            f"LoRA-Switch: the linears of {name} are not grouped, because a forward of input_ids failed: {error}"
-        )
-        return [[layer] for layer in layers]
-    finally:
-        for handle in handles:
+    def groups(self) -> list[list[LoRASwitchLinear]]:
+        """Linears of one tensor, in the order they ran."""
+        state = self.layers[0].routing_state
+        try:
+            for layer in self.layers:
+                self.handles.append(layer.register_forward_pre_hook(self._see))
+            self.model.eval()
+            device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+            with torch.no_grad(), state.sample_adapters([NO_ADAPTER]):
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+        except Exception as error:  # a model that wants other inputs: correct all the same, one launch for each linear
+            name = type(self.model).__name__
+            logger.warning(
+                f"LoRA-Switch: the linears of {name} are not grouped, because a forward of input_ids failed: {error}"
+            )
+            return [[layer] for layer in self.layers]
+        finally:
+            self.stop()
+        return self._by_tensor()
+
+    def _see(self, layer: nn.Module, args: tuple) -> None:
+        self.seen.append((layer, args[0]))  # type: ignore[arg-type]
+
+    def stop(self) -> None:
+        """Leave the model as it was. May be repeated."""
+        for handle in self.handles:
             handle.remove()
-        for module in training:
+        for module in self.training:
             module.training = True
-    calls: dict[int, int] = {}
-    groups: dict[Any, list[LoRASwitchLinear]] = {}
-    for layer, _ in seen:
-        calls[id(layer)] = calls.get(id(layer), 0) + 1
-    for layer, x in seen:
-        if calls[id(layer)] == 1:
-            base = base_of(layer)
-            shared_only = frozenset(adapter for adapter, experts in layer.num_experts.items() if experts == 0)
-            weight = getattr(base, "weight", None)
-            key = (id(x), type(base), getattr(weight, "dtype", None), getattr(weight, "device", None), shared_only)
-            groups.setdefault(key, []).append(layer)
-    return [g[i : i + kernels.MAX_GROUP] for g in groups.values() for i in range(0, len(g), kernels.MAX_GROUP)]
+
+    def _by_tensor(self) -> list[list[LoRASwitchLinear]]:
+        calls: dict[int, int] = {}
+        groups: dict[Any, list[LoRASwitchLinear]] = {}
+        for layer, _ in self.seen:
+            calls[id(layer)] = calls.get(id(layer), 0) + 1
+        for layer, x in self.seen:
+            if calls[id(layer)] == 1:
+                base = base_of(layer)
+                shared_only = frozenset(adapter for adapter, experts in layer.num_experts.items() if experts == 0)
+                weight = getattr(base, "weight", None)
+                key = (id(x), type(base), getattr(weight, "dtype", None), getattr(weight, "device", None), shared_only)
+                groups.setdefault(key, []).append(layer)
+        return [g[i : i + kernels.MAX_GROUP] for g in groups.values() for i in range(0, len(g), kernels.MAX_GROUP)]
 
 
 # ---------------------------------------------------------------------------------------------------- fuse and unfuse
-
-
-def adapted_layers(model: nn.Module) -> list[LoRASwitchLinear]:
-    return [module for module in model.modules() if isinstance(module, LoRASwitchLinear)]
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -126,6 +140,11 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
         ValueError: an unknown strategy, no LoRA-Switch layers, or layers that "merge" cannot serve.
         RuntimeError: the model is fused already.
     """
+    with changing:
+        return _fuse(model, strategy, in_place)
+
+
+def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
     layers = adapted_layers(model)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(map(repr, STRATEGIES))}.")
@@ -145,37 +164,81 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
     if reason is not None:
         logger.warning(f"LoRA-Switch: fused without kernels, by PyTorch operations: {reason}.")
 
-    # What can fail comes before the first change; casts, which cannot, are taken back.
-    merging = MergedWeights(layers, in_place) if strategy == "merge" else None
-    groups = _watch_groups(model, layers)
+    merging = MergedWeights(model, in_place) if strategy == "merge" else None
+    watch = Watch(model, layers)
+    try:
+        groups = watch.groups()
+        _put_on_all(layers, groups, merging)
+        layers[0].routing_state.fused = True
+    except BaseException:  # a KeyboardInterrupt, too
+        watch.stop()
+        _take_off_all(layers)
+        raise
+    return Fusion(model, "merge" if merging else "fused", reason, [[layer.name for layer in group] for group in groups])
+
+
+def _put_on_all(
+    layers: list[LoRASwitchLinear], groups: list[list[LoRASwitchLinear]], merging: MergedWeights | None
+) -> None:
     facts = {id(layer): facts_of(layer) for layer in layers}
     kinds: dict[int, type[FusedLinear]] = {id(layer): FusedMerged if merging else FusedLeader for layer in layers}
     together = [group for group in groups if not merging and all(facts[id(layer)].plain for layer in group)]
     for group in together:
         kinds |= {id(layer): FusedFollower for layer in group[1:]}
-    try:
-        for layer in layers:
-            put_on(layer, kinds[id(layer)], merging)
-        for first, *others in together:
-            first.fusing.members += others  # type: ignore[union-attr, operator]
-            for other in others:
-                other.fusing.leader = first  # type: ignore[union-attr]
-        for layer in layers:
-            resolve(layer)  # type: ignore[arg-type]
-        layers[0].routing_state.fused = True
-    except BaseException:
-        unfuse(model)
-        raise
-    return Fusion(model, "merge" if merging else "fused", reason, [[layer.name for layer in group] for group in groups])
+    layers[0].routing_state.key = next(_keys)  # frames that other threads have left under an old one are not found
+    for layer in layers:
+        put_on(layer, kinds[id(layer)], merging)
+    for first, *others in together:
+        first.fusing.members += others  # type: ignore[union-attr, operator]
+        for other in others:
+            other.fusing.leader = first  # type: ignore[union-attr]
+    for layer in layers:
+        resolve(layer)  # type: ignore[arg-type]
 
 
 def unfuse(model: nn.Module) -> None:
     """Take `fuse()` back; weights are then what they were, bit for bit. Nothing to do if the model is not fused."""
-    layers = [layer for layer in adapted_layers(model) if isinstance(layer, FusedLinear)]
-    if not layers:
-        return
-    if layers[0].fusing.merging is not None:
-        layers[0].fusing.merging.restore()
-    layers[0].routing_state.fused = False
-    for layer in layers:
+    with changing:
+        layers = adapted_layers(model)
+        try:
+            _take_off_all(layers)
+        except BaseException:  # a KeyboardInterrupt: what it cut short is done again, from the start
+            _take_off_all(layers)
+            raise
+
+
+def _take_off_all(layers: list[LoRASwitchLinear]) -> None:
+    fused = [layer for layer in layers if "fused_slot" in vars(layer) or isinstance(layer, FusedLinear)]
+    for merging in {id(f.merging): f.merging for f in (vars(layer).get("fusing") for layer in fused) if f}.values():
+        if merging is not None:
+            merging.restore()
+    for layer in fused:
+        layer.routing_state.fused = False
         take_off(layer)
+
+
+def fuse_new_layers(model: nn.Module) -> None:
+    """After an adapter has come to linears that had none: if `model` is fused, they are fused as the others are."""
+    with changing:
+        layers = adapted_layers(model)
+        fused = [layer for layer in layers if isinstance(layer, FusedLinear)]
+        new = [layer for layer in layers if not isinstance(layer, FusedLinear)]
+        if not fused or not new:
+            return
+        merging = fused[0].fusing.merging
+        if merging is None:  # they may belong to the groups of others, and run before those
+            unfuse(model)
+            fuse(model, "fused")
+            return
+        for layer in new:
+            put_on(layer, FusedMerged, merging)
+            resolve(layer)  # type: ignore[arg-type]
+
+
+def refresh_fused(model: nn.Module) -> None:
+    """Have a fused model take up what was written to its weights, whether PyTorch has counted it or not (see
+    `LoRASwitchModel.refresh_fused`)."""
+    with changing:
+        for layer in adapted_layers(model):
+            if isinstance(layer, FusedLinear):
+                refresh(layer)

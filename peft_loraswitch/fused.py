@@ -16,8 +16,8 @@ reads a few constants of its layer and one `FusedGroup`, which holds all else; w
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -26,12 +26,15 @@ from torch import Tensor, nn
 
 from . import kernels, ops
 from .base_layers import BaseFacts, base_of, facts_of
-from .direct import DirectGroup, launchable, versions_of
+from .casts import Casts, refresh_cast
+from .counted import count_as_before
+from .direct import DirectGroup, launchable
 from .frame import RoutingFrame, current
 from .layer import LoRASwitchLinear
 from .routing import Routing, routing_of
 
 _slots = itertools.count()
+changing = threading.RLock()  # held while layers are fused, unfused or resolved; no forward waits for it
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -47,25 +50,26 @@ class Fusing:
         casts: by adapter, the experts in the dtype of the base weight, if theirs is another, and of which versions.
     """
 
-    def __init__(self, layer: FusedLinear, merging: Any = None) -> None:
-        self.members, self.leader, self.merging = [layer], layer, merging
+    def __init__(self, layer: LoRASwitchLinear, merging: Any = None) -> None:
+        self.members: list[Any] = [layer]
+        self.leader: Any = layer
+        self.merging = merging
         self.casts: dict[str, Casts] = {}
-        self.handles: list[Any] = [layer.register_load_state_dict_post_hook(_loaded)]
-        if merging is not None:
-            self.handles.append(layer.register_load_state_dict_pre_hook(_to_be_loaded))
+        self.handles: list[Any] = []
 
-
-@dataclass
-class Casts:
-    """lora_a and lora_b of one adapter in another dtype, each in a dictionary like a module's `_parameters`."""
-
-    a: dict[str, Any]
-    b: dict[str, Any]
-    versions: tuple[int, ...]
+    def watch(self, layer: LoRASwitchLinear) -> None:
+        """Hear of it when weights are loaded, and before those that may be merged in place are read or loaded."""
+        self.handles.append(layer.register_load_state_dict_post_hook(_loaded))
+        if self.merging is not None:
+            self.handles.append(layer.register_load_state_dict_pre_hook(_put_back))
+            self.handles.append(layer.register_state_dict_pre_hook(_put_back))
 
 
 class FusedLinear(LoRASwitchLinear):
     """A `LoRASwitchLinear` for as long as its model is fused: the class of the layer is changed, and changed back.
+
+    It goes by that name as well: whoever looks at a model may tell what a layer is by the name of its class. (PEFT finds the
+    adapted linears by "Linear" in it.)
 
     Attributes:
         fusing: see `Fusing`.
@@ -80,6 +84,9 @@ class FusedLinear(LoRASwitchLinear):
     fused_group: FusedGroup | None
     fused_adapter: str | None
     fused_slot: int
+
+    def __init_subclass__(cls) -> None:
+        cls.__name__ = LoRASwitchLinear.__name__  # pickle goes by __qualname__
 
     # ---------------------------------------------------------------------------- what changes a layer resolves it anew
 
@@ -109,6 +116,8 @@ class FusedLinear(LoRASwitchLinear):
         trained = self.training and not mode
         super().train(mode)
         if trained:
+            refresh(self)
+        elif not mode:
             refresh_casts(self, changed=True)
         return self
 
@@ -116,12 +125,21 @@ class FusedLinear(LoRASwitchLinear):
         """What `Experts.replaced` calls."""
         resolve(self)
 
+    def restored(self) -> None:
+        """What `rollback.Snapshot` calls when it has put the layer's attributes and weights back."""
+        refresh(self)
 
-def _to_be_loaded(layer: Any, *_: Any) -> None:
+
+def _put_back(layer: Any, *_: Any) -> None:
     layer.fusing.merging.put_back()
 
 
 def _loaded(layer: Any, incompatible_keys: Any) -> None:
+    refresh(layer)
+
+
+def refresh(layer: FusedLinear) -> None:
+    """Take up what has been written to the layer's weights, whether it was counted or not."""
     refresh_casts(layer, changed=True)
     if layer.fusing.merging is not None:
         layer.fusing.merging.changed()
@@ -164,6 +182,10 @@ class FusedFollower(FusedLeader):
 
 class FusedMerged(FusedLinear):
     """A layer under strategy "merge"."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy or a pickle gets weights without experts
+        self.fusing.merging.put_back()
+        return super().__reduce_ex__(protocol)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
@@ -326,7 +348,7 @@ def _has_hooks(number: int) -> bool:
 
 
 class Live(NamedTuple):
-    """A layer, and the dictionaries that always hold its present state.
+    """A layer, what fusing keeps for it, and the dictionaries that always hold its present state.
 
     Attributes:
         base: its base layer's parameters.
@@ -335,6 +357,7 @@ class Live(NamedTuple):
     """
 
     layer: FusedLinear
+    fusing: Fusing
     base: dict[str, Any]
     a: dict[str, Any]
     b: dict[str, Any]
@@ -348,34 +371,38 @@ class Live(NamedTuple):
 
 
 def _live(layer: FusedLinear, adapter: str) -> Live:
-    base, casts = base_of(layer), refresh_cast(layer, adapter)
+    base, casts = base_of(layer), refresh_cast(layer, layer.fusing, adapter)
     a = casts.a if casts else layer.loraswitch_A[adapter]._parameters
     b = casts.b if casts else layer.loraswitch_B[adapter]._parameters
-    return Live(layer, base._parameters, a, b, layer.scaling, base._forward_hooks, base._forward_pre_hooks)
+    hooks = base._forward_hooks, base._forward_pre_hooks
+    return Live(layer, layer.fusing, base._parameters, a, b, layer.scaling, *hooks)
 
 
 def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: Any = None) -> None:
     """Make `layer` a fused one; `resolve()` has to follow."""
     if type(layer) is not LoRASwitchLinear:
         raise ValueError(f"'{layer.name}' is a {type(layer).__name__}: only a LoRASwitchLinear itself can be fused.")
+    # The class comes last: a forward in another thread finds all that it looks at.
+    layer.__dict__.update(fused_groups={}, fused_group=None, fused_adapter=None, fused_slot=next(_slots))
+    layer.__dict__["fusing"] = Fusing(layer, merging)
+    layer.__dict__["fusing"].watch(layer)
     layer.__class__ = kind
     _rewrap(layer)
-    layer.fusing = Fusing(layer, merging)  # type: ignore[assignment, arg-type]
-    layer.fused_groups, layer.fused_slot = {}, next(_slots)  # type: ignore[assignment]
-    layer.__dict__.update(fused_group=None, fused_adapter=None)
 
 
-def take_off(layer: FusedLinear) -> None:
-    """What it was before `put_on()`."""
-    if "fusing" in layer.__dict__:
-        for handle in layer.fusing.handles:
+def take_off(layer: LoRASwitchLinear) -> None:
+    """What it was before `put_on()`, or before the part of it that was done. May be repeated."""
+    layer.__class__ = LoRASwitchLinear
+    _rewrap(layer)
+    fusing = layer.__dict__.get("fusing")
+    if fusing is not None:
+        for handle in fusing.handles:
             handle.remove()
     for experts in (*layer.loraswitch_A.values(), *layer.loraswitch_B.values()):
         experts.__dict__.pop("replaced", None)
+        count_as_before(experts)
     for name in ("fusing", "fused_groups", "fused_group", "fused_adapter", "fused_slot"):
         layer.__dict__.pop(name, None)
-    layer.__class__ = LoRASwitchLinear  # type: ignore[assignment]
-    _rewrap(layer)
 
 
 def _rewrap(layer: LoRASwitchLinear) -> None:
@@ -386,10 +413,14 @@ def _rewrap(layer: LoRASwitchLinear) -> None:
 
 def resolve(layer: FusedLinear) -> None:
     """Make the groups of the layer that computes for `layer` anew: something of `layer` has changed."""
-    leader = layer.fusing.leader
-    _resolve(leader, leader.fusing.members)
-    for member in leader.fusing.members[1:]:
-        _resolve(member, [member])  # for when it receives another tensor than its leader did
+    with changing:
+        fusing = layer.__dict__.get("fusing")
+        if fusing is None:  # unfused by another thread
+            return
+        leader = fusing.leader
+        _resolve(leader, leader.fusing.members)
+        for member in leader.fusing.members[1:]:
+            _resolve(member, [member])  # for when it receives another tensor than its leader did
 
 
 def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
@@ -440,40 +471,9 @@ def within_limits(layer: LoRASwitchLinear, adapter: str, active: int) -> bool:
 
 def refresh_casts(layer: FusedLinear, changed: bool = False) -> None:
     for adapter in layer.loraswitch_A:
-        refresh_cast(layer, adapter, changed)
+        refresh_cast(layer, layer.fusing, adapter, changed)
     if not all(group.is_current() for group in layer.fused_groups.values()):
         resolve(layer)
-
-
-@torch.no_grad()
-def refresh_cast(layer: FusedLinear, adapter: str, changed: bool = False) -> Casts | None:
-    """The experts of `adapter` in the dtype of the base weight, brought up to date in place, where compiled code reads them;
-    None if they have that dtype themselves.
-
-    Args:
-        changed: cast in any case. Otherwise only if PyTorch has counted a change, which writing to `tensor.data` gets around.
-    """
-    a, b = layer.loraswitch_A[adapter].weight, layer.loraswitch_B[adapter].weight
-    dtype = base_of(layer).weight.dtype if facts_of(layer).plain else a.dtype
-    if a.dtype == dtype:
-        layer.fusing.casts.pop(adapter, None)
-        return None
-    casts = layer.fusing.casts.get(adapter)
-    versions = versions_of(layer, adapter)
-    old = None if casts is None else casts.a["weight"]
-    if casts is not None and old is not None and (old.dtype, old.device, old.shape) == (dtype, a.device, a.shape):
-        if changed or versions != casts.versions:
-            casts.a["weight"].copy_(a)
-            casts.b["weight"].copy_(b)
-            casts.versions = versions
-        return casts
-    if casts is None:
-        casts = layer.fusing.casts[adapter] = Casts({}, {}, versions)
-    for cast, weight in ((casts.a, a), (casts.b, b)):  # into the dictionaries that groups know
-        cast["weight"] = weight.detach().to(dtype)
-        torch._dynamo.mark_static_address(cast["weight"], guard=False)  # CUDA graphs read it in place, like a parameter
-    casts.versions = versions
-    return casts
 
 
 # -------------------------------------------------------------------------------------------------------- computation
@@ -517,11 +517,11 @@ def _checked(layer: FusedLinear, group: FusedGroup) -> FusedGroup:
     """`group`, up to date with what no method of the layer is told of: hooks that have come, weights put straight into a
     dictionary, casts that are old."""
     for member in group.live:
-        if member.layer.fusing.casts:
-            refresh_cast(member.layer, group.adapter)
+        if member.fusing.casts:
+            refresh_cast(member.layer, member.fusing, group.adapter)
     if not group.is_current():
         resolve(layer)
-        group = layer.fused_groups[group.adapter]
+        group = layer.__dict__.get("fused_groups", {}).get(group.adapter, group)
     return group
 
 

@@ -28,11 +28,12 @@ from torch import nn
 
 from .balance import PendingBatches, RoutingRecord
 from .config import LoRASwitchConfig
+from .counted import OrdinaryParameters
 from .frame import NO_ADAPTER, RoutingFrame, RoutingState
 from .routing import Router, Routing, RoutingOptions
 
 
-class Experts(nn.Module):
+class Experts(OrdinaryParameters):
     """The weights of all experts of one linear, stacked.
 
     Attributes:
@@ -234,6 +235,11 @@ CANNOT_MERGE = (
 
 class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
     """A linear (`nn.Linear`, GPT-2's `Conv1D` or a quantised one that PEFT resolves) with routed LoRA experts."""
+
+    # Of a fused layer (fused.py). Here for a forward that another thread unfuses while it runs.
+    fused_group: Any = None
+    fused_adapter: str | None = None
+    fused_slot: int = -1
 
     def __init__(
         self,

@@ -13,17 +13,16 @@ backbone. Weights merged in place are the exception: they hold experts, so new o
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import kernels, ops
-from .base_layers import base_of, facts_of, hooked
-from .direct import versions_of
+from .base_layers import adapted_layers, base_of, facts_of, hooked
+from .counted import count_writes, ordinary, versions_of
 from .fused import within_limits
 from .routing import Routing
 
@@ -44,22 +43,21 @@ class MergedWeights:
             adapter beyond the sizes that the ops take).
     """
 
-    def __init__(self, layers: list[LoRASwitchLinear], in_place: bool) -> None:
-        self.layers, self.in_place = layers, in_place
+    def __init__(self, model: nn.Module, in_place: bool) -> None:
+        self.model, self.in_place = model, in_place
         self.warned: set[str] = set()
         self._take_up()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MergedWeights:
-        """With a model: parameters are copied for themselves, so the copy's are not in the memory that its merges would write."""
-        twin = memo[id(self)] = object.__new__(MergedWeights)
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        twin.copied = True
-        return twin
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy or a pickle, with its model: parameters come on their own, so these weights are not the model's any more."""
+        self.__dict__.update(state, copied=True)
 
+    @torch.inference_mode(False)  # what is made here serves forwards of every mode
+    @torch.no_grad()
     def _take_up(self) -> None:
         """The layers as they are now; nothing is merged."""
         # What can fail comes before the first change.
-        layers, in_place = self.layers, self.in_place
+        layers, in_place = adapted_layers(self.model), self.in_place
         adapter = self._one_adapter(layers)
         # Linears before the one that routes are left out: they run before there is a decision, and theirs never changes.
         served = [layer for layer in layers if layer.num_experts.get(adapter)]
@@ -84,15 +82,18 @@ class MergedWeights:
         experts: list[Any] = [
             (layer.loraswitch_A[self.adapter], layer.loraswitch_B[self.adapter]) for layer in self.served
         ]
+        for a, b in experts:
+            count_writes(a)
+            count_writes(b)
         self.lora_a = [a.weight.detach().to(dtype) for a, _ in experts]
         self.lora_b = [b.weight.detach().to(dtype) for _, b in experts]
-        sources = [base.weight.detach() for base in self.bases]
+        sources = [ordinary(base.weight.detach()) for base in self.bases]
         self.host_copies = [source.to("cpu", copy=True) for source in sources] if in_place else []
         self.sources = sources
         self.weights = sources if in_place else [torch.empty_like(source) for source in sources]
         for tensor in (*self.weights, *self.lora_a, *self.lora_b):
             torch._dynamo.mark_static_address(tensor, guard=False)
-        self.index = {id(layer): i for i, layer in enumerate(self.served)}
+        self.index = {layer.name: i for i, layer in enumerate(self.served)}
         # What is merged in place now; PRISTINE: nothing was. Buffers with fixed addresses, so that a CUDA graph can keep them.
         self.experts = torch.full((active,), PRISTINE, dtype=torch.int64, device=device)
         self.gates = torch.zeros(active, dtype=torch.float32, device=device)
@@ -118,22 +119,22 @@ class MergedWeights:
             base = base_of(layer)
             seen += (id(base), base.weight.data_ptr(), base.weight.dtype, hooked(base))
             if self.adapter in layer.loraswitch_A:
-                seen += (*versions_of(layer, self.adapter), layer.scaling[self.adapter])
+                a, b = layer.loraswitch_A[self.adapter].weight, layer.loraswitch_B[self.adapter].weight
+                seen += (*versions_of(a, b), layer.scaling[self.adapter])
         return seen
 
-    def _follow(self) -> bool:
-        """Take up what has changed; False if what there is now cannot be merged.
+    def _follow(self, adapter: str) -> bool:
+        """Take up what has changed, be it the adapter; False if what there is now cannot be merged.
 
         Raises:
             RuntimeError: weights that are merged in place have been replaced.
         """
-        if self._seen() == self.seen:
+        if adapter == self.adapter and self._seen() == self.seen:
             return True
         self.put_back()
         ops.drop_merge_tables(self.weights)
         try:
-            with torch.inference_mode(False), torch.no_grad():  # buffers for forwards of all kinds
-                self._take_up()
+            self._take_up()
         except ValueError as error:
             self._warn(
                 f"something has changed since strategy='merge' was chosen, so that nothing is merged now: {error}"
@@ -151,7 +152,7 @@ class MergedWeights:
             return
         for layer, base, source in zip(self.served, self.bases, self.sources, strict=True):
             now = base_of(layer)
-            if not self.copied and (now is not base or now.weight.data_ptr() != source.data_ptr()):
+            if now is not base or now.weight.data_ptr() != source.data_ptr():
                 raise RuntimeError(
                     f"The weight of '{layer.name}' was replaced while experts were merged into it in place: whether the new one "
                     "holds them cannot be known. Call unfuse() before the backbone's weights are changed."
@@ -161,48 +162,58 @@ class MergedWeights:
     @property
     def touched(self) -> bool:
         """Whether the backbone's own weights are not, bit for bit, what they were."""
-        return self.in_place and bool((self.experts != PRISTINE).any())
+        return self.in_place and not self.copied and bool((self.experts != PRISTINE).any())
 
     @torch.no_grad()
     def _write_back(self) -> None:
-        targets = [base.weight.data for base in self.bases] if self.copied else self.sources
-        for target, pristine in zip(targets, self.host_copies, strict=True):
-            target.copy_(pristine)
+        for source, pristine in zip(self.sources, self.host_copies, strict=True):
+            source.copy_(pristine)
         self.experts.fill_(PRISTINE)
 
     def forward(
         self, layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, frame: RoutingFrame
     ) -> Tensor | None:
         """The layer's output from merged weights, or None if this layer or forward takes the unmerged path."""
-        if id(layer) not in self.index:
+        if not layer.num_experts.get(adapter):  # it runs before there is a decision
             return None
-        single = adapter == self.adapter and routing.experts.shape[:-1].numel() == 1 and x.shape[:-1].numel() == 1
         if getattr(frame, "merged", None) is None:
-            if not single:
-                self.leave_out(frame)
-                self._warn(
-                    "merged weights serve one token at a time; forwards of more tokens (a prompt, a batch, beams) take the "
-                    "unmerged path."
-                )
-            elif torch.compiler.is_compiling() or self._follow():
-                self._merge(routing.experts.flatten(), routing.gates.flatten())
-            else:
-                single = False
-            frame.merged = single  # type: ignore[attr-defined]
+            frame.merged = self._merge_for(adapter, x, routing, frame)  # type: ignore[attr-defined]
+        if frame.merged and adapter != self.adapter:  # type: ignore[attr-defined]  # layers that do not agree
+            frame.merged = None  # type: ignore[attr-defined]
+            self.leave_out(frame)
         if not frame.merged:  # type: ignore[attr-defined]
             return None
-        i = self.index[id(layer)]
+        i = self.index[layer.name]
         weight = self.weights[i]
         return F.linear(x, weight.T if self.transposed[i] else weight, self.bases[i].bias)
+
+    def _merge_for(self, adapter: str, x: Tensor, routing: Routing, frame: RoutingFrame) -> bool:
+        """Merge what this forward follows; False if it takes the unmerged path."""
+        compiling = torch.compiler.is_compiling()
+        single = routing.experts.shape[:-1].numel() == 1 and x.shape[:-1].numel() == 1
+        if not (compiling or self._follow(adapter)):
+            return False
+        if single and adapter == self.adapter:
+            self._merge(routing.experts.flatten(), routing.gates.flatten())
+            return True
+        self.leave_out(frame)
+        if not single:
+            self._warn(
+                "merged weights serve one token at a time; forwards of more tokens (a prompt, a batch, beams) take the "
+                "unmerged path."
+            )
+        return False
 
     def leave_out(self, frame: RoutingFrame | None) -> None:
         """Before a layer of this forward runs unmerged: weights that are merged in place go without experts."""
         if not self.in_place or getattr(frame, "merged", None) is False:
             return
-        if torch.compiler.is_compiling() or self._seen() == self.seen:
+        compiling = torch.compiler.is_compiling()
+        trains = frame is not None and frame.training
+        if compiling or (self._seen() == self.seen and not trains):
             self._merge(self.nothing, torch.zeros_like(self.gates))
-        else:
-            self.put_back()  # those that were merged are not there any more to be taken out
+        else:  # those that were merged are not there any more to be taken out, or are going to be trained
+            self.put_back()
         if frame is not None:
             frame.merged = False  # type: ignore[attr-defined]
 

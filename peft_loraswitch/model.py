@@ -86,6 +86,8 @@ class LoRASwitchModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        from .fuse import fuse_new_layers
+
         # PEFT has entered the configuration already: taken out, so that what a failure goes back to is the state without it
         config: Any = self.peft_config.pop(adapter_name)
         with injecting(self, config):
@@ -96,7 +98,8 @@ class LoRASwitchModel(BaseTuner):
             self._injected = config
             try:
                 self.peft_config[adapter_name] = seen_by_peft = _for_peft(config)
-                with train_in_full(self, model, config, adapter_name):
+                # inference mode off: what a server loads within it can still be trained, moved and changed outside
+                with torch.inference_mode(False), train_in_full(self, model, config, adapter_name):
                     super().inject_adapter(model, adapter_name, *args, **kwargs)
             finally:
                 self._injected = None
@@ -106,6 +109,11 @@ class LoRASwitchModel(BaseTuner):
             state = routing_state(model)
             assert state is not None
             state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
+            fuse_new_layers(model)
+
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        with torch.inference_mode(False):  # as above
+            super()._cast_adapter_dtype(*args, **kwargs)
 
     def _check_target_module_exists(self, config: LoRASwitchConfig, key: str) -> Any:  # type: ignore[override]
         return selects(self._injected or config, key)
@@ -198,6 +206,12 @@ class LoRASwitchModel(BaseTuner):
 
         unfuse(self.model)
 
+    def refresh_fused(self) -> None:
+        """Have a fused model take up what was written to its weights: see `peft_loraswitch.fuse.refresh_fused`."""
+        from .fuse import refresh_fused
+
+        refresh_fused(self.model)
+
     # -------------------------------------------------------------------------------- merging, unloading
 
     def _check_merge_allowed(self) -> None:
@@ -208,6 +222,7 @@ class LoRASwitchModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Take every adapter off and return the backbone."""
+        self.unfuse()
         state = routing_state(self.model)
         if state is not None:
             state.disconnect()

@@ -33,9 +33,9 @@ class Snapshot:
                 if state is not None:
                     seen[id(state)] = state
         modules = [item for item in seen.values() if isinstance(item, nn.Module)]
-        self._attributes = [(item, dict(vars(item))) for item in seen.values()]
+        self._attributes = [(item, type(item), dict(vars(item))) for item in seen.values()]
         containers = [
-            v for _, attributes in self._attributes for v in attributes.values() if isinstance(v, (dict, list, set))
+            v for _, _, attributes in self._attributes for v in attributes.values() if isinstance(v, (dict, list, set))
         ]
         self._containers = [(value, _contents(value)) for value in containers]
         parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}
@@ -44,9 +44,11 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back. Objects and containers keep their identity: handles of hooks, for one, stay valid."""
-        for item, attributes in self._attributes:
+        for item, kind, attributes in self._attributes:
             vars(item).clear()
             vars(item).update(attributes)
+            if type(item) is not kind:  # fused again, with the new adapter's linears
+                item.__class__ = kind
         for container, contents in self._containers:
             _refill(container, contents)
         for parameter, requires_grad in self._trainable:
@@ -55,6 +57,9 @@ class Snapshot:
         with torch.no_grad():
             for tensor, value in self._values:
                 tensor.copy_(value)
+        for item, kind, _ in self._attributes:
+            if hasattr(kind, "restored"):
+                item.restored()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .counted import OrdinaryParameters
 from .joining import JoinPoint
 
 
@@ -35,7 +36,7 @@ class RoutingOptions:
     z_loss_coef: float = 0.0
 
 
-class Router(nn.Module):
+class Router(OrdinaryParameters):
     """Linear router without bias. `weight` is [num_experts, in_features]; logits are computed in float32, whatever the
     dtype of the weight, of the input or of autocast (a bf16 softmax changes which experts win)."""
 
