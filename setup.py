@@ -188,7 +188,10 @@ def compile_into(target: Path, nvcc: Path, nvcc_version: str) -> None:
         command += [os.path.join("csrc", name) for name in SOURCES] + ["-o", str(linked)]
         print(" ".join(command), flush=True)
         try:
-            result = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace")
+            environment = {**os.environ, "TMPDIR": str(folder)}  # so that nvcc's files go with it, too
+            result = subprocess.run(
+                command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
+            )
         except OSError as error:
             raise NoKernels(f"{nvcc} does not run ({error})") from error
         if result.returncode or not linked.is_file():

@@ -1,4 +1,4 @@
-"""Building the kernels with compilers that are missing, old, broken, killed, or two at a time: never half a library or an old one.
+"""Building the kernels with compilers that are missing, old, broken, killed, or two at once: never half a library or an old one.
 
 The compiler is a script that writes what a test can recognise; tests/test_packaging.py builds with the real one.
 """

@@ -34,7 +34,8 @@ STEPS = int(os.environ.get("LORASWITCH_WALK_STEPS", "120"))
 SEEDS = range(int(os.environ.get("LORASWITCH_WALK_SEEDS", "3")))
 NAMES = ("default", "b", "c")
 TARGETS: list[Any] = [
-    "all-linear", ["q_proj", "v_proj"], ["k_proj", "o_proj"], ["q_proj", "k_proj", "v_proj", "up_proj"], ["gate_proj", "down_proj"],
+    "all-linear", ["q_proj", "v_proj"], ["k_proj", "o_proj"], ["q_proj", "k_proj", "v_proj", "up_proj"],
+    ["gate_proj", "down_proj"],
 ]  # fmt: skip
 
 
@@ -411,7 +412,7 @@ def to_dtype(walker: Walker, rng: random.Random) -> Any:
     with torch.no_grad():
         logits = walker.model(input_ids=tokens(1, 2)).logits
     walker.model.to(torch.float32)
-    for name in walker.loaded():
+    for _ in walker.loaded():
         if walker.double:
             for parameter in walker.experts():
                 parameter.data = parameter.data.double()
