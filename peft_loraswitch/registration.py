@@ -40,8 +40,10 @@ def register(config_cls: type, model_cls: type) -> None:
 
     from .loading import watch_loads
     from .patterns import limit_peft
+    from .saving import watch_saves
 
     watch_loads()
+    watch_saves()
     limit_peft()
 
     peft_type = extend_peft_type()
