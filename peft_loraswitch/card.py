@@ -176,8 +176,8 @@ def _adapters_in(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Sub-folder ("" for the folder itself) and configuration of each LoRA-Switch adapter of a repository folder."""
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     for folder in [root, *folders]:
-        if folder != root and ((folder / "README.md").exists() or folder.name.startswith("checkpoint-")):
-            continue  # a repository of its own
+        if folder != root and ((folder / "README.md").exists() or folder.name.startswith(("checkpoint-", "."))):
+            continue  # a repository of its own, or what a save that was killed has left
         path = folder / "adapter_config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would block
@@ -399,7 +399,7 @@ def _num_labels(config: dict, shapes: dict[str, list[int]]) -> int | None:
 
 
 def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return value if isinstance(value, str) and 0 < len(value) <= 4096 else None
 
 
 def _snippets(root: Path, adapters: dict[str, dict], repo_id: str | None, revision: str | None) -> Iterator[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,11 +12,11 @@ import peft
 from packaging.version import Version
 from peft import LoraConfig
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
 
 from .patterns import BLOCK, ENDING, check_target_pattern, compile_pattern, shown
 from .registration import extend_peft_type
 from .routing import RoutingOptions
+from .saving import BROKEN_OFF, UNFINISHED, save_config
 
 BIAS_CHOICES = ("none", "all", "loraswitch_only")
 SAVES_BIASES = Version(peft.__version__) >= Version("0.21.0.dev0")  # of methods other than its own
@@ -157,6 +157,8 @@ class LoRASwitchConfig(PeftConfig):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoRASwitchConfig:
         # PEFT drops config fields it does not know with a warning. A field of ours that is dropped changes the maths.
+        if UNFINISHED in kwargs:
+            raise ValueError(BROKEN_OFF)
         unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
         foreign = [name for name in unknown if name in {f.name for f in fields(LoraConfig)}]
         if foreign:
@@ -338,10 +340,8 @@ class LoRASwitchConfig(PeftConfig):
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory={save_directory!r} is a file, not a folder.")
         os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".adapter_config-") as folder:
-            super().save_pretrained(folder, **kwargs)
-            os.replace(os.path.join(folder, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
-        update_model_card(save_directory, self)
+        write = functools.partial(super().save_pretrained, **kwargs)
+        save_config(os.fspath(save_directory), write, functools.partial(update_model_card, save_directory, self))
 
 
 def _require_int(name: str, value: Any, upper: int, lower: int = 1) -> None:

@@ -39,10 +39,14 @@ def register(config_cls: type, model_cls: type) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     from .loading import watch_loads
+    from .optimizers import take_over_helpers
     from .patterns import limit_peft
+    from .saving import watch_saves
 
     watch_loads()
+    watch_saves()
     limit_peft()
+    take_over_helpers()
 
     peft_type = extend_peft_type()
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:

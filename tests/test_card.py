@@ -397,6 +397,8 @@ def test_no_string_of_a_configuration_becomes_markdown(field, where, tmp_path):
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     structures = set()
     for text in ["harm less", *EVIL]:
+        if field == "revision" and len(text) > 4096:  # as none: the same base model as that of the main folder
+            continue
         path = folder / "adapter_config.json"
         path.write_text(json.dumps({**settings, "auto_mapping": None, field: STRINGS[field](text)}))
         refresh_model_card(tmp_path)
