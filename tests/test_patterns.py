@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers import adapted, switch_config, switch_layers, tiny_llama
 from peft_loraswitch import LoRASwitchConfig, patterns
-from peft_loraswitch.loading import check_weights_file
+from peft_loraswitch.layout import check_experts
+from peft_loraswitch.weights_file import read_header
 from peft_loraswitch.patterns import TimeLimit, matching_key, selects, value_for
 from unchanged import unchanged
 
@@ -73,7 +74,7 @@ def test_names_in_the_weights_file_are_matched_within_the_limit(tmp_path):
     save_file(weights, tmp_path / "adapter_model.safetensors")
     config = LoRASwitchConfig(r=3, num_experts=4, rank_pattern={"(z|zz)+!": 3})
     with pytest.raises(ValueError, match=r"rank_pattern.*too long"):
-        check_weights_file(str(tmp_path / "adapter_model.safetensors"), config)
+        check_experts(tmp_path, read_header(str(tmp_path / "adapter_model.safetensors")), config)
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", r"(\w+\.?)+!", "(.*)*(.*)*z", "(?:(?:(?:a{1,1000}){1,1000}){1,1000})!"])

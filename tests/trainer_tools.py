@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -14,7 +13,9 @@ from helpers import VOCAB, switch_layers, tokens
 LENGTHS = [9, 4, 7, 5, 8, 6, 3, 9]  # of the samples: padding in every batch
 
 
-def samples(lengths: list[int] = LENGTHS, seed: int = 0) -> Dataset:
+def samples(lengths: list[int] = LENGTHS, seed: int = 0) -> Any:
+    from datasets import Dataset  # not on every GPU machine, where other helpers here are used too
+
     rows = tokens(len(lengths), max(lengths), seed=seed).tolist()
     return Dataset.from_list([{"input_ids": row[:n]} for row, n in zip(rows, lengths, strict=True)])
 

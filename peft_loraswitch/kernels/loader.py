@@ -93,7 +93,7 @@ def build_info() -> str:
 
 
 def error_string(code: int) -> str:
-    return library().lserror_string(code).decode()
+    return library().ls_error_string(code).decode()
 
 
 def check(code: int, what: str) -> None:
