@@ -79,7 +79,7 @@ def count_as_before(module: nn.Module) -> None:
     """Take `count_writes()` back."""
     for parameter in module._parameters.values():
         if type(parameter) is CountedParameter:
-            parameter.__class__ = nn.Parameter
+            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 @functools.cache
