@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from peft import TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -149,6 +150,8 @@ def _check_common_fields(path: str, fields: Mapping[str, Any]) -> None:
         value = fields.get(name)
         if not (value is None or isinstance(value, str)) or (value and "\0" in value):
             raise ValueError(f"{path}: {name}={value!r} must be a text or null.")
+    if fields.get("task_type") not in (None, *TaskType):
+        raise ValueError(f"{path}: task_type={fields['task_type']!r} is not one of {', '.join(TaskType)}, or null.")
     if not isinstance(fields.get("inference_mode", False), bool):
         raise ValueError(f"{path}: inference_mode={fields['inference_mode']!r} must be true or false.")
     mapping = fields.get("auto_mapping")

@@ -61,12 +61,16 @@ def save_adapter(folder: Path) -> Path:
     return folder / "adapter"
 
 
+class OutOfBoundsError(AssertionError):
+    """Not one that a load could end in by itself."""
+
+
 @contextmanager
 def bounded(seconds: int, megabytes: int) -> Iterator[None]:
     """What happens within takes no longer and no more memory (beyond the peak so far). Main thread only."""
 
     def stop(*args: Any) -> None:
-        raise TimeoutError(f"longer than {seconds} s")
+        raise OutOfBoundsError(f"longer than {seconds} s")
 
     before, peak = signal.signal(signal.SIGALRM, stop), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.alarm(seconds)
@@ -77,7 +81,7 @@ def bounded(seconds: int, megabytes: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) // 1024
     if grown > megabytes:
-        raise MemoryError(f"{grown} MB")
+        raise OutOfBoundsError(f"{grown} MB more")
 
 
 def rewrite(change):

@@ -37,16 +37,21 @@ def fingerprint(model: nn.Module, inputs: Any = None) -> dict[str, Any]:
     }
 
 
+def check_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """Assert that `model` is what `fingerprint` saw."""
+    now, old = fingerprint(model), dict(before)
+    values, old_values = now.pop("values"), old.pop("values")
+    assert values.keys() == old_values.keys()
+    assert all(torch.equal(values[name], old_values[name]) for name in values)
+    assert torch.equal(now.pop("output"), old.pop("output"))
+    for key, value in old.items():
+        assert now[key] == value, key
+
+
 @contextmanager
 def unchanged(*models: nn.Module) -> Iterator[None]:
     """Assert that what happens within leaves every model as it was."""
     before = [fingerprint(model) for model in models]
     yield
     for model, old in zip(models, before, strict=True):
-        new = fingerprint(model)
-        values, old_values = new.pop("values"), old.pop("values")
-        assert values.keys() == old_values.keys()
-        assert all(torch.equal(values[name], old_values[name]) for name in values)
-        assert torch.equal(new.pop("output"), old.pop("output"))
-        for key, value in old.items():
-            assert new[key] == value, key
+        check_unchanged(model, old)
