@@ -15,8 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from loaders import CONFIG, WEIGHTS
 
-BACKTRACKING_PATTERNS = False  # regular expressions that take for ever to match; true once they are bounded
-PATTERNS = ["(a+)+$", "(.*)*x", "(q|q_|q_p)*proj$", "([a-z_.0-9]+)*!"]
+PATTERNS = [  # which take Python for ever to match
+    "(a+)+$",
+    "(.*)*x",
+    "(q|q_|q_p)*proj$",
+    "([a-z_.0-9]+)*!",
+]
 PREFIX = "base_model.model."
 
 SCALARS: list[Any] = [
@@ -56,7 +60,7 @@ def change_field(rng: random.Random, folder: Path) -> str:
     def change(fields: dict[str, Any]) -> str:
         name = rng.choice(FIELDS)
         value = rng.choice(TASKS) if name == "task_type" and rng.random() < 0.5 else rng.choice(SCALARS + LISTS)
-        if BACKTRACKING_PATTERNS and name.endswith(("modules", "pattern")) and rng.random() < 0.5:
+        if name.endswith(("modules", "pattern")) and rng.random() < 0.5:
             pattern = rng.choice(PATTERNS)
             value = {pattern: 3} if name in ("rank_pattern", "alpha_pattern") else pattern
         fields[name] = value

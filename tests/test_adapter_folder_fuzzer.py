@@ -83,7 +83,8 @@ def what_the_file_says(folder: Path) -> Callable[[], torch.Tensor]:
     whatever name, from what is left."""
     fields = {k: v for k, v in json.loads((folder / CONFIG).read_text()).items() if k != "inference_mode"}
     model = get_peft_model(backbone(), LoRASwitchConfig(**{**fields, "task_type": None})).eval()
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+    # Transformers takes the prefix off as often as it is there.
+    tensors = {key.replace(PREFIX, ""): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
     state = model.get_base_model().state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in state.items():
