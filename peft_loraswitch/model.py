@@ -25,6 +25,14 @@ from .loading import LIST_AT_MOST, check_adapter_state_dict, check_file_being_lo
 from .mixed import check_batch_size, mixed_batch
 from .patterns import TimeLimit, matching_key, selects, shown
 from .streams import check_streams
+from .switching import (
+    NoConfigs,
+    check_can_be_active,
+    inherit_switched_off,
+    layers_of,
+    remove_adapter,
+    tell_wrappers,
+)
 from .targets import is_supported_linear, left_out, refused
 from .trained_in_full import check_trained_in_full, train_in_full
 
@@ -95,6 +103,8 @@ class LoRASwitchModel(BaseTuner):
             state = routing_state(model)
             assert state is not None
             state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
+            tell_wrappers(model, self.active_adapters, config.inference_mode)
+            inherit_switched_off(model)
 
     def _check_target_module_exists(self, config: LoRASwitchConfig, key: str) -> Any:  # type: ignore[override]
         return selects(self._injected or config, key)
@@ -142,6 +152,28 @@ class LoRASwitchModel(BaseTuner):
         if state is not None and state.adapter_names is not None:
             check_batch_size(state.adapter_names, args, kwargs)
         return self.model(*args, **kwargs)
+
+    # -------------------------------------------------------------------------------------- active adapters
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        check_can_be_active(self.model, adapter_name)
+        if adapter_name:
+            super().set_adapter(adapter_name, *args, **kwargs)
+        else:  # PEFT's call after an injection, if every adapter that was there has been deleted
+            self.active_adapter = []
+            for layer in layers_of(self.model):
+                layer.set_adapter([])
+            tell_wrappers(self.model, [])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter: see `peft_loraswitch.switching.remove_adapter` for which is active then."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist.")
+        self.active_adapter = remove_adapter(self.model, adapter_name)
+        config = self.peft_config.pop(adapter_name)
+        if not self.peft_config:
+            self.peft_config = NoConfigs(config)
+            self.model.peft_config = self.peft_config  # type: ignore[assignment]
 
     # ---------------------------------------------------------------------------------------- statistics
 

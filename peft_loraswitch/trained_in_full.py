@@ -7,19 +7,43 @@ PEFT is shown a model without the modules inside of adapted linears.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, _get_input_embeddings_name, set_additional_trainable_modules
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    TrainableTokensWrapper,
+    _get_input_embeddings_name,
+    set_additional_trainable_modules,
+)
 from torch import nn
 
 from .layer import LoRASwitchLayer
 
 if TYPE_CHECKING:
     from .config import LoRASwitchConfig
+
+
+def pass_over_other_adapters() -> None:
+    """Make PEFT's wrapper of trainable tokens pass over adapters that have none there, as that of `modules_to_save` does: else
+    none of them can be saved, or loaded, beside one that has. Idempotent."""
+    for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
+        original = vars(TrainableTokensWrapper)[name]
+        if not getattr(original, "passes_over", False):
+            setattr(TrainableTokensWrapper, name, _passing_over(original))
+
+
+def _passing_over(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(original)
+    def method(self: TrainableTokensWrapper, adapter_name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return original(self, adapter_name, *args, **kwargs) if adapter_name in self._adapters else {}
+
+    method.passes_over = True  # type: ignore[attr-defined]
+    return method
 
 
 class BackboneView:
@@ -44,10 +68,10 @@ class BackboneView:
 def train_in_full(tuner: BaseTuner, model: nn.Module, config: LoRASwitchConfig, adapter_name: str) -> Iterator[None]:
     """Around PEFT's injection of an adapter, which is not told of these modules: afterwards they are wrapped for it.
 
-    Modules that other adapters train stay trainable, or not, as they were.
+    What other adapters train stays trainable, or not, as it was (PEFT 0.20 does not see to it).
     """
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    flags = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]
+    theirs = [m for m in model.modules() if isinstance(m, (LoRASwitchLayer, AuxiliaryTrainingWrapper))]
+    flags = [(p, p.requires_grad) for module in theirs for p in module.parameters()]
     yield
     set_additional_trainable_modules(
         model=BackboneView(model),
