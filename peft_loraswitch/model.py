@@ -34,7 +34,7 @@ from .switching import (
     tell_wrappers,
 )
 from .targets import is_supported_linear, left_out, refused
-from .trained_in_full import check_trained_in_full, train_in_full
+from .trained_in_full import check_trained_in_full, train_in_full, within_trained_in_full
 
 
 @dataclass
@@ -275,8 +275,14 @@ def plan_injection(
         names = [name for name in names if name in keys]
     else:
         names = [name for name in names if selects(config, name, limit)]
+    taken = within_trained_in_full(model, names)
+    if taken and not every_linear:
+        raise ValueError(
+            f"target_modules: {_some_reasons(taken)}: experts there would be lost when the adapter is saved. Leave it out, or "
+            "add it to exclude_modules."
+        )
     if every_linear:
-        outside = left_out(model, names)
+        outside = {**left_out(model, [name for name in names if name not in taken]), **taken}
         names = [name for name in names if name not in outside]
         assert isinstance(config.target_modules, set)
         config.target_modules -= set(outside)
