@@ -27,8 +27,16 @@ from .loading import check_experts_being_loaded, check_file_being_loaded, inject
 from .mixed import check_batch_size, mixed_batch
 from .patterns import TimeLimit, matching_key, selects, shown
 from .streams import check_streams
+from .switching import (
+    NoConfigs,
+    check_can_be_active,
+    inherit_switched_off,
+    layers_of,
+    remove_adapter,
+    tell_wrappers,
+)
 from .targets import is_supported_linear, left_out, refused
-from .trained_in_full import check_trained_in_full, train_in_full
+from .trained_in_full import check_trained_in_full, train_in_full, within_trained_in_full
 
 
 @dataclass
@@ -110,6 +118,8 @@ class LoRASwitchModel(BaseTuner):
             assert state is not None
             state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
             fuse_new_layers(model)
+            tell_wrappers(model, self.active_adapters, config.inference_mode)
+            inherit_switched_off(model)
 
     def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
         with torch.inference_mode(False):  # as above
@@ -166,6 +176,28 @@ class LoRASwitchModel(BaseTuner):
         if state is not None and state.adapter_names is not None:
             check_batch_size(state.adapter_names, args, kwargs)
         return self.model(*args, **kwargs)
+
+    # -------------------------------------------------------------------------------------- active adapters
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        check_can_be_active(self.model, adapter_name)
+        if adapter_name:
+            super().set_adapter(adapter_name, *args, **kwargs)
+        else:  # PEFT's call after an injection, if every adapter that was there has been deleted
+            self.active_adapter = []
+            for layer in layers_of(self.model):
+                layer.set_adapter([])
+            tell_wrappers(self.model, [])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter: see `peft_loraswitch.switching.remove_adapter` for which is active then."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist.")
+        self.active_adapter = remove_adapter(self.model, adapter_name)
+        config = self.peft_config.pop(adapter_name)
+        if not self.peft_config:
+            self.peft_config = NoConfigs(config)
+            self.model.peft_config = self.peft_config  # type: ignore[assignment]
 
     # ---------------------------------------------------------------------------------------- statistics
 
@@ -273,8 +305,14 @@ def plan_injection(
         names = [name for name in names if name in keys]
     else:
         names = [name for name in names if selects(config, name, limit)]
+    taken = within_trained_in_full(model, names)
+    if taken and not every_linear:
+        raise ValueError(
+            f"target_modules: {_some_reasons(taken)}: experts there would be lost when the adapter is saved. Leave it out, or "
+            "add it to exclude_modules."
+        )
     if every_linear:
-        outside = left_out(model, names)
+        outside = {**left_out(model, [name for name in names if name not in taken]), **taken}
         names = [name for name in names if name not in outside]
         assert isinstance(config.target_modules, set)
         config.target_modules -= set(outside)

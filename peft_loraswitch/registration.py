@@ -42,11 +42,15 @@ def register(config_cls: type, model_cls: type) -> None:
     from .optimizers import take_over_helpers
     from .patterns import limit_peft
     from .saving import watch_saves
+    from .switching import watch_switching
+    from .trained_in_full import pass_over_other_adapters
 
     watch_loads()
     watch_saves()
     limit_peft()
     take_over_helpers()
+    watch_switching()
+    pass_over_other_adapters()
 
     peft_type = extend_peft_type()
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -16,6 +16,7 @@ The old adapter is whole until 1, the new one from 3 on. PEFT and Transformers o
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -189,11 +190,25 @@ def _watched_save_file(original: Callable) -> Callable:
 
 
 def _watched_save_pretrained(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with suppress(TypeError):  # a wrong call: the original says what is wrong with it
+            if not signature.bind(self, *args, **kwargs).arguments.get("safe_serialization", True):
+                _refuse_pickle(self)
         with _save_in_progress():
             return original(self, *args, **kwargs)
 
     return save_pretrained
+
+
+def _refuse_pickle(model: Any) -> None:
+    """It would lie beside the old weights, which would be loaded with the new configuration."""
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict) and any(config.peft_type == "LORASWITCH" for config in configs.values()):
+        raise ValueError(
+            "safe_serialization=False writes a pickle, which LoRA-Switch does not load: leave it out; adapters are safetensors."
+        )
 
 
 @contextmanager

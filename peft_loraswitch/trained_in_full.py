@@ -7,19 +7,43 @@ PEFT is shown a model without the modules inside of adapted linears.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, _get_input_embeddings_name, set_additional_trainable_modules
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    TrainableTokensWrapper,
+    _get_input_embeddings_name,
+    set_additional_trainable_modules,
+)
 from torch import nn
 
 from .layer import LoRASwitchLayer
 
 if TYPE_CHECKING:
     from .config import LoRASwitchConfig
+
+
+def pass_over_other_adapters() -> None:
+    """Make PEFT's wrapper of trainable tokens pass over adapters that have none there, as that of `modules_to_save` does: else
+    none of them can be saved, or loaded, beside one that has. Idempotent."""
+    for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
+        original = vars(TrainableTokensWrapper)[name]
+        if not getattr(original, "passes_over", False):
+            setattr(TrainableTokensWrapper, name, _passing_over(original))
+
+
+def _passing_over(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(original)
+    def method(self: TrainableTokensWrapper, adapter_name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return original(self, adapter_name, *args, **kwargs) if adapter_name in self._adapters else {}
+
+    method.passes_over = True  # type: ignore[attr-defined]
+    return method
 
 
 class BackboneView:
@@ -44,10 +68,10 @@ class BackboneView:
 def train_in_full(tuner: BaseTuner, model: nn.Module, config: LoRASwitchConfig, adapter_name: str) -> Iterator[None]:
     """Around PEFT's injection of an adapter, which is not told of these modules: afterwards they are wrapped for it.
 
-    Modules that other adapters train stay trainable, or not, as they were.
+    What other adapters train stays trainable, or not, as it was (PEFT 0.20 does not see to it).
     """
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    flags = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]
+    theirs = [m for m in model.modules() if isinstance(m, (LoRASwitchLayer, AuxiliaryTrainingWrapper))]
+    flags = [(p, p.requires_grad) for module in theirs for p in module.parameters()]
     yield
     set_additional_trainable_modules(
         model=BackboneView(model),
@@ -60,12 +84,20 @@ def train_in_full(tuner: BaseTuner, model: nn.Module, config: LoRASwitchConfig, 
         parameter.requires_grad_(requires_grad)
 
 
+def within_trained_in_full(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Those of `names` that lie within a module that another adapter trains in full, each with the reason not to adapt it."""
+    wrappers = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    reason = "it lies within a module that another adapter trains in full, by modules_to_save"
+    return {name: reason for name in names if name.startswith(wrappers)} if wrappers else {}
+
+
 def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig, adapter_name: str) -> None:
     """Check, before anything is changed, what PEFT would find out later or not at all.
 
     Raises:
-        ValueError: `trainable_token_indices` names no module, or tokens that it does not have; or an adapter is called as a
-            part of the name of a module that is trained in full, whose weights PEFT would then lose when it saves.
+        ValueError: `trainable_token_indices` names no module, or tokens that it does not have; `modules_to_save` names a module
+            with linears that another adapter adapts; an adapter is called as a part of the name of a module that is trained
+            in full. In the last two cases PEFT could not save the weights.
     """
     modules = dict(BackboneView(model).named_modules(remove_duplicate=False))
     tokens = config.trainable_token_indices or {}
@@ -80,8 +112,15 @@ def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig, adapter_na
             raise ValueError(f"trainable_token_indices: '{ending}' has {rows} tokens, none of index {max(indices)}.")
 
     endings = (*(config.modules_to_save or ()), *tokens)
-    in_full = [n for n, m in modules.items() if isinstance(m, AuxiliaryTrainingWrapper) or (n and n.endswith(endings))]
+    in_full = [n for n, m in modules.items() if n and (_is_wrapper(m) or n.endswith(endings))]
     adapters = {adapter_name, *(n for m in modules.values() if isinstance(m, LoRASwitchLayer) for n in m.loraswitch_A)}
+    for layer in (n for n, m in modules.items() if isinstance(m, LoRASwitchLayer)):
+        clashing = [name for name in in_full if f"{layer}.".startswith(f"{name}.") and not _is_wrapper(modules[name])]
+        if clashing:
+            raise ValueError(
+                f"modules_to_save: '{clashing[0]}' cannot be trained in full, because another adapter has experts on '{layer}'. "
+                "Leave it out, or use a model without that adapter."
+            )
     for name in in_full:
         clash = adapters.intersection(name.split("."))
         if clash:
@@ -90,6 +129,10 @@ def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig, adapter_na
                 f"trainable_token_indices) takes, '{name}', whose weights PEFT would lose when it saves. Choose another "
                 "adapter_name."
             )
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, AuxiliaryTrainingWrapper)
 
 
 def _rows(module: nn.Module) -> int:

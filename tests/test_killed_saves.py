@@ -239,3 +239,14 @@ def test_permissions_and_several_adapters(tmp_path):
     assert all(UNFINISHED not in (file.parent / "adapter_config.json").read_text() for file in files)
     assert sorted(os.listdir(tmp_path / "other")) == ["adapter_config.json", "adapter_model.safetensors"]
     assert len(switch_layers(copy.deepcopy(model))) == 7
+
+
+def test_a_pickle_beside_old_weights(tmp_path):
+    """It would not be seen, and the old weights loaded with the new configuration."""
+    models = [variant("peft", number) for number in range(2)]
+    models[0].save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments in ({"safe_serialization": False}, {}):
+        with pytest.raises(ValueError, match="safe_serialization=False writes a pickle"):
+            models[1].save_pretrained(tmp_path, *(() if arguments else (False,)), **arguments)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -18,6 +18,7 @@ from torch import nn
 import peft_loraswitch.optimizers
 from helpers import adapted, randomize_adapter, switch_config, tiny_gpt2, tiny_llama, tokens
 from peft_loraswitch.optimizers import take_over_helpers
+from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
 create_riemannian_optimizer = getattr(peft.optimizers, "create_riemannian_optimizer", None)
@@ -300,3 +301,55 @@ def test_taking_over_twice_changes_nothing():
     importlib.reload(peft_loraswitch.optimizers).take_over_helpers()
     assert create_loraplus_optimizer.before_loraswitch is original
     create_loraplus_optimizer(adapted(tiny_llama()), torch.optim.SGD, lr=0.1, loraplus_lr_ratio=2)
+
+
+# ----------------------------------------------------------------------------------- helpers that have no counterpart here
+
+
+def _hotswap(model: Any, folder: str) -> None:
+    from peft.utils.hotswap import hotswap_adapter
+
+    hotswap_adapter(model, folder, "default")
+
+
+def _prepare_hotswap(model: Any, folder: str) -> None:
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+
+
+def _convert(model: Any, folder: str) -> None:
+    from peft.tuners.lora.conversion import convert_to_lora
+
+    convert_to_lora(model, rank=4)
+
+
+def _intruders(model: Any, folder: str) -> None:
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    reduce_intruder_dimension(model)
+
+
+def _eva(model: Any, folder: str) -> None:
+    from peft.tuners.lora.eva import initialize_lora_eva_weights
+
+    initialize_lora_eva_weights(model, dataloader=[{"input_ids": tokens()}])
+
+
+def _rescale(model: Any, folder: str) -> None:
+    from peft.helpers import rescale_adapter_scale
+
+    with rescale_adapter_scale(model, 0.5):
+        pass
+
+
+@pytest.mark.parametrize("helper", [_hotswap, _prepare_hotswap, _convert, _intruders, _eva, _rescale])
+def test_helpers_for_lora_alone_refuse(helper: Any, tmp_path):
+    """By themselves: none of them takes our model for one without an adapter, or changes it."""
+    model = adapted(tiny_llama())
+    model.save_pretrained(tmp_path)
+    with unchanged(model), pytest.raises((ValueError, TypeError, AttributeError)) as raised:
+        helper(model, str(tmp_path))
+    assert any(
+        word in str(raised.value) for word in ("LORA", "LoRA", "LoraLayer", "adapter layers", "init_lora_weights")
+    )

@@ -1,0 +1,181 @@
+"""Which adapters are active, and whether they are on: the same for every module that an adapter has, whatever is called.
+
+Besides the adapted linears these are PEFT's wrappers around modules that an adapter trains in full (`modules_to_save`,
+trainable tokens). Each keeps a list of its own. PEFT and Transformers miss some of them, when an adapter is deleted above all:
+a wrapper without the deleted adapter is not told which one is active now. `PeftModel` and Transformers' methods call what is
+here in their place, on models with LoRA-Switch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import set_adapter as set_adapter_everywhere
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from .layer import LoRASwitchLayer
+
+
+def layers_of(model: nn.Module) -> list[LoRASwitchLayer]:
+    return [module for module in model.modules() if isinstance(module, LoRASwitchLayer)]
+
+
+def _wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
+    return (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+
+
+class NoConfigs(dict):
+    """The configurations of a model whose last adapter has been deleted. `PeftModel` asks the one of the adapter that it takes
+    for active how to call the model, and would stop: the last one still says how, until another adapter is active."""
+
+    def __init__(self, last: Any) -> None:
+        super().__init__()
+        self.last = last
+
+    def __missing__(self, name: str) -> Any:
+        return self.last
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.last,), None, None, iter(self.items())
+
+
+def check_can_be_active(model: nn.Module, adapter_names: str | list[str]) -> None:
+    """Check this before `set_adapter` changes the first module.
+
+    Raises:
+        ValueError: two of the adapters train the same module in full.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    for wrapper in _wrappers(model) if names else ():
+        wrapper.check_set_adapter(names)
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> list[str]:
+    """Take an adapter out of every module; return the names of those that are active then.
+
+    Those that were active beside it stay. If it was the only one, the first of the others (by name) is active in its place,
+    and trains if the deleted one did.
+    """
+    layers = layers_of(model)
+    before = list(layers[0].active_adapters) if layers else []
+    trained = any(p.requires_grad for layer in layers for p in _parameters(layer, adapter_name))
+    for layer in layers:
+        layer.delete_adapter(adapter_name)
+    active = list(layers[0].active_adapters) if layers else []
+    for wrapper in _wrappers(model):
+        if adapter_name in wrapper._adapters:
+            here = [name for name in active if name in wrapper._adapters]
+            wrapper.delete_adapter(adapter_name, new_active_adapters=here or None)
+    tell_wrappers(model, active)
+    if active and before == [adapter_name]:
+        modules: list[Any] = [*layers, *_wrappers(model)]
+        for module in modules:
+            module.set_requires_grad(active, trained)
+    return active
+
+
+def tell_wrappers(model: nn.Module, active: list[str], inference_mode: bool = False) -> None:
+    """Make those adapters active in PEFT's wrappers that are so in the adapted linears."""
+    for wrapper in _wrappers(model):
+        here = [name for name in active if name in wrapper._adapters]
+        if (
+            list(wrapper.active_adapters) != here or not here
+        ):  # the layer within trainable tokens may have chosen another
+            wrapper.set_adapter(here, inference_mode=inference_mode)
+
+
+def _parameters(layer: LoRASwitchLayer, adapter_name: str) -> list[nn.Parameter]:
+    return list(layer.loraswitch_A[adapter_name].parameters()) if adapter_name in layer.loraswitch_A else []
+
+
+def inherit_switched_off(model: nn.Module) -> None:
+    """Switch off modules that have just been added to a model whose adapters are switched off."""
+    modules = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if any(module.disable_adapters for module in modules if isinstance(module, LoRASwitchLayer)):
+        _switch(model, enabled=False)
+
+
+def _switch(model: nn.Module, enabled: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            module.enable_adapters(enabled)
+
+
+# ---------------------------------------------------------------------------------------------- PeftModel, Transformers
+
+
+def watch_switching() -> None:
+    """Install this. Idempotent; models with other methods get what they got before."""
+    _wrap(PeftModel, "delete_adapter", _delete_in_peft_model)
+    for name, watched in (
+        ("set_adapter", _set_in_transformers),
+        ("delete_adapter", _delete_in_transformers),
+        ("active_adapters", _active_in_transformers),
+        ("disable_adapters", functools.partial(_switch_in_transformers, enabled=False)),
+        ("enable_adapters", functools.partial(_switch_in_transformers, enabled=True)),
+    ):
+        _wrap(PeftAdapterMixin, name, watched)
+
+
+def _wrap(owner: type, name: str, watched: Callable[..., Any]) -> None:
+    original = vars(owner)[name]
+    if getattr(original, "watched_by_loraswitch", False):
+        return
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return watched(self, functools.partial(original, self), *args, **kwargs)
+
+    method.watched_by_loraswitch = True  # type: ignore[attr-defined]
+    setattr(owner, name, method)
+
+
+def _delete_in_peft_model(model: PeftModel, original: Callable, adapter_name: str) -> None:
+    original(adapter_name)
+    # PEFT keeps a name of its own besides the active ones, and looks up the configuration by it at every forward
+    if model.peft_config and model.active_adapter not in model.peft_config:
+        model.active_adapter = next(iter(model.active_adapters), next(iter(model.peft_config)))
+
+
+def _only_ours(model: nn.Module) -> bool:
+    """Whether the adapters that Transformers has put on `model` are LoRA-Switch's."""
+    configs = getattr(model, "peft_config", None)
+    loaded = getattr(model, "_hf_peft_config_loaded", False)
+    return bool(loaded and configs and all(config.peft_type == "LORASWITCH" for config in configs.values()))
+
+
+def _active_in_transformers(model: Any, original: Callable) -> list[str]:
+    # Transformers asks the first module of PEFT's that it finds, which may be an embedding with trainable tokens
+    return list(layers_of(model)[0].active_adapters) if _only_ours(model) else original()
+
+
+def _set_in_transformers(model: Any, original: Callable, adapter_name: str | list[str]) -> None:
+    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+    if not _only_ours(model) or not set(names) <= set(model.peft_config):
+        return original(adapter_name)  # which says what is wrong
+    check_can_be_active(model, names)
+    set_adapter_everywhere(model, names, layer_cls=LoRASwitchLayer)
+
+
+def _delete_in_transformers(model: Any, original: Callable, adapter_names: str | list[str]) -> None:
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    if not _only_ours(model) or not set(names) <= set(model.peft_config):
+        return original(adapter_names)
+    for name in dict.fromkeys(names):
+        remove_adapter(model, name)
+        del model.peft_config[name]
+    if not model.peft_config:
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+def _switch_in_transformers(model: Any, original: Callable, enabled: bool) -> None:
+    if not _only_ours(model):
+        return original()
+    _switch(model, enabled)
