@@ -141,7 +141,8 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
         RuntimeError: the model is fused already.
     """
     with changing:
-        return _fuse(model, strategy, in_place)
+        fusion = _fuse(model, strategy, in_place)
+    return fusion
 
 
 def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
@@ -164,17 +165,18 @@ def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
     if reason is not None:
         logger.warning(f"LoRA-Switch: fused without kernels, by PyTorch operations: {reason}.")
 
-    merging = MergedWeights(model, in_place) if strategy == "merge" else None
     watch = Watch(model, layers)
     try:
+        merging = MergedWeights(model, in_place) if strategy == "merge" else None
         groups = watch.groups()
         _put_on_all(layers, groups, merging)
         layers[0].routing_state.fused = True
+        names = [[layer.name for layer in group] for group in groups]
+        return Fusion(model, "merge" if merging else "fused", reason, names)
     except BaseException:  # a KeyboardInterrupt, too
         watch.stop()
-        _take_off_all(layers)
+        _take_off_all(model)
         raise
-    return Fusion(model, "merge" if merging else "fused", reason, [[layer.name for layer in group] for group in groups])
 
 
 def _put_on_all(
@@ -199,20 +201,21 @@ def _put_on_all(
 def unfuse(model: nn.Module) -> None:
     """Take `fuse()` back; weights are then what they were, bit for bit. Nothing to do if the model is not fused."""
     with changing:
-        layers = adapted_layers(model)
         try:
-            _take_off_all(layers)
+            _take_off_all(model)
         except BaseException:  # a KeyboardInterrupt: what it cut short is done again, from the start
-            _take_off_all(layers)
+            _take_off_all(model)
             raise
 
 
-def _take_off_all(layers: list[LoRASwitchLinear]) -> None:
-    fused = [layer for layer in layers if "fused_slot" in vars(layer) or isinstance(layer, FusedLinear)]
-    for merging in {id(f.merging): f.merging for f in (vars(layer).get("fusing") for layer in fused) if f}.values():
-        if merging is not None:
-            merging.restore()
-    for layer in fused:
+def _take_off_all(model: nn.Module) -> None:
+    layers = [
+        layer for layer in adapted_layers(model) if type(layer) is LoRASwitchLinear or isinstance(layer, FusedLinear)
+    ]
+    begun = [vars(layer)["fusing"] for layer in layers if "fusing" in vars(layer)]
+    if begun and begun[0].merging is not None:
+        begun[0].merging.restore()
+    for layer in layers:
         layer.routing_state.fused = False
         take_off(layer)
 

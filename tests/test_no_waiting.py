@@ -34,14 +34,22 @@ def training_step(model, labels: bool = True):
     (output.loss if labels else output.logits.sum()).backward()
 
 
-def test_the_number_of_operations_depends_on_no_number_of_experts():
-    counts = set()
-    for experts, top_k in [(2, 2), (4, 2), (32, 2), (32, 9)]:
-        model = adapted(tiny_llama(), num_experts=experts, top_k=top_k).train()
-        with Operations() as operations:
-            training_step(model)
-        counts.add(len(operations.names))
-    assert len(counts) == 1
+def number_of_operations(num_experts: int, top_k: int, layers: int = 2) -> int:
+    model = adapted(tiny_llama(num_hidden_layers=layers), num_experts=num_experts, top_k=top_k).train()
+    with Operations() as operations:
+        training_step(model)
+    return len(operations.names)
+
+
+def test_the_number_of_operations_does_not_depend_on_the_number_of_experts():
+    assert number_of_operations(4, 2) == number_of_operations(32, 2) == number_of_operations(256, 2)
+    # where a token chooses all of them, none has to be left out
+    assert number_of_operations(2, 2) < number_of_operations(4, 2)
+
+
+def test_each_expert_of_a_token_takes_two_operations_of_the_decision_and_none_of_a_layer():
+    for layers in (1, 3):
+        assert number_of_operations(32, 9, layers) == number_of_operations(32, 2, layers) + 2 * (9 - 2)
 
 
 def test_the_only_wait_is_the_finite_check_on_a_cpu():

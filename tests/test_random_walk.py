@@ -30,7 +30,7 @@ from helpers import padded, randomize_adapter, switch_config, tiny_llama, tokens
 from peft_loraswitch.fuse import fuse, is_fused, refresh_fused, unfuse
 from peft_loraswitch.model import record_routing, router_stats
 
-STEPS = int(os.environ.get("LORASWITCH_WALK_STEPS", "120"))
+STEPS = int(os.environ.get("LORASWITCH_WALK_STEPS", "60"))
 SEEDS = range(int(os.environ.get("LORASWITCH_WALK_SEEDS", "3")))
 NAMES = ("default", "b", "c")
 TARGETS: list[Any] = [
@@ -454,6 +454,8 @@ def rename_nothing(walker: Walker, rng: random.Random) -> None:
 
 
 def same(one: Any, other: Any, tolerance: float, where: str) -> None:
+    if type(one) is not type(other):
+        raise AssertionError(f"{where}: {one} is not {other}")
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.shape == other.shape, where
         if one.is_floating_point():
