@@ -1,7 +1,7 @@
 """Writes docs/api.md, the page of every public name, from the docstrings.
 
-    python docs/api.py            # write it
-    python docs/api.py --check    # exit with 1 if it is not what the docstrings say
+python docs/api.py            # write it
+python docs/api.py --check    # exit with 1 if it is not what the docstrings say
 """
 
 from __future__ import annotations
