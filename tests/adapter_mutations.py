@@ -297,9 +297,11 @@ def no_file(rng: random.Random, folder: Path) -> str:
     elif kind == "device":
         path.symlink_to(rng.choice(["/dev/zero", "/dev/null"]))
     elif kind == "socket":
-        name = os.path.relpath(path)  # the whole path may be too long for a socket
+        here = os.getcwd()
+        os.chdir(path.parent)  # the whole path may be too long for a socket
         with socket.socket(socket.AF_UNIX) as made:
-            made.bind(name if len(name) < 100 else str(path)[-100:])
+            made.bind(path.name)
+        os.chdir(here)
     elif kind == "hole":
         path.touch()
         os.truncate(path, 2**33)

@@ -192,7 +192,7 @@ def test_the_largest_scale_is_a_number_in_every_dtype(dtype):
     assert torch.tensor(scale).to(dtype).isfinite()
 
 
-@pytest.mark.parametrize("name", ["use_dora", "ensure_weight_tying", "init_lora_weights"])
+@pytest.mark.parametrize("name", ["use_dora", "init_lora_weights"])
 def test_fields_of_lora_that_are_not_ours(name):
     """An upgrade would not help."""
     if name not in {f.name for f in dataclasses.fields(LoraConfig)}:

@@ -114,6 +114,7 @@ class StandIn:
 @pytest.fixture
 def library() -> Iterator[StandIn]:
     stand_in = StandIn()
+    kernels.calls._expansion.cache_clear()  # by address, and another test's library may have answered otherwise
     with bench_host.in_place_of_the_library(stand_in):
         yield stand_in
 

@@ -87,13 +87,13 @@ def many_tensors(number: int) -> bytes:
 
 def huge_experts(folder: Path) -> None:
     """A configuration of a few bytes that asks for 200 GB, beside the small file that it had."""
-    configure(num_shared_experts=4096, r=4096)(folder)
+    configure(num_shared_experts=12, r=4096)(folder)
 
 
 def huge_experts_of_other_widths(folder: Path) -> None:
     """The file has them, too, but of linears that are one feature wide."""
-    configure(num_experts=512, r=512)(folder)
-    shapes = {"A": (512, 512, 1), "B": (512, 1, 512), "router": (512, 1)}
+    configure(num_experts=256, r=256)(folder)
+    shapes = {"A": (256, 256, 1), "B": (256, 1, 256), "router": (256, 1)}
     small = torch.zeros(1, dtype=torch.float8_e4m3fn)
 
     def change(tensors):
@@ -105,8 +105,8 @@ def huge_experts_of_other_widths(folder: Path) -> None:
 
 def one_huge_layer(folder: Path) -> None:
     """One linear's experts are in the file, so that those of all others would be made."""
-    configure(num_experts=512, r=512)(folder)
-    made = {K + "A.weight": torch.zeros(512, 512, 32, dtype=torch.float16)}
+    configure(num_experts=256, r=256)(folder)
+    made = {K + "A.weight": torch.zeros(256, 256, 32, dtype=torch.float16)}
     rewrite(lambda tensors: (tensors.clear(), tensors.update(made)))(folder)
 
 
@@ -162,8 +162,8 @@ NO_FILES = {
 }
 HUGE = {
     "r and experts in the config": (huge_experts, "holds 3 experts|rank 3"),
-    "experts of other widths": (huge_experts_of_other_widths, "wrong shape.*another backbone|num_experts=512, but"),
-    "one layer of many": (one_huge_layer, "missing: |num_experts=512, but"),
+    "experts of other widths": (huge_experts_of_other_widths, "wrong shape.*another backbone|num_experts=256, but"),
+    "one layer of many": (one_huge_layer, "missing: |num_experts=256, but"),
     "a header that claims to be": (with_header(b"{}", size=2**62), "truncated or not"),
     "a header": (with_header(b" " * (weights_file.MAX_HEADER_BYTES + 1)), "has a header of"),
     "many tensors": (

@@ -168,7 +168,7 @@ def test_shared_decisions_are_made_once_per_forward(monkeypatch):
     with model.fuse_for_inference("fused"):
         logits(model, tokens(1, 1))
         logits(model, tokens(1, 1))
-    assert len(made) == 4  # fuse_for_inference runs one token to find the groups
+    assert len(made) == 3  # finding the groups decides nothing
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
