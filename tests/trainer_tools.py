@@ -105,7 +105,8 @@ def auxiliary_gradient(
     for token in x.double():
         logits = weight @ token
         p = logits.softmax(0)
-        for expert in p.topk(top_k).indices.tolist():
+        # Of equal logits (a padding token's are all zero) the lowest index first: topk leaves their order open.
+        for expert in logits.detach().sort(descending=True, stable=True).indices[:top_k].tolist():
             counts[expert] += 1
         total = [sofar + p[expert] for expert, sofar in enumerate(total)]
         square = square + logits.logsumexp(0) ** 2
