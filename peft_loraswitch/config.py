@@ -15,8 +15,8 @@ from peft.config import PeftConfig
 
 from .patterns import BLOCK, ENDING, check_target_pattern, compile_pattern, shown
 from .registration import extend_peft_type
-from .routing import RoutingOptions
-from .saving import BROKEN_OFF, UNFINISHED, save_config
+from .routing.decision import RoutingOptions
+from .saving.safe_save import BROKEN_OFF, UNFINISHED, save_config
 
 BIAS_CHOICES = ("none", "all", "loraswitch_only")
 SAVES_BIASES = Version(peft.__version__) >= Version("0.21.0.dev0")  # of methods other than its own
@@ -335,7 +335,7 @@ class LoRASwitchConfig(PeftConfig):
         Raises:
             OSError: it cannot be written (disk full); the adapter_config.json of before is then still complete.
         """
-        from .card import update_model_card
+        from .saving.model_card import update_model_card
 
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory={save_directory!r} is a file, not a folder.")

@@ -21,11 +21,11 @@ from . import kernels, ops
 from .counted import versions_of
 from .kernels import MAX_GROUP, Expansion, PackedGroup, check, empty_strided_cuda, library
 from .kernels.abi import Group, Item
-from .routing import Routing
+from .routing.decision import Routing
 
 if TYPE_CHECKING:
-    from .frame import RoutingFrame
     from .fused import FusedGroup
+    from .routing.frame import RoutingFrame
 
 _pack_pointer = Struct("P").pack_into
 _pack_inputs = Struct("PPPP").pack_into  # x, experts, gates, hidden: neighbours in `Group`

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from . import kernels
 from .base_layers import adapted_layers, base_of, device_of, facts_of
-from .frame import NO_ADAPTER, _keys
 from .fused import (
     FusedFollower,
     FusedLeader,
@@ -29,6 +28,7 @@ from .fused import (
 )
 from .layer import LoRASwitchLinear
 from .merging import MergedWeights
+from .routing.frame import NO_ADAPTER, _keys
 
 logger = logging.getLogger(__name__)
 Strategy = Literal["auto", "fused", "merge"]

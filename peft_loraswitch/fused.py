@@ -29,9 +29,9 @@ from .base_layers import BaseFacts, base_of, facts_of
 from .casts import Casts, refresh_cast
 from .counted import count_as_before
 from .direct import DirectGroup, launchable
-from .frame import RoutingFrame, current
 from .layer import LoRASwitchLinear
-from .routing import Routing, routing_of
+from .routing.decision import Routing, routing_of
+from .routing.frame import RoutingFrame, current
 
 _slots = itertools.count()
 changing = threading.RLock()  # held while layers are fused, unfused or resolved; no forward waits for it

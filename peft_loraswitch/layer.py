@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
-from .balance import PendingBatches, RoutingRecord
 from .config import LoRASwitchConfig
 from .counted import OrdinaryParameters
-from .frame import NO_ADAPTER, RoutingFrame, RoutingState
-from .routing import Router, Routing, RoutingOptions
+from .routing.decision import Router, Routing, RoutingOptions
+from .routing.frame import NO_ADAPTER, RoutingFrame, RoutingState
+from .training.losses import PendingBatches, RoutingRecord
 
 
 class Experts(OrdinaryParameters):

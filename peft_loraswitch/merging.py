@@ -24,11 +24,11 @@ from . import kernels, ops
 from .base_layers import adapted_layers, base_of, facts_of, hooked
 from .counted import count_writes, ordinary, versions_of
 from .fused import within_limits
-from .routing import Routing
+from .routing.decision import Routing
 
 if TYPE_CHECKING:
-    from .frame import RoutingFrame
     from .layer import LoRASwitchLinear
+    from .routing.frame import RoutingFrame
 
 logger = logging.getLogger(__name__)
 # Ids that are no expert's: nothing was merged; what was merged has been taken out, which leaves rounding errors.

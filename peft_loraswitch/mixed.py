@@ -16,7 +16,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .frame import NO_ADAPTER, RoutingState
+from .routing.frame import NO_ADAPTER, RoutingState
 
 
 @contextmanager

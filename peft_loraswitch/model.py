@@ -20,13 +20,12 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from .config import LoRASwitchConfig
-from .frame import RoutingRecorder, RoutingState, summary_of
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear, _quantization_backend
-from .layout import LIST_AT_MOST
-from .loading import check_experts_being_loaded, check_file_being_loaded, injecting, select_tensors
+from .loading.layout import LIST_AT_MOST
+from .loading.load import check_experts_being_loaded, check_file_being_loaded, injecting, select_tensors
 from .mixed import check_batch_size, mixed_batch
 from .patterns import TimeLimit, matching_key, selects, shown
-from .streams import check_streams
+from .routing.frame import RoutingRecorder, RoutingState, summary_of
 from .switching import (
     NoConfigs,
     check_can_be_active,
@@ -35,8 +34,9 @@ from .switching import (
     remove_adapter,
     tell_wrappers,
 )
-from .targets import is_supported_linear, left_out, refused
-from .trained_in_full import check_trained_in_full, train_in_full, within_trained_in_full
+from .targets.linears import is_supported_linear, left_out, refused
+from .targets.streams import check_streams
+from .targets.trained_in_full import check_trained_in_full, train_in_full, within_trained_in_full
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .routing import decide
+from .routing.decision import decide
 
 _library = torch.library.Library("loraswitch", "DEF")
 _library.define("route(Tensor x, Tensor router, int top_k, bool normalize) -> (Tensor, Tensor)")

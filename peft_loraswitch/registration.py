@@ -38,12 +38,12 @@ def register(config_cls: type, model_cls: type) -> None:
     """Make PEFT know the method. Safe to call again (re-import, spawned worker, test runner)."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    from .loading import watch_loads
+    from .loading.load import watch_loads
     from .optimizers import take_over_helpers
     from .patterns import limit_peft
-    from .saving import watch_saves
+    from .saving.safe_save import watch_saves
     from .switching import watch_switching
-    from .trained_in_full import pass_over_other_adapters
+    from .targets.trained_in_full import pass_over_other_adapters
 
     watch_loads()
     watch_saves()

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from peft_loraswitch import LoRASwitchConfig
-from peft_loraswitch.card import BEGIN, END, TAGS, keep_card_on_push, refresh_model_card, update_model_card
+from peft_loraswitch.saving.model_card import BEGIN, END, TAGS, keep_card_on_push, refresh_model_card, update_model_card
 
 pytestmark = pytest.mark.compat
 
@@ -306,7 +306,9 @@ def test_installing_twice_wraps_once(tmp_path):
 
 def test_a_card_that_cannot_be_renewed_is_reported_and_stops_nothing(tmp_path, monkeypatch):
     config().save_pretrained(tmp_path)
-    monkeypatch.setattr("peft_loraswitch.card._replace_file", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    monkeypatch.setattr(
+        "peft_loraswitch.saving.model_card._replace_file", lambda *_: (_ for _ in ()).throw(OSError("read-only"))
+    )
     with pytest.warns(UserWarning, match="was not renewed: read-only"):
         ModelCard("---\n{}\n---\n# New\n").save(tmp_path / "README.md")
     assert "# New" in (tmp_path / "README.md").read_text()

@@ -345,7 +345,7 @@ def test_checkpoint_around_the_whole_model(reentrant):
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_nothing_is_kept_after_the_forward(reentrant):
     """Without any garbage collection: the decision is freed with the graph, even if backward never runs."""
-    from peft_loraswitch.frame import RoutingFrame
+    from peft_loraswitch.routing.frame import RoutingFrame
 
     frames: list[weakref.ref] = []
     original = RoutingFrame.__init__

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from helpers import adapted, adapter_gradients, switch_layers, tiny_llama, tokens
-from peft_loraswitch.frame import RoutingFrame
+from peft_loraswitch.routing.frame import RoutingFrame
 
 pytestmark = pytest.mark.compat
 ENDINGS = [KeyboardInterrupt, SystemExit, GeneratorExit, RuntimeError]

@@ -30,7 +30,7 @@ from loaders import (
     same_shape,
     save_adapter,
 )
-from peft_loraswitch import weights_file
+from peft_loraswitch.loading import weights_file
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat

@@ -23,9 +23,9 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
-import peft_loraswitch.saving
+import peft_loraswitch.saving.safe_save
 from helpers import randomize_adapter, switch_config, switch_layers, tiny_llama, tokens
-from peft_loraswitch.saving import UNFINISHED
+from peft_loraswitch.saving.safe_save import UNFINISHED
 
 pytestmark = [
     pytest.mark.compat,
@@ -218,7 +218,7 @@ def test_what_killed_saves_have_left(tmp_path):
 def test_adapters_of_other_methods_are_saved_by_peft_alone(tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
-    monkeypatch.setattr(peft_loraswitch.saving, "Written", None)
+    monkeypatch.setattr(peft_loraswitch.saving.safe_save, "Written", None)
     model = get_peft_model(backbone(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "peft")
     model = backbone()

@@ -29,7 +29,9 @@ from loaders import (
     save_adapter,
     truncate,
 )
-from peft_loraswitch import LoRASwitchConfig, loading, weights_file
+from peft_loraswitch import LoRASwitchConfig
+from peft_loraswitch.loading import load as loading
+from peft_loraswitch.loading import weights_file
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat

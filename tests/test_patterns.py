@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from helpers import adapted, switch_config, switch_layers, tiny_llama
 from peft_loraswitch import LoRASwitchConfig, patterns
-from peft_loraswitch.layout import check_experts
+from peft_loraswitch.loading.layout import check_experts
+from peft_loraswitch.loading.weights_file import read_header
 from peft_loraswitch.patterns import TimeLimit, matching_key, selects, value_for
-from peft_loraswitch.weights_file import read_header
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat

@@ -15,7 +15,7 @@ import kernel_oracle
 import oracle
 from helpers import adapted, switch_layers, tiny_llama, tokens
 from peft_loraswitch import kernels, ops
-from peft_loraswitch.routing import RoutingOptions, route
+from peft_loraswitch.routing.decision import RoutingOptions, route
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -9,7 +9,7 @@ from torch import nn
 
 import oracle
 from helpers import adapted, padded, switch_config, switch_layers, tiny_llama, tiny_opt, tokens
-from peft_loraswitch.routing import Router, Routing, RoutingOptions, jitter, route
+from peft_loraswitch.routing.decision import Router, Routing, RoutingOptions, jitter, route
 
 
 def options(experts: int = 5, top_k: int = 2, normalize: bool = True) -> RoutingOptions:

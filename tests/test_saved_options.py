@@ -30,8 +30,8 @@ from helpers import (
     tiny_opt,
     tokens,
 )
-from peft_loraswitch import loading
-from peft_loraswitch.layout import PREFIX, Layout
+from peft_loraswitch.loading import load as loading
+from peft_loraswitch.loading.layout import PREFIX, Layout
 from trainer_tools import OrderedTrainer, arguments, collate, samples
 from unchanged import unchanged
 

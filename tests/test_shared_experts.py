@@ -40,8 +40,8 @@ from helpers import (
 )
 from oracle import Oracle
 from peft_loraswitch import LoRASwitchConfig
-from peft_loraswitch.card import BEGIN
-from peft_loraswitch.routing import RoutingOptions, route, shared_routing
+from peft_loraswitch.routing.decision import RoutingOptions, route, shared_routing
+from peft_loraswitch.saving.model_card import BEGIN
 from test_layer import MODELS, assert_layers_equal_oracle, check_model_gradients
 
 NO_LOSSES = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}

@@ -17,9 +17,10 @@ from helpers import (
     tiny_opt,
     tokens,
 )
-from peft_loraswitch import frame, ops
+from peft_loraswitch import ops
 from peft_loraswitch.fuse import adapted_layers
-from peft_loraswitch.routing import shared_routing
+from peft_loraswitch.routing import frame
+from peft_loraswitch.routing.decision import shared_routing
 from test_fuse import devices
 from test_shared_experts import CONFIGS, DEEP, by_name, close, each_config, llama, logits
 

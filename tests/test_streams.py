@@ -17,7 +17,7 @@ import multistream
 from helpers import adapted, randomize_adapter, switch_config, switch_layers, tiny_bert, tiny_llama, tiny_t5, tokens
 from multistream import SEQ2SEQ, SEVERAL_STREAMS
 from oracle import Oracle
-from peft_loraswitch.streams import check_streams
+from peft_loraswitch.targets.streams import check_streams
 
 
 def suggestion(error: Exception) -> str | list[str]:

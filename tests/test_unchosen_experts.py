@@ -31,7 +31,7 @@ from helpers import (
 )
 from oracle import Oracle
 from peft_loraswitch import LoRASwitchLinear, ops
-from peft_loraswitch.routing import RoutingOptions, route, routing_of
+from peft_loraswitch.routing.decision import RoutingOptions, route, routing_of
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 VALUES = [float("inf"), float("-inf"), float("nan")]

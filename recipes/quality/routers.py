@@ -1,4 +1,4 @@
-"""Routers other than the package's, for the comparison: modules that take the place of `peft_loraswitch.routing.Router`."""
+"""Routers other than the package's, for the comparison: modules that take the place of `routing.decision.Router`."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from base import autocast
 from evaluate import Split
 from moe_lora import MoELoRALinear
 from peft_loraswitch.layer import LoRASwitchLayer
-from peft_loraswitch.routing import route
+from peft_loraswitch.routing.decision import route
 from pool import IGNORED, Rows
 
 SEEN_OFTEN = 20  # occurrences of a token from which on its experts' entropy can be estimated

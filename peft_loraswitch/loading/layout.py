@@ -22,11 +22,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .patterns import TimeLimit, rank_for, value_for
+from ..patterns import TimeLimit, rank_for, value_for
 from .weights_file import DTYPES, FLOATS, Header, TensorInfo
 
 if TYPE_CHECKING:
-    from .config import LoRASwitchConfig
+    from ..config import LoRASwitchConfig
 
 LIST_AT_MOST = 3
 PREFIX = "base_model.model."  # what PEFT puts before the names of the backbone's modules

@@ -33,6 +33,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations import peft as transformers_peft
 from transformers.models.auto import auto_factory
 
+from ..patterns import TimeLimit
 from .layout import (
     PREFIX,
     Layout,
@@ -45,7 +46,6 @@ from .layout import (
     scale_of,
     some,
 )
-from .patterns import TimeLimit
 from .rollback import Snapshot, all_or_nothing
 from .weights_file import (
     HUB_ARGUMENTS,
@@ -61,7 +61,7 @@ from .weights_file import (
 )
 
 if TYPE_CHECKING:
-    from .config import LoRASwitchConfig
+    from ..config import LoRASwitchConfig
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        from peft_loraswitch.loading import run_load  # looked up at each call: after a re-import, the new one
+        from peft_loraswitch.loading.load import run_load  # looked up at each call: after a re-import, the new one
 
         try:
             arguments = signature.bind(*args, **kwargs).arguments
@@ -228,7 +228,7 @@ def run_load(load: Callable[[], Any], arguments: dict[str, Any]) -> Any:
 
 
 def _our_config(model: Any, adapter: str) -> Any:
-    from .config import LoRASwitchConfig
+    from ..config import LoRASwitchConfig
 
     configs = getattr(model, "peft_config", None) if isinstance(model, nn.Module) else None
     config = configs.get(adapter) if isinstance(configs, dict) else None
@@ -273,7 +273,7 @@ def _renaming(arguments: dict[str, Any], model: Any) -> Callable[[str], str]:
 @contextmanager
 def injecting(tuner: nn.Module, config: LoRASwitchConfig) -> Iterator[None]:
     """Around the injection of an adapter: all or nothing, and undone as well if the load fails that it is part of."""
-    from .card import keep_card_on_push
+    from ..saving.model_card import keep_card_on_push
 
     keep_card_on_push()
     model: Any = tuner.model

@@ -33,7 +33,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
-    from .routing import Routing
+    from ..routing.decision import Routing
 
 
 SecondOrder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -21,14 +21,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .balance import RoutingRecord, add_auxiliary_losses
-from .checkpointing import SECOND_RUN, CheckpointedBlock, Relay, checkpointed_blocks
-from .joining import join_at_decision
-from .routing import Routing, jitter, route, shared_routing
-from .unused import UnusedLinears, keep_off_fast_paths
+from ..targets.unused_linears import UnusedLinears, keep_off_fast_paths
+from ..training.gradient_checkpointing import SECOND_RUN, CheckpointedBlock, Relay, checkpointed_blocks
+from ..training.loss_joining import join_at_decision
+from ..training.losses import RoutingRecord, add_auxiliary_losses
+from .decision import Routing, jitter, route, shared_routing
 
 if TYPE_CHECKING:
-    from .layer import LoRASwitchLinear
+    from ..layer import LoRASwitchLinear
 
 NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter on this sample"
 OUTSIDE = -2  # what `RoutingFrame.opened_at` holds outside of any forward, where nothing may be decided

@@ -22,10 +22,10 @@ from peft.utils.other import (
 )
 from torch import nn
 
-from .layer import LoRASwitchLayer
+from ..layer import LoRASwitchLayer
 
 if TYPE_CHECKING:
-    from .config import LoRASwitchConfig
+    from ..config import LoRASwitchConfig
 
 
 def pass_over_other_adapters() -> None:

@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from .frame import RoutingFrame, RoutingState
-    from .routing import Routing
+    from ..routing.decision import Routing
+    from ..routing.frame import RoutingFrame, RoutingState
 
 SECOND_RUN = -1  # what `RoutingFrame.opened_at` holds in a block's second run, instead of an owner's depth
 

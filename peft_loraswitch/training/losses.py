@@ -27,11 +27,11 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 
-from .joining import JoinPoint, RouterGradient, add_to_loss, join_at_outputs
-from .routing import Routing, RoutingOptions, full_precision, router_logits
+from ..routing.decision import Routing, RoutingOptions, full_precision, router_logits
+from .loss_joining import JoinPoint, RouterGradient, add_to_loss, join_at_outputs
 
 if TYPE_CHECKING:
-    from .frame import RoutingFrame, RoutingState
+    from ..routing.frame import RoutingFrame, RoutingState
 
 
 class PendingBatches(nn.Module):

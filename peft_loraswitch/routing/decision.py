@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .counted import OrdinaryParameters
-from .joining import JoinPoint
+from ..counted import OrdinaryParameters
+from ..training.loss_joining import JoinPoint
 
 
 @dataclass(frozen=True)

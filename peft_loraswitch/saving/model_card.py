@@ -25,7 +25,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
-    from .config import LoRASwitchConfig
+    from ..config import LoRASwitchConfig
 
 TAGS = ("loraswitch", "lora-switch", "mixture-of-lora-experts")
 BEGIN = "<!-- loraswitch:begin: rewritten by peft_loraswitch at every save, put your own text outside -->"

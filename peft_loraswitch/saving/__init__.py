@@ -1,0 +1,1 @@
+"""Writing an adapter: all of it or nothing, with a model card."""

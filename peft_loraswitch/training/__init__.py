@@ -1,0 +1,1 @@
+"""What training adds: the router's losses, how they join an objective, gradient checkpointing."""
