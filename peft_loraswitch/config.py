@@ -15,7 +15,7 @@ from peft.config import PeftConfig
 
 from .patterns import BLOCK, ENDING, check_target_pattern, compile_pattern, shown
 from .registration import extend_peft_type
-from .routing.decision import RoutingOptions
+from .routing.options import RoutingOptions
 from .saving.safe_save import BROKEN_OFF, UNFINISHED, save_config
 
 BIAS_CHOICES = ("none", "all", "loraswitch_only")

@@ -299,7 +299,7 @@ class FusedGroup(nn.Module):
             if routing is None:
                 routing = self._decide(layer, x, frame)
         else:
-            routing = frame.shared_routing(self.adapter, layer, x)
+            routing = layer.shared_routing(self.adapter, frame, x)
         if gradients and routing.gates.requires_grad:
             return None
         if routing.experts.get_device() != x.get_device():  # a model spread over several devices
@@ -312,14 +312,14 @@ class FusedGroup(nn.Module):
         """The decision of this forward: one launch on a GPU, the unfused way elsewhere or when it is being recorded."""
         state, adapter = layer.routing_state, self.adapter
         if not self.kernels or frame.training or state.recorders:
-            return frame.routing(adapter, layer, x)
-        router_layer = state.router_layer(adapter, layer)
+            return layer.routing_for(adapter, frame, x)
+        router_layer = layer.router_layer(adapter)
         options = router_layer.routing_options[adapter]
         if options.top_k > kernels.MAX_TOP_K or options.num_experts > kernels.MAX_EXPERTS:
-            return frame.routing(adapter, layer, x)
+            return layer.routing_for(adapter, frame, x)
         weight: Any = router_layer.loraswitch_router[adapter].weight
         if torch.is_grad_enabled() and weight.requires_grad:
-            return frame.routing(adapter, layer, x)
+            return layer.routing_for(adapter, frame, x)
         experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
         routing = routing_of(experts, gates, options)
         if not torch.compiler.is_compiling():

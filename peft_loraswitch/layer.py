@@ -28,9 +28,13 @@ from torch import nn
 
 from .config import LoRASwitchConfig
 from .counted import OrdinaryParameters
-from .routing.decision import Router, Routing, RoutingOptions
-from .routing.frame import NO_ADAPTER, RoutingFrame, RoutingState
-from .training.losses import PendingBatches, RoutingRecord
+from .routing.decision import Routing, route, shared_routing
+from .routing.frame import NO_ADAPTER, OUTSIDE, Relay, RoutingFrame, RoutingState
+from .routing.options import RoutingOptions
+from .routing.router import Router, jitter
+from .routing.statistics import RoutingRecord
+from .training.loss_joining import join_at_decision
+from .training.losses import PendingBatches
 
 
 class Experts(OrdinaryParameters):
@@ -216,6 +220,83 @@ class LoRASwitchLayer(BaseTunerLayer):
             del self.routing_state.router_layers[adapter_name]
         super().delete_adapter(adapter_name)
 
+    # ------------------------------------------------------------------------------------------------ deciding
+
+    def routing_for(self, adapter: str, frame: RoutingFrame, x: torch.Tensor) -> Routing:
+        """What this layer follows: the forward's decision for `adapter`, taken now, from x [..., in_features], if it is not
+        there yet; if the layer has only shared experts, all of those.
+
+        Raises:
+            RuntimeError: there is something to decide, and no forward of the model.
+        """
+        if not torch.compiler.is_compiling():
+            frame.used.add(adapter)
+            if frame.training and self.loraswitch_A[adapter].weight.requires_grad:
+                frame.trained.add(adapter)
+        if self.num_experts[adapter] == 0:
+            return self.shared_routing(adapter, frame, x)
+        routing = frame.routings.get(adapter)
+        if routing is None:
+            if frame.opened_at == OUTSIDE:
+                raise RuntimeError(_outside_of_a_forward(self.name))
+            routing = self.router_layer(adapter).decide(adapter, frame, x, self.name)
+            frame.routings[adapter] = routing
+        return routing
+
+    def shared_routing(self, adapter: str, frame: RoutingFrame, x: torch.Tensor) -> Routing:
+        """All shared experts, for a layer that has no others; made once, since it is the same for all such layers."""
+        routing = frame.shared.get(adapter)
+        if routing is None or routing.token_shape != x.shape[:-1] or routing.gates.device != x.device:
+            number, top_k = self.num_shared_experts[adapter], self.adapter_top_k[adapter]
+            routing = shared_routing(number, top_k, x.shape[:-1], x.device)
+            # a checkpointed block must not change what lies outside of it while it is compiled
+            if not (frame.training and torch.compiler.is_compiling()):
+                frame.shared[adapter] = routing
+        return routing
+
+    def router_layer(self, adapter: str) -> LoRASwitchLayer:
+        """The layer that holds the router of `adapter`, given that this one is the first reached."""
+        if adapter in self.loraswitch_router:
+            return self
+        router_layer: LoRASwitchLayer = self.routing_state.router_layers[adapter]
+        if router_layer.router_is_named[adapter] or router_layer.in_features != self.in_features:
+            raise RuntimeError(
+                f"The adapted layer '{self.name}' runs before the linear that routes, '{router_layer.name}'. Set "
+                f"router_module='{self.name}', or exclude this layer with exclude_modules."
+            )
+        # The modules' order is not the order they run in (OPT lists k, v, q and runs q first): the first to run decides.
+        return router_layer
+
+    def decide(self, adapter: str, frame: RoutingFrame, x: torch.Tensor, asked_by: str) -> Routing:
+        """The decision of this forward, by the router that this layer holds.
+
+        Args:
+            x: [..., in_features], of the layer named `asked_by`.
+
+        Raises:
+            ValueError: NaN or Inf among the logits (on a CPU).
+        """
+        options = self.routing_options[adapter]
+        router = self.loraswitch_router[adapter]
+        recording = frame.training or len(self.routing_state.recorders) > 0
+        routed = jitter(x, options.jitter) if options.jitter and self.training else x
+        logits = router(routed)
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(logits).all():
+            raise ValueError(_broken_logits(adapter, asked_by, routed, router.weight))
+        routing = route(logits, options)
+        if recording:
+            routing.router_input = routed.detach()
+        if frame.training and router.weight.requires_grad and not torch.compiler.is_compiling():
+            relay = frame.relays.setdefault(adapter, Relay())
+            if not torch.is_grad_enabled():  # the first, gradient-free run of a reentrant checkpoint
+                routing.dense_gates = relay.stand_in(routing.dense_gates)
+            elif routing.dense_gates.requires_grad:
+                routing.dense_gates.register_hook(relay.join)
+                join_at_decision(routing, router.weight)
+        return routing
+
+    # ------------------------------------------------------------------------------------------------- merging
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(CANNOT_MERGE)
 
@@ -271,7 +352,7 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
             return self._forward_mixed(x, result, frame)
         for adapter in self.active_adapters:
             if adapter in self.loraswitch_A:
-                hidden = self.gated_hidden(adapter, x, frame.routing(adapter, self, x))
+                hidden = self.gated_hidden(adapter, x, self.routing_for(adapter, frame, x))
                 result = self.loraswitch_B[adapter](hidden, result)
         return result
 
@@ -297,7 +378,7 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
                 continue
             rows = frame.rows(adapter, tokens.shape[0], tokens.device)
             chosen = tokens[rows]
-            hidden = self.gated_hidden(adapter, chosen, frame.routing(adapter, self, chosen))
+            hidden = self.gated_hidden(adapter, chosen, self.routing_for(adapter, frame, chosen))
             delta = self.loraswitch_B[adapter](hidden)
             result = result.index_add(0, rows, delta.to(result.dtype))
         return result.view(shape)
@@ -313,3 +394,31 @@ def _quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:
     except ImportError:
         return None
     return resolve_quantization_backend(base_layer, **kwargs)
+
+
+def _outside_of_a_forward(layer_name: str) -> str:
+    return (
+        f"The adapted layer '{layer_name}' was reached before any routing: LoRA-Switch decides once per forward of "
+        "the model, and this layer was called outside of one. Call the model, not the layer. In backward this means "
+        "gradient checkpointing that LoRA-Switch cannot follow (torch.utils.checkpoint called by the model itself, "
+        "FSDP's activation_checkpointing): use the model's gradient_checkpointing_enable() instead."
+    )
+
+
+def _broken_logits(adapter: str, layer_name: str, x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Why the router's logits are not finite, from its input x and its weight."""
+    if not torch.isfinite(weight).all():
+        what = (
+            f"the weight of the router of adapter '{adapter}' (at '{layer_name}'): the adapter itself is broken, by a "
+            "training that diverged or by its file. Load a checkpoint from before"
+        )
+    elif not torch.isfinite(x).all():
+        what = (
+            f"the input of the router of adapter '{adapter}' (layer '{layer_name}'): the hidden states there are broken"
+        )
+    else:
+        what = (
+            f"the logits of the router of adapter '{adapter}' (layer '{layer_name}'): hidden states and weight are "
+            "finite, but their product is beyond float32"
+        )
+    return f"NaN or Inf in {what}. On a GPU, where a check would stall the device, the outputs become NaN instead."

@@ -19,13 +19,15 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from . import hooks
 from .config import LoRASwitchConfig
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear, _quantization_backend
 from .loading.layout import LIST_AT_MOST
 from .loading.load import check_experts_being_loaded, check_file_being_loaded, injecting, select_tensors
 from .mixed import check_batch_size, mixed_batch
 from .patterns import TimeLimit, matching_key, selects, shown
-from .routing.frame import RoutingRecorder, RoutingState, summary_of
+from .routing.frame import RoutingState
+from .routing.statistics import RoutingRecord, RoutingRecorder, summary_of
 from .switching import (
     NoConfigs,
     check_can_be_active,
@@ -116,7 +118,7 @@ class LoRASwitchModel(BaseTuner):
             check_file_being_loaded(model, config, adapter_name)
             state = routing_state(model)
             assert state is not None
-            state.connect(model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
+            hooks.connect(state, model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
             fuse_new_layers(model)
             tell_wrappers(model, self.active_adapters, config.inference_mode)
             inherit_switched_off(model)
@@ -257,7 +259,7 @@ class LoRASwitchModel(BaseTuner):
         self.unfuse()
         state = routing_state(self.model)
         if state is not None:
-            state.disconnect()
+            hooks.disconnect(state)
         return super().unload()
 
     # ------------------------------------------------------------------------------------------- loading
@@ -462,7 +464,12 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
         ```
     """
     state = _require_state(model)
-    recorder = RoutingRecorder(state)
+    recorder = RoutingRecorder(
+        {
+            adapter: RoutingRecord(layer.num_experts[adapter], layer.loraswitch_router[adapter].weight.device)
+            for adapter, layer in state.router_layers.items()
+        }
+    )
     state.recorders.append(recorder)
     try:
         yield recorder

@@ -277,7 +277,8 @@ def test_layer_wise_losses_join_the_loss() -> None:
 
 
 def test_sigmoid_router_gates_and_balance() -> None:
-    from peft_loraswitch.routing.decision import RoutingOptions, route
+    from peft_loraswitch.routing.decision import route
+    from peft_loraswitch.routing.options import RoutingOptions
 
     torch.manual_seed(0)
     router = routers.SigmoidRouter(16, 6, 2, speed=0.02)

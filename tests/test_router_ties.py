@@ -15,7 +15,8 @@ import kernel_oracle
 import oracle
 from helpers import adapted, switch_layers, tiny_llama, tokens
 from peft_loraswitch import kernels, ops
-from peft_loraswitch.routing.decision import RoutingOptions, route
+from peft_loraswitch.routing.decision import route
+from peft_loraswitch.routing.options import RoutingOptions
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -9,7 +9,9 @@ from torch import nn
 
 import oracle
 from helpers import adapted, padded, switch_config, switch_layers, tiny_llama, tiny_opt, tokens
-from peft_loraswitch.routing.decision import Router, Routing, RoutingOptions, jitter, route
+from peft_loraswitch.routing.decision import Routing, route
+from peft_loraswitch.routing.options import RoutingOptions
+from peft_loraswitch.routing.router import Router, jitter
 
 
 def options(experts: int = 5, top_k: int = 2, normalize: bool = True) -> RoutingOptions:

@@ -40,7 +40,8 @@ from helpers import (
 )
 from oracle import Oracle
 from peft_loraswitch import LoRASwitchConfig
-from peft_loraswitch.routing.decision import RoutingOptions, route, shared_routing
+from peft_loraswitch.routing.decision import route, shared_routing
+from peft_loraswitch.routing.options import RoutingOptions
 from peft_loraswitch.saving.model_card import BEGIN
 from test_layer import MODELS, assert_layers_equal_oracle, check_model_gradients
 

@@ -31,7 +31,8 @@ from helpers import (
 )
 from oracle import Oracle
 from peft_loraswitch import LoRASwitchLinear, ops
-from peft_loraswitch.routing.decision import RoutingOptions, route, routing_of
+from peft_loraswitch.routing.decision import route, routing_of
+from peft_loraswitch.routing.options import RoutingOptions
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 VALUES = [float("inf"), float("-inf"), float("nan")]

@@ -1,7 +1,7 @@
 """The routing decision: which experts a token uses, and with which gates.
 
-`Router` turns hidden states into logits; `route` turns logits into a `Routing`, taken once per token (by `decide`) and
-followed by every adapted layer. LoRA-Switch, arXiv 2405.17741: linear, softmax, top-k on the input of the first adapted linear.
+`route` turns the router's logits into a `Routing`, taken once per token (by `decide`) and followed by every adapted layer.
+LoRA-Switch, arXiv 2405.17741: softmax, top-k.
 
 Shared experts (DeepSeekMoE, arXiv 2401.06066) are experts that every token uses, with the gate 1 / top_k: what even routing
 gives a chosen one, so that both kinds learn at the same pace. In a layer's stack they come after the routed ones, and in a
@@ -11,61 +11,20 @@ gives a chosen one, so that both kinds learn at the same pace. In a layer's stac
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from ..counted import OrdinaryParameters
-from ..training.loss_joining import JoinPoint
+from .options import RoutingOptions
 
 
-@dataclass(frozen=True)
-class RoutingOptions:
-    """What routing needs to know of a `LoRASwitchConfig`; same words, same meaning."""
+class JoinPoint(NamedTuple):
+    """Where the losses of one decision join: the gradient to deliver (see `training/loss_joining.py`), and the scalar zero that
+    `output.loss` needs added."""
 
-    num_experts: int
-    top_k: int
-    normalize_gates: bool
-    num_shared_experts: int = 0
-    jitter: float = 0.0
-    aux_loss_coef: float = 0.0
-    z_loss_coef: float = 0.0
-
-
-class Router(OrdinaryParameters):
-    """Linear router without bias. `weight` is [num_experts, in_features]; logits are computed in float32, whatever the
-    dtype of the weight, of the input or of autocast (a bf16 softmax changes which experts win)."""
-
-    def __init__(self, in_features: int, num_experts: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
-
-    def reset_parameters(self) -> None:
-        # Not zero: equal logits would send every token to the first k experts, and nothing would ever break the tie.
-        # On inputs of unit RMS (after a norm) this gives logits with a standard deviation of 1/sqrt(3).
-        bound = self.weight.shape[1] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features], any float dtype -> logits [..., num_experts], float32."""
-        return router_logits(x, self.weight)
-
-
-def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., in_features], weight [num_experts, in_features], any float dtypes -> logits [..., num_experts], float32."""
-    with full_precision(x.device):
-        return F.linear(x.float(), weight.float())
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Without autocast."""
-    if device.type == "meta":  # shapes and costs without data; autocast knows no such device
-        return nullcontext()
-    return torch.autocast(device_type=device.type, enabled=False)
+    gradient: Any
+    loss_scale: torch.Tensor
 
 
 @dataclass
@@ -80,7 +39,7 @@ class Routing:
             where not chosen. This is what layers multiply with, and the one path by which gradients reach the router.
         router_input: [*token_shape, in_features], detached; what the balance losses are computed from. None outside of
             training, where nothing needs it.
-        join_point: where the router's losses join, see `joining.py`; None if they join elsewhere, or not.
+        join_point: where the router's losses join, see `training/loss_joining.py`; None if they join elsewhere, or not.
     """
 
     experts: torch.Tensor
@@ -218,8 +177,3 @@ def shared_routing(num_shared_experts: int, top_k: int, token_shape: torch.Size,
     gates = torch.full((*token_shape, num_shared_experts), 1 / top_k, dtype=torch.float32, device=device)
     experts = torch.arange(num_shared_experts, device=device).expand(gates.shape).contiguous()
     return Routing(experts=experts, gates=gates, dense_gates=gates)
-
-
-def jitter(x: torch.Tensor, amount: float) -> torch.Tensor:
-    """x times noise from [1 - amount, 1 + amount], element by element (Switch Transformer, arXiv 2101.03961)."""
-    return x * torch.empty_like(x).uniform_(1 - amount, 1 + amount)

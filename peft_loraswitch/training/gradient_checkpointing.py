@@ -6,7 +6,7 @@ the decisions as they stood before the first.
 
 **Reentrant checkpointing** runs blocks without gradients first, and each again, on its own, in backward. Blocks after the
 router's would hand their gradient to a decision that has no graph, and the router would silently train on its own block
-alone. So they all use one leaf tensor in place of the gates, whose `.grad` sums up what they send (`Relay`); the router's
+alone. So they all use one leaf tensor in place of the gates, whose `.grad` sums up what they send (`frame.Relay`); the router's
 own block runs again last, and there the sum joins the gradient of the recomputed gates.
 
 **Under torch.compile** a checkpointed block may read what lies outside of it, but not change it: the block that takes the
@@ -20,36 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from ..routing.decision import Routing
-    from ..routing.frame import RoutingFrame, RoutingState
-
-SECOND_RUN = -1  # what `RoutingFrame.opened_at` holds in a block's second run, instead of an owner's depth
-
-
-class Relay:
-    """Carries the gradient of the gates from blocks that run again on their own to where the router runs."""
-
-    def __init__(self) -> None:
-        self.leaf: torch.Tensor | None = None
-
-    def stand_in(self, dense_gates: torch.Tensor) -> torch.Tensor:
-        """The leaf that blocks multiply with instead of `dense_gates`, of the same value."""
-        if self.leaf is None:
-            self.leaf = dense_gates.detach().requires_grad_()
-        return self.leaf
-
-    def join(self, grad: torch.Tensor) -> torch.Tensor | None:
-        """Hook on the gates that have a graph: adds what the leaf has gathered."""
-        if self.leaf is None or self.leaf.grad is None:
-            return None
-        gathered, self.leaf.grad = self.leaf.grad, None
-        return grad + gathered
+from ..routing.decision import Routing
+from ..routing.frame import SECOND_RUN, RoutingFrame, RoutingState
 
 
 class CheckpointedBlock:
@@ -134,7 +111,7 @@ class _Block:
         return output
 
     def _run_again(self, *args: Any, **kwargs: Any) -> Any:
-        again = self.state.new_frame(self.training, self.adapter_names)
+        again = RoutingFrame(self.training, self.adapter_names)
         again.opened_at, again.relays = SECOND_RUN, self.relays
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing

@@ -27,14 +27,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-if TYPE_CHECKING:
-    from ..routing.decision import Routing
-
+from ..routing.decision import JoinPoint, Routing
 
 SecondOrder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -106,13 +104,6 @@ def _accumulates(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:
         return False
-
-
-class JoinPoint(NamedTuple):
-    """Where the losses of one decision join: the gradient to deliver, and the scalar zero that `output.loss` needs added."""
-
-    gradient: RouterGradient
-    loss_scale: torch.Tensor
 
 
 class _AtDecision(torch.autograd.Function):

@@ -1,0 +1,184 @@
+"""The hooks that open a `RoutingFrame` when a forward of the backbone begins, and close it when that ends.
+
+They stand on the modules that contain every layer with routed experts: the whole model, and those inside it down to the
+smallest (the owners). The outermost owner that is called opens the frame; an inner one may be called by itself, as `generate`
+does with an encoder, and opens it then.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .layer import LoRASwitchLinear
+from .routing.frame import SECOND_RUN, RoutingFrame, RoutingState, traced
+from .targets.unused_linears import UnusedLinears, keep_off_fast_paths
+from .training.end_of_forward import finish_forward
+from .training.gradient_checkpointing import checkpointed_blocks
+
+
+def connect(state: RoutingState, root: nn.Module, layers: Iterable[LoRASwitchLinear]) -> None:
+    """(Re-)register the hooks: on each module, from `root` down, that contains all `layers` with routed experts. (Those
+    with shared ones only may see other tokens, whose mask is not that of the decision.)"""
+    disconnect(state)
+    adapted = set(layers)
+    wanted: set[nn.Module] = {layer for layer in adapted if any(layer.num_experts.values())}
+    if wanted:
+        state.hooks = Hooks(state, root, set(adapted), wanted)
+
+
+def disconnect(state: RoutingState) -> None:
+    """Remove every hook and wrapper."""
+    if state.hooks is not None:
+        state.hooks.remove()
+        state.hooks = None
+
+
+class Hooks:
+    """All hooks on one backbone.
+
+    Args:
+        root: the backbone.
+        layers: its adapted linears; `routed`: those with routed experts.
+    """
+
+    def __init__(self, state: RoutingState, root: nn.Module, layers: set[nn.Module], routed: set[nn.Module]) -> None:
+        self.state = state
+        self._handles: list[Any] = []
+        for depth, owner in enumerate(_owners(root, routed)):
+            hook = _OwnerHooks(self, owner, depth)
+            self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
+            self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
+        self._blocks = checkpointed_blocks(root, layers)
+        # to look for in the next forward that trains
+        self._unused: UnusedLinears | None = UnusedLinears(root, layers)
+        self._handles += keep_off_fast_paths(root, layers)
+
+    def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle
+        return {**self.__dict__, "_unused": None}
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for block in self._blocks:
+            block.unwrap()
+
+    def in_training(self) -> bool:
+        """Whether a loss may follow a forward that begins now: the layers that route are in training mode (not the backbone:
+        an adapter on a backbone in eval mode trains as well), and gradients are on."""
+        return torch.is_grad_enabled() and any(layer.training for layer in self.state.router_layers.values())
+
+    def open_frame(self, opened_at: int, training: bool, previous: RoutingFrame | None) -> RoutingFrame:
+        """A frame for a forward that begins, of the owner at depth `opened_at`, within that of `previous`."""
+        frame = RoutingFrame(training, self.state.adapter_names)
+        frame.opened_at, frame.previous = opened_at, previous
+        if training:
+            # at each forward, because gradient_checkpointing_enable() may come at any time
+            for block in self._blocks:
+                if torch.compiler.is_compiling():
+                    block.pause(frame)
+                else:
+                    block.wrap(self.state)
+            if self._unused is not None and not torch.compiler.is_compiling():
+                self._look_for_unused(frame)
+        self.state.enter(frame)
+        return frame
+
+    def _look_for_unused(self, frame: RoutingFrame) -> None:
+        assert self._unused is not None
+        unused, self._unused = self._unused.begin(), None
+        if unused is None:
+            return
+
+        def end(finished: bool) -> None:
+            unused.end()
+            if finished:
+                unused.warn()
+            elif self._unused is None:
+                self._unused = unused  # it saw a part of a forward: the next one says
+
+        frame.at_close.append(end)
+
+
+def _owners(root: nn.Module, routed: set[nn.Module]) -> list[nn.Module]:
+    """The modules that contain all of `routed`, from the outermost to the smallest."""
+    owners: list[nn.Module] = []
+    module: nn.Module | None = root
+    while module is not None:
+        owners.append(module)
+        module = next((child for child in module.children() if routed <= set(child.modules())), None)
+        if module in routed:
+            break
+    return owners
+
+
+class _OwnerHooks:
+    """The two hooks of one owner, at `depth` owners below the outermost (bound methods: `copy.deepcopy` rebinds them)."""
+
+    def __init__(self, hooks: Hooks, owner: nn.Module, depth: int) -> None:
+        self.hooks, self.state = hooks, hooks.state
+        self.depth = depth
+        names = list(inspect.signature(owner.forward).parameters)
+        self.mask_position = names.index("attention_mask") if "attention_mask" in names else None
+        # a tower without a mask of its own, inside a model whose mask is that of another stream (CLIP's text)
+        self.has_no_mask = self.mask_position is None and depth > 0 and isinstance(owner, PreTrainedModel)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        frame = self._frame()
+        if frame is None:
+            return
+        if not traced():
+            frame.called_from(self.depth, sys._getframe(1))
+        if self.mask_position is not None:
+            mask = kwargs.get("attention_mask", args[self.mask_position] if len(args) > self.mask_position else None)
+            # The innermost knows best, also by passing none (a T5 decoder's mask is not the encoder's). But the attention's
+            # own mask [batch, 1, queries, keys] does not say which queries are padding if an outer one [batch, keys] did.
+            if mask is None or _marks_tokens(mask) or not _marks_tokens(frame.attention_mask):
+                frame.attention_mask = mask
+        elif self.has_no_mask:
+            frame.attention_mask = None
+        if frame.num_items_in_batch is None:
+            frame.num_items_in_batch = kwargs.get("num_items_in_batch", None)
+
+    def _frame(self) -> RoutingFrame | None:
+        """The frame that this forward of the owner belongs to; None in a checkpointed block's second run."""
+        state, depth = self.state, self.depth
+        frame = state.running_frame()
+        if frame is not None and frame.opened_at == SECOND_RUN:
+            return None
+        if frame is None or (frame.opened_at >= depth and traced()):  # compiled code cannot tell whether that one runs
+            frame = self.hooks.open_frame(depth, self.hooks.in_training(), None)
+        elif not traced() and (frame.opened_at >= depth or frame.runs(depth)):  # the model is called in its own forward
+            frame = self.hooks.open_frame(depth, self.hooks.in_training(), frame)
+        elif frame.deepest >= depth:  # a second pass of the same forward
+            earlier = frame
+            frame = self.hooks.open_frame(earlier.opened_at, earlier.training, earlier.previous)
+            frame.continues(earlier, depth)
+        frame.deepest = depth
+        return frame
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        frame = self.state.running_frame()
+        if frame is None or frame.opened_at != self.depth:
+            # Nobody asks for the decision any more. torch 2.11 runs the hooks of the outermost module that it compiles outside
+            # of the graph: what the frame still holds there becomes an output of the graph.
+            if frame is not None and frame.deepest == self.depth and not (frame.training or self.state.recorders):
+                frame.routings.clear()
+                frame.shared.clear()
+            return None
+        self.state.close_frame(frame, output is not None)
+        if output is None:  # an exception is on its way
+            return None
+        if frame.training or self.state.recorders:
+            return finish_forward(self.state, frame, output)
+        return None
+
+
+def _marks_tokens(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2

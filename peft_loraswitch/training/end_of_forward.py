@@ -1,0 +1,95 @@
+"""The end of a forward: its tokens are counted, and in training the router's losses join its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..routing.decision import JoinPoint, Routing
+from ..routing.frame import RoutingFrame, RoutingState
+from ..routing.options import RoutingOptions
+from ..routing.router import full_precision
+from ..routing.statistics import RoutedTokens
+from .loss_joining import RouterGradient, add_to_loss, join_at_outputs
+from .losses import Losses, losses_of, whole_weight
+
+
+def finish_forward(state: RoutingState, frame: RoutingFrame, output: Any) -> Any:
+    """At the end of a forward: count the routed tokens, and in training join the losses to `output` (returned)."""
+    passes = (*frame.earlier, frame)
+    for adapter in dict.fromkeys(name for each in passes for name in each.routings):
+        router_layer = state.router_layers.get(adapter)
+        routed = [(each, each.routings[adapter]) for each in passes if adapter in each.routings]
+        if router_layer is None or any(routing.router_input is None for _, routing in routed):
+            continue  # decided before anybody wanted to know
+        options = router_layer.routing_options[adapter]
+        router = router_layer.loraswitch_router[adapter]
+        records = [recorder.records[adapter] for recorder in state.recorders if adapter in recorder.records]
+        if frame.training:
+            records.append(router_layer.loraswitch_record[adapter])
+        losses = None
+        with torch.no_grad(), full_precision(router.weight.device):
+            weight = whole_weight(router)
+            batches = [_routed_tokens(each, adapter, routing, weight, options) for each, routing in routed]
+            for record in records:
+                for batch in batches:
+                    record.add(batch)
+            if frame.training and router.weight.requires_grad and (options.aux_loss_coef or options.z_loss_coef):
+                losses = losses_of(router_layer.loraswitch_pending[adapter], router.weight, options, batches)
+        if losses is not None:
+            points = [routing.join_point for _, routing in routed]
+            output = _join(output, losses, points, router, _weight_in_loss(frame, losses.micro_batches))
+    return output
+
+
+def _routed_tokens(
+    frame: RoutingFrame, adapter: str, routing: Routing, weight: torch.Tensor, options: RoutingOptions
+) -> RoutedTokens:
+    assert routing.router_input is not None
+    chosen = routing.experts[..., : options.top_k]  # without the shared experts, which nobody chose
+    x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, chosen))
+    return RoutedTokens(x, experts, frame.real_tokens(adapter, routing), options.num_experts, weight)
+
+
+def _join(
+    output: Any,
+    losses: Losses,
+    points: Sequence[JoinPoint | None],
+    router: nn.Module,
+    weight_in_loss: torch.Tensor | float,
+) -> Any:
+    """`output` with the losses joined to what is differentiated of it."""
+    fp16 = _is_fp16_autocast(losses.value.device.type)
+    here = [point for point in points if point is not None]
+    if len(here) == len(points):
+        for point, gradient, differentiable in zip(here, losses.gradients, losses.differentiable, strict=True):
+            point.gradient.complete(gradient, differentiable, fp16)
+        zero = torch.stack([point.loss_scale for point in here]).sum()
+    else:
+        whole = RouterGradient()
+        whole.complete(torch.stack(losses.gradients).sum(0), None, fp16)
+        output, zero = join_at_outputs(output, whole_weight(router), whole)
+    return add_to_loss(output, weight_in_loss * (losses.value + zero))
+
+
+def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) -> torch.Tensor | float:
+    """What the losses are multiplied with so that they count once in the trainer's total.
+
+    Trainers that pass `num_items_in_batch` sum the micro-batches' losses, and multiply by the number of processes (which
+    average gradients); the others divide each by the number of micro-batches.
+    """
+    if frame.num_items_in_batch is None:
+        return micro_batches
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return 1.0 / distributed.get_world_size()
+    return 1.0
+
+
+def _is_fp16_autocast(device_type: str) -> bool:
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
