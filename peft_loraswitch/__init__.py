@@ -5,9 +5,9 @@ Importing this package is all it takes: PEFT, Transformers and TRL then know the
 
 from .callback import RouterStatsCallback
 from .config import LoRASwitchConfig
+from .integrations import install
 from .layer import LoRASwitchLinear
 from .model import LoRASwitchModel, record_routing, router_stats
-from .registration import register
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,4 +19,4 @@ __all__ = [
     "router_stats",
 ]
 
-register(LoRASwitchConfig, LoRASwitchModel)
+install(LoRASwitchConfig, LoRASwitchModel)

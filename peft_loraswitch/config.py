@@ -13,9 +13,10 @@ from packaging.version import Version
 from peft import LoraConfig
 from peft.config import PeftConfig
 
-from .patterns import BLOCK, ENDING, check_target_pattern, compile_pattern, shown
-from .registration import extend_peft_type
+from .patterns import BLOCK, ENDING, TimeLimit, check_target_pattern, compile_pattern, first_match, shown
+from .peft_names import extend_peft_type
 from .routing.options import RoutingOptions
+from .saving.model_card import update_model_card
 from .saving.safe_save import BROKEN_OFF, UNFINISHED, save_config
 
 BIAS_CHOICES = ("none", "all", "loraswitch_only")
@@ -244,7 +245,7 @@ class LoRASwitchConfig(PeftConfig):
 
     def _check_rank(self, name: str, rank: Any) -> None:
         _require_int(name, rank, MAX_RANK)
-        stacked = (self.num_experts + self.num_shared_experts) * rank
+        stacked = self.routing_options().num_stacked * rank
         if stacked > MAX_RANK:
             raise ValueError(
                 f"{name}={rank} with num_experts={self.num_experts}, num_shared_experts={self.num_shared_experts} makes "
@@ -261,6 +262,29 @@ class LoRASwitchConfig(PeftConfig):
                     f"{name}={alpha} makes a scale of {scale:.3g} at rank {rank}; it must be from {MIN_SCALE:.2g} to "
                     f"{MAX_SCALE:.0f}, beyond which float16 is infinite."
                 )
+
+    def rank_of(self, name: str, limit: TimeLimit | None = None) -> int:
+        """The rank of each expert on the linear `name`: `r`, or what `rank_pattern` says. Give one `limit` for many names.
+
+        Raises:
+            ValueError: a pattern takes too long. Names the field.
+        """
+        key = self.matching_key("rank_pattern", name, limit)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, name: str, limit: TimeLimit | None = None) -> float:
+        """The same for `lora_alpha` and `alpha_pattern`."""
+        key = self.matching_key("alpha_pattern", name, limit)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    def scale_of(self, name: str, limit: TimeLimit | None = None) -> float:
+        """What the experts on the linear `name` are multiplied with."""
+        return self.scale(self.alpha_of(name, limit), self.rank_of(name, limit))
+
+    def matching_key(self, field: str, name: str, limit: TimeLimit | None = None) -> str | None:
+        """The first key of `rank_pattern` or `alpha_pattern` (`field`) that matches the linear `name`, or None."""
+        keys = getattr(self, field)
+        return first_match(field, keys, name, limit or TimeLimit()) if keys else None
 
     def scale(self, alpha: float, rank: int) -> float:
         """What the experts of a linear with this `lora_alpha` and rank are multiplied with."""
@@ -335,13 +359,13 @@ class LoRASwitchConfig(PeftConfig):
         Raises:
             OSError: it cannot be written (disk full); the adapter_config.json of before is then still complete.
         """
-        from .saving.model_card import update_model_card
-
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory={save_directory!r} is a file, not a folder.")
         os.makedirs(save_directory, exist_ok=True)
         write = functools.partial(super().save_pretrained, **kwargs)
-        save_config(os.fspath(save_directory), write, functools.partial(update_model_card, save_directory, self))
+        save_config(
+            os.fspath(save_directory), write, functools.partial(update_model_card, save_directory, self.to_dict())
+        )
 
 
 def _require_int(name: str, value: Any, upper: int, lower: int = 1) -> None:

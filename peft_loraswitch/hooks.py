@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ def connect(state: RoutingState, root: nn.Module, layers: Iterable[LoRASwitchLin
     """(Re-)register the hooks: on each module, from `root` down, that contains all `layers` with routed experts. (Those
     with shared ones only may see other tokens, whose mask is not that of the decision.)"""
     disconnect(state)
-    adapted = set(layers)
-    wanted: set[nn.Module] = {layer for layer in adapted if any(layer.num_experts.values())}
-    if wanted:
-        state.hooks = Hooks(state, root, set(adapted), wanted)
+    adapted = list(layers)
+    routed: set[nn.Module] = {layer for layer in adapted if any(layer.num_experts.values())}
+    if routed:
+        state.hooks = Hooks(state, root, adapted, routed)
 
 
 def disconnect(state: RoutingState) -> None:
@@ -45,20 +45,22 @@ class Hooks:
 
     Args:
         root: the backbone.
-        layers: its adapted linears; `routed`: those with routed experts.
+        layers: its adapted linears, in module order; `routed`: those with routed experts.
     """
 
-    def __init__(self, state: RoutingState, root: nn.Module, layers: set[nn.Module], routed: set[nn.Module]) -> None:
+    def __init__(
+        self, state: RoutingState, root: nn.Module, layers: Sequence[nn.Module], routed: set[nn.Module]
+    ) -> None:
         self.state = state
         self._handles: list[Any] = []
         for depth, owner in enumerate(_owners(root, routed)):
             hook = _OwnerHooks(self, owner, depth)
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
-        self._blocks = checkpointed_blocks(root, layers)
+        self._blocks = checkpointed_blocks(root, set(layers))
         # to look for in the next forward that trains
         self._unused: UnusedLinears | None = UnusedLinears(root, layers)
-        self._handles += keep_off_fast_paths(root, layers)
+        self._handles += keep_off_fast_paths(root, set(layers))
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle
         return {**self.__dict__, "_unused": None}

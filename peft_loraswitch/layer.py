@@ -121,7 +121,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.routing_state = routing_state
-        self.quantization_backend = _quantization_backend(self.get_base_layer(), **kwargs)
+        self.quantization_backend = quantization_backend(self.get_base_layer(), **kwargs)
         self.loraswitch_A = nn.ModuleDict()
         self.loraswitch_B = nn.ModuleDict()
         self.loraswitch_router = nn.ModuleDict()
@@ -387,7 +387,7 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
         return "loraswitch." + super().__repr__()
 
 
-def _quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:
+def quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:
     """PEFT's handle on a quantised linear, or None for a plain one (or where PEFT is too old to have such handles)."""
     try:
         from peft.utils import resolve_quantization_backend

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from . import hooks
+from . import hooks, integrations
 from .config import LoRASwitchConfig
-from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear, _quantization_backend
-from .loading.layout import LIST_AT_MOST
+from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear
 from .loading.load import check_experts_being_loaded, check_file_being_loaded, injecting, select_tensors
 from .mixed import check_batch_size, mixed_batch
-from .patterns import TimeLimit, matching_key, selects, shown
 from .routing.frame import RoutingState
 from .routing.statistics import RoutingRecord, RoutingRecorder, summary_of
 from .switching import (
@@ -36,20 +30,9 @@ from .switching import (
     remove_adapter,
     tell_wrappers,
 )
-from .targets.linears import is_supported_linear, left_out, refused
-from .targets.streams import check_streams
-from .targets.trained_in_full import check_trained_in_full, train_in_full, within_trained_in_full
-
-
-@dataclass
-class InjectionPlan:
-    """What an adapter will change, settled before the first module is replaced."""
-
-    adapted: list[str]  # full names, in module order
-    router: str  # the one of them that holds the router
-    before: list[str]  # those before it, which have shared experts only
-    ranks: dict[str, int] = field(default_factory=dict)  # by name, of those whose rank is not `r`
-    alphas: dict[str, float] = field(default_factory=dict)  # by name, of those whose alpha is not `lora_alpha`
+from .targets.plan import InjectionPlan, plan_injection
+from .targets.selection import selects
+from .targets.trained_in_full import train_in_full
 
 
 class LoRASwitchModel(BaseTuner):
@@ -64,6 +47,7 @@ class LoRASwitchModel(BaseTuner):
 
     prefix = "loraswitch_"
     tuner_layer_cls = LoRASwitchLayer
+    _plan: InjectionPlan
     _injected: LoRASwitchConfig | None = None  # the configuration of the adapter that is being injected
     # deberta-v2's query_proj and pooler see something else than tokens (see targets.py)
     target_module_mapping: dict[str, Any] = {
@@ -100,6 +84,7 @@ class LoRASwitchModel(BaseTuner):
 
         # PEFT has entered the configuration already: taken out, so that what a failure goes back to is the state without it
         config: Any = self.peft_config.pop(adapter_name)
+        integrations.install_card_patches()
         with injecting(self, config):
             prepared = self._prepare_adapter_config(config, self.get_model_config(model))
             prepared.check()
@@ -278,128 +263,6 @@ def _for_peft(config: LoRASwitchConfig) -> LoRASwitchConfig:
     seen.rank_pattern, seen.alpha_pattern = {}, {}
     seen.modules_to_save = seen.trainable_token_indices = None
     return seen
-
-
-def plan_injection(
-    model: nn.Module, config: LoRASwitchConfig, adapter_name: str, state_dict: dict[str, torch.Tensor] | None = None
-) -> InjectionPlan:
-    """Settle which linears are adapted and which one routes; every refusal happens here, before any change.
-
-    Args:
-        state_dict: PEFT's alternative to `target_modules`: adapt what the keys name.
-
-    Raises:
-        ValueError: names the field (`target_modules`, `router_module`, the adapter's name) and what to do.
-    """
-    _check_adapter_name(model, adapter_name)
-    check_trained_in_full(model, config, adapter_name)
-    limit = TimeLimit()
-    every_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    _maybe_include_all_linear_layers(config, model)
-    inside = tuple(name + "." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
-    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
-    if state_dict is not None:
-        keys = {
-            key.rsplit(".loraswitch_", 1)[0].removeprefix("base_model.model.")
-            for key in state_dict
-            if ".loraswitch_" in key
-        }
-        names = [name for name in names if name in keys]
-    else:
-        names = [name for name in names if selects(config, name, limit)]
-    taken = within_trained_in_full(model, names)
-    if taken and not every_linear:
-        raise ValueError(
-            f"target_modules: {_some_reasons(taken)}: experts there would be lost when the adapter is saved. Leave it out, or "
-            "add it to exclude_modules."
-        )
-    if every_linear:
-        outside = {**left_out(model, [name for name in names if name not in taken]), **taken}
-        names = [name for name in names if name not in outside]
-        assert isinstance(config.target_modules, set)
-        config.target_modules -= set(outside)
-        if outside:
-            warnings.warn(f"'all-linear' leaves out {_some_reasons(outside)}.")
-    if not names:
-        excluded = f", exclude_modules={shown(config.exclude_modules)}" if config.exclude_modules else ""
-        raise ValueError(
-            f"target_modules={shown(config.target_modules)}{excluded}, layers_to_transform="
-            f"{shown(config.layers_to_transform)} leave no module to adapt. Print model.named_modules() to see the names; "
-            "modules in modules_to_save are not adapted either."
-        )
-    for name in names:
-        module = model.get_submodule(name)
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoRASwitchLayer):
-            raise ValueError(f"target_modules: '{name}' already carries another PEFT method ({type(module).__name__}).")
-        backend = None if is_supported_linear(base) else _quantization_backend(base)
-        if not is_supported_linear(base) and (backend is None or backend.layer_type != "linear"):
-            raise ValueError(
-                f"target_modules: '{name}' is a {type(base).__name__}; LoRA-Switch adapts linears (nn.Linear, Conv1D and "
-                "quantised linears). Leave it out, or add it to exclude_modules."
-            )
-    unfit = refused(model, names)
-    if unfit:
-        raise ValueError(
-            f"target_modules: {_some_reasons(unfit)}; no routing decision fits that. Add exclude_modules="
-            f"{sorted(unfit) if len(unfit) <= LIST_AT_MOST else sorted({n.rpartition('.')[2] for n in unfit})}."
-        )
-    router, before = names[0], []
-    if config.router_module is not None:
-        found = [n for n in names if n == config.router_module or n.endswith("." + config.router_module)]
-        if len(found) != 1:
-            raise ValueError(
-                f"router_module='{config.router_module}' must name exactly one adapted linear, but it names "
-                f"{len(found)}{': ' + ', '.join(found[:3]) if found else ''}. Adapted are for instance "
-                f"{', '.join(names[:3])}, ..., {names[-1]}."
-            )
-        router = found[0]
-        before, names = names[: names.index(router)], names[names.index(router) :]
-    check_streams(model, names)  # those before the router follow no decision: they may see any tokens
-    if config.num_shared_experts == 0:
-        before = []
-    adapted = [*before, *names]
-    ranks, alphas = (_values_by_name(config, name, adapted, limit) for name in ("rank_pattern", "alpha_pattern"))
-    return InjectionPlan(adapted, router, before, ranks, alphas)
-
-
-def _values_by_name(config: LoRASwitchConfig, pattern: str, names: list[str], limit: TimeLimit) -> dict[str, Any]:
-    """What `rank_pattern` or `alpha_pattern` says of those of `names` that it matches."""
-    keys = {name: matching_key(config, pattern, name, limit) for name in names}
-    unused = sorted(set(getattr(config, pattern)) - {key for key in keys.values() if key is not None})
-    if unused:
-        warnings.warn(
-            f"{pattern}: {shown(unused)} match no adapted linear (or only some that an earlier key matches) and are ignored.",
-            RuntimeWarning,
-        )
-    return {name: getattr(config, pattern)[key] for name, key in keys.items() if key is not None}
-
-
-def _some_reasons(reasons: dict[str, str]) -> str:
-    """One name for each reason, and how many more have it."""
-    first: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        first.setdefault(reason, []).append(name)
-    return "; ".join(
-        f"'{names[0]}'{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
-        for reason, names in first.items()
-    )
-
-
-def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(
-            f"adapter_name={adapter_name!r} must not be empty or contain a dot: it becomes a module's name."
-        )
-    if hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(
-            f"adapter_name={adapter_name!r} is the name of an attribute of every module: choose another one."
-        )
-    if any(adapter_name in name.split(".") for name, _ in model.named_modules() if "loraswitch_" not in name):
-        warnings.warn(
-            f"The adapter name '{adapter_name}' is also part of a module's name in this model; PEFT may drop weights when it "
-            "saves such an adapter. Choose another name."
-        )
 
 
 def _quantization_kwargs(tuner: BaseTuner) -> dict[str, Any]:

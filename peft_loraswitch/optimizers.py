@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -170,48 +169,9 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-# ------------------------------------------------------------------------------------------------------------- taking over
-
-
-def take_over_helpers() -> None:
-    """Give PEFT's helpers, wherever they have been imported to, the code that looks at the model first. Idempotent."""
-    for shim in (_create_loraplus_optimizer, _create_lorafa_optimizer, _create_riemannian_optimizer):
-        helper = getattr(peft.optimizers, shim.__name__.removeprefix("_"), None)
-        if helper is None or hasattr(helper, "before_loraswitch"):
-            continue
-        original = types.FunctionType(
-            helper.__code__, helper.__globals__, helper.__name__, helper.__defaults__, helper.__closure__
-        )
-        original.__kwdefaults__ = helper.__kwdefaults__
-        helper.before_loraswitch = original
-        helper.__signature__ = inspect.signature(original)
-        helper.__code__, helper.__defaults__, helper.__kwdefaults__ = shim.__code__, None, None
-
-
-# Code for PEFT's functions: it runs among the globals of PEFT's modules, so it must import what it needs.
-
-
-def _create_loraplus_optimizer(*args: Any, **kwargs: Any) -> Any:
-    from peft_loraswitch.optimizers import run_helper
-
-    return run_helper("create_loraplus_optimizer", args, kwargs)
-
-
-def _create_lorafa_optimizer(*args: Any, **kwargs: Any) -> Any:
-    from peft_loraswitch.optimizers import run_helper
-
-    return run_helper("create_lorafa_optimizer", args, kwargs)
-
-
-def _create_riemannian_optimizer(*args: Any, **kwargs: Any) -> Any:
-    from peft_loraswitch.optimizers import run_helper
-
-    return run_helper("create_riemannian_optimizer", args, kwargs)
-
-
 def run_helper(name: str, args: tuple, kwargs: dict[str, Any]) -> Optimizer:
     """PEFT's helper `name`, or what stands for it on a model with LoRA-Switch."""
-    original = getattr(peft.optimizers, name).before_loraswitch
+    original = getattr(peft.optimizers, name).before_loraswitch  # where integrations.py keeps it
     try:
         bound = inspect.signature(original).bind(*args, **kwargs)
     except TypeError:  # a wrong call: the original says what is wrong with it

@@ -13,17 +13,10 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import peft.tuners.tuners_utils
-import peft.utils.other
-import peft.utils.save_and_load
 import regex
-from peft.tuners.tuners_utils import _ExcludedModule
-
-if TYPE_CHECKING:
-    from .config import LoRASwitchConfig
 
 MAX_PATTERN = 100_000  # characters of one pattern: it takes half a second to compile
 SECONDS = 5.0  # of processor time, for all patterns of a configuration
@@ -32,7 +25,6 @@ SECONDS_PER_MATCH = 1e-4  # more for every match that is tried; an ordinary one 
 # What PEFT puts around a pattern, by the field that holds it.
 ENDING = r"(.*\.)?({})$"  # rank_pattern, alpha_pattern
 BLOCK = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # layers_pattern
-ANY_BLOCK = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 class TimeLimit:
@@ -102,100 +94,21 @@ def check_target_pattern(field: str, pattern: str) -> None:
     _target_patterns.add(pattern)
 
 
-def limit_peft() -> None:
-    """Make PEFT match `target_modules` of our configurations within the limit where it does so by itself: it looks whether
-    embeddings are among the targets when it injects and when it saves. Idempotent."""
-    original = peft.utils.other.match_target_against_key
-    if getattr(original, "limited_by_loraswitch", False):
-        return
-
-    @functools.wraps(original)
-    def match(target_pattern: str, key: str) -> Any:
-        if target_pattern in _target_patterns:
-            return TimeLimit().match("target_modules", target_pattern, key)
-        return original(target_pattern, key)
-
-    match.limited_by_loraswitch = True  # type: ignore[attr-defined]
-    for module in (peft.utils.other, peft.utils.save_and_load, peft.tuners.tuners_utils):
-        setattr(module, original.__name__, match)
+def match_target(original: Callable[[str, str], Any], pattern: str, key: str) -> Any:
+    """What PEFT's `match_target_against_key` is replaced by: it looks by itself whether embeddings are among the targets, when it
+    injects and when it saves. Patterns of other methods go to the `original`."""
+    if pattern in _target_patterns:
+        return TimeLimit().match("target_modules", pattern, key)
+    return original(pattern, key)
 
 
-def selects(config: LoRASwitchConfig, name: str, limit: TimeLimit | None = None) -> bool | _ExcludedModule:
-    """Whether `config` adapts the module `name`, by PEFT's rules; PEFT's `_ExcludedModule` (false) if `exclude_modules` or
-    `modules_to_save` keep it from that.
+def first_match(field: str, keys: Iterable[str], name: str, limit: TimeLimit) -> str | None:
+    """The first of the patterns `keys` (of `rank_pattern` or `alpha_pattern`: `field`) that matches the module `name`, as PEFT
+    matches them; None if none does.
 
     Raises:
         ValueError: a pattern takes too long. Names the field.
     """
-    limit = limit or TimeLimit()
-    excluded, targets = config.exclude_modules, config.target_modules
-    if isinstance(excluded, str) and excluded:
-        if limit.match("exclude_modules", excluded, name):
-            return _ExcludedModule()
-    elif excluded and _ends_with_one_of(name, excluded):
-        return _ExcludedModule()
-    if config.modules_to_save and trained_in_full(name, config.modules_to_save):
-        return _ExcludedModule()
-    if isinstance(targets, str):
-        return limit.match("target_modules", targets, name) is not None
-    if not targets or not _ends_with_one_of(name, targets):
-        return False
-    return name in targets or _in_wanted_block(config, name, limit)  # a full name is taken whatever its block
-
-
-def _ends_with_one_of(name: str, endings: Iterable[str]) -> bool:
-    """Whether `name`, or what follows one of its dots, is one of `endings` (fast if that is a set, whatever its size)."""
-    endings = endings if isinstance(endings, (set, frozenset)) else set(endings)
-    while name not in endings:
-        _, dot, name = name.partition(".")
-        if not dot:
-            return False
-    return True
-
-
-def trained_in_full(name: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether the module `name` is one that `modules_to_save` names, or lies within one: PEFT takes every module whose name
-    ends so, also in the middle of a word."""
-    endings = tuple(modules_to_save)
-    while name:
-        if name.endswith(endings):
-            return True
-        name = name.rpartition(".")[0]
-    return False
-
-
-def _in_wanted_block(config: LoRASwitchConfig, name: str, limit: TimeLimit) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or (not isinstance(wanted, int) and not wanted):
-        return True
-    patterns = config.layers_pattern or []
-    match: Any = None
-    if not patterns:
-        match = ANY_BLOCK.match(name)
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = match or limit.match("layers_pattern", pattern, name, BLOCK)
-    if match is None:
-        return False
-    return int(match["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
-
-
-def value_for(config: LoRASwitchConfig, field: str, name: str, default: Any, limit: TimeLimit | None = None) -> Any:
-    """What `rank_pattern` or `alpha_pattern` (`field`) says of the module `name`, or `default`: the first key that matches.
-
-    Raises:
-        ValueError: a pattern takes too long. Names the field.
-    """
-    key = matching_key(config, field, name, limit or TimeLimit())
-    return default if key is None else getattr(config, field)[key]
-
-
-def rank_for(config: LoRASwitchConfig, name: str, limit: TimeLimit | None = None) -> int:
-    """The rank of the experts of the module `name`. Raises as `value_for`; give one `limit` for many names."""
-    return value_for(config, "rank_pattern", name, config.r, limit)
-
-
-def matching_key(config: LoRASwitchConfig, field: str, name: str, limit: TimeLimit) -> str | None:
-    keys = getattr(config, field)
     return next((key for key in keys if limit.match(f"{field}[{shown(key)}]", key, name, ENDING)), None)
 
 

@@ -8,7 +8,6 @@ here in their place, on models with LoRA-Switch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.tuners_utils import set_adapter as set_adapter_everywhere
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers.integrations.peft import PeftAdapterMixin
 
 from .layer import LoRASwitchLayer
+from .peft_names import NAME
 
 
 def layers_of(model: nn.Module) -> list[LoRASwitchLayer]:
@@ -110,34 +109,9 @@ def _switch(model: nn.Module, enabled: bool) -> None:
 # ---------------------------------------------------------------------------------------------- PeftModel, Transformers
 
 
-def watch_switching() -> None:
-    """Install this. Idempotent; models with other methods get what they got before."""
-    _wrap(PeftModel, "delete_adapter", _delete_in_peft_model)
-    for name, watched in (
-        ("set_adapter", _set_in_transformers),
-        ("delete_adapter", _delete_in_transformers),
-        ("active_adapters", _active_in_transformers),
-        ("disable_adapters", functools.partial(_switch_in_transformers, enabled=False)),
-        ("enable_adapters", functools.partial(_switch_in_transformers, enabled=True)),
-    ):
-        _wrap(PeftAdapterMixin, name, watched)
-
-
-def _wrap(owner: type, name: str, watched: Callable[..., Any]) -> None:
-    original = vars(owner)[name]
-    if getattr(original, "watched_by_loraswitch", False):
-        return
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return watched(self, functools.partial(original, self), *args, **kwargs)
-
-    method.watched_by_loraswitch = True  # type: ignore[attr-defined]
-    setattr(owner, name, method)
-
-
-def _delete_in_peft_model(model: PeftModel, original: Callable, adapter_name: str) -> None:
-    original(adapter_name)
+def delete_in_peft_model(original: Callable, model: PeftModel, adapter_name: str) -> None:
+    """In place of `PeftModel.delete_adapter`."""
+    original(model, adapter_name)
     # PEFT keeps a name of its own besides the active ones, and looks up the configuration by it at every forward
     if model.peft_config and model.active_adapter not in model.peft_config:
         model.active_adapter = next(iter(model.active_adapters), next(iter(model.peft_config)))
@@ -147,26 +121,29 @@ def _only_ours(model: nn.Module) -> bool:
     """Whether the adapters that Transformers has put on `model` are LoRA-Switch's."""
     configs = getattr(model, "peft_config", None)
     loaded = getattr(model, "_hf_peft_config_loaded", False)
-    return bool(loaded and configs and all(config.peft_type == "LORASWITCH" for config in configs.values()))
+    return bool(loaded and configs and all(config.peft_type == NAME for config in configs.values()))
 
 
-def _active_in_transformers(model: Any, original: Callable) -> list[str]:
+def active_in_transformers(original: Callable, model: Any) -> list[str]:
+    """In place of Transformers' `model.active_adapters()`."""
     # Transformers asks the first module of PEFT's that it finds, which may be an embedding with trainable tokens
-    return list(layers_of(model)[0].active_adapters) if _only_ours(model) else original()
+    return list(layers_of(model)[0].active_adapters) if _only_ours(model) else original(model)
 
 
-def _set_in_transformers(model: Any, original: Callable, adapter_name: str | list[str]) -> None:
+def set_in_transformers(original: Callable, model: Any, adapter_name: str | list[str]) -> None:
+    """In place of Transformers' `model.set_adapter()`."""
     names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
     if not _only_ours(model) or not set(names) <= set(model.peft_config):
-        return original(adapter_name)  # which says what is wrong
+        return original(model, adapter_name)  # which says what is wrong
     check_can_be_active(model, names)
     set_adapter_everywhere(model, names, layer_cls=LoRASwitchLayer)
 
 
-def _delete_in_transformers(model: Any, original: Callable, adapter_names: str | list[str]) -> None:
+def delete_in_transformers(original: Callable, model: Any, adapter_names: str | list[str]) -> None:
+    """In place of Transformers' `model.delete_adapter()`."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     if not _only_ours(model) or not set(names) <= set(model.peft_config):
-        return original(adapter_names)
+        return original(model, adapter_names)
     for name in dict.fromkeys(names):
         remove_adapter(model, name)
         del model.peft_config[name]
@@ -175,7 +152,11 @@ def _delete_in_transformers(model: Any, original: Callable, adapter_names: str |
         model._hf_peft_config_loaded = False
 
 
-def _switch_in_transformers(model: Any, original: Callable, enabled: bool) -> None:
-    if not _only_ours(model):
-        return original()
-    _switch(model, enabled)
+def disable_in_transformers(original: Callable, model: Any) -> None:
+    """In place of Transformers' `model.disable_adapters()`."""
+    _switch(model, enabled=False) if _only_ours(model) else original(model)
+
+
+def enable_in_transformers(original: Callable, model: Any) -> None:
+    """In place of Transformers' `model.enable_adapters()`."""
+    _switch(model, enabled=True) if _only_ours(model) else original(model)

@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from peft_loraswitch import LoRASwitchConfig
-from peft_loraswitch.saving.model_card import BEGIN, END, TAGS, keep_card_on_push, refresh_model_card, update_model_card
+from peft_loraswitch.integrations import install_card_patches
+from peft_loraswitch.saving.model_card import BEGIN, END, TAGS, refresh_model_card, update_model_card
 
 pytestmark = pytest.mark.compat
 
@@ -260,7 +261,7 @@ def test_full_disk_leaves_the_old_card(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        update_model_card(tmp_path, config(num_experts=5))
+        update_model_card(tmp_path, config(num_experts=5).to_dict())
     assert (tmp_path / "README.md").read_bytes() == before and sorted(os.listdir(tmp_path)) == names
 
 
@@ -276,6 +277,7 @@ def test_permissions_of_the_card(tmp_path):
 
 
 def test_somebody_elses_card_gets_the_section_again(tmp_path):
+    install_card_patches()  # as injecting an adapter does
     config(num_experts=3).save_pretrained(tmp_path)
     ModelCard("---\nlibrary_name: transformers\ntags:\n- trl\n---\n# By a trainer\n").save(tmp_path / "README.md")
     card = card_in(tmp_path)
@@ -284,7 +286,7 @@ def test_somebody_elses_card_gets_the_section_again(tmp_path):
 
 
 def test_cards_of_other_methods_and_other_files_are_not_touched(tmp_path):
-    keep_card_on_push()
+    install_card_patches()
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     content = "---\nlibrary_name: peft\n---\n# LoRA\n"
     ModelCard(content).save(tmp_path / "README.md")
@@ -298,13 +300,14 @@ def test_cards_of_other_methods_and_other_files_are_not_touched(tmp_path):
 
 
 def test_installing_twice_wraps_once(tmp_path):
-    keep_card_on_push()
+    install_card_patches()
     save = ModelCard.save
-    keep_card_on_push()
+    install_card_patches()
     assert ModelCard.save is save
 
 
 def test_a_card_that_cannot_be_renewed_is_reported_and_stops_nothing(tmp_path, monkeypatch):
+    install_card_patches()  # as injecting an adapter does
     config().save_pretrained(tmp_path)
     monkeypatch.setattr(
         "peft_loraswitch.saving.model_card._replace_file", lambda *_: (_ for _ in ()).throw(OSError("read-only"))
@@ -328,7 +331,7 @@ def test_a_broken_config_elsewhere_in_the_folder_does_no_harm(tmp_path):
 
 
 def test_card_can_be_written_before_the_config(tmp_path):
-    update_model_card(tmp_path, config(num_experts=3))
+    update_model_card(tmp_path, config(num_experts=3).to_dict())
     assert settings_of(section_of(tmp_path))["experts"] == "3, of rank 8"
     assert settings_of(section_of(tmp_path))["adapted modules"] == "`q_proj`, `v_proj`"
 

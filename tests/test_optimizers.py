@@ -17,7 +17,7 @@ from torch import nn
 
 import peft_loraswitch.optimizers
 from helpers import adapted, randomize_adapter, switch_config, tiny_gpt2, tiny_llama, tokens
-from peft_loraswitch.optimizers import take_over_helpers
+from peft_loraswitch.integrations import _take_over_optimizers
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
@@ -297,8 +297,8 @@ def test_other_methods_get_the_original():
 
 def test_taking_over_twice_changes_nothing():
     original = create_loraplus_optimizer.before_loraswitch
-    take_over_helpers()
-    importlib.reload(peft_loraswitch.optimizers).take_over_helpers()
+    _take_over_optimizers()
+    importlib.reload(peft_loraswitch.integrations)._take_over_optimizers()
     assert create_loraplus_optimizer.before_loraswitch is original
     create_loraplus_optimizer(adapted(tiny_llama()), torch.optim.SGD, lr=0.1, loraplus_lr_ratio=2)
 

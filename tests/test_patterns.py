@@ -22,7 +22,8 @@ from helpers import adapted, switch_config, switch_layers, tiny_llama
 from peft_loraswitch import LoRASwitchConfig, patterns
 from peft_loraswitch.loading.layout import check_experts
 from peft_loraswitch.loading.weights_file import read_header
-from peft_loraswitch.patterns import TimeLimit, matching_key, selects, value_for
+from peft_loraswitch.patterns import TimeLimit
+from peft_loraswitch.targets.selection import selects
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
@@ -102,7 +103,7 @@ def test_many_patterns_share_one_limit():
     started, limit = time.thread_time(), TimeLimit()
     with pytest.raises(ValueError, match="rank_pattern.*too long"):
         for _ in range(1000):
-            value_for(config, "rank_pattern", name, 8, limit)
+            config.rank_of(name, limit)
     assert time.thread_time() - started < 5
 
 
@@ -240,7 +241,7 @@ def test_random_configurations_select_what_peft_selects():
             wanted = peft_answers(check_target_module_exists, config, name)
             assert bool(selects(config, name)) == bool(wanted), (config, name)
             assert isinstance(selects(config, name), _ExcludedModule) == isinstance(wanted, _ExcludedModule)
-            key = matching_key(config, "rank_pattern", name, TimeLimit())
+            key = config.matching_key("rank_pattern", name)
             assert (name if key is None else key) == peft_answers(get_pattern_key, list(config.rank_pattern), name)
             outcomes.append(bool(wanted))
     assert len(outcomes) > 10_000 and 0.02 < sum(outcomes) / len(outcomes) < 0.9

@@ -24,7 +24,7 @@ from peft.utils.peft_types import PeftType
 
 import peft_loraswitch
 from helpers import adapted, switch_config, tiny_llama, tokens
-from peft_loraswitch import registration
+from peft_loraswitch import peft_names
 
 pytestmark = pytest.mark.compat
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def test_the_member_is_like_peft_s_own():
 
 def test_extending_again_changes_nothing():
     members = list(PeftType)
-    assert registration.extend_peft_type() is PeftType.LORASWITCH
+    assert peft_names.extend_peft_type() is PeftType.LORASWITCH
     assert list(PeftType) == members
 
 
@@ -119,7 +119,7 @@ def test_the_enum_on_other_pythons(version):
         if not candidates:
             pytest.skip(f"no Python {version} on this machine")
         python = str(candidates[-1])
-    source = "from __future__ import annotations\n" + inspect.getsource(registration.extend_peft_type)
+    source = "from __future__ import annotations\n" + inspect.getsource(peft_names.extend_peft_type)
     code = f"SOURCE = {source!r}\n" + textwrap.dedent(ENUM_CHECKS)
     result = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
@@ -135,7 +135,7 @@ def test_the_enum_where_python_keeps_a_list_of_hashable_values():
     if not hasattr(Types, "_hashable_values_"):
         type.__setattr__(Types, "_hashable_values_", ["LORA"])
     namespace = {"PeftType": Types, "NAME": "LORASWITCH", "enum": enum}
-    exec("from __future__ import annotations\n" + inspect.getsource(registration.extend_peft_type), namespace)
+    exec("from __future__ import annotations\n" + inspect.getsource(peft_names.extend_peft_type), namespace)
     namespace["extend_peft_type"]()
     namespace["extend_peft_type"]()
     assert list(Types._hashable_values_) == ["LORA", "LORASWITCH"]
@@ -185,7 +185,7 @@ assert taken("LORASWITCH") in taken
     "reloaded, then purged and imported again": """
 import importlib, sys, peft, peft_loraswitch
 for _ in range(2):
-    importlib.reload(peft_loraswitch.registration)
+    importlib.reload(peft_loraswitch.integrations)
     importlib.reload(peft_loraswitch.config)
     importlib.reload(peft_loraswitch)
 assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LORASWITCH"] is peft_loraswitch.LoRASwitchConfig
@@ -197,7 +197,7 @@ assert peft_loraswitch is not first and peft_loraswitch.LoRASwitchConfig is not 
 assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LORASWITCH"] is peft_loraswitch.LoRASwitchConfig
 assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING["LORASWITCH"] is peft_loraswitch.LoRASwitchModel
 assert [t.value for t in peft.PeftType].count("LORASWITCH") == 1
-assert peft.PeftModel.load_adapter is load  # wrapped once
+assert peft.PeftModel.load_adapter.__wrapped__ is load.__wrapped__  # by the new code instead of the old, not by both
 """,
 }
 

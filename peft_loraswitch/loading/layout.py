@@ -12,24 +12,21 @@ PEFT's `save_pretrained` writes for it:
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..patterns import TimeLimit, rank_for, value_for
+from ..config import LoRASwitchConfig
+from ..patterns import TimeLimit
+from ..peft_names import PREFIX
 from .weights_file import DTYPES, FLOATS, Header, TensorInfo
 
-if TYPE_CHECKING:
-    from ..config import LoRASwitchConfig
-
 LIST_AT_MOST = 3
-PREFIX = "base_model.model."  # what PEFT puts before the names of the backbone's modules
 OUR_KEY = re.compile(r"(?P<module>.+)\.loraswitch_(?P<part>A|B|router)\.weight")
 SHAPES = {
     "A": "[num_experts, r, in_features]",
@@ -214,8 +211,9 @@ def expert_shapes(
         module: Any = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         in_features, out_features = _get_in_out_features(base)
-        experts = config.num_shared_experts + (0 if name in before else config.num_experts)
-        rank = rank_for(config, name, limit)
+        options = config.routing_options()
+        experts = (options.shared_only() if name in before else options).num_stacked
+        rank = config.rank_of(name, limit)
         shapes[f"{PREFIX}{name}.loraswitch_A.weight"] = (experts, rank, in_features)
         shapes[f"{PREFIX}{name}.loraswitch_B.weight"] = (experts, out_features, rank)
         if name == router:
@@ -234,13 +232,6 @@ def check_shape(
         )
 
 
-def scale_of(config: LoRASwitchConfig, name: str, limit: TimeLimit) -> float:
-    """What the experts on the linear `name` are scaled by."""
-    alpha = value_for(config, "alpha_pattern", name, config.lora_alpha, limit)
-    rank = rank_for(config, name, limit)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
 def check_experts(where: Any, header: Header, config: LoRASwitchConfig) -> None:
     """Compare experts and router in the file with the configuration: do the two belong together?
 
@@ -250,7 +241,7 @@ def check_experts(where: Any, header: Header, config: LoRASwitchConfig) -> None:
     limit = TimeLimit()
     for key, info in header.items():
         if match := OUR_KEY.fullmatch(key):
-            rank = rank_for(config, match["module"].removeprefix(PREFIX), limit)
+            rank = config.rank_of(match["module"].removeprefix(PREFIX), limit)
             _check_experts(where, key, rank, match["part"], info.shape, config)
 
 

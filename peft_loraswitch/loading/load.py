@@ -20,22 +20,18 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.integrations import peft as transformers_peft
-from transformers.models.auto import auto_factory
 
+from ..config import LoRASwitchConfig
 from ..patterns import TimeLimit
+from ..peft_names import PREFIX
 from .layout import (
-    PREFIX,
     Layout,
     Slot,
     backbone_of,
@@ -43,7 +39,6 @@ from .layout import (
     check_shape,
     expert_shapes,
     refuse,
-    scale_of,
     some,
 )
 from .rollback import Snapshot, all_or_nothing
@@ -59,9 +54,6 @@ from .weights_file import (
     read_header,
     read_tensors,
 )
-
-if TYPE_CHECKING:
-    from ..config import LoRASwitchConfig
 
 logger = logging.getLogger(__name__)
 
@@ -127,74 +119,27 @@ class _Load:
 _current: ContextVar[_Load | None] = ContextVar("loraswitch_load", default=None)
 
 
-def watch_loads() -> None:
-    """Wrap what loads adapters, and what a load asks on its way. Idempotent, also across re-imports of this package."""
-    for owner, name, watch in (
-        (PeftModel, "load_adapter", _watched),
-        (PeftModel, "from_pretrained", _watched),
-        (transformers_peft.PeftAdapterMixin, "load_adapter", _watched),
-        (PeftConfigMixin, "from_json_file", _read_after_a_check),
-        (transformers_peft, "find_adapter_config_file", _found_after_a_check),
-        (auto_factory, "find_adapter_config_file", _found_after_a_check),
-        (TrainableTokensWrapper, "adapter_state_dict", _nothing_of_other_adapters),
-        (TrainableTokensWrapper, "adapter_state_dict_load_map", _nothing_of_other_adapters),
-    ):
-        original = vars(owner)[name]
-        function = original.__func__ if isinstance(original, classmethod) else original
-        if getattr(function, "watched_by_loraswitch", False):
-            continue
-        watched = functools.wraps(function)(watch(function))
-        watched.watched_by_loraswitch = True  # type: ignore[attr-defined]
-        setattr(owner, name, classmethod(watched) if isinstance(original, classmethod) else watched)
+def watched_load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In place of each of the three functions that load an adapter."""
+    try:
+        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+    except TypeError:  # a wrong call: the original says what is wrong with it
+        return original(*args, **kwargs)
+    return run_load(functools.partial(original, *args, **kwargs), arguments)
 
 
-def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def load(*args: Any, **kwargs: Any) -> Any:
-        from peft_loraswitch.loading.load import run_load  # looked up at each call: after a re-import, the new one
-
-        try:
-            arguments = signature.bind(*args, **kwargs).arguments
-        except TypeError:  # a wrong call: the original says what is wrong with it
-            return original(*args, **kwargs)
-        return run_load(functools.partial(original, *args, **kwargs), arguments)
-
-    return load
+def config_read_after_a_check(original: Callable[..., Any], cls: type, path_json_file: str, **kwargs: Any) -> Any:
+    """In place of PEFT's reader of adapter_config.json."""
+    read_config_file(path_json_file)
+    return original(cls, path_json_file, **kwargs)
 
 
-def _read_after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around PEFT's reader of adapter_config.json, whose argument is the path."""
-
-    def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> Any:
-        read_config_file(path_json_file)
-        return original(cls, path_json_file, **kwargs)
-
-    return from_json_file
-
-
-def _found_after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around Transformers' search for adapter_config.json, which comes before its own reading of it."""
-
-    def find_adapter_config_file(*args: Any, **kwargs: Any) -> str | None:
-        path = original(*args, **kwargs)
-        if path is not None:
-            read_config_file(path)
-        return path
-
-    return find_adapter_config_file
-
-
-def _nothing_of_other_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around what PEFT asks a module with trainable tokens for an adapter's tensors: of one that has none there it names
-    tensors that do not exist, so that neither save nor load of it works beside one that has some."""
-
-    def tensors_of(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if adapter_name not in self.token_adapter.trainable_tokens_delta:
-            return {}
-        return original(self, adapter_name, *args, **kwargs)
-
-    return tensors_of
+def config_found_after_a_check(original: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
+    """In place of Transformers' search for adapter_config.json, which comes before its own reading of it."""
+    path = original(*args, **kwargs)
+    if path is not None:
+        read_config_file(path)
+    return path
 
 
 def run_load(load: Callable[[], Any], arguments: dict[str, Any]) -> Any:
@@ -228,8 +173,6 @@ def run_load(load: Callable[[], Any], arguments: dict[str, Any]) -> Any:
 
 
 def _our_config(model: Any, adapter: str) -> Any:
-    from ..config import LoRASwitchConfig
-
     configs = getattr(model, "peft_config", None) if isinstance(model, nn.Module) else None
     config = configs.get(adapter) if isinstance(configs, dict) else None
     return config if isinstance(config, LoRASwitchConfig) else None
@@ -273,9 +216,6 @@ def _renaming(arguments: dict[str, Any], model: Any) -> Callable[[str], str]:
 @contextmanager
 def injecting(tuner: nn.Module, config: LoRASwitchConfig) -> Iterator[None]:
     """Around the injection of an adapter: all or nothing, and undone as well if the load fails that it is part of."""
-    from ..saving.model_card import keep_card_on_push
-
-    keep_card_on_push()
     model: Any = tuner.model
     progress = _current.get()
     loaded_into = [] if progress is None else [progress.model]  # a PeftModel is around the tuner
@@ -362,7 +302,7 @@ def _check_same_meaning(progress: _Load, config: LoRASwitchConfig, saved: LoRASw
     limit = TimeLimit()
     for name, module in backbone_of(progress.model).named_modules():
         if progress.adapter in getattr(module, "loraswitch_A", {}):
-            scale = scale_of(saved, name, limit)
+            scale = saved.scale_of(name, limit)
             compare(
                 f"lora_alpha (with r, use_rslora and alpha_pattern: the scale of '{name}')",
                 module.scaling[progress.adapter],

@@ -20,7 +20,8 @@ from peft import TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..registration import NAME
+from ..config import LoRASwitchConfig
+from ..peft_names import NAME
 
 # Far beyond what an adapter needs (some 200 bytes a tensor in the header), and still read in a second.
 MAX_HEADER_BYTES = MAX_CONFIG_BYTES = 16 * 2**20
@@ -139,8 +140,6 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 def make_config(fields: Mapping[str, Any]) -> Any:
     """A checked `LoRASwitchConfig` of the fields in a file."""
-    from ..config import LoRASwitchConfig
-
     return LoRASwitchConfig(**fields)
 
 

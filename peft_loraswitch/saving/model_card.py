@@ -8,24 +8,23 @@ replaced, the rest of the text is left as it is, metadata is added to what is th
 
 from __future__ import annotations
 
-import functools
 import json
 import keyword
+import math
 import os
 import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-if TYPE_CHECKING:
-    from ..config import LoRASwitchConfig
+from ..peft_names import NAME, PREFIX
 
 TAGS = ("loraswitch", "lora-switch", "mixture-of-lora-experts")
 BEGIN = "<!-- loraswitch:begin: rewritten by peft_loraswitch at every save, put your own text outside -->"
@@ -33,7 +32,6 @@ END = "<!-- loraswitch:end -->"
 _SECTION = re.compile(r"<!-- loraswitch:begin\b[^\n]*?-->.*?<!-- loraswitch:end -->", re.DOTALL)
 _STRAY_MARKER = re.compile(r"<!-- loraswitch:(?:begin|end)\b[^\n]*?-->\r?\n?")
 
-_PEFT_TYPE = "LORASWITCH"
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -45,7 +43,7 @@ _AUTO_CLASSES = {
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 
 
-def update_model_card(save_directory: str | os.PathLike, config: LoRASwitchConfig) -> None:
+def update_model_card(save_directory: str | os.PathLike, config: dict[str, Any]) -> None:
     """Write or renew the card for the adapter whose configuration has just been saved in `save_directory`.
 
     PEFT saves an adapter named other than "default" in a sub-folder of the repository; such an adapter is described in
@@ -54,11 +52,10 @@ def update_model_card(save_directory: str | os.PathLike, config: LoRASwitchConfi
 
     Args:
         save_directory: folder that `config.save_pretrained` wrote to.
-        config: the adapter's configuration, used where `adapter_config.json` is not there.
+        config: the fields of the adapter's configuration, used where `adapter_config.json` is not there.
     Raises:
         OSError: the card cannot be written; the previous one is then still complete.
     """
-    keep_card_on_push()
     folder = Path(save_directory)
     root = folder
     if not (folder / "README.md").exists() and _is_peft_card(folder.resolve().parent / "README.md"):
@@ -66,7 +63,7 @@ def update_model_card(save_directory: str | os.PathLike, config: LoRASwitchConfi
     adapters = dict(_adapters_in(root))
     subfolder = "" if root == folder else folder.name
     if subfolder not in adapters:
-        adapters[subfolder] = json.loads(json.dumps(config.to_dict(), default=_jsonable))
+        adapters[subfolder] = json.loads(json.dumps(config, default=_jsonable))
     _write_card(root, adapters)
 
 
@@ -86,71 +83,46 @@ def refresh_model_card(folder: str | os.PathLike, repo_id: str | None = None, re
         _write_card(Path(folder), adapters, repo_id, lasting)
 
 
-def keep_card_on_push() -> None:
-    """From now on, renew our section when somebody writes or uploads the card of a LoRA-Switch adapter. Idempotent.
-
-    `push_to_hub` of transformers 5 saves the model and then overwrites its card with the repository's (or an empty one
-    that says "transformers"), and TRL's trainers write theirs just before they upload: neither leaves a hook. So this
-    looks again after `ModelCard.save`, which writes them all, and before the two ways to upload a folder, which know the
-    repository's name; where a version lacks one of these methods the snippet names the folder instead.
-
-    `ModelCard.save` also writes in place: on a full disk the card of before would be lost. In the folder of one of our
-    adapters it is replaced instead. Injecting an adapter installs this; a process that has none is untouched.
-    """
-    from transformers.utils import PushToHubMixin
-
-    def card_saved(filepath: str | Path, *_: Any, **__: Any) -> None:
-        if Path(filepath).name == "README.md":
-            _refresh_or_warn(Path(filepath).parent)
-
-    def model_pushed(working_dir: str, repo_id: str, *_: Any, revision: str | None = None, **__: Any) -> None:
-        _refresh_or_warn(working_dir, repo_id, revision)
-
-    def folder_uploaded(
-        *, repo_id: str, folder_path: str, path_in_repo: str | None = None, revision: str | None = None, **__: Any
-    ) -> None:
-        if path_in_repo in (None, "", ".", "./"):
-            _refresh_or_warn(folder_path, repo_id, revision)
-
-    _wrap(ModelCard, "save", after=card_saved, instead=_replace_card)
-    _wrap(PushToHubMixin, "_upload_modified_files", before=model_pushed)
-    _wrap(HfApi, "upload_folder", before=folder_uploaded)
+# `push_to_hub` of transformers 5 saves the model and then overwrites its card with the repository's (or an empty one that says
+# "transformers"), and TRL's trainers write theirs just before they upload: neither leaves a hook. So our section is renewed after
+# `ModelCard.save`, which writes them all, and before the two ways to upload a folder, which know the repository's name.
 
 
-def _wrap(
-    owner: type,
-    name: str,
-    before: Callable | None = None,
-    after: Callable | None = None,
-    instead: Callable | None = None,
-) -> None:
-    method = getattr(owner, name, None)
-    if method is None or getattr(method, "renews_loraswitch_card", False):
-        return
-
-    @functools.wraps(method)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if before:
-            before(*args, **kwargs)
-        call = functools.partial(method, self)
-        result = instead(call, *args, **kwargs) if instead else call(*args, **kwargs)
-        if after:
-            after(*args, **kwargs)
-        return result
-
-    wrapper.renews_loraswitch_card = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapper)
-
-
-def _replace_card(save: Callable, filepath: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """`save(filepath)`; where that overwrites the card of one of our adapters, into a file beside it that then replaces it."""
+def card_saved(original: Callable, card: Any, filepath: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """In place of `ModelCard.save`, which writes in place, so that a full disk would lose the card of before: the card of one of
+    our adapters is written beside it, and then replaces it."""
     path = Path(filepath)
-    if not (path.name == "README.md" and path.is_file() and any(_adapters_in(path.parent))):
-        return save(filepath, *args, **kwargs)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".card-") as folder:
-        result = save(Path(folder) / path.name, *args, **kwargs)
-        os.replace(Path(folder) / path.name, path)
+    if path.name != "README.md":
+        return original(card, filepath, *args, **kwargs)
+    if path.is_file() and any(_adapters_in(path.parent)):
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".card-") as folder:
+            result = original(card, Path(folder) / path.name, *args, **kwargs)
+            os.replace(Path(folder) / path.name, path)
+    else:
+        result = original(card, filepath, *args, **kwargs)
+    _refresh_or_warn(path.parent)
     return result
+
+
+def model_pushed(
+    original: Callable,
+    model: Any,
+    working_dir: str,
+    repo_id: str,
+    *args: Any,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """In place of the upload within `push_to_hub` of Transformers' and PEFT's models."""
+    _refresh_or_warn(working_dir, repo_id, revision)
+    return original(model, working_dir, repo_id, *args, revision=revision, **kwargs)
+
+
+def folder_uploaded(original: Callable, api: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of `HfApi.upload_folder`, by which trainers upload."""
+    if kwargs.get("path_in_repo") in (None, "", ".", "./") and {"repo_id", "folder_path"} <= set(kwargs):
+        _refresh_or_warn(kwargs["folder_path"], kwargs["repo_id"], kwargs.get("revision"))
+    return original(api, *args, **kwargs)
 
 
 def _refresh_or_warn(folder: str | os.PathLike, repo_id: str | None = None, revision: str | None = None) -> None:
@@ -183,7 +155,7 @@ def _adapters_in(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would block
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(config, dict) and config.get("peft_type") == _PEFT_TYPE:
+        if isinstance(config, dict) and config.get("peft_type") == NAME:
             yield ("" if folder == root else folder.name), config
 
 
@@ -292,7 +264,7 @@ def _section(root: Path, adapters: dict[str, dict], repo_id: str | None, revisio
         "",
         "One router picks a few LoRA experts for every token, once, and every adapted linear layer uses that choice. "
         "Loading needs the `peft_loraswitch` package beside PEFT: without `import peft_loraswitch`, PEFT does not know "
-        f"the method and stops with `KeyError: '{_PEFT_TYPE}'`.",
+        f"the method and stops with `KeyError: '{NAME}'`.",
     ]
     for subfolder, config in adapters.items():
         if len(adapters) > 1 or subfolder:
@@ -359,20 +331,16 @@ def _settings(config: dict, shapes: dict[str, list[int]]) -> Iterator[tuple[str,
     yield "adapted modules", _code(targets)
     routers = [name.split(".loraswitch_router.")[0] for name in shapes if ".loraswitch_router." in name]
     if routers:
-        yield "routing layer", _code([name.removeprefix("base_model.model.") for name in sorted(routers)])
+        yield "routing layer", _code([name.removeprefix(PREFIX) for name in sorted(routers)])
     else:
         chosen = config.get("router_module")
         yield "routing layer", _code(chosen) if chosen else "the first adapted linear that runs"
     adapted = sum(".loraswitch_A." in name for name in shapes)
     if adapted:
-        size = sum(_product(shape) for shape in shapes.values())
+        size = sum(math.prod(shape) for shape in shapes.values())
         yield "size", f"{size:,} parameters, {adapted} adapted layers"
     if config.get("modules_to_save"):
         yield "trained in full", _code(config["modules_to_save"])
-
-
-def _product(shape: list[int]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
 
 
 def _model_class(config: dict) -> tuple[str, str] | None:

@@ -9,13 +9,12 @@ beside the old ones first. Then, in three renames,
 2. the weights take their place,
 3. and the configuration, whereby the mark is gone.
 
-The old adapter is whole until 1, the new one from 3 on. PEFT and Transformers offer no hook for that: `watch_saves` wraps
-`save_pretrained` of both, and the function by which they write the weights.
+The old adapter is whole until 1, the new one from 3 on. PEFT and Transformers offer no hook for that: `integrations.py` puts
+what is here in place of `save_pretrained` of both, and of the function by which they write the weights.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import os
@@ -28,11 +27,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import peft.peft_model
-import transformers.modeling_utils
-from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import PreTrainedModel
+
+from ..peft_names import NAME
 
 UNFINISHED = "unfinished_save"  # the key in adapter_config.json
 BROKEN_OFF = (
@@ -160,52 +157,34 @@ def _beside(path: str, content: bytes, later: ExitStack) -> Written:
 # ------------------------------------------------------------------------------------------------------ watching saves
 
 
-def watch_saves() -> None:
-    """Install this. Idempotent; adapters of other methods are saved as before."""
-    for module in (peft.peft_model, transformers.modeling_utils):
-        _wrap(module, "safe_save_file", _watched_save_file)
-    for model_class in (PeftModel, PreTrainedModel):
-        _wrap(model_class, "save_pretrained", _watched_save_pretrained)
+def watched_save_file(
+    original: Callable, tensors: dict[str, Any], filename: str | os.PathLike, *args: Any, **kwargs: Any
+) -> Any:
+    """In place of the function by which PEFT and Transformers write weights: those of an adapter of ours wait beside the old
+    ones. Other files are written as before."""
+    save, path = _current.get(), os.fspath(filename)
+    ours = os.path.basename(path) == SAFETENSORS_WEIGHTS_NAME and any(".loraswitch_" in key for key in tensors)
+    if save is None or not ours:
+        return original(tensors, filename, *args, **kwargs)
+    folder = os.path.realpath(os.path.dirname(path))
+    save.weights[folder] = Written(path, lambda beside: original(tensors, beside, *args, **kwargs))
+    save.finish(folder)
+    return None
 
 
-def _wrap(owner: Any, name: str, watched: Callable[[Callable], Callable]) -> None:
-    original = getattr(owner, name, None)
-    if original is not None and not getattr(original, "watched_by_loraswitch", False):
-        wrapper = functools.wraps(original)(watched(original))
-        wrapper.watched_by_loraswitch = True  # type: ignore[attr-defined]
-        setattr(owner, name, wrapper)
-
-
-def _watched_save_file(original: Callable) -> Callable:
-    def save_file(tensors: dict[str, Any], filename: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        save, path = _current.get(), os.fspath(filename)
-        ours = os.path.basename(path) == SAFETENSORS_WEIGHTS_NAME and any(".loraswitch_" in key for key in tensors)
-        if save is None or not ours:
-            return original(tensors, filename, *args, **kwargs)
-        folder = os.path.realpath(os.path.dirname(path))
-        save.weights[folder] = Written(path, lambda beside: original(tensors, beside, *args, **kwargs))
-        save.finish(folder)
-
-    return save_file
-
-
-def _watched_save_pretrained(original: Callable) -> Callable:
-    signature = inspect.signature(original)
-
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with suppress(TypeError):  # a wrong call: the original says what is wrong with it
-            if not signature.bind(self, *args, **kwargs).arguments.get("safe_serialization", True):
-                _refuse_pickle(self)
-        with _save_in_progress():
-            return original(self, *args, **kwargs)
-
-    return save_pretrained
+def watched_save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of `save_pretrained` of PEFT's and of Transformers' models."""
+    with suppress(TypeError):  # a wrong call: the original says what is wrong with it
+        if not inspect.signature(original).bind(model, *args, **kwargs).arguments.get("safe_serialization", True):
+            _refuse_pickle(model)
+    with _save_in_progress():
+        return original(model, *args, **kwargs)
 
 
 def _refuse_pickle(model: Any) -> None:
     """It would lie beside the old weights, which would be loaded with the new configuration."""
     configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict) and any(config.peft_type == "LORASWITCH" for config in configs.values()):
+    if isinstance(configs, dict) and any(config.peft_type == NAME for config in configs.values()):
         raise ValueError(
             "safe_serialization=False writes a pickle, which LoRA-Switch does not load: leave it out; adapters are safetensors."
         )

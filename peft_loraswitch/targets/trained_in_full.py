@@ -7,11 +7,10 @@ PEFT is shown a model without the modules inside of adapted linears.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import (
@@ -22,28 +21,23 @@ from peft.utils.other import (
 )
 from torch import nn
 
+from ..config import LoRASwitchConfig
 from ..layer import LoRASwitchLayer
 
-if TYPE_CHECKING:
-    from ..config import LoRASwitchConfig
 
-
-def pass_over_other_adapters() -> None:
-    """Make PEFT's wrapper of trainable tokens pass over adapters that have none there, as that of `modules_to_save` does: else
-    none of them can be saved, or loaded, beside one that has. Idempotent."""
-    for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
-        original = vars(TrainableTokensWrapper)[name]
-        if not getattr(original, "passes_over", False):
-            setattr(TrainableTokensWrapper, name, _passing_over(original))
-
-
-def _passing_over(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    @functools.wraps(original)
-    def method(self: TrainableTokensWrapper, adapter_name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return original(self, adapter_name, *args, **kwargs) if adapter_name in self._adapters else {}
-
-    method.passes_over = True  # type: ignore[attr-defined]
-    return method
+def tensors_of_trained_tokens(
+    original: Callable[..., dict[str, Any]],
+    wrapper: TrainableTokensWrapper,
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """In place of what PEFT asks its wrapper of trainable tokens for an adapter's tensors: nothing, of an adapter that has none
+    there, as that of `modules_to_save` says. PEFT names tensors that do not exist, so that neither save nor load of such an
+    adapter works beside one that has some."""
+    if adapter_name not in wrapper.token_adapter.trainable_tokens_delta:  # type: ignore[union-attr]
+        return {}
+    return original(wrapper, adapter_name, *args, **kwargs)
 
 
 class BackboneView:

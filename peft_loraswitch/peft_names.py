@@ -1,13 +1,16 @@
-"""Registers LORASWITCH with PEFT. PEFT has no plug-in hook, so this is the one place that reaches into its closed enum."""
+"""What PEFT calls us and ours: LORASWITCH among its methods, and the prefix of tensors in its files.
+
+`PeftType` is a closed enum, and this is the one place that reaches into it.
+"""
 
 from __future__ import annotations
 
 import enum
 
-from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
 NAME = "LORASWITCH"
+PREFIX = "base_model.model."  # what PEFT puts before the names of the backbone's modules
 
 
 def extend_peft_type(name: str = NAME) -> PeftType:
@@ -32,31 +35,3 @@ def extend_peft_type(name: str = NAME) -> PeftType:
     type.__setattr__(PeftType, name, member)
     assert isinstance(PeftType, enum.EnumMeta) and PeftType(name) is member
     return member
-
-
-def register(config_cls: type, model_cls: type) -> None:
-    """Make PEFT know the method. Safe to call again (re-import, spawned worker, test runner)."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
-    from .loading.load import watch_loads
-    from .optimizers import take_over_helpers
-    from .patterns import limit_peft
-    from .saving.safe_save import watch_saves
-    from .switching import watch_switching
-    from .targets.trained_in_full import pass_over_other_adapters
-
-    watch_loads()
-    watch_saves()
-    limit_peft()
-    take_over_helpers()
-    watch_switching()
-    pass_over_other_adapters()
-
-    peft_type = extend_peft_type()
-    if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
-        return
-    # A re-import (importlib.reload, a purged sys.modules) made new classes: point PEFT at those.
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
-    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
-    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix  # type: ignore[attr-defined]
