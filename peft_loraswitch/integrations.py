@@ -70,8 +70,8 @@ class Patch:
             )
         original = current
         if "loraswitch_patch" in vars(current):
-            replacement, original, instead = vars(current)["loraswitch_patch"]
-            if instead is self.instead or replacement is not current:  # the latter: somebody has wrapped ours
+            ours, original, instead = vars(current)["loraswitch_patch"]
+            if instead is self.instead or ours is not current:  # the latter: somebody has wrapped ours
                 return
 
         @functools.wraps(original)
