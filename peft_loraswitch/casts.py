@@ -46,7 +46,9 @@ def refresh_cast(layer: LoRASwitchLinear, fusing: Fusing, adapter: str, changed:
     old = None if casts is None else casts.a["weight"]
     with torch.inference_mode(False), torch.no_grad():  # casts that forwards of every mode can use and write
         fits = old is not None and (old.dtype, old.device, old.shape) == (dtype, a.device, a.shape)
-        if casts is not None and fits and not old.is_inference():  # as those of a copy made within inference mode are
+        if (
+            casts is not None and old is not None and fits and not old.is_inference()
+        ):  # as those of a copy made within inference mode are
             if changed or versions != casts.versions:
                 casts.a["weight"].copy_(a)
                 casts.b["weight"].copy_(b)

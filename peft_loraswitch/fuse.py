@@ -3,6 +3,10 @@
 Nothing is copied and nothing is merged: each adapted layer changes its class (see fused.py) to one whose forward hands
 base weight and experts to one op, together with the linears that receive the same tensor (q, k, v; gate, up). Such groups
 are found by watching the tensors of one forward, not by names.
+
+What is done to a fused model is done as if it were not: adapters come and go, are switched, trained, saved and loaded, weights
+are written to, moved and cast. One thread may fuse or unfuse while others run the model with strategy "fused"; strategy "merge"
+is for one thread. A KeyboardInterrupt at any point leaves the model unfused, as it was.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .base_layers import adapted_layers, base_of, device_of, facts_of
+from .frame import NO_ADAPTER, _keys
 from .fused import (
     FusedFollower,
     FusedLeader,
@@ -26,7 +31,6 @@ from .fused import (
     resolve,
     take_off,
 )
-from .frame import NO_ADAPTER, _keys
 from .layer import LoRASwitchLinear
 from .merging import MergedWeights
 
@@ -125,6 +129,11 @@ class Fusion:
 def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) -> Fusion:
     """Serve the LoRA-Switch layers of `model` by fused ops: the same outputs to the rounding of the dtype, sooner.
 
+    Weights may change afterwards. Experts of another dtype than the backbone (PEFT keeps those of a 16-bit model in float32) are
+    served from copies, which the next forward that is not compiled brings up to date; `refresh_fused` says which changes it
+    sees. With `in_place`, weights of the backbone must not be written to before `unfuse()`, which writes the old ones back
+    (`load_state_dict`, `to` and training excepted).
+
     Args:
         model: a model with LoRA-Switch layers, usually a `PeftModel`.
         strategy: "fused": base weights and experts in one pass, nothing merged, no copy of the backbone. "merge": the
@@ -141,7 +150,8 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
         RuntimeError: the model is fused already.
     """
     with changing:
-        return _fuse(model, strategy, in_place)
+        fusion = _fuse(model, strategy, in_place)
+    return fusion
 
 
 def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
@@ -164,17 +174,18 @@ def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
     if reason is not None:
         logger.warning(f"LoRA-Switch: fused without kernels, by PyTorch operations: {reason}.")
 
-    merging = MergedWeights(model, in_place) if strategy == "merge" else None
     watch = Watch(model, layers)
     try:
+        merging = MergedWeights(model, in_place) if strategy == "merge" else None
         groups = watch.groups()
         _put_on_all(layers, groups, merging)
         layers[0].routing_state.fused = True
+        names = [[layer.name for layer in group] for group in groups]
+        return Fusion(model, "merge" if merging else "fused", reason, names)
     except BaseException:  # a KeyboardInterrupt, too
         watch.stop()
-        _take_off_all(layers)
+        _take_off_all(model)
         raise
-    return Fusion(model, "merge" if merging else "fused", reason, [[layer.name for layer in group] for group in groups])
 
 
 def _put_on_all(
@@ -199,20 +210,20 @@ def _put_on_all(
 def unfuse(model: nn.Module) -> None:
     """Take `fuse()` back; weights are then what they were, bit for bit. Nothing to do if the model is not fused."""
     with changing:
-        layers = adapted_layers(model)
         try:
-            _take_off_all(layers)
+            _take_off_all(model)
         except BaseException:  # a KeyboardInterrupt: what it cut short is done again, from the start
-            _take_off_all(layers)
+            _take_off_all(model)
             raise
 
 
-def _take_off_all(layers: list[LoRASwitchLinear]) -> None:
-    fused = [layer for layer in layers if "fused_slot" in vars(layer) or isinstance(layer, FusedLinear)]
-    for merging in {id(f.merging): f.merging for f in (vars(layer).get("fusing") for layer in fused) if f}.values():
-        if merging is not None:
-            merging.restore()
-    for layer in fused:
+def _take_off_all(model: nn.Module) -> None:
+    found = adapted_layers(model)
+    layers = [layer for layer in found if type(layer) is LoRASwitchLinear or isinstance(layer, FusedLinear)]
+    begun = [vars(layer)["fusing"] for layer in layers if "fusing" in vars(layer)]
+    if begun and begun[0].merging is not None:
+        begun[0].merging.restore()
+    for layer in layers:
         layer.routing_state.fused = False
         take_off(layer)
 
@@ -236,8 +247,20 @@ def fuse_new_layers(model: nn.Module) -> None:
 
 
 def refresh_fused(model: nn.Module) -> None:
-    """Have a fused model take up what was written to its weights, whether PyTorch has counted it or not (see
-    `LoRASwitchModel.refresh_fused`)."""
+    """Have a fused model take up all that was written to its weights. It is not needed after most changes, since fused layers
+    see them:
+
+    - at once, also in compiled code: `load_adapter`, `set_adapter`, `load_state_dict`, `to`, `train()`, `eval()`, assignment of
+      parameters, scalings and base layers;
+    - at the next forward that is not compiled (`generate` begins with one): writes to experts that PyTorch counts, with those
+      through `parameter.data` and by optimisers, fused ones too;
+    - not at all where layers work from copies of experts (another dtype than the backbone's, strategy "merge"): writes of which
+      PyTorch knows nothing, through NumPy, DLPack, one's own kernels, a flat buffer that parameters are parts of, or
+      `parameter.data` taken before fusing. Call this after those, and where nothing but compiled code runs.
+
+    Args:
+        model: a model with LoRA-Switch layers. Nothing happens if it is not fused.
+    """
     with changing:
         for layer in adapted_layers(model):
             if isinstance(layer, FusedLinear):

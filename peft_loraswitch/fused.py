@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from . import kernels, ops
 from .base_layers import BaseFacts, base_of, facts_of
-from .counted import count_as_before
 from .casts import Casts, refresh_cast
+from .counted import count_as_before
 from .direct import DirectGroup, launchable
 from .frame import RoutingFrame, current
 from .layer import LoRASwitchLinear

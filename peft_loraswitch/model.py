@@ -81,7 +81,7 @@ class LoRASwitchModel(BaseTuner):
             prepared = self._prepare_adapter_config(config, self.get_model_config(model))
             prepared.check()
             self._plan = plan_injection(model, prepared, adapter_name, kwargs.get("state_dict"))
-            with torch.inference_mode(False):  # what a server loads within it can still be trained, moved and changed outside
+            with torch.inference_mode(False):  # what is loaded within it can be trained, moved and changed outside
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             check_file_being_loaded(model, config, adapter_name)
             state = routing_state(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -202,3 +203,61 @@ def test_no_thread_leaves_routing_behind():
     state = next(iter(switch_layers(model).values())).routing_state
     frames = at_once(*[lambda index: (model(input_ids=tokens(seed=index)), state.frame)[1]] * 2)
     assert all(frame is None for found in frames for frame in found) and state.frame is None
+
+
+def test_one_of_two_threads_that_fuse_a_model_does():
+    model = adapted(tiny_llama())
+    ids = tokens(1, 1)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+
+    already = "This model is fused already: call unfuse() first."
+
+    def fuse(index: int) -> str:
+        try:
+            model.fuse_for_inference("fused")
+        except RuntimeError as error:
+            return str(error)
+        return "fused"
+
+    for first, second in zip(*at_once(*[lambda index: (fuse(index), model.unfuse())[0]] * 2), strict=True):
+        assert "fused" in (first, second) and {first, second} <= {"fused", already}
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["", "casts"])
+def test_forwards_while_another_thread_fuses_and_unfuses(double):
+    model = adapted(tiny_llama())
+    if double:
+        for layer in switch_layers(model).values():
+            layer.loraswitch_A.double(), layer.loraswitch_B.double()
+    inputs = [tokens(1, 1, seed=1), tokens(2, 3, seed=2)]
+    with torch.no_grad():
+        expected = [model(input_ids=ids).logits for ids in inputs]
+    done = threading.Event()
+
+    def decode(which: int) -> int:
+        count = 0
+        while not done.is_set():
+            with torch.no_grad():
+                torch.testing.assert_close(model(input_ids=inputs[which]).logits, expected[which], rtol=1e-4, atol=1e-4)
+            count += 1
+        return count
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns at every few lines
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(decode, which) for which in range(2)]
+            try:
+                for _ in range(ROUNDS):
+                    model.fuse_for_inference("fused")
+                    model.unfuse()
+            finally:
+                done.set()
+            assert all(future.result(timeout=60) > 0 for future in futures)
+    finally:
+        sys.setswitchinterval(interval)
+    before = {name: set(vars(module)) for name, module in adapted(tiny_llama()).named_modules()}
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
