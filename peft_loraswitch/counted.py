@@ -98,7 +98,5 @@ def versions_of(a: Tensor, b: Tensor) -> tuple[Any, ...]:
     """Changes whenever one of the two is written to or replaced, as far as it is counted."""
     try:
         return a._version, b._version, a.data_ptr(), b.data_ptr()
-    except (
-        RuntimeError
-    ):  # put straight into a module's dictionary within torch.inference_mode(): not like anything before
-        return (object(),)
+    except RuntimeError:  # an inference tensor, put straight into a module's dictionary
+        return (object(),)  # not like anything before

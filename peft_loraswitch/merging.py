@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import kernels, ops
 from .base_layers import adapted_layers, base_of, facts_of, hooked
 from .counted import count_writes, ordinary, versions_of
-from .fused import within_limits
+from .groups import within_limits
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class MergedWeights:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy or a pickle, with its model: parameters come on their own, so these weights are not the model's any more."""
-        self.__dict__.update(state, copied=True)
+        self.__dict__.update(state, copied=True, index={})
 
     @torch.inference_mode(False)  # what is made here serves forwards of every mode
     @torch.no_grad()
@@ -93,7 +93,7 @@ class MergedWeights:
         self.weights = sources if in_place else [torch.empty_like(source) for source in sources]
         for tensor in (*self.weights, *self.lora_a, *self.lora_b):
             torch._dynamo.mark_static_address(tensor, guard=False)
-        self.index = {layer.name: i for i, layer in enumerate(self.served)}
+        self.index = {id(layer): i for i, layer in enumerate(self.served)}
         # What is merged in place now; PRISTINE: nothing was. Buffers with fixed addresses, so that a CUDA graph can keep them.
         self.experts = torch.full((active,), PRISTINE, dtype=torch.int64, device=device)
         self.gates = torch.zeros(active, dtype=torch.float32, device=device)
@@ -181,9 +181,9 @@ class MergedWeights:
         if frame.merged and adapter != self.adapter:  # type: ignore[attr-defined]  # layers that do not agree
             frame.merged = None  # type: ignore[attr-defined]
             self.leave_out(frame)
-        if not frame.merged:  # type: ignore[attr-defined]
+        i = self.index.get(id(layer))
+        if not frame.merged or i is None:  # type: ignore[attr-defined]
             return None
-        i = self.index[layer.name]
         weight = self.weights[i]
         return F.linear(x, weight.T if self.transposed[i] else weight, self.bases[i].bias)
 
