@@ -28,8 +28,8 @@ from torch import nn
 
 from .balance import PendingBatches, RoutingRecord
 from .config import LoRASwitchConfig
-from .counted import OrdinaryParameters
 from .frame import NO_ADAPTER, RoutingFrame, RoutingState
+from .ordinary import OrdinaryParameters
 from .routing import Router, Routing, RoutingOptions
 
 

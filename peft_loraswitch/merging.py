@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from . import kernels, ops
 from .base_layers import adapted_layers, base_of, facts_of, hooked
-from .counted import count_writes, ordinary, versions_of
+from .counted import count_writes, versions_of
 from .groups import within_limits
+from .ordinary import ordinary
 from .routing import Routing
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .counted import OrdinaryParameters
 from .joining import JoinPoint
+from .ordinary import OrdinaryParameters
 
 
 @dataclass(frozen=True)
