@@ -236,7 +236,7 @@ CANNOT_MERGE = (
 class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
     """A linear (`nn.Linear`, GPT-2's `Conv1D` or a quantised one that PEFT resolves) with routed LoRA experts."""
 
-    # Of a fused layer (fused.py). Here for a forward that another thread unfuses while it runs.
+    # Of a fused layer (inference/fused_layer.py). Here for a forward that another thread unfuses while it runs.
     fused_group: Any = None
     fused_adapter: str | None = None
     fused_slot: int = -1

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from helpers import adapted, tiny_llama, tokens
-from peft_loraswitch.counted import CountedParameter
+from peft_loraswitch.inference.counted_writes import CountedParameter
 
 pytestmark = pytest.mark.compat
 STRATEGIES = {"fused": ("fused", False), "merge": ("merge", False), "in place": ("merge", True)}

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from helpers import adapted, tiny_llama, tokens
-from peft_loraswitch import casts, counted, fuse, fused, merging
-from peft_loraswitch.fuse import adapted_layers, is_fused
-from peft_loraswitch.fused import FusedLinear, changing
+from peft_loraswitch.inference import counted_writes, expert_casts, fuse, fused_layer, merged_weights
+from peft_loraswitch.inference.fuse import adapted_layers, is_fused
+from peft_loraswitch.inference.fused_layer import FusedLinear, changing
 
-FILES = {module.__file__ for module in (casts, counted, fuse, fused, merging)}
+FILES = {module.__file__ for module in (expert_casts, counted_writes, fuse, fused_layer, merged_weights)}
 STRATEGIES = {"fused": ("fused", False), "merge": ("merge", False), "in place": ("merge", True)}
 
 

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers import LAYERS, adapted, randomize_adapter, switch_config, switch_layers, tiny_llama, tokens
-from peft_loraswitch import LoRASwitchLinear, fused
-from peft_loraswitch.fuse import adapted_layers, fuse, is_fused
-from peft_loraswitch.fused import FusedLinear
+from peft_loraswitch import LoRASwitchLinear
+from peft_loraswitch.inference import fused_layer
+from peft_loraswitch.inference.fuse import adapted_layers, fuse, is_fused
+from peft_loraswitch.inference.fused_layer import FusedLinear
 
 pytestmark = pytest.mark.compat
 STRATEGIES = {"fused": ("fused", False), "merge": ("merge", False), "in place": ("merge", True)}
@@ -32,7 +33,7 @@ def test_every_fused_class_has_the_name_of_an_adapted_linear():
     kinds = FusedLinear.__subclasses__()
     kinds += [kind for each in kinds for kind in each.__subclasses__()]
     assert {kind.__name__ for kind in kinds} == {"LoRASwitchLinear"} and len(kinds) == 3
-    assert all(getattr(fused, kind.__qualname__) is kind for kind in kinds), "pickle finds it"
+    assert all(getattr(fused_layer, kind.__qualname__) is kind for kind in kinds), "pickle finds it"
 
 
 @strategies

@@ -27,7 +27,7 @@ from torch import nn
 from transformers.utils import logging as tf_logging
 
 from helpers import padded, randomize_adapter, switch_config, tiny_llama, tokens
-from peft_loraswitch.fuse import fuse, is_fused, refresh_fused, unfuse
+from peft_loraswitch.inference.fuse import fuse, is_fused, refresh_fused, unfuse
 from peft_loraswitch.model import record_routing, router_stats
 
 STEPS = int(os.environ.get("LORASWITCH_WALK_STEPS", "60"))

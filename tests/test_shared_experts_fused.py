@@ -18,7 +18,7 @@ from helpers import (
     tokens,
 )
 from peft_loraswitch import frame, ops
-from peft_loraswitch.fuse import adapted_layers
+from peft_loraswitch.inference.fuse import adapted_layers
 from peft_loraswitch.routing import shared_routing
 from test_fuse import devices
 from test_shared_experts import CONFIGS, DEEP, by_name, close, each_config, llama, logits

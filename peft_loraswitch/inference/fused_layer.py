@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels, ops
-from .base_layers import BaseFacts, base_of, facts_of
-from .casts import Casts, refresh_cast
-from .counted import count_as_before
-from .direct import DirectGroup, launchable
-from .frame import current
-from .groups import FusedGroup, has_hooks
-from .layer import LoRASwitchLinear
-from .routing import Routing
+from .. import kernels, ops
+from ..frame import current
+from ..layer import LoRASwitchLinear
+from ..routing import Routing
+from .capabilities import BaseFacts, base_of, facts_of
+from .counted_writes import count_as_before
+from .eager_launch import DirectGroup, launchable
+from .expert_casts import Casts, refresh_cast
+from .fused_group import FusedGroup, has_hooks
 
 _slots = itertools.count()
 changing = threading.RLock()  # held while layers are fused, unfused or resolved

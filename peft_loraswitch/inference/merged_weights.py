@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels, ops
-from .base_layers import adapted_layers, base_of, facts_of, hooked
-from .counted import count_writes, versions_of
-from .groups import within_limits
-from .ordinary import ordinary
-from .routing import Routing
+from .. import kernels, ops
+from ..ordinary import ordinary
+from ..routing import Routing
+from .capabilities import adapted_layers, base_of, facts_of, hooked
+from .counted_writes import count_writes, versions_of
+from .fused_group import within_limits
 
 if TYPE_CHECKING:
-    from .frame import RoutingFrame
-    from .layer import LoRASwitchLinear
+    from ..frame import RoutingFrame
+    from ..layer import LoRASwitchLinear
 
 logger = logging.getLogger(__name__)
 # Ids that are no expert's: nothing was merged; what was merged has been taken out, which leaves rounding errors.

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import kernels, ops
-from .base_layers import BaseFacts, base_of
-from .casts import refresh_cast
-from .direct import DirectGroup
-from .frame import RoutingFrame, current
-from .routing import Routing, routing_of
+from .. import kernels, ops
+from ..frame import RoutingFrame, current
+from ..routing import Routing, routing_of
+from .capabilities import BaseFacts, base_of
+from .eager_launch import DirectGroup
+from .expert_casts import refresh_cast
 
 if TYPE_CHECKING:
-    from .fused import FusedLinear, Fusing
-    from .layer import LoRASwitchLinear
+    from ..layer import LoRASwitchLinear
+    from .fused_layer import FusedLinear, Fusing
 
 
 class FusedGroup(nn.Module):

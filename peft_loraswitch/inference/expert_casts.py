@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .base_layers import base_of, facts_of
-from .counted import count_writes, is_counted, versions_of
+from .capabilities import base_of, facts_of
+from .counted_writes import count_writes, is_counted, versions_of
 
 if TYPE_CHECKING:
-    from .fused import Fusing
-    from .layer import LoRASwitchLinear
+    from ..layer import LoRASwitchLinear
+    from .fused_layer import Fusing
 
 
 @dataclass
@@ -29,7 +29,7 @@ def refresh_cast(layer: LoRASwitchLinear, fusing: Fusing, adapter: str, changed:
     None if they have that dtype themselves.
 
     Args:
-        changed: cast in any case. Otherwise only if a change has been counted (see `counted.py`).
+        changed: cast in any case. Otherwise only if a change has been counted (see `counted_writes.py`).
     """
     experts_a, experts_b = layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]
     a, b = experts_a.weight, experts_b.weight

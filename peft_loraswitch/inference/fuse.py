@@ -1,6 +1,6 @@
 """fuse_for_inference(): the same model, its adapted linears served by the fused ops. unfuse() takes it back.
 
-Nothing is copied and nothing is merged: each adapted layer changes its class (see fused.py) to one whose forward hands
+Nothing is copied and nothing is merged: each adapted layer changes its class (see fused_layer.py) to one whose forward hands
 base weight and experts to one op, together with the linears that receive the same tensor (q, k, v; gate, up). Such groups
 are found by watching the tensors of one forward, not by names.
 
@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import kernels
-from .base_layers import adapted_layers, base_of, device_of, facts_of
-from .frame import NO_ADAPTER, _keys
-from .fused import (
+from .. import kernels
+from ..frame import NO_ADAPTER, _keys
+from ..layer import LoRASwitchLinear
+from .capabilities import adapted_layers, base_of, device_of, facts_of
+from .fused_layer import (
     FusedFollower,
     FusedLeader,
     FusedLinear,
@@ -31,8 +32,7 @@ from .fused import (
     resolve,
     take_off,
 )
-from .layer import LoRASwitchLinear
-from .merging import MergedWeights
+from .merged_weights import MergedWeights
 
 logger = logging.getLogger(__name__)
 Strategy = Literal["auto", "fused", "merge"]

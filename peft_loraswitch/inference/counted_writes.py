@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .ordinary import make_ordinary, ordinary
+from ..ordinary import make_ordinary, ordinary
 
 
 class CountedParameter(nn.Parameter):
