@@ -77,6 +77,9 @@ def check(wheel: Path, compiled: bool) -> None:
     wanted = r"py3-none-manylinux_2_\d+_x86_64" if compiled else r"py3-none-any"
     if not re.fullmatch(wanted, tag):
         sys.exit(f"tag {tag} does not match {wanted}")
+    sources = [str(path.relative_to(ROOT)) for path in (ROOT / "peft_loraswitch").rglob("*.py")]
+    if missing := sorted(set(sources) - set(names)):
+        sys.exit(f"not in the wheel: {', '.join(missing)}: are all folders in pyproject.toml's `packages`?")
     if compiled != ("peft_loraswitch/libloraswitch.so" in names):
         sys.exit(f"library in the wheel: {not compiled}, expected {compiled}")
     metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))

@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from .config import LoRASwitchConfig
-from .counted import OrdinaryParameters
+from .ordinary import OrdinaryParameters
 from .routing.decision import Routing, route, shared_routing
 from .routing.frame import NO_ADAPTER, OUTSIDE, Relay, RoutingFrame, RoutingState
 from .routing.options import RoutingOptions
@@ -317,7 +317,7 @@ CANNOT_MERGE = (
 class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
     """A linear (`nn.Linear`, GPT-2's `Conv1D` or a quantised one that PEFT resolves) with routed LoRA experts."""
 
-    # Of a fused layer (fused.py). Here for a forward that another thread unfuses while it runs.
+    # Of a fused layer (inference/fused_layer.py). Here for a forward that another thread unfuses while it runs.
     fused_group: Any = None
     fused_adapter: str | None = None
     fused_slot: int = -1

@@ -80,7 +80,7 @@ class LoRASwitchModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        from .fuse import fuse_new_layers
+        from .inference.fuse import fuse_new_layers
 
         # PEFT has entered the configuration already: taken out, so that what a failure goes back to is the state without it
         config: Any = self.peft_config.pop(adapter_name)
@@ -214,20 +214,20 @@ class LoRASwitchModel(BaseTuner):
     # ----------------------------------------------------------------------------------- faster inference
 
     def fuse_for_inference(self, strategy: Literal["auto", "fused", "merge"] = "auto", in_place: bool = False) -> Any:
-        """Serve the adapted layers by fused kernels: see `peft_loraswitch.fuse.fuse`. Also a context manager."""
-        from .fuse import fuse
+        """Serve the adapted layers by fused kernels: see `peft_loraswitch.inference.fuse.fuse`. Also a context manager."""
+        from .inference.fuse import fuse
 
         return fuse(self.model, strategy, in_place)
 
     def unfuse(self) -> None:
         """Take `fuse_for_inference()` back."""
-        from .fuse import unfuse
+        from .inference.fuse import unfuse
 
         unfuse(self.model)
 
     def refresh_fused(self) -> None:
-        """Have a fused model take up what was written to its weights: see `peft_loraswitch.fuse.refresh_fused`."""
-        from .fuse import refresh_fused
+        """Have a fused model take up what was written to its weights: see `peft_loraswitch.inference.fuse.refresh_fused`."""
+        from .inference.fuse import refresh_fused
 
         refresh_fused(self.model)
 

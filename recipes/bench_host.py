@@ -99,14 +99,15 @@ def in_place_of_the_library(library: Any) -> Iterator[None]:
     """Within it, fused layers on a CPU call `library` as they do on a GPU, if `use_kernels` was called for them."""
     import torch
 
-    from peft_loraswitch import direct, fused, kernels
+    from peft_loraswitch import kernels
+    from peft_loraswitch.inference import eager_launch, fused_layer
 
     with ExitStack() as stack:
         empty = torch._C._dynamo.guards._empty_strided_cpu
-        for module in (direct, kernels.calls):
+        for module in (eager_launch, kernels.calls):
             stack.enter_context(mock.patch.object(module, "library", lambda: library))
             stack.enter_context(mock.patch.object(module, "empty_strided_cuda", empty))
-        for module in (direct, fused):
+        for module in (eager_launch, fused_layer):
             stack.enter_context(
                 mock.patch.object(module, "launchable", lambda x: type(x) is torch.Tensor and x.is_contiguous())
             )
@@ -117,7 +118,7 @@ def in_place_of_the_library(library: Any) -> Iterator[None]:
 
 def use_kernels(model: Any) -> None:
     """Have the fused layers of `model`, if it has any, believe that there are kernels for their device."""
-    from peft_loraswitch.fuse import adapted_layers
+    from peft_loraswitch.inference.fuse import adapted_layers
 
     for layer in adapted_layers(model):
         for group in getattr(layer, "fused_groups", {}).values():

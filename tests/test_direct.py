@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_loraswitch import direct, kernels
-from peft_loraswitch.fuse import adapted_layers
+from peft_loraswitch import kernels
+from peft_loraswitch.inference.fuse import adapted_layers
+from peft_loraswitch.routing.decision import Routing
 from test_fuse import adapted, close, gradients, ids, logits, tiny_llama, trainable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
@@ -183,7 +184,7 @@ def test_many_tokens_at_an_odd_address_take_products_of_the_library(library):
     logits(model, ids(1, 2, "cpu"))
     leader = adapted_layers(model)[0]
     x = torch.randn(60 * leader.in_features + 1)
-    routing = direct.Routing(torch.zeros(60, 2, dtype=torch.int64), torch.ones(60, 2), 8)
+    routing = Routing(torch.zeros(60, 2, dtype=torch.int64), torch.ones(60, 2), 8)
     group = leader.fused_group.direct
     assert group(x[:-1].view(60, -1), routing) is not None
     assert group(x[1:].view(60, -1), routing) is None

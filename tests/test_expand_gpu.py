@@ -43,7 +43,7 @@ def check_expand(outs, ranks, num_experts, top_k, tokens, dtype, bias=False, ids
     assert (results is not None) == (num_experts * max(ranks) <= MOST_RANKS)
     if SANITIZING and results is None:
         return
-    pytorch = results if SANITIZING else ops._expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
+    pytorch = results if SANITIZING else ops.pytorch.expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
     poison_allocator()
     results = ops.expand(hidden, experts, gates, biases, lora_b, scalings) if results is None else results
     parts = hidden.split([num_experts * r for r in ranks], dim=1)

@@ -89,7 +89,7 @@ def test_a_part_of_the_model_called_next_does_not_find_the_old_decision(error):
 
 def test_interrupted_in_eval_mode_and_fused():
     model = made("native").eval()
-    from peft_loraswitch.fuse import fuse
+    from peft_loraswitch.inference.fuse import fuse
 
     with torch.no_grad():
         expected = model(tokens(2, 7, seed=5)).logits

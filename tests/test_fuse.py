@@ -12,9 +12,9 @@ from torch import nn
 
 from helpers import LAYERS, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
 from peft_loraswitch import LoRASwitchConfig, LoRASwitchLinear
-from peft_loraswitch import fuse as fusing
-from peft_loraswitch.fuse import is_fused
-from peft_loraswitch.fused import FusedLeader
+from peft_loraswitch.inference import fuse as fusing
+from peft_loraswitch.inference.fuse import is_fused
+from peft_loraswitch.inference.fused_layer import FusedLeader
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -19,7 +19,7 @@ from torch import nn
 
 from helpers import adapted, padded, randomize_adapter, switch_config, switch_layers, tiny_gpt2, tiny_llama, tokens
 from peft_loraswitch import LoRASwitchLinear
-from peft_loraswitch.fuse import is_fused
+from peft_loraswitch.inference.fuse import is_fused
 from peft_loraswitch.routing.decision import Routing
 from test_quantized import BACKENDS, LINEARS, _saved
 

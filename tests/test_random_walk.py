@@ -27,7 +27,7 @@ from torch import nn
 from transformers.utils import logging as tf_logging
 
 from helpers import padded, randomize_adapter, switch_config, tiny_llama, tokens
-from peft_loraswitch.fuse import fuse, is_fused, refresh_fused, unfuse
+from peft_loraswitch.inference.fuse import fuse, is_fused, refresh_fused, unfuse
 from peft_loraswitch.model import record_routing, router_stats
 
 STEPS = int(os.environ.get("LORASWITCH_WALK_STEPS", "60"))
@@ -76,9 +76,7 @@ class Walker:
 
     def fill(self, adapter: str, rng: random.Random) -> None:
         randomize_adapter(self.model, adapter, seed=rng.randrange(1000))
-        with torch.inference_mode(
-            False
-        ):  # what is put into `.data` within inference mode can never ask for gradients again
+        with torch.inference_mode(False):  # what is put into `.data` within it can never ask for gradients again
             for name, parameter in self.model.named_parameters() if self.double else ():
                 if ("loraswitch_A" in name or "loraswitch_B" in name) and adapter in name.split("."):
                     parameter.data = parameter.data.double()
@@ -201,11 +199,8 @@ def save_and_load(walker: Walker, rng: random.Random) -> Any:
     name = rng.choice(NAMES)
     for file in files[:1]:
         values = load_file(file)
-        save_file(
-            {key: value * 1.5 if "loraswitch_" in key else value for key, value in values.items()},
-            file,
-            {"format": "pt"},
-        )
+        other = {key: value * 1.5 if "loraswitch_" in key else value for key, value in values.items()}
+        save_file(other, file, {"format": "pt"})
         walker.model.load_adapter(str(file.parent), adapter_name=name)
         walker.model.eval()
         if name not in walker.loaded():
@@ -239,10 +234,8 @@ def load_state_dict(walker: Walker, rng: random.Random) -> Any:
 
 @operation(4)
 def write_to_experts(walker: Walker, rng: random.Random) -> None:
-    how, factor = (
-        rng.choice(["in place", "data", "alias", "new data", "there and back", "init", "swap", "set", "parameter"]),
-        -1.1,
-    )
+    ways = ["in place", "data", "alias", "new data", "there and back", "init", "swap", "set", "parameter"]
+    how, factor = rng.choice(ways), -1.1
     for parameter in rng.sample(walker.experts(), min(3, len(walker.experts()))):
         with torch.no_grad():
             if how == "in place":
@@ -412,10 +405,8 @@ def to_dtype(walker: Walker, rng: random.Random) -> Any:
     with torch.no_grad():
         logits = walker.model(input_ids=tokens(1, 2)).logits
     walker.model.to(torch.float32)
-    for _ in walker.loaded():
-        if walker.double:
-            for parameter in walker.experts():
-                parameter.data = parameter.data.double()
+    for parameter in walker.experts() if walker.double else ():
+        parameter.data = parameter.data.double()
     return logits
 
 
@@ -440,8 +431,7 @@ def unload(walker: Walker, rng: random.Random) -> Any:
 
 
 @operation()
-def rename_nothing(walker: Walker, rng: random.Random) -> None:
-    """Hooks that come and go, and training flags of a part of the model."""
+def hook_for_a_moment(walker: Walker, rng: random.Random) -> None:
     layers = [m for m in walker.model.modules() if hasattr(m, "loraswitch_A")]
     layer = rng.choice(layers)
     handle = layer.base_layer.register_forward_hook(lambda module, args, output: output * 1.5)

@@ -100,7 +100,7 @@ def test_many_tokens(device):
 @pytest.mark.parametrize("in_features", [1, 4])
 def test_the_op(in_features, values, dtype, device):
     """On a GPU: the kernel, and PyTorch's operations where it is not to be had."""
-    implementations = [ops.route] if device == "cpu" else [ops.route, ops._route_pytorch]
+    implementations = [ops.route] if device == "cpu" else [ops.route, ops.pytorch.route_pytorch]
     for num_experts in SIZES:
         for top_k in range(1, min(num_experts, 8) + 1):
             x, router = as_product(draw(values, num_experts, 1, device)[0], dtype, in_features)

@@ -18,8 +18,7 @@ from helpers import (
     tokens,
 )
 from peft_loraswitch import ops
-from peft_loraswitch.fuse import adapted_layers
-from peft_loraswitch.routing import frame
+from peft_loraswitch.inference.fuse import adapted_layers
 from peft_loraswitch.routing.decision import shared_routing
 from test_fuse import devices
 from test_shared_experts import CONFIGS, DEEP, by_name, close, each_config, llama, logits
@@ -163,7 +162,7 @@ def test_shared_decisions_are_made_once_per_forward(monkeypatch):
         return shared_routing(*args)
 
     model = llama(**CONFIGS["before"]).requires_grad_(False)
-    monkeypatch.setattr(frame, "shared_routing", counted)
+    monkeypatch.setattr("peft_loraswitch.layer.shared_routing", counted)
     logits(model, tokens())
     assert len(made) == 1  # for eight linears
     with model.fuse_for_inference("fused"):

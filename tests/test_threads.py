@@ -271,6 +271,8 @@ def test_one_of_two_threads_that_fuse_a_model_does():
     with torch.no_grad():
         expected = model(input_ids=ids).logits
 
+    already = "This model is fused already: call unfuse() first."
+
     def fuse(index: int) -> str:
         try:
             model.fuse_for_inference("fused")
@@ -279,10 +281,7 @@ def test_one_of_two_threads_that_fuse_a_model_does():
         return "fused"
 
     for first, second in zip(*at_once(*[lambda index: (fuse(index), model.unfuse())[0]] * 2), strict=True):
-        assert "fused" in (first, second) and {first, second} <= {
-            "fused",
-            "This model is fused already: call unfuse() first.",
-        }
+        assert "fused" in (first, second) and {first, second} <= {"fused", already}
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, expected)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..counted import OrdinaryParameters
+from ..ordinary import OrdinaryParameters
 
 
 class Router(OrdinaryParameters):

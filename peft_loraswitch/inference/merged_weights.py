@@ -20,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels, ops
-from .base_layers import adapted_layers, base_of, facts_of, hooked
-from .counted import count_writes, ordinary, versions_of
-from .fused import within_limits
-from .routing.decision import Routing
+from .. import kernels, ops
+from ..ordinary import ordinary
+from ..routing.decision import Routing
+from .capabilities import adapted_layers, base_of, facts_of, hooked
+from .counted_writes import count_writes, versions_of
+from .fused_group import within_limits
 
 if TYPE_CHECKING:
-    from .layer import LoRASwitchLinear
-    from .routing.frame import RoutingFrame
+    from ..layer import LoRASwitchLinear
+    from ..routing.frame import RoutingFrame
 
 logger = logging.getLogger(__name__)
 # Ids that are no expert's: nothing was merged; what was merged has been taken out, which leaves rounding errors.
@@ -50,7 +51,7 @@ class MergedWeights:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy or a pickle, with its model: parameters come on their own, so these weights are not the model's any more."""
-        self.__dict__.update(state, copied=True)
+        self.__dict__.update(state, copied=True, index={})
 
     @torch.inference_mode(False)  # what is made here serves forwards of every mode
     @torch.no_grad()
@@ -93,7 +94,7 @@ class MergedWeights:
         self.weights = sources if in_place else [torch.empty_like(source) for source in sources]
         for tensor in (*self.weights, *self.lora_a, *self.lora_b):
             torch._dynamo.mark_static_address(tensor, guard=False)
-        self.index = {layer.name: i for i, layer in enumerate(self.served)}
+        self.index = {id(layer): i for i, layer in enumerate(self.served)}
         # What is merged in place now; PRISTINE: nothing was. Buffers with fixed addresses, so that a CUDA graph can keep them.
         self.experts = torch.full((active,), PRISTINE, dtype=torch.int64, device=device)
         self.gates = torch.zeros(active, dtype=torch.float32, device=device)
@@ -181,9 +182,9 @@ class MergedWeights:
         if frame.merged and adapter != self.adapter:  # type: ignore[attr-defined]  # layers that do not agree
             frame.merged = None  # type: ignore[attr-defined]
             self.leave_out(frame)
-        if not frame.merged:  # type: ignore[attr-defined]
+        i = self.index.get(id(layer))
+        if not frame.merged or i is None:  # type: ignore[attr-defined]
             return None
-        i = self.index[layer.name]
         weight = self.weights[i]
         return F.linear(x, weight.T if self.transposed[i] else weight, self.bases[i].bias)
 

@@ -1,8 +1,12 @@
 """fuse_for_inference(): the same model, its adapted linears served by the fused ops. unfuse() takes it back.
 
-Nothing is copied and nothing is merged: each adapted layer changes its class (see fused.py) to one whose forward hands
+Nothing is copied and nothing is merged: each adapted layer changes its class (see fused_layer.py) to one whose forward hands
 base weight and experts to one op, together with the linears that receive the same tensor (q, k, v; gate, up). Such groups
 are found by watching the tensors of one forward, not by names.
+
+What is done to a fused model is done as if it were not: adapters come and go, are switched, trained, saved and loaded, weights
+are written to, moved and cast. One thread may fuse or unfuse while others run the model with strategy "fused"; strategy "merge"
+is for one thread. A KeyboardInterrupt at any point leaves the model unfused, as it was.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import kernels
-from .base_layers import adapted_layers, base_of, device_of, facts_of
-from .fused import (
+from .. import kernels
+from ..layer import LoRASwitchLinear
+from ..routing.frame import NO_ADAPTER, _keys
+from .capabilities import adapted_layers, base_of, device_of, facts_of
+from .fused_layer import (
     FusedFollower,
     FusedLeader,
     FusedLinear,
@@ -26,9 +32,7 @@ from .fused import (
     resolve,
     take_off,
 )
-from .layer import LoRASwitchLinear
-from .merging import MergedWeights
-from .routing.frame import NO_ADAPTER, _keys
+from .merged_weights import MergedWeights
 
 logger = logging.getLogger(__name__)
 Strategy = Literal["auto", "fused", "merge"]
@@ -125,6 +129,11 @@ class Fusion:
 def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) -> Fusion:
     """Serve the LoRA-Switch layers of `model` by fused ops: the same outputs to the rounding of the dtype, sooner.
 
+    Weights may change afterwards. Experts of another dtype than the backbone (PEFT keeps those of a 16-bit model in float32) are
+    served from copies, which the next forward that is not compiled brings up to date; `refresh_fused` says which changes it
+    sees. With `in_place`, weights of the backbone must not be written to before `unfuse()`, which writes the old ones back
+    (`load_state_dict`, `to` and training excepted).
+
     Args:
         model: a model with LoRA-Switch layers, usually a `PeftModel`.
         strategy: "fused": base weights and experts in one pass, nothing merged, no copy of the backbone. "merge": the
@@ -209,9 +218,8 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _take_off_all(model: nn.Module) -> None:
-    layers = [
-        layer for layer in adapted_layers(model) if type(layer) is LoRASwitchLinear or isinstance(layer, FusedLinear)
-    ]
+    found = adapted_layers(model)
+    layers = [layer for layer in found if type(layer) is LoRASwitchLinear or isinstance(layer, FusedLinear)]
     begun = [vars(layer)["fusing"] for layer in layers if "fusing" in vars(layer)]
     if begun and begun[0].merging is not None:
         begun[0].merging.restore()
@@ -239,8 +247,20 @@ def fuse_new_layers(model: nn.Module) -> None:
 
 
 def refresh_fused(model: nn.Module) -> None:
-    """Have a fused model take up what was written to its weights, whether PyTorch has counted it or not (see
-    `LoRASwitchModel.refresh_fused`)."""
+    """Have a fused model take up all that was written to its weights. It is not needed after most changes, since fused layers
+    see them:
+
+    - at once, also in compiled code: `load_adapter`, `set_adapter`, `load_state_dict`, `to`, `train()`, `eval()`, assignment of
+      parameters, scalings and base layers;
+    - at the next forward that is not compiled (`generate` begins with one): writes to experts that PyTorch counts, with those
+      through `parameter.data` and by optimisers, fused ones too;
+    - not at all where layers work from copies of experts (another dtype than the backbone's, strategy "merge"): writes of which
+      PyTorch knows nothing, through NumPy, DLPack, one's own kernels, a flat buffer that parameters are parts of, or
+      `parameter.data` taken before fusing. Call this after those, and where nothing but compiled code runs.
+
+    Args:
+        model: a model with LoRA-Switch layers. Nothing happens if it is not fused.
+    """
     with changing:
         for layer in adapted_layers(model):
             if isinstance(layer, FusedLinear):

@@ -17,24 +17,24 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import kernels, ops
-from .base_layers import BaseFacts, base_of, facts_of
-from .casts import Casts, refresh_cast
-from .counted import count_as_before
-from .direct import DirectGroup, launchable
-from .layer import LoRASwitchLinear
-from .routing.decision import Routing, routing_of
-from .routing.frame import RoutingFrame, current
+from .. import kernels, ops
+from ..layer import LoRASwitchLinear
+from ..routing.decision import Routing
+from ..routing.frame import current
+from .capabilities import BaseFacts, base_of, facts_of
+from .counted_writes import count_as_before
+from .eager_launch import DirectGroup, launchable
+from .expert_casts import Casts, refresh_cast
+from .fused_group import FusedGroup, has_hooks
 
 _slots = itertools.count()
-changing = threading.RLock()  # held while layers are fused, unfused or resolved; no forward waits for it
+changing = threading.RLock()  # held while layers are fused, unfused or resolved
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -208,174 +208,7 @@ def _one(active: str | list[str]) -> str | None:
     return active[0] if len(active) == 1 else None
 
 
-# ------------------------------------------------------------------------------------------------------------- groups
-
-
-class FusedGroup(nn.Module):
-    """Linears that receive the same tensor, with one adapter, as the ops take them.
-
-    A module only so that dynamo guards it cheaply (see above); never registered, so it is in no state_dict.
-
-    Attributes:
-        adapter: its name; key: of the thread's frame in `frame.current.frames`.
-        number: its own, and that of the group which takes its place (another would have code compiled again).
-        size: number of linears; slot0, slot1, ...: their `fused_slot`.
-        base0, base1, ...: `_parameters` of their base layers, where new ones are seen; a0, b0, ...: the experts' weights, or
-            the casts of those; scaling0, ...: their layers' dictionaries.
-        plain, transposed, kernels, few_tokens: see `BaseFacts`.
-        routed: they follow the decision; False: they have shared experts only.
-        within: the ops take an adapter of this size.
-        live: see `Live`, of each linear; no forward that is compiled without gradients looks at it.
-        direct: the group as the kernels take it when no compiler is at work, once it has been called so.
-    """
-
-    def __init__(self, layers: list[FusedLinear], adapter: str, facts: BaseFacts, number: int | None = None) -> None:
-        super().__init__()
-        self._register(number)
-        first = layers[0]
-        self.adapter, self.key, self.size = adapter, first.routing_state.key, len(layers)
-        self.plain, self.transposed, self.kernels = facts.plain, facts.transposed, facts.kernels
-        self.few_tokens = facts.few_tokens
-        self.routed = first.num_experts[adapter] > 0
-        active = first.top_k[adapter] + first.num_shared_experts[adapter]
-        self.within = all(within_limits(layer, adapter, active) for layer in layers)
-        self.live = [_live(layer, adapter) for layer in layers]
-        for i, one in enumerate(self.live):
-            values = {"slot": one.layer.fused_slot, "base": one.base, "scaling": one.scaling}
-            values |= {"a": one.a["weight"], "b": one.b["weight"]}
-            self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
-        self.direct: DirectGroup | None = None
-
-    def _register(self, number: int | None) -> None:
-        self.number = next(_numbers) if number is None else number
-        _groups[self.number] = self
-
-    def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: pointers do not travel
-        return {**self.__dict__, "direct": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._register(None)
-
-    def is_current(self) -> bool:
-        """Whether the experts' weights are still these tensors, and no hook has come to a base layer that had none."""
-        for i, one in enumerate(self.live):
-            if getattr(self, f"a{i}") is not one.a["weight"] or getattr(self, f"b{i}") is not one.b["weight"]:
-                return False
-            if self.plain and one.hooked:
-                return False
-        return True
-
-    def leave(self, x: Tensor, results: list[Tensor]) -> Tensor:
-        """The first of `results`; the others are left where the group's other linears look for them."""
-        if self.size > 1:
-            waiting = current.results
-            for i in range(1, self.size):
-                waiting[getattr(self, f"slot{i}")] = (x, results[i], self.adapter)
-        return results[0]
-
-    def trains(self) -> bool:
-        """Whether anything that the ops read asks for gradients, which they do not have."""
-        for one in self.live:
-            own = [experts[self.adapter].weight for experts in (one.layer.loraswitch_A, one.layer.loraswitch_B)]
-            if any(
-                tensor is not None and tensor.requires_grad for tensor in (*own, one.base["weight"], one.base["bias"])
-            ):
-                return True
-        return False
-
-    def routing(self, layer: FusedLinear, x: Tensor, frame: RoutingFrame) -> Routing | None:
-        """What the tokens of x follow, if the ops can serve this call; None if it must take the unfused forward."""
-        a: Tensor = self.a0  # type: ignore[assignment]
-        if frame.adapter_names is not None or x.dtype != a.dtype or x.get_device() != a.get_device() or x.numel() == 0:
-            return None
-        gradients = torch.is_grad_enabled()
-        if gradients and (x.requires_grad or self.trains()):
-            return None
-        if torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type):
-            return None
-        if self.routed:
-            routing = frame.routings.get(self.adapter)
-            if routing is None:
-                routing = self._decide(layer, x, frame)
-        else:
-            routing = layer.shared_routing(self.adapter, frame, x)
-        if gradients and routing.gates.requires_grad:
-            return None
-        if routing.experts.get_device() != x.get_device():  # a model spread over several devices
-            routing = routing.on(x.device)
-        if x.shape[:-1] != routing.token_shape:
-            routing.dense_gates_for(x, layer.name)  # the tokens flattened, or an error that says what is wrong
-        return routing
-
-    def _decide(self, layer: FusedLinear, x: Tensor, frame: RoutingFrame) -> Routing:
-        """The decision of this forward: one launch on a GPU, the unfused way elsewhere or when it is being recorded."""
-        state, adapter = layer.routing_state, self.adapter
-        if not self.kernels or frame.training or state.recorders:
-            return layer.routing_for(adapter, frame, x)
-        router_layer = layer.router_layer(adapter)
-        options = router_layer.routing_options[adapter]
-        if options.top_k > kernels.MAX_TOP_K or options.num_experts > kernels.MAX_EXPERTS:
-            return layer.routing_for(adapter, frame, x)
-        weight: Any = router_layer.loraswitch_router[adapter].weight
-        if torch.is_grad_enabled() and weight.requires_grad:
-            return layer.routing_for(adapter, frame, x)
-        experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
-        routing = routing_of(experts, gates, options)
-        if not torch.compiler.is_compiling():
-            frame.used.add(adapter)
-        frame.routings[adapter] = routing
-        return routing
-
-    def parts(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor], list[float]]:
-        """weights, biases, lora_a, lora_b, scalings"""
-        bases = [getattr(self, f"base{i}") for i in range(self.size)]
-        lora_a = [getattr(self, f"a{i}") for i in range(self.size)]
-        lora_b = [getattr(self, f"b{i}") for i in range(self.size)]
-        scalings = [getattr(self, f"scaling{i}")[self.adapter] for i in range(self.size)]
-        return [base["weight"] for base in bases], [base["bias"] for base in bases], lora_a, lora_b, scalings
-
-
-_numbers = itertools.count()
-_groups: weakref.WeakValueDictionary[int, FusedGroup] = weakref.WeakValueDictionary()
-
-
-@torch.compiler.assume_constant_result
-def _has_hooks(number: int) -> bool:
-    """Whether a base layer of the group has hooks, asked when a compiler traces and not again: like PyTorch itself, compiled
-    code does not notice hooks that come later, and is spared two guards a linear."""
-    return any(one.hooked for one in _groups[number].live)
-
-
-class Live(NamedTuple):
-    """A layer, what fusing keeps for it, and the dictionaries that always hold its present state.
-
-    Attributes:
-        base: its base layer's parameters.
-        a, b: lora_a and lora_b as the ops take them: the experts' own parameters, or their casts.
-        hooks, pre_hooks: its base layer's.
-    """
-
-    layer: FusedLinear
-    fusing: Fusing
-    base: dict[str, Any]
-    a: dict[str, Any]
-    b: dict[str, Any]
-    scaling: dict[str, float]
-    hooks: dict[int, Any]
-    pre_hooks: dict[int, Any]
-
-    @property
-    def hooked(self) -> bool:
-        return bool(self.hooks or self.pre_hooks)
-
-
-def _live(layer: FusedLinear, adapter: str) -> Live:
-    base, casts = base_of(layer), refresh_cast(layer, layer.fusing, adapter)
-    a = casts.a if casts else layer.loraswitch_A[adapter]._parameters
-    b = casts.b if casts else layer.loraswitch_B[adapter]._parameters
-    hooks = base._forward_hooks, base._forward_pre_hooks
-    return Live(layer, layer.fusing, base._parameters, a, b, layer.scaling, *hooks)
+# --------------------------------------------------------------------------------------------- on, off, and up to date
 
 
 def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: Any = None) -> None:
@@ -452,20 +285,6 @@ def _same_launch(member: FusedLinear, leader: FusedLinear, adapter: str, facts: 
     return facts_of(member) == facts and ours.dtype == theirs.dtype and ours.device == theirs.device
 
 
-def within_limits(layer: LoRASwitchLinear, adapter: str, active: int) -> bool:
-    """Whether the ops take an adapter of this size, with so many experts for each token; beyond, two dense products serve
-    it, with one line of log."""
-    stack, rank, _ = layer.loraswitch_A[adapter].weight.shape
-    if active <= kernels.MAX_TOP_K and stack <= kernels.MAX_EXPERTS and rank <= kernels.MAX_RANK:
-        return True
-    kernels.log_once(
-        f"LoRA-Switch: adapter '{adapter}' is served by PyTorch operations: the fused ones take at most "
-        f"{kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), {kernels.MAX_EXPERTS} experts and rank "
-        f"{kernels.MAX_RANK}."
-    )
-    return False
-
-
 # -------------------------------------------------------------------------------------------------------------- casts
 
 
@@ -482,7 +301,7 @@ def refresh_casts(layer: FusedLinear, changed: bool = False) -> None:
 def compute(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
     """The output of `layer` with the group's adapter, unmerged; the outputs of the group's other linears are left for them."""
     if torch.compiler.is_compiling():
-        if group.plain and _has_hooks(group.number):
+        if group.plain and has_hooks(group.number):
             return LoRASwitchLinear.forward(layer, x)
     else:
         group = _checked(layer, group)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .base_layers import base_of, facts_of
-from .counted import count_writes, is_counted, versions_of
+from .capabilities import base_of, facts_of
+from .counted_writes import count_writes, is_counted, versions_of
 
 if TYPE_CHECKING:
-    from .fused import Fusing
-    from .layer import LoRASwitchLinear
+    from ..layer import LoRASwitchLinear
+    from .fused_layer import Fusing
 
 
 @dataclass
@@ -29,7 +29,7 @@ def refresh_cast(layer: LoRASwitchLinear, fusing: Fusing, adapter: str, changed:
     None if they have that dtype themselves.
 
     Args:
-        changed: cast in any case. Otherwise only if a change has been counted (see `counted.py`).
+        changed: cast in any case. Otherwise only if a change has been counted (see `counted_writes.py`).
     """
     experts_a, experts_b = layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]
     a, b = experts_a.weight, experts_b.weight
@@ -43,22 +43,23 @@ def refresh_cast(layer: LoRASwitchLinear, fusing: Fusing, adapter: str, changed:
         a, b = experts_a.weight, experts_b.weight
     casts = fusing.casts.get(adapter)
     versions = versions_of(a, b)
-    old = None if casts is None else casts.a["weight"]
+    if casts is None:
+        casts = fusing.casts[adapter] = Casts({}, {}, ())
+    changed = changed or versions != casts.versions
     with torch.inference_mode(False), torch.no_grad():  # casts that forwards of every mode can use and write
-        fits = old is not None and (old.dtype, old.device, old.shape) == (dtype, a.device, a.shape)
-        if (
-            casts is not None and fits and old is not None and not old.is_inference()
-        ):  # as those of a copy made within inference mode are
-            if changed or versions != casts.versions:
-                casts.a["weight"].copy_(a)
-                casts.b["weight"].copy_(b)
-                casts.versions = versions
-            return casts
-        if casts is None:
-            casts = fusing.casts[adapter] = Casts({}, {}, versions)
-        for cast, weight in ((casts.a, a), (casts.b, b)):  # into the dictionaries that groups know
-            cast["weight"] = weight.detach().to(dtype)
-            # CUDA graphs read it in place, like a parameter
-            torch._dynamo.mark_static_address(cast["weight"], guard=False)
+        for cast, weight in ((casts.a, a), (casts.b, b)):  # the dictionaries that groups know
+            if not _fits(cast.get("weight"), weight, dtype):
+                cast["weight"] = weight.detach().to(dtype)
+                # CUDA graphs read it in place, like a parameter
+                torch._dynamo.mark_static_address(cast["weight"], guard=False)
+            elif changed:
+                cast["weight"].copy_(weight)
         casts.versions = versions
     return casts
+
+
+def _fits(old: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the cast `old` can be written over. That of a copy of the model made within inference mode cannot."""
+    if old is None or old.is_inference():
+        return False
+    return (old.dtype, old.device, old.shape) == (dtype, weight.device, weight.shape)

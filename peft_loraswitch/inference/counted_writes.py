@@ -17,36 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-
-def ordinary(tensor: Tensor) -> Tensor:
-    """`tensor`; if it was made within `torch.inference_mode()`, another one in the same memory that was not. Only such a one
-    can ask for gradients and be written to in every mode, and only its changes are counted."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return twin.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
-
-
-def make_ordinary(module: nn.Module) -> None:
-    """Have the parameters of `module` itself be ordinary tensors."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.is_inference():
-            module.register_parameter(name, parameter)  # which `OrdinaryParameters` takes as an ordinary one
-
-
-class OrdinaryParameters(nn.Module):
-    """A module whose parameters are ordinary tensors, also if they are made, loaded or moved within `torch.inference_mode()`."""
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # assignment ends here
-        if param is not None and param.is_inference():
-            param = nn.Parameter(ordinary(param), param.requires_grad)
-        super().register_parameter(name, param)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._apply(*args, **kwargs)
-        make_ordinary(self)
-        return result
+from ..ordinary import make_ordinary, ordinary
 
 
 class CountedParameter(nn.Parameter):
@@ -98,7 +69,5 @@ def versions_of(a: Tensor, b: Tensor) -> tuple[Any, ...]:
     """Changes whenever one of the two is written to or replaced, as far as it is counted."""
     try:
         return a._version, b._version, a.data_ptr(), b.data_ptr()
-    except (
-        RuntimeError
-    ):  # put straight into a module's dictionary within torch.inference_mode(): not like anything before
-        return (object(),)
+    except RuntimeError:  # an inference tensor, put straight into a module's dictionary
+        return (object(),)  # not like anything before

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import kernels, ops
-from .counted import versions_of
-from .kernels import MAX_GROUP, Expansion, PackedGroup, check, empty_strided_cuda, library
-from .kernels.abi import Group, Item
-from .routing.decision import Routing
+from .. import kernels, ops
+from ..kernels import MAX_GROUP, Expansion, PackedGroup, check, empty_strided_cuda, library
+from ..kernels.abi import Group, Item
+from ..routing.decision import Routing
+from .counted_writes import versions_of
 
 if TYPE_CHECKING:
-    from .fused import FusedGroup
-    from .routing.frame import RoutingFrame
+    from ..routing.frame import RoutingFrame
+    from .fused_layer import FusedGroup
 
 _pack_pointer = Struct("P").pack_into
 _pack_inputs = Struct("PPPP").pack_into  # x, experts, gates, hidden: neighbours in `Group`

@@ -9,8 +9,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
-from . import kernels, ops
-from .layer import LoRASwitchLinear
+from .. import kernels, ops
+from ..layer import LoRASwitchLinear
 
 try:
     from transformers.pytorch_utils import Conv1D

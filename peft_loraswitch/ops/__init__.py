@@ -1,0 +1,18 @@
+"""The ops that fused layers call: `torch.ops.loraswitch.*`, here by their short names.
+
+`contract.py` has schemas, checks and fakes, `pytorch.py` the definition, `cuda.py` what calls the kernels, and
+`dense_products.py` the products of which both are made for many tokens.
+"""
+
+import torch
+
+from . import cuda, pytorch
+from .contract import FLOATS
+from .cuda import drop_merge_tables, merge_table
+from .dense_products import all_hidden, dense_linear, gated, group_hidden, wide
+
+route = torch.ops.loraswitch.route.default
+linear = torch.ops.loraswitch.linear.default
+expand = torch.ops.loraswitch.expand.default
+delta = torch.ops.loraswitch.delta.default
+merge = torch.ops.loraswitch.merge.default

@@ -1,0 +1,204 @@
+"""The contract of every op: schema, what it checks, and its fake (shapes and dtypes of the results, for compilers).
+
+    route   x, router                                   -> experts, gates
+    linear  x, experts, gates, a group of linears       -> their outputs, experts included
+    expand  all experts' hidden, a group of linears     -> what their chosen experts add, plus the biases (many tokens)
+    delta   base, x, experts, gates, one linear's experts -> base plus what the experts add
+    merge   weights, sources, a model's experts         -> weights = sources + the chosen experts (written in place)
+
+Registered with `Library.define` and `impl`, which cost a few microseconds a call where `custom_op` costs tens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+
+library = torch.library.Library("loraswitch", "DEF")
+library.define("route(Tensor x, Tensor router, int top_k, bool normalize) -> (Tensor, Tensor)")
+library.define(
+    "linear(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, "
+    "float[] scalings, bool transposed=False) -> Tensor[]"
+)
+library.define(
+    "expand(Tensor hidden, Tensor experts, Tensor gates, Tensor?[] biases, Tensor[] lora_b, float[] scalings) -> Tensor[]"
+)
+library.define(
+    "delta(Tensor base, Tensor x, Tensor experts, Tensor gates, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor"
+)
+library.define(
+    "merge(Tensor(a!)[] weights, Tensor[] sources, Tensor[] lora_a, Tensor[] lora_b, float[] scalings, bool[] transposed, "
+    "Tensor experts, Tensor gates, Tensor? old_experts=None, Tensor? old_gates=None) -> ()"
+)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_route(x: Tensor, router: Tensor, top_k: int) -> None:
+    _require(x.dim() >= 1 and router.dim() == 2, f"route: x must be [..., in], router [E, in], not {router.dim()}-d")
+    _require(x.shape[-1] == router.shape[1], f"route: x has {x.shape[-1]} features, router {router.shape[1]}")
+    limit = min(router.shape[0], kernels.MAX_TOP_K)
+    _require(router.shape[0] <= kernels.MAX_EXPERTS, f"route: {router.shape[0]} experts, at most {kernels.MAX_EXPERTS}")
+    _require(1 <= top_k <= limit, f"route: top_k={top_k} must be between 1 and {limit}")
+    _require(
+        x.dtype in FLOATS and router.dtype in FLOATS, f"route: {x.dtype} and {router.dtype} must be float32 or 16-bit"
+    )
+
+
+def _check_experts(op: str, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    _require(
+        experts.dtype == torch.int64 and gates.dtype == torch.float32, f"{op}: experts must be int64, gates float32"
+    )
+    _require(
+        experts.shape == gates.shape,
+        f"{op}: experts {list(experts.shape)} and gates {list(gates.shape)} differ in shape",
+    )
+    _require(
+        1 <= experts.shape[-1] <= kernels.MAX_TOP_K, f"{op}: top_k={experts.shape[-1]} must be 1 to {kernels.MAX_TOP_K}"
+    )
+    _require(
+        experts.shape[:-1].numel() == x.shape[:-1].numel(), f"{op}: experts are of another number of tokens than x"
+    )
+    _require(lora_a.dim() == 3 and lora_b.dim() == 3, f"{op}: lora_a must be [E, r, in], lora_b [E, out, r]")
+    agree = lora_a.shape[0] == lora_b.shape[0] and lora_a.shape[1] == lora_b.shape[2] and lora_a.shape[2] == x.shape[-1]
+    _require(agree, f"{op}: lora_a {list(lora_a.shape)}, lora_b {list(lora_b.shape)} and x {list(x.shape)} do not fit")
+    _require(lora_a.shape[0] <= kernels.MAX_EXPERTS, f"{op}: {lora_a.shape[0]} experts, at most {kernels.MAX_EXPERTS}")
+    _require(lora_a.shape[1] <= kernels.MAX_RANK, f"{op}: rank {lora_a.shape[1]}, at most {kernels.MAX_RANK}")
+    same = x.dtype in FLOATS and x.dtype == lora_a.dtype == lora_b.dtype
+    _require(same, f"{op}: x is {x.dtype}, experts {lora_a.dtype}, {lora_b.dtype}: must be one of {FLOATS}")
+    devices = {t.device for t in (x, experts, gates, lora_a, lora_b)}
+    _require(len(devices) == 1, f"{op}: tensors are on several devices: {devices}")
+
+
+def check_linear(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool,
+) -> None:  # fmt: skip
+    n = len(weights)
+    _require(1 <= n <= kernels.MAX_GROUP, f"linear: a group has 1 to {kernels.MAX_GROUP} linears, not {n}")
+    _require(n == len(biases) == len(lora_a) == len(lora_b) == len(scalings), "linear: the lists differ in length")
+    for weight, bias, a, b in zip(weights, biases, lora_a, lora_b, strict=True):
+        _check_experts("linear", x, experts, gates, a, b)
+        _require(
+            a.shape[0] == lora_a[0].shape[0], "linear: the linears of a group must have the same number of experts"
+        )
+        shape = (x.shape[-1], b.shape[1]) if transposed else (b.shape[1], x.shape[-1])
+        _require(weight.shape == shape, f"linear: a weight is {list(weight.shape)}, the experts ask for {list(shape)}")
+        _require(
+            weight.dtype == x.dtype and weight.device == x.device,
+            "linear: a weight is of another dtype or device than x",
+        )
+        if bias is not None:
+            _require(
+                bias.shape == (b.shape[1],) and bias.dtype == x.dtype, "linear: a bias must be [out], in the dtype of x"
+            )
+
+
+def check_expand(
+    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> None:  # fmt: skip
+    n = len(lora_b)
+    _require(1 <= n <= kernels.MAX_GROUP, f"expand: a group has 1 to {kernels.MAX_GROUP} linears, not {n}")
+    _require(n == len(biases) == len(scalings), "expand: the lists differ in length")
+    _require(
+        experts.dtype == torch.int64 and gates.dtype == torch.float32, "expand: experts must be int64, gates float32"
+    )
+    shapes = [list(t.shape) for t in (hidden, experts, gates)]
+    fit = hidden.dim() == experts.dim() == 2 and experts.shape == gates.shape and len(experts) == len(hidden)
+    _require(fit, f"expand: hidden, experts, gates must be [T, n], [T, k], [T, k], not {shapes}")
+    top_k = experts.shape[1]
+    _require(1 <= top_k <= kernels.MAX_TOP_K, f"expand: top_k={top_k} must be 1 to {kernels.MAX_TOP_K}")
+    _require(hidden.dtype in FLOATS, f"expand: hidden is {hidden.dtype}: must be one of {FLOATS}")
+    width = 0
+    for b, bias in zip(lora_b, biases, strict=True):
+        same = b.dim() == 3 and b.shape[0] == lora_b[0].shape[0]
+        _require(same, "expand: every lora_b must be [E, out, r], with the same number of experts")
+        num_experts, out, rank = b.shape
+        _require(
+            num_experts <= kernels.MAX_EXPERTS and rank <= kernels.MAX_RANK,
+            f"expand: {num_experts} experts of rank {rank}, at most {kernels.MAX_EXPERTS} and {kernels.MAX_RANK}",
+        )
+        _require(
+            b.dtype == hidden.dtype and b.device == hidden.device,
+            "expand: a lora_b is of another dtype or device than hidden",
+        )
+        if bias is not None:
+            fits = bias.dtype == hidden.dtype and bias.shape == (out,) and bias.device == hidden.device
+            _require(fits, "expand: a bias must be [out], in the dtype of hidden")
+        width += num_experts * rank
+    _require(width == hidden.shape[1], f"expand: hidden has {hidden.shape[1]} columns, the experts have {width} ranks")
+    _require(hidden.device == experts.device == gates.device, "expand: tensors are on several devices")
+
+
+def check_delta(base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    _check_experts("delta", x, experts, gates, lora_a, lora_b)
+    _require(
+        base.shape == (*x.shape[:-1], lora_b.shape[1]), f"delta: base {list(base.shape)} does not fit x and lora_b"
+    )
+    _require(base.dtype == x.dtype and base.device == x.device, "delta: base is of another dtype or device than x")
+
+
+def check_merge(
+    weights: Sequence[Tensor], sources: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float], transposed: Sequence[bool], experts: Tensor, gates: Tensor,
+    old_experts: Tensor | None = None, old_gates: Tensor | None = None,
+) -> None:  # fmt: skip
+    lengths = {len(entries) for entries in (weights, sources, lora_a, lora_b, scalings, transposed)}
+    _require(len(lengths) == 1, "merge: the lists differ in length")
+    _require(experts.dim() == 1 and experts.shape == gates.shape, "merge: experts and gates must be [k], of one token")
+    _require((old_experts is None) == (old_gates is None), "merge: old_experts and old_gates go together")
+    for weight, source, a, b, swapped in zip(weights, sources, lora_a, lora_b, transposed, strict=True):
+        _check_experts("merge", a.new_empty(1, a.shape[2]), experts, gates, a, b)
+        shape = (a.shape[2], b.shape[1]) if swapped else (b.shape[1], a.shape[2])
+        _require(weight.shape == source.shape == shape, f"merge: a weight is {list(weight.shape)}, not {list(shape)}")
+        _require(weight.dtype == source.dtype == a.dtype, f"merge: a weight is {weight.dtype}, its experts {a.dtype}")
+
+
+# ------------------------------------------------------------------------------------------------------------ fakes
+
+
+def _route_fake(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    check_route(x, router, top_k)
+    shape = (*x.shape[:-1], top_k)
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.float32)
+
+
+def _linear_fake(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
+    return [x.new_empty((*x.shape[:-1], b.shape[1])) for b in lora_b]
+
+
+def _expand_fake(
+    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    check_expand(hidden, experts, gates, biases, lora_b, scalings)
+    return [hidden.new_empty((hidden.shape[0], b.shape[1])) for b in lora_b]
+
+
+def _delta_fake(
+    base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    check_delta(base, x, experts, gates, lora_a, lora_b)
+    return x.new_empty(base.shape)
+
+
+for _name, _fake in (
+    ("route", _route_fake), ("linear", _linear_fake), ("expand", _expand_fake), ("delta", _delta_fake), ("merge", check_merge)
+):  # fmt: skip
+    torch.library.register_fake(f"loraswitch::{_name}", _fake, lib=library)

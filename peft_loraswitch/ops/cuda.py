@@ -1,0 +1,102 @@
+"""The ops on a GPU: by the kernels, or by PyTorch for what the kernels do not serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import kernels
+from .contract import check_delta, check_expand, check_linear, check_merge, check_route, library
+from .pytorch import delta_pytorch, expand_pytorch, linear_pytorch, merge_pytorch, route_pytorch
+
+
+def _usable(*tensors: Tensor) -> bool:
+    return all(t.is_contiguous() for t in tensors) and kernels.available(tensors[0].get_device())
+
+
+def _route_cuda(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    if not kernels.available(x.get_device()):
+        return route_pytorch(x, router, top_k, normalize)
+    check_route(x, router, top_k)
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    experts, gates = kernels.router(tokens, router.contiguous(), top_k, normalize)
+    return experts.view(*x.shape[:-1], top_k), gates.view(*x.shape[:-1], top_k)
+
+
+def _linear_cuda(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    present = [bias for bias in biases if bias is not None]
+    if x.numel() == 0 or not _usable(*weights, *present, *lora_a, *lora_b):
+        return linear_pytorch(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
+    check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
+    packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, transposed)
+    x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
+    kernels.warn_if_generic(packed, x, experts)
+    return packed(x, experts, gates)
+
+
+def _expand_cuda(
+    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    check_expand(hidden, experts, gates, biases, lora_b, scalings)
+    if hidden.numel() and _usable(*lora_b, *[bias for bias in biases if bias is not None]):
+        hidden, experts, gates = hidden.contiguous(), experts.contiguous(), gates.contiguous()
+        group = kernels.expansion(lora_b, biases, scalings, experts.shape[1])
+        if group.expands and hidden.data_ptr() % 16 == 0:
+            return kernels.expand(group, hidden, experts, gates)
+    return expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
+
+
+def _delta_cuda(
+    base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    if x.numel() == 0 or not _usable(lora_a, lora_b):
+        return delta_pytorch(base, x, experts, gates, lora_a, lora_b, scaling)
+    check_delta(base, x, experts, gates, lora_a, lora_b)
+    packed = kernels.PackedGroup([None], [None], [lora_a], [lora_b], [scaling])
+    x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
+    kernels.warn_if_generic(packed, x, experts)
+    return packed(x, experts, gates, [base.contiguous()])[0]
+
+
+_tables: list[kernels.MergeTable] = []  # of the last models merged: a CUDA graph cannot make one while it is captured
+
+
+def merge_table(*arguments: Any) -> kernels.MergeTable:
+    """The table for `weights, sources, lora_a, lora_b, scalings, transposed`, made once and kept."""
+    pointers = [t.data_ptr() for tensors in arguments[:4] for t in tensors]
+    for table in _tables:
+        if table.pointers == pointers and table.scalings == list(arguments[4]):
+            return table
+    table = kernels.MergeTable(*arguments)
+    _tables[:] = [*_tables[-7:], table]
+    return table
+
+
+def drop_merge_tables(weights: Sequence[Tensor]) -> None:
+    """Forget the tables that write `weights`, and with them the memory they hold on to."""
+    _tables[:] = [table for table in _tables if not weights or table.pointers[0] != weights[0].data_ptr()]
+
+
+def _merge_cuda(
+    weights: Sequence[Tensor], sources: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float], transposed: Sequence[bool], experts: Tensor, gates: Tensor,
+    old_experts: Tensor | None = None, old_gates: Tensor | None = None,
+) -> None:  # fmt: skip
+    if not weights or not _usable(*weights, *sources, *lora_a, *lora_b):
+        merge_pytorch(weights, sources, lora_a, lora_b, scalings, transposed, experts, gates, old_experts, old_gates)
+        return
+    check_merge(weights, sources, lora_a, lora_b, scalings, transposed, experts, gates, old_experts, old_gates)
+    table = merge_table(weights, sources, lora_a, lora_b, scalings, transposed)
+    table(experts, gates, old_experts, old_gates)
+
+
+for _name, _function in (
+    ("route", _route_cuda), ("linear", _linear_cuda), ("expand", _expand_cuda), ("delta", _delta_cuda), ("merge", _merge_cuda)
+):  # fmt: skip
+    library.impl(_name, _function, "CUDA")

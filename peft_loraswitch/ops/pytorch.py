@@ -1,0 +1,107 @@
+"""The ops in PyTorch: their definition, the path on a CPU, and that of any GPU tensor that the kernels do not serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..routing.decision import decide
+from .contract import check_delta, check_expand, check_linear, check_merge, check_route, library
+from .dense_products import all_hidden, dense, gated, wide
+
+
+def _add_chosen(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """What the chosen experts of a few tokens add, [T, out]: reads those experts only."""
+    tokens, top_k = experts.shape
+    out = lora_b.shape[1]
+    valid = (experts >= 0) & (experts < lora_a.shape[0])
+    ids = experts.where(valid, 0).flatten()
+    rows = x.repeat_interleave(top_k, 0).unsqueeze(-1)  # [T * k, in, 1]
+    hidden = torch.bmm(lora_a[ids], rows)  # [T * k, r, 1]
+    factors = (gates * scaling).flatten().to(x.dtype)
+    each = torch.bmm(lora_b[ids], hidden * factors.view(-1, 1, 1)).view(tokens, top_k, out)
+    return each.where(valid.unsqueeze(-1), 0.0).sum(1)
+
+
+def _experts_reference(
+    x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    """x [T, in], experts and gates [T, k] -> [T, out]"""
+    if experts.numel() < lora_a.shape[0]:
+        return _add_chosen(x, experts, gates, lora_a, lora_b, scaling)
+    factors, chosen = dense(experts, gates, lora_a.shape[0])
+    hidden = gated(all_hidden(x, [lora_a]), (factors * scaling).to(x.dtype), chosen, lora_a.shape[1])
+    return hidden @ wide(lora_b).T
+
+
+def route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    check_route(x, router, top_k)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        return decide(F.linear(x.float(), router.float()), top_k, normalize)
+
+
+def linear_pytorch(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
+    tokens = x.reshape(-1, x.shape[-1])
+    experts, gates = (t.reshape(-1, t.shape[-1]) for t in (experts, gates))
+    results = []
+    for weight, bias, a, b, scaling in zip(weights, biases, lora_a, lora_b, scalings, strict=True):
+        base = F.linear(tokens, weight.T if transposed else weight, bias)
+        result = base + _experts_reference(tokens, experts, gates, a, b, scaling)
+        results.append(result.view(*x.shape[:-1], b.shape[1]))
+    return results
+
+
+def expand_pytorch(
+    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    check_expand(hidden, experts, gates, biases, lora_b, scalings)
+    factors, chosen = dense(experts, gates, lora_b[0].shape[0])
+    parts = hidden.split([b.shape[0] * b.shape[2] for b in lora_b], dim=1)
+    results = []
+    for h, bias, b, scaling in zip(parts, biases, lora_b, scalings, strict=True):
+        h, up = gated(h, (factors * scaling).to(h.dtype), chosen, b.shape[2]), wide(b).T
+        results.append(h @ up if bias is None else torch.addmm(bias, h, up))
+    return results
+
+
+def delta_pytorch(
+    base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    check_delta(base, x, experts, gates, lora_a, lora_b)
+    tokens = x.reshape(-1, x.shape[-1])
+    experts, gates = (t.reshape(-1, t.shape[-1]) for t in (experts, gates))
+    return base + _experts_reference(tokens, experts, gates, lora_a, lora_b, scaling).view(base.shape)
+
+
+def merge_pytorch(
+    weights: Sequence[Tensor], sources: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float], transposed: Sequence[bool], experts: Tensor, gates: Tensor,
+    old_experts: Tensor | None = None, old_gates: Tensor | None = None,
+) -> None:  # fmt: skip
+    check_merge(weights, sources, lora_a, lora_b, scalings, transposed, experts, gates, old_experts, old_gates)
+    ids, factors = experts, gates
+    if old_experts is not None and old_gates is not None:
+        ids, factors = torch.cat([experts, old_experts]), torch.cat([gates, -old_gates])
+    for weight, source, a, b, scaling, swapped in zip(
+        weights, sources, lora_a, lora_b, scalings, transposed, strict=True
+    ):
+        valid = ((ids >= 0) & (ids < a.shape[0])).view(-1, 1, 1)
+        down, up = (each[ids.where(valid.flatten(), 0)].float().where(valid, 0.0) for each in (a, b))
+        up = up * (factors.view(-1, 1, 1) * scaling).where(valid, 0.0)  # [k, out, r]
+        update = up.transpose(0, 1).flatten(1) @ down.flatten(0, 1)  # [out, in]
+        weight.copy_(source.float() + (update.T if swapped else update))
+
+
+for _name, _function in (
+    ("route", route_pytorch), ("linear", linear_pytorch), ("expand", expand_pytorch), ("delta", delta_pytorch),
+    ("merge", merge_pytorch),
+):  # fmt: skip
+    library.impl(_name, _function, "CPU")
