@@ -13,7 +13,7 @@ setup: $(READY)
 	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -r requirements-dev.txt -e . && touch $@
 
 quickstart: setup
-	$(VENV) recipes/quickstart.py
+	$(VENV) -m recipes.train.quickstart
 
 test: setup
 	$(VENV) -m pytest -n 2

@@ -34,7 +34,7 @@ from corpora import Document  # noqa: E402
 from files import digest_of_file, write_atomically, write_json  # noqa: E402
 from tasks import Amount, TaskRows, TaskSplit  # noqa: E402
 from texts import GENERAL  # noqa: E402
-from tiny import END, PAD, train_bpe  # noqa: E402
+from tiny_llama import END, PAD, train_bpe  # noqa: E402
 
 FORMAT = 2  # raise it when the files or what is in them change
 TOKENIZER, TOKENS, SOURCES = "tokenizer.json", "tokens.npz", "sources.json"

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a LoRA-Switch adapter with TRL.
 
-    python recipes/sft.py recipes/configs/sft_smoke.yaml
-    accelerate launch recipes/sft.py recipes/configs/sft_llama31_8b.yaml --learning_rate 1.0e-4
+    python -m recipes.train.sft recipes/train/configs/sft_smoke.yaml
+    accelerate launch -m recipes.train.sft recipes/train/configs/sft_llama31_8b.yaml --learning_rate 1.0e-4
 
 Every option of TRL's ScriptArguments, SFTConfig and ModelConfig works in the YAML and, after it, on the command line; the
 block `adapter` holds the fields of LoRASwitchConfig.
@@ -12,9 +12,8 @@ from __future__ import annotations
 from datasets import load_dataset
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
-import arguments
-import local_assets
 from peft_loraswitch import RouterStatsCallback
+from recipes.train import arguments, local_assets
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """From nothing to a working routed adapter, on two CPU cores in under three minutes, without downloading anything.
 
-    python recipes/quickstart.py
+    python -m recipes.train.quickstart
 
 1. pretrains a tiny Llama on the Python source of the standard library (`corpora.py` says which text and why)
 2. adapts it with TRL's SFTTrainer to five domains at once: a LoRA-Switch adapter, and a plain LoRA of the same size
@@ -33,9 +33,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, ge
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
-import corpora  # noqa: E402
-import tiny  # noqa: E402
 from peft_loraswitch import LoRASwitchConfig, RouterStatsCallback  # noqa: E402
+from recipes import corpora, tiny_llama  # noqa: E402
+from recipes.checkout import module_command, module_environment  # noqa: E402
 
 LENGTH = 128  # tokens per block
 
@@ -92,12 +92,12 @@ def lora_config(parameters: int, base: Path) -> LoraConfig:
 def make_base(folder: Path, size: Size) -> PreTrainedTokenizerBase:
     """Tokenizer and base model, trained on the standard library; both saved in `folder`."""
     documents, _ = corpora.split(corpora.standard_library(), held_out=0.05)
-    tokenizer = tiny.train_tokenizer([document.text for document in documents[:100]])
+    tokenizer = tiny_llama.train_tokenizer([document.text for document in documents[:100]])
     blocks = corpora.token_blocks(documents, tokenizer, LENGTH, size.pretrain_steps * 8)
     random.Random(0).shuffle(blocks)
-    model = tiny.new_model(tokenizer)
-    loss = tiny.pretrain(model, blocks, size.pretrain_steps)
-    tiny.save(model, tokenizer, folder)
+    model = tiny_llama.new_model(tokenizer)
+    loss = tiny_llama.pretrain(model, blocks, size.pretrain_steps)
+    tiny_llama.save(model, tokenizer, folder)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"          {parameters / 1e6:.2f} M parameters, {len(blocks) * LENGTH / 1e3:.0f} k tokens of Python source, "
           f"loss {loss:.2f} nats a token (an untrained model: {math.log(len(tokenizer)):.2f})")  # fmt: skip
@@ -270,9 +270,9 @@ def main(folder: Path, size: Size) -> int:
         here = generate(routed, prompts, size.new_tokens)
         routed.save_pretrained(folder / "adapter")
         (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, "new_tokens": size.new_tokens}))
-        command = [sys.executable, __file__, "--reload", str(folder)]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        there = json.loads(printed.splitlines()[-1])
+        command = module_command("recipes.train.quickstart", "--reload", str(folder))
+        done = subprocess.run(command, env=module_environment(), check=True, stdout=subprocess.PIPE, text=True)
+        there = json.loads(done.stdout.splitlines()[-1])
     for name, prompt, tokens in zip(held_out, prompts, there, strict=True):
         print(f"  {name:<10}{tokenizer.decode(prompt)[-50:]!r} -> {tokenizer.decode(tokens)!r}")
 

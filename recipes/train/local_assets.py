@@ -8,17 +8,16 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-import corpora
-import tiny
+from recipes import corpora, tiny_llama
 
 
 def make_model(folder: Path, steps: int = 30) -> None:
     """A Llama of 0.5 M parameters that has seen a little Python source, saved with its tokenizer in `folder`."""
     documents = corpora.standard_library()[:60]
-    tokenizer = tiny.train_tokenizer([document.text for document in documents])
-    model = tiny.new_model(tokenizer, layers=2)
-    tiny.pretrain(model, corpora.token_blocks(documents, tokenizer, 64, steps * 8), steps)
-    tiny.save(model, tokenizer, folder)
+    tokenizer = tiny_llama.train_tokenizer([document.text for document in documents])
+    model = tiny_llama.new_model(tokenizer, layers=2)
+    tiny_llama.pretrain(model, corpora.token_blocks(documents, tokenizer, 64, steps * 8), steps)
+    tiny_llama.save(model, tokenizer, folder)
 
 
 def _pairs(documents: list[corpora.Document]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Preference training (DPO) of a LoRA-Switch adapter with TRL; the reference is the backbone with the adapter off.
 
-    python recipes/dpo.py recipes/configs/dpo_smoke.yaml
-    accelerate launch recipes/dpo.py recipes/configs/dpo_llama31_8b.yaml --beta 0.05
+    python -m recipes.train.dpo recipes/train/configs/dpo_smoke.yaml
+    accelerate launch -m recipes.train.dpo recipes/train/configs/dpo_llama31_8b.yaml --beta 0.05
 
 Every option of TRL's ScriptArguments, DPOConfig and ModelConfig works in the YAML and, after it, on the command line; the
 block `adapter` holds the fields of LoRASwitchConfig.
@@ -12,9 +12,8 @@ from __future__ import annotations
 from datasets import load_dataset
 from trl import DPOConfig, DPOTrainer, ScriptArguments
 
-import arguments
-import local_assets
 from peft_loraswitch import RouterStatsCallback
+from recipes.train import arguments, local_assets
 
 
 def main() -> None:
