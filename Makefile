@@ -33,4 +33,4 @@ wheel: setup
 
 # The README's decode table from recipes/results/decode_h200.json.
 table:
-	$(PYTHON) recipes/decode_report.py
+	$(PYTHON) -m recipes.benchmarks.decode.report

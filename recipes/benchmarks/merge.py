@@ -1,6 +1,6 @@
 """The merge launch alone: all linears of a few decoder layers, against copying the same bytes; and the drift in place.
 
-    python recipes/bench_merge.py [--shape llama-2-7b] [--layers 8] [--ranks 8 16 64] [--json FILE] [--no-drift]
+    python -m recipes.benchmarks.merge [--shape llama-2-7b] [--layers 8] [--ranks 8 16 64] [--json FILE] [--no-drift]
 
 A merge from pristine weights reads and writes what `torch.add(source, 1, out=target)` does, a merge in place what
 `weights.add_(1)` does, plus the chosen experts: those two are its floors. Eight layers are 3.2 GB: fifty times an L2 cache.
@@ -10,29 +10,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-import bench_linears
 from peft_loraswitch import kernels
+from recipes.benchmarks import linears
 
 DRIFT_STEPS = (1, 10, 100, 1000, 10000)
 
 
 def measure(shape: str, layers: int, ranks: list[int]) -> dict[str, Any]:
     """Milliseconds of a merge of all linears, one row a rank and mode, and their ratio to the floor of that mode."""
-    model = bench_linears.Layers(shape, layers)
+    model = linears.Layers(shape, layers)
     weights = [w for group in model.weights for w in group]
     target = torch.empty_like(model.buffer)
     gigabytes = 2 * model.buffer.numel() * 2 / 1e9
     floors = {
-        "pristine": bench_linears.graph_ms(lambda: torch.add(model.buffer, 1.0, out=target)),
-        "in place": bench_linears.graph_ms(lambda: target.add_(1.0)),
+        "pristine": linears.graph_ms(lambda: torch.add(model.buffer, 1.0, out=target)),
+        "in place": linears.graph_ms(lambda: target.add_(1.0)),
     }
     for mode, ms in floors.items():
         print(f"floor, {mode}: {ms:.4f} ms, {gigabytes / ms:.3f} TB/s read and written", flush=True)
@@ -50,7 +47,7 @@ def measure(shape: str, layers: int, ranks: list[int]) -> dict[str, Any]:
             sources, old = (weights, ()) if mode == "pristine" else (merged, (taken_out, old_gates))
             target.copy_(model.buffer)
             table = kernels.MergeTable(merged, sources, lora_a, lora_b, [1.0] * len(weights), [False] * len(weights))
-            ms = bench_linears.graph_ms(lambda: table(chosen, gates, *old))  # noqa: B023
+            ms = linears.graph_ms(lambda: table(chosen, gates, *old))  # noqa: B023
             row = {"rank": rank, "mode": mode, "ms": round(ms, 4), "over_floor": round(ms / floor, 4)}
             row["tb_per_s"] = round(gigabytes / ms, 3)
             rows.append(row)
@@ -61,7 +58,7 @@ def measure(shape: str, layers: int, ranks: list[int]) -> dict[str, Any]:
 
 def drift(rank: int = 8, top_k: int = 2) -> list[dict[str, float]]:
     """Relative error of a weight after steps of random experts in place, next to the size of what is merged."""
-    num_experts = bench_linears.NUM_EXPERTS
+    num_experts = linears.NUM_EXPERTS
     source = torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
     a = torch.empty(num_experts, rank, 4096, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
     b = torch.empty(num_experts, 4096, rank, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
@@ -86,7 +83,7 @@ def drift(rank: int = 8, top_k: int = 2) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-2-7b", choices=bench_linears.SHAPES)
+    parser.add_argument("--shape", default="llama-2-7b", choices=linears.SHAPES)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--json", type=Path, help="also write the table there")

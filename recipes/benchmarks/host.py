@@ -1,8 +1,8 @@
 """How much of a decode step is the host's: Python, guards, launches. On a GPU and, without the device's share, on a CPU.
 
-    python recipes/bench_host.py                                   # tiny layers: what is measured is the host
-    python recipes/bench_host.py --shape llama-2-7b --modes static # a real model's step beside it
-    python recipes/bench_host.py --methods fused --modes static --profile
+    python -m recipes.benchmarks.host                                   # tiny layers: what is measured is the host
+    python -m recipes.benchmarks.host --shape llama-2-7b --modes static # a real model's step beside it
+    python -m recipes.benchmarks.host --methods fused --modes static --profile
 
 Modes: `eager` (`generate` as it is), `static` (`generate(cache_implementation="static")`, whose step transformers compiles),
 `step` (that compiled step called alone; on a CPU also without guards), `layers` (the linears of one decoder layer, called one
@@ -31,10 +31,8 @@ from typing import Any
 from unittest import mock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from token_times import token_times  # noqa: E402
+from recipes.benchmarks.token_times import token_times
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {"tiny": (64, 64, 96, 4), "llama-2-7b": (32000, 4096, 11008, 32)}  # vocabulary, hidden, intermediate, heads

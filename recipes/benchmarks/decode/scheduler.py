@@ -1,10 +1,10 @@
 """What a routed adapter costs at decode time, on this GPU: the table at the top of the README.
 
-    python recipes/bench_decode.py                       # all of it, into recipes/results/decode_<gpu>.json and .png
-    python recipes/bench_decode.py --devices 0 1 2 3     # the models spread over four GPUs, into one file
-    python recipes/bench_decode.py --models llama-2-7b --methods backbone fused --modes static --profile
-    python recipes/bench_decode.py --device cpu          # a rehearsal with tiny models: everything but the numbers
-    python recipes/decode_report.py                      # the table into the README
+    python -m recipes.benchmarks.decode                       # all of it, into recipes/results/decode_<gpu>.json and .png
+    python -m recipes.benchmarks.decode --devices 0 1 2 3     # the models spread over four GPUs, into one file
+    python -m recipes.benchmarks.decode --models llama-2-7b --methods backbone fused --modes static --profile
+    python -m recipes.benchmarks.decode --device cpu          # a rehearsal with tiny models: everything but the numbers
+    python -m recipes.benchmarks.decode.report                # the table into the README
 
 Models have random weights, made on the GPU; nothing is downloaded. Each job (a model, a method, a rank) is a process of its
 own. Compiling takes the time, so as many processes as there are processors compile at once; the backbone's weights are
@@ -32,13 +32,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE)]
-
-import decode_report  # noqa: E402
-import decode_worker  # noqa: E402
-from decode_plan import CONTEXT_GIB, METHODS, MODES, NUM_EXPERTS, SHAPES, TOP_K, Job, kind_of, plan  # noqa: E402
-from decode_process import Process, WorkerFailed, process_context  # noqa: E402
+from recipes.benchmarks.decode import report, worker
+from recipes.benchmarks.decode.plan import CONTEXT_GIB, METHODS, MODES, NUM_EXPERTS, SHAPES, TOP_K, Job, kind_of, plan
+from recipes.benchmarks.decode.process import Process, WorkerFailed, process_context
+from recipes.checkout import ROOT, git, module_command, module_environment
 
 # Samples; 7 of everything else. Eager ones scatter by a third, and that of "fused" has a bar to meet.
 ROUNDS = {("fused", "static"): 9, ("fused", "eager"): 21}
@@ -54,7 +51,7 @@ class Run:
         self.queue, self.args, self.result, self.folder = list(jobs), args, result, folder
         self.device: str = args.device
         self.context = process_context(self.device)
-        self.lock = decode_worker.DeviceLock(folder, self.device)
+        self.lock = worker.DeviceLock(folder, self.device)
         self.start = time.monotonic()
         self.deadline = self.start + args.limit - LAST_WORDS
         self.live: list[Process] = []
@@ -136,13 +133,13 @@ class Run:
                 self.say_why(job, f"not begun: {expected:.0f} s expected, {left:.0f} s left")
                 continue
             self.hold(job)
-            self.live.append(self.spawn(decode_worker.serve, job))
+            self.live.append(self.spawn(worker.serve, job))
             busy += 1
 
     def hold(self, job: Job) -> None:
         """Start the process that keeps the weights of the job's model, if there is none."""
         if self.share and job.method != "ceilings" and job.model not in self.holders:
-            self.holders[job.model] = self.spawn(decode_worker.hold_weights, job)
+            self.holders[job.model] = self.spawn(worker.hold_weights, job)
 
     def used(self) -> float:
         """GiB of device memory that is spoken for."""
@@ -362,7 +359,7 @@ class Run:
                     row["ratio"], row["backbone_ms"] = round(row["ms"] / ms, 4), round(ms, 4)
         if job.method != "backbone" or reference is None:
             row = self.rows[key]
-            self.say(decode_report.line(row) + f"  peak {row['peak_gib']:.2f} GiB, fuse {row['fuse_seconds']} s")
+            self.say(report.line(row) + f"  peak {row['peak_gib']:.2f} GiB, fuse {row['fuse_seconds']} s")
             if row["disturbed"]:
                 self.say(
                     f"  {row['disturbed']} of {row['samples']} samples were disturbed: the processors are not ours alone"
@@ -412,7 +409,7 @@ class Run:
         ]
         header["seconds"] = round(time.monotonic() - self.start, 1)
         self.result["rows"] = [self.rows[key] for key in self.planned if key in self.rows]
-        decode_report.write(self.result, self.args.output)
+        report.write(self.result, self.args.output)
 
 
 # ----------------------------------------------------------------------------------------------------------- devices
@@ -439,10 +436,10 @@ def run_devices(args: argparse.Namespace, argv: list[str], jobs: list[Job], fold
         name = visible[int(device)] if device.isdigit() and len(visible) > int(device) and visible[0] else device
         mine = cores[n * each : (n + 1) * each] or cores
         # the last of a repeated option wins
-        command = [sys.executable, __file__, *argv, "--models", *models, "--devices", "--output", str(output)]
-        command += ["--slots", str(min(args.slots, max(2, each - 1)))]
+        command = module_command("recipes.benchmarks.decode", *argv, "--models", *models, "--devices")
+        command += ["--output", str(output), "--slots", str(min(args.slots, max(2, each - 1)))]
         command += ["--cores", *map(str, mine)]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name}
+        environment = module_environment(CUDA_VISIBLE_DEVICES=name)
         print(f"device {device}: {', '.join(models)}", flush=True)
         runs.append((subprocess.Popen(command, env=environment), output))
     try:
@@ -457,7 +454,7 @@ def run_devices(args: argparse.Namespace, argv: list[str], jobs: list[Job], fold
             process.wait(30)
     parts = [json.loads(output.read_text()) for _, output in runs if output.exists()]
     failed = [models for (_, output), models in zip(runs, shares.values(), strict=True) if not output.exists()]
-    return decode_report.merge(parts, [f"{model}: its process wrote nothing" for models in failed for model in models])
+    return report.merge(parts, [f"{model}: its process wrote nothing" for models in failed for model in models])
 
 
 def has_gpu() -> bool:
@@ -470,14 +467,13 @@ def has_gpu() -> bool:
 
 def header(args: argparse.Namespace) -> dict[str, Any]:
     """What the parent knows; the first worker adds GPU and versions."""
-    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
     driver: list[str] = []
     if args.device == "cuda" and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
     return {
         "date": datetime.date.today().isoformat(), "gpu": "", "driver": driver[0] if driver else "",
-        "commit": os.environ.get("BENCH_COMMIT", git.stdout.strip()), "dtype": "bfloat16", "num_experts": NUM_EXPERTS,
+        "commit": os.environ.get("BENCH_COMMIT", git("rev-parse", "HEAD")), "dtype": "bfloat16", "num_experts": NUM_EXPERTS,
         "top_k": TOP_K, "devices": 1, "limit": args.limit,
     }  # fmt: skip
 
@@ -540,19 +536,15 @@ def main(argv: list[str]) -> None:
     if not result["rows"]:
         raise SystemExit(f"Nothing was measured: {result['header'].get('missing', [])[:3]}; logs in {folder}")
     gpu = result["header"]["gpu"].replace("NVIDIA ", "").replace(" ", "_").lower()
-    output = HERE / "results" / f"decode_{gpu}.json" if default_output else args.output
-    decode_report.write(result, output)
+    output = ROOT / "recipes" / "results" / f"decode_{gpu}.json" if default_output else args.output
+    report.write(result, output)
     for row in result["rows"]:
-        print(decode_report.line(row))
-    for bar in decode_report.bars(result):
+        print(report.line(row))
+    for bar in report.bars(result):
         print(
             f"{bar['model']:13s} {bar['what']:55s} {bar['value']:7.3f}  bar {bar['bar']:.2f}  {'met' if bar['met'] else 'MISSED'}"
         )
     for text in result["header"]["missing"]:
         print(f"missing: {text}")
-    print(decode_report.draw(result, output.with_suffix(".png")))
+    print(report.draw(result, output.with_suffix(".png")))
     print(f"{output}: {result['header']['seconds']:.0f} s, {len(result['rows'])} rows, logs in {folder}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,6 +1,7 @@
-"""From the rows of bench_decode.py to its JSON file, its picture, its bars, and the table at the top of the README.
+"""From the rows of the decode benchmark to its JSON file, its picture, its bars, and the table at the top of the README.
 
-python recipes/decode_report.py [--check]    # recipes/results/decode_h200.json into README.md; --check: only compare
+python -m recipes.benchmarks.decode.report            # recipes/results/decode_h200.json into README.md
+python -m recipes.benchmarks.decode.report --check    # only compare
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE)]
-
-from decode_plan import FIRST, METHODS, SHAPES  # noqa: E402
+from recipes.benchmarks.decode.plan import FIRST, METHODS, SHAPES
+from recipes.checkout import ROOT
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -25,7 +24,7 @@ NAMES = {
     "llama-3.1-8b": "Llama-3.1-8B",
     "qwen3-0.6b": "Qwen3-0.6B",
 }
-BEGIN, END = "<!-- decode table: python recipes/decode_report.py -->", "<!-- end of decode table -->"
+BEGIN, END = "<!-- decode table: python -m recipes.benchmarks.decode.report -->", "<!-- end of decode table -->"
 
 
 def line(row: Row) -> str:
@@ -244,7 +243,7 @@ def section(result: Result, source: str) -> str:
         "Time of a decode step (of a forward, for prefill) over the unadapted backbone's in the same mode of the same run:",
         f"{NAMES[FIRST]} shape, random bf16 weights, {head['num_experts']} experts, top-{head['top_k']}, all seven linears, "
         f"one {head['gpu']}, {versions}",
-        f"([`{source}`]({source}), made by `recipes/bench_decode.py`).",
+        f"([`{source}`]({source}), made by `recipes/benchmarks/decode`).",
         "",
         *model_table(result, FIRST),
         "",
@@ -310,15 +309,15 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the README differs")
     args = parser.parse_args(argv)
-    readme = HERE.parent / "README.md"
+    readme = ROOT / "README.md"
     old = readme.read_text()
-    result = json.loads((HERE.parent / args.source).read_text())
+    result = json.loads((ROOT / args.source).read_text())
     new = into_readme(old, section(result, args.source))
     if args.check and new != old:
-        raise SystemExit(f"README.md does not show {args.source}: run python recipes/decode_report.py")
+        raise SystemExit(f"README.md does not show {args.source}: run python -m recipes.benchmarks.decode.report")
     if not args.check:
         readme.write_text(new)
-        print(draw(result, (HERE.parent / args.source).with_suffix(".png")))
+        print(draw(result, (ROOT / args.source).with_suffix(".png")))
 
 
 if __name__ == "__main__":

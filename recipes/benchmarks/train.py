@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """What LoRA-Switch costs in plain PyTorch on a CPU: a training step against PEFT's LoRA, a forward against the backbone.
 
-    python recipes/bench_train.py                       # about three minutes on two cores; writes recipes/results/train_cpu.json
-    python recipes/bench_train.py --hidden 2048         # another size
+    python -m recipes.benchmarks.train                  # three minutes on two cores; into recipes/results/train_cpu.json
+    python -m recipes.benchmarks.train --hidden 2048    # another size
 
 Training step: forward, backward and AdamW, of LoRA-Switch with E experts of rank r and of PEFT's LoRA with rank E * r on
 the same linears: the same number of adapter weights. Forward: 512 tokens without gradients, against the unadapted backbone.
@@ -19,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_loraswitch import LoRASwitchConfig, __version__
+from recipes.checkout import ROOT, git
 
 BARS = {"training_step": 1.10, "forward": 1.25}
 
@@ -150,10 +149,6 @@ def check_outputs(args: argparse.Namespace, ids: torch.Tensor) -> float:
 
 
 def header(args: argparse.Namespace) -> dict[str, Any]:
-    def git(*command: str) -> str:
-        run = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return run.stdout.strip()
-
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -169,7 +164,7 @@ def header(args: argparse.Namespace) -> dict[str, Any]:
         "peft": peft.__version__,
         "peft_loraswitch": __version__,
         "commit": git("rev-parse", "--short", "HEAD") or "unknown",
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", "../peft_loraswitch")),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", "peft_loraswitch")),
         "date": time.strftime("%Y-%m-%d"),
         "settings": {key: value for key, value in vars(args).items() if key != "output"},
     }
@@ -202,7 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "train_cpu.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "results" / "train_cpu.json")
     return parser.parse_args(argv)
 
 

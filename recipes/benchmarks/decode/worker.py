@@ -1,4 +1,4 @@
-"""One process of bench_decode.py: builds a model with one method, compiles what its modes need, then measures on command.
+"""One process of the decode benchmark: builds a model with one method, compiles what its modes need, then measures on command.
 
 Compiling, which takes the time, happens in many processes at once. What touches the GPU happens under `DeviceLock`:
 preparations share it, a measurement has it alone. A process gives it back for the time in which it compiles.
@@ -24,12 +24,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-
-from decode_plan import CACHE, NUM_EXPERTS, PREFILL, PROMPT, TARGETS, TOP_K, Job, batch_of, kind_of  # noqa: E402
-from quiet_processor import QuietProcessor  # noqa: E402
-from token_times import token_times  # noqa: E402
+from recipes.benchmarks.decode.plan import (
+    CACHE,
+    NUM_EXPERTS,
+    PREFILL,
+    PROMPT,
+    TARGETS,
+    TOP_K,
+    Job,
+    batch_of,
+    kind_of,
+)
+from recipes.benchmarks.quiet_processor import QuietProcessor
+from recipes.benchmarks.token_times import token_times
 
 # Tokens of one sample: steps of a loop (and as many before them as give the host its lead), or of one `generate`. Short ones:
 # a processor is undisturbed for tenths of a second.
@@ -476,9 +483,9 @@ class Ceilings:
             if self.device == "cuda":
                 torch.cuda.empty_cache()
             return round(rate, 3)
-        import bench_linears
+        from recipes.benchmarks import linears
 
-        return bench_linears.measure(mode.partition(":")[2], 8, [1], [0, 8, 16, 64], torch)
+        return linears.measure(mode.partition(":")[2], 8, [1], [0, 8, 16, 64], torch)
 
 
 # -------------------------------------------------------------------------------------------------------- the process

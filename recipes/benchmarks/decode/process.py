@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from decode_plan import Job
+from recipes.benchmarks.decode.plan import Job
 
 
 class WorkerFailed(Exception):

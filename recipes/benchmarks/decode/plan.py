@@ -1,4 +1,4 @@
-"""What bench_decode.py measures: models, methods, modes, in order of importance, with what each needs of memory and time."""
+"""What the decode benchmark measures: models, methods, modes, in order of importance, with what each needs of memory and time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPT, CACHE, PREFILL = 16, 512, 2048
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of Llama's kind. `linears`: the name of its linears in bench_linears.py."""
+    """A decoder of Llama's kind. `linears`: the name of its linears in linears.py."""
 
     vocabulary: int
     hidden: int

@@ -1,6 +1,6 @@
 """The linear layers of a decoder alone, in one CUDA graph: what csrc/README.md's table comes from.
 
-    python recipes/bench_linears.py [--shape llama-2-7b] [--layers 8] [--tokens 1 8 32] [--ranks 0 8] [--kernels 0 1 2]
+    python -m recipes.benchmarks.linears [--shape llama-2-7b] [--layers 8] [--tokens 1 8 32] [--ranks 0 8] [--kernels 0 1 2]
 
 Compares pure reading of the same bytes, cuBLAS without an adapter, and the kernels with and without one (rank 0). Eight
 layers are 3.2 GB: fifty times an L2 cache.
@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SHAPES = {  # hidden, intermediate, key and value width
     "llama-2-7b": (4096, 11008, 4096),
