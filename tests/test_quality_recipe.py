@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,22 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-QUALITY = ROOT / "recipes" / "quality"
-sys.path[:0] = [str(QUALITY)]
-
-import base  # noqa: E402
-import evaluate  # noqa: E402
-import files  # noqa: E402
-import methods  # noqa: E402
-import pool  # noqa: E402
-import results  # noqa: E402
-import routers  # noqa: E402
-import routing_statistics  # noqa: E402
-import run as command  # noqa: E402
-import train  # noqa: E402
-from moe_lora import MoELoRALinear, MoELoRAModel  # noqa: E402
-from settings import FULL, LENGTH, SMOKE  # noqa: E402
+from recipes.checkout import module_command, module_environment
+from recipes.quality import base, evaluate, files, methods, pool, results, routers, routing_statistics, train
+from recipes.quality import run as command
+from recipes.quality.moe_lora import MoELoRALinear, MoELoRAModel
+from recipes.quality.settings import FULL, LENGTH, SMOKE
 
 CPU = torch.device("cpu")
 VOCABULARY = 128
@@ -452,11 +439,11 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def start(folder: Path, *words: str, status: int = 0) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(QUALITY / "run.py"), *words],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    environment = module_environment(
+        OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore"
+    )
+    line = module_command("recipes.quality.run", *words)
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout + done.stderr
 

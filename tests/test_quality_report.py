@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,20 +15,13 @@ import pytest
 for _package in ("matplotlib", "PIL"):
     pytest.importorskip(_package, reason="the recipes need the extra `recipes`")
 
-ROOT = Path(__file__).resolve().parents[1]
-QUALITY = ROOT / "recipes" / "quality"
-sys.path[:0] = [str(QUALITY)]
+from recipes.checkout import ROOT, module_command, module_environment  # noqa: E402
+from recipes.quality import cost, methods, pictures, report, results, tables, verdict  # noqa: E402
+from recipes.quality.merge import Incompatible, merge  # noqa: E402
+from recipes.quality.settings import FULL  # noqa: E402
+from recipes.quality.summary import LAYER_WISE, LORA, PAPER, Quantity, Spread, Summary  # noqa: E402
 
-import cost  # noqa: E402
-import methods  # noqa: E402
-import pictures  # noqa: E402
-import report  # noqa: E402
-import results  # noqa: E402
-import tables  # noqa: E402
-import verdict  # noqa: E402
-from merge import Incompatible, merge  # noqa: E402
-from settings import FULL  # noqa: E402
-from summary import LAYER_WISE, LORA, PAPER, Quantity, Spread, Summary  # noqa: E402
+QUALITY = ROOT / "recipes" / "quality"
 
 DOMAINS = ("go", "lisp", "scripture", "german", "russian", "japanese", "tex", "legal", "tables")
 OTHER, COSTLY = [method.name for method in methods.METHODS if method.family == "routers"][:2]
@@ -410,7 +401,7 @@ def test_sizes_are_of_what_is_measured() -> None:
 
 def test_science_qa_without_pictures() -> None:
     datasets = pytest.importorskip("datasets", reason="the recipes need the extra `recipes`")
-    from lm_eval_tasks.science_qa import without_pictures
+    from recipes.quality.lm_eval_tasks.science_qa import without_pictures
 
     features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string")})
     rows = [
@@ -446,11 +437,11 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Started from elsewhere, into a folder without a README; its errors are one line."""
     folder = tmp_path / "new"
     path = written(tmp_path / "one.json", made_up("baselines"))
-    words = [sys.executable, "-W", "ignore", str(QUALITY / "report.py"), str(path), "--folder", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = module_command("recipes.quality.report", str(path), "--folder", str(folder))
+    environment = module_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore")
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "results.json" in done.stdout and "decode step, computed" in (folder / "README.md").read_text()
-    words[4] = str(tmp_path / "absent.json")
+    words[words.index(str(path))] = str(tmp_path / "absent.json")
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "absent.json holds no results" in done.stderr and "Traceback" not in done.stderr

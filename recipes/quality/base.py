@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import files
-from settings import LENGTH, Settings
+from recipes.quality import files
+from recipes.quality.settings import LENGTH, Settings
 
 VERSION = 1  # raised when a change of this file changes the base
 

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-import base
-import files
-import methods
-from moe_lora import MoELoRALinear
 from peft_loraswitch.layer import LoRASwitchLayer
-from settings import FULL
+from recipes.checkout import ROOT
+from recipes.quality import base, files, methods
+from recipes.quality.moe_lora import MoELoRALinear
+from recipes.quality.settings import FULL
 
-DECODE = Path(__file__).resolve().parents[1] / "results" / "decode_h200.json"
+DECODE = ROOT / "recipes" / "results" / "decode_h200.json"
 SHAPE = "llama-2-7b"
 VOCABULARY = 32_000
 LAUNCH_US = 1.3  # what one more small kernel adds to a step in a CUDA graph on an H200

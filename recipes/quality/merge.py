@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import methods
-import results
-from results import COLUMNS
+from recipes.quality import methods, results
+from recipes.quality.results import COLUMNS
 
 MAY_DIFFER = ("seeds", "learning_rates", "rows_at_once")  # worker.py's fingerprint of a run leaves out the same
 VERSIONS = ("date", "gpu", "gpus", "python", "torch", "transformers", "peft", "commit")

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import files
-import methods
-from settings import LENGTH, Settings
+from recipes.quality import files, methods
+from recipes.quality.settings import LENGTH, Settings
 
 COLUMNS = (
     "method", "seed", "domain_or_task", "metric", "value", "trainable_params", "learning_rate", "steps"
@@ -124,5 +123,5 @@ def read(path: Path) -> dict[str, Any]:
     """
     found = files.read_json(path)
     if not isinstance(found, dict) or not {"header", "runs", "rows"} <= set(found):
-        raise ValueError(f"{path} holds no results (missing or damaged): python recipes/quality/run.py writes them.")
+        raise ValueError(f"{path} holds no results (missing or damaged): python -m recipes.quality.run writes them.")
     return found

@@ -1,9 +1,9 @@
 """Does one routing decision per token learn as well as one per layer? The measurement, in one command.
 
-    python recipes/quality/run.py                                    # everything, on one GPU after the other family
-    python recipes/quality/run.py --family paper                     # one family: under nine minutes on one H200
-    python recipes/quality/run.py --family baselines paper routers combined --devices 0 1 2 3
-    python recipes/quality/run.py --size smoke --methods lora-r64 moe-lora switch      # a CPU, to see that it runs
+    python -m recipes.quality.run                                    # everything, on one GPU after the other family
+    python -m recipes.quality.run --family paper                     # one family: under nine minutes on one H200
+    python -m recipes.quality.run --family baselines paper routers combined --devices 0 1 2 3
+    python -m recipes.quality.run --size smoke --methods lora-r64 moe-lora switch      # a CPU, to see that it runs
 
 It prepares the texts (prepare.py), pretrains the base once and keeps it, and then for each method finds the learning rate,
 trains every seed and measures it (worker.py). Finished runs are kept in <out>/runs: the same command again goes on where it
@@ -24,16 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [path for path in (str(HERE), str(HERE.parents[1])) if path not in sys.path]
+import torch
 
-import torch  # noqa: E402
-
-import base  # noqa: E402
-import methods  # noqa: E402
-import results  # noqa: E402
-from methods import Method  # noqa: E402
-from settings import SIZES, Settings  # noqa: E402
+from recipes.checkout import module_command, module_environment
+from recipes.quality import base, methods, prepare, results
+from recipes.quality.methods import Method
+from recipes.quality.settings import SIZES, Settings
+from recipes.quality.worker import Job, OutOfTime, Worker
 
 GIB_PER_WORKER = 18  # of GPU memory, with some to spare
 STARTED = time.perf_counter()
@@ -91,7 +88,7 @@ def devices_of(options: argparse.Namespace) -> list[str]:
         if options.size == "full":
             raise ValueError(
                 "no GPU is visible to torch, and the full size needs one (a CPU would take days). To see that everything "
-                "runs: python recipes/quality/run.py --size smoke"
+                "runs: python -m recipes.quality.run --size smoke"
             )
         if options.devices:
             raise ValueError(f"--devices {' '.join(map(str, options.devices))}: no GPU is visible to torch.")
@@ -118,8 +115,6 @@ def in_parallel(options: argparse.Namespace, device: str) -> int:
 
 def work(method: Method, prepared: Any, options: argparse.Namespace, device: str, wait: bool) -> None:
     """All of one method, here."""
-    from worker import Job, OutOfTime, Worker
-
     job = Job(
         settings=settings_of(options),
         out=options.out,
@@ -204,11 +199,10 @@ class Jobs:
             say(f"{self.finished} of {self.total} methods done{eta}")
 
     def _one(self, method: Method, device: str) -> int:
-        environment = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+        environment = module_environment(OMP_NUM_THREADS="2", TOKENIZERS_PARALLELISM="false")
         environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "run.py"), *worker_arguments(self.options, method, device)], env=environment
-        )
+        command = module_command("recipes.quality.run", *worker_arguments(self.options, method, device))
+        process = subprocess.Popen(command, env=environment)
         while process.poll() is None:
             if self.stop.wait(0.2):
                 process.terminate()
@@ -238,8 +232,6 @@ def main(options: argparse.Namespace) -> int:
             print(f"{method.family:<10} {method.name:<16} {method.what}")
         return 0
     devices = devices_of(options)
-    import prepare
-
     if options.worker:
         torch.cuda.set_device(devices[0]) if devices[0] != "cpu" else torch.set_num_threads(1)
         work(methods.chosen(None, [options.worker])[0], prepare.load(options.data), options, devices[0], wait=True)
