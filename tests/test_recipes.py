@@ -80,13 +80,13 @@ def test_training_script(tmp_path: Path, method: str) -> None:
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, method: str, *command: str) -> tuple:
-    from trl import DPOConfig, ScriptArguments, SFTConfig
+    from trl import DPOConfig, SFTConfig
 
     from recipes.train import arguments
 
     # This machine need not have the GPU that the configuration is for.
     monkeypatch.setattr(sys, "argv", [f"{method}.py", *command, "--use_cpu", "true", "--bf16", "false"])
-    return arguments.parse(SFTConfig if method == "sft" else DPOConfig, ScriptArguments)
+    return arguments.parse(SFTConfig if method == "sft" else DPOConfig)
 
 
 def test_command_line_overrides_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +106,37 @@ def test_configurations_parse(monkeypatch: pytest.MonkeyPatch, method: str, mode
     assert training.output_dir.startswith("outputs/")
     assert recipe.adapter_config.peft_type == "LORASWITCH" and recipe.adapter_config.task_type == "CAUSAL_LM"
     assert recipe.local_assets == (model == "smoke")
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2"])
+def test_accelerate_reads_its_configurations(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What `accelerate launch --config_file` makes of each, up to the point where it would start processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    path = CONFIGS.parent / "accelerate" / f"{name}.yaml"
+    module = "recipes.train.sft"
+    line = ["--config_file", str(path), "-m", module, "config.yaml", "--seed", "1"]
+    parser = launch_command_parser()
+    args, found, _ = _validate_launch_command(parser.parse_args(line))
+    assert set(found.fsdp_config) <= set(vars(parser.parse_args(["script.py"]))), "fields that accelerate would ignore"
+    assert (args.multi_gpu, args.use_fsdp) == (name == "ddp", name == "fsdp2") and args.mixed_precision == "bf16"
+    if name == "one_gpu":
+        command, environment = prepare_simple_launcher_cmd_env(args)
+        assert command[-5:] == ["-m", module, "config.yaml", "--seed", "1"]
+    else:
+        environment = prepare_multi_gpu_env(args)
+        assert args.module and args.num_processes == 2
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    if name == "fsdp2":
+        for key, value in environment.items():
+            if "FSDP" in key:
+                monkeypatch.setenv(key, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert not plugin.cpu_ram_efficient_loading and plugin.state_dict_type.name == "FULL_STATE_DICT"
+        assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
 
 
 def test_a_wrong_adapter_field_is_named() -> None:

@@ -1,4 +1,4 @@
-"""What `sft.py` and `dpo.py` share: the options that TRL does not have, and loading the model they train."""
+"""The command line of `sft.py` and `dpo.py`: a YAML file and options, TRL's own and those that it does not have."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import ModelConfig, TrlParser, get_quantization_config
+from trl import ModelConfig, ScriptArguments, TrlParser
 
 from peft_loraswitch import LoRASwitchConfig
 
@@ -39,38 +36,10 @@ class RecipeArguments:
         self.adapter_config = LoRASwitchConfig(**{"task_type": "CAUSAL_LM", **options})
 
 
-def parse(training_config: type, script_arguments: type) -> tuple[Any, ...]:
+def parse(training_config: type) -> tuple[Any, ...]:
     """(script, training, model, recipe) arguments from `<script> config.yaml [--option value ...]`."""
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--config")
-    parser = TrlParser((script_arguments, training_config, ModelConfig, RecipeArguments))
+    parser = TrlParser((ScriptArguments, training_config, ModelConfig, RecipeArguments))
     return parser.parse_args_and_config(args=argv)
-
-
-def load_model(arguments: ModelConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The backbone in the dtype (and quantisation) that the configuration asks for."""
-    options: dict[str, Any] = {}
-    quantization = get_quantization_config(arguments)
-    if quantization is not None:
-        # A quantised model cannot be moved later: each process puts its copy on its own GPU at once.
-        options = {"quantization_config": quantization, "device_map": {"": PartialState().local_process_index}}
-    dtype = arguments.dtype if arguments.dtype in ("auto", None) else getattr(torch, arguments.dtype)
-    return AutoModelForCausalLM.from_pretrained(
-        arguments.model_name_or_path,
-        revision=arguments.model_revision,
-        dtype=dtype,
-        attn_implementation=arguments.attn_implementation,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
-
-
-def load_tokenizer(arguments: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token (Llama, Mistral) pads with its end token, masked as padding."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        arguments.model_name_or_path, revision=arguments.model_revision, trust_remote_code=trust_remote_code
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
