@@ -16,7 +16,9 @@ import torch
 
 import fake_decode_worker as fake
 from recipes.benchmarks import quiet_processor
-from recipes.benchmarks.decode import report, scheduler, worker
+from recipes.benchmarks.decode import __main__ as command
+from recipes.benchmarks.decode import devices, loops, models, report, scheduler, worker
+from recipes.benchmarks.decode.device_lock import DeviceLock
 from recipes.benchmarks.decode.plan import (
     CACHE,
     METHODS,
@@ -47,11 +49,11 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler, "process_context", lambda device: multiprocessing.get_context("spawn"))
     monkeypatch.setattr(scheduler, "LAST_WORDS", 4.0)
 
-    def go(jobs: list[Job], limit: float = 60.0, **options: Any) -> scheduler.Run:
+    def go(jobs: list[Job], limit: float = 60.0, **options: Any) -> scheduler.Scheduler:
         settings = {"device": "cpu", "memory": None, "reserve": 0.0, "slots": 3, "no_sharing": False, "profile": False}
         args = argparse.Namespace(limit=limit, output=tmp_path / "out.json", **{**settings, **options})
         result: dict[str, Any] = {"header": {"gpu": ""}, "linears": {}, "copy_tb_per_s": None, "rows": []}
-        it = scheduler.Run(jobs, args, result, tmp_path)
+        it = scheduler.Scheduler(jobs, args, result, tmp_path)
         it.run()
         return it
 
@@ -141,7 +143,7 @@ def test_weights_that_cannot_be_shared_are_built_by_everyone(run, tmp_path):
 
 
 def test_the_lock_is_shared_or_alone(tmp_path):
-    first, second, alone = (worker.DeviceLock(tmp_path, "x") for _ in range(3))
+    first, second, alone = (DeviceLock(tmp_path, "x") for _ in range(3))
     first.shared()
     second.shared()  # at once
     assert not alone.exclusive(time.monotonic() + 0.1)
@@ -193,12 +195,12 @@ def test_the_plan_holds_what_is_asked_for_most_important_first():
 
 def test_models_are_spread_by_what_they_take():
     jobs = plan(list(SHAPES), list(METHODS), list(MODES), "cuda")
-    assert sorted(map(len, scheduler.spread(list(SHAPES), ["0", "1", "2", "3"], jobs).values())) == [1, 1, 1, 1]
-    two = scheduler.spread(list(SHAPES), ["0", "1"], jobs)
+    assert sorted(map(len, devices.spread(list(SHAPES), ["0", "1", "2", "3"], jobs).values())) == [1, 1, 1, 1]
+    two = devices.spread(list(SHAPES), ["0", "1"], jobs)
     assert sorted(map(len, two.values())) == [2, 2] and sorted(m for models in two.values() for m in models) == sorted(
         SHAPES
     )
-    assert scheduler.spread(["llama-2-7b"], ["0", "1"], jobs) == {"0": ["llama-2-7b"]}
+    assert devices.spread(["llama-2-7b"], ["0", "1"], jobs) == {"0": ["llama-2-7b"]}
 
 
 def test_results_of_devices_are_merged_only_if_they_can_be_compared():
@@ -218,9 +220,9 @@ def test_results_of_devices_are_merged_only_if_they_can_be_compared():
 def test_a_model_filled_with_shared_tensors_is_the_same_model():
     tied = Job("qwen3-0.6b", "backbone", 0, ("graph",), TINY_SHAPES["qwen3-0.6b"])
     for it in (job("backbone"), tied):
-        whole = worker.empty_backbone(it, "cpu")
-        filled = worker.empty_backbone(it, "meta")
-        worker.fill(filled, worker.tensors_of(whole))
+        whole = models.empty_backbone(it, "cpu")
+        filled = models.empty_backbone(it, "meta")
+        models.fill(filled, models.tensors_of(whole))
         ids = torch.randint(5, 90, (2, 7))
         assert torch.equal(filled(input_ids=ids).logits, whole(input_ids=ids).logits)
         assert (filled.lm_head.weight is filled.model.embed_tokens.weight) == it.shape.tied
@@ -231,18 +233,18 @@ def test_a_model_filled_with_shared_tensors_is_the_same_model():
         )
         assert sum(p.numel() for p in whole.parameters()) == it.shape.elements() + norms
     with pytest.raises(RuntimeError, match="without a value"):
-        worker.fill(worker.empty_backbone(tied, "meta"), {})
+        models.fill(models.empty_backbone(tied, "meta"), {})
 
 
 def test_samples_can_be_taken_for_ever(tmp_path):
     """A reference is sampled with each of its partners: more steps in all than its cache has room for."""
     it = dataclasses.replace(job("fused", 4, ("graph", "prefill")), shape=dataclasses.replace(SHAPE, layers=1))
-    measuring = worker.Worker(it, "cpu", worker.DeviceLock(tmp_path, "cpu"))
+    measuring = worker.Worker(it, "cpu", DeviceLock(tmp_path, "cpu"))
     with torch.no_grad():
-        measuring.build(worker.tensors_of(worker.empty_backbone(it, "cpu")))
+        measuring.build(models.tensors_of(models.empty_backbone(it, "cpu")))
         for mode in it.modes:
             measuring.prepare(mode)
-        samples = CACHE // sum(worker.LOOP_STEPS["graph"]) + 2
+        samples = CACHE // sum(loops.LOOP_STEPS["graph"]) + 2
         assert all(measuring.sample("graph") > 0 for _ in range(samples)) and measuring.sample("prefill") > 0
         measuring.begin("graph")
         facts = measuring.finish("graph")
@@ -286,7 +288,7 @@ def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(SystemExit, match="needs a CUDA GPU.*--device cpu"):
-        scheduler.main([])
+        command.main([])
 
 
 def test_token_times_are_those_of_steps_without_prefill_and_set_up():

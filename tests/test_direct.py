@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_loraswitch import direct, kernels
 from peft_loraswitch.fuse import adapted_layers
-from recipes.benchmarks import host
+from recipes.benchmarks import host, stub_library
 from test_fuse import adapted, close, gradients, ids, logits, tiny_llama, trainable
 
 
@@ -110,13 +110,13 @@ class StandIn:
 @pytest.fixture
 def library() -> Iterator[StandIn]:
     stand_in = StandIn()
-    with host.in_place_of_the_library(stand_in):
+    with stub_library.in_place_of_the_library(stand_in):
         yield stand_in
 
 
 def fuse(model: nn.Module) -> nn.Module:
     model.fuse_for_inference("fused")
-    host.use_kernels(model)
+    stub_library.use_kernels(model)
     return model
 
 
@@ -440,9 +440,9 @@ def test_a_fused_linear_costs_few_guards():
 
 def test_the_host_is_timed_where_it_calls_the_kernels():
     bench = host.Bench(host.build("fused", "tiny", 3, 8, "cpu"), "cpu")
-    host.use_kernels(bench.model)
-    library = host.NoKernels()
-    with host.in_place_of_the_library(library):
+    stub_library.use_kernels(bench.model)
+    library = stub_library.NoKernels()
+    with stub_library.in_place_of_the_library(library):
         assert len(bench.forwards(5)) == 5 and library.calls == 5 * 3 * 4, "forwards, blocks, groups"
 
 

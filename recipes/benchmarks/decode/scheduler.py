@@ -1,41 +1,24 @@
-"""What a routed adapter costs at decode time, on this GPU: the table at the top of the README.
+"""All jobs of one device, from the plan to the rows: which processes start, when there is memory, who is measured with whom.
 
-    python -m recipes.benchmarks.decode                       # all of it, into recipes/results/decode_<gpu>.json and .png
-    python -m recipes.benchmarks.decode --devices 0 1 2 3     # the models spread over four GPUs, into one file
-    python -m recipes.benchmarks.decode --models llama-2-7b --methods backbone fused --modes static --profile
-    python -m recipes.benchmarks.decode --device cpu          # a rehearsal with tiny models: everything but the numbers
-    python -m recipes.benchmarks.decode.report                # the table into the README
-
-Models have random weights, made on the GPU; nothing is downloaded. Each job (a model, a method, a rank) is a process of its
-own. Compiling takes the time, so as many processes as there are processors compile at once; the backbone's weights are
-in the GPU's memory once, in a process that shares them. One measurement runs at a time, while all other processes stand
-still: samples of a method and of the unadapted backbone take turns, each on a processor that nobody else slows down
-(quiet_processor.py), and the ratio is that of their medians (of at least seven). Results are written as they come; `--limit`
-ends the run, and what it did not reach is listed in the file's header.
+Compiling takes the time, so as many processes as there are processors compile at once; the backbone's weights are in the
+GPU's memory once, in a process that shares them. One measurement runs at a time, while all other processes stand still.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
-import json
 import os
-import shutil
 import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from recipes.benchmarks.decode import report, worker
-from recipes.benchmarks.decode.plan import CONTEXT_GIB, METHODS, MODES, NUM_EXPERTS, SHAPES, TOP_K, Job, kind_of, plan
+from recipes.benchmarks.decode.device_lock import DeviceLock
+from recipes.benchmarks.decode.plan import CONTEXT_GIB, Job, kind_of
 from recipes.benchmarks.decode.process import Process, WorkerFailed, process_context
-from recipes.checkout import ROOT, git, module_command, module_environment
 
 # Samples; 7 of everything else. Eager ones scatter by a third, and that of "fused" has a bar to meet.
 ROUNDS = {("fused", "static"): 9, ("fused", "eager"): 21}
@@ -44,14 +27,14 @@ LAST_WORDS = 10.0  # seconds before the limit in which nothing new is prepared, 
 Key = tuple[str, str, int, str]  # model, method, rank, mode
 
 
-class Run:
+class Scheduler:
     """All jobs of one device, from the plan to the rows."""
 
     def __init__(self, jobs: list[Job], args: argparse.Namespace, result: dict[str, Any], folder: Path) -> None:
         self.queue, self.args, self.result, self.folder = list(jobs), args, result, folder
         self.device: str = args.device
         self.context = process_context(self.device)
-        self.lock = worker.DeviceLock(folder, self.device)
+        self.lock = DeviceLock(folder, self.device)
         self.start = time.monotonic()
         self.deadline = self.start + args.limit - LAST_WORDS
         self.live: list[Process] = []
@@ -410,141 +393,3 @@ class Run:
         header["seconds"] = round(time.monotonic() - self.start, 1)
         self.result["rows"] = [self.rows[key] for key in self.planned if key in self.rows]
         report.write(self.result, self.args.output)
-
-
-# ----------------------------------------------------------------------------------------------------------- devices
-
-
-def spread(models: list[str], devices: list[str], jobs: list[Job]) -> dict[str, list[str]]:
-    """Models for each device, so that the busiest has as little to do as can be."""
-    cost = {model: sum(job.seconds() for job in jobs if job.model == model) for model in models}
-    result: dict[str, list[str]] = {device: [] for device in devices}
-    for model in sorted(models, key=lambda m: -cost[m]):
-        result[min(devices, key=lambda d: sum(cost[m] for m in result[d]))].append(model)
-    return {device: chosen for device, chosen in result.items() if chosen}
-
-
-def run_devices(args: argparse.Namespace, argv: list[str], jobs: list[Job], folder: Path) -> dict[str, Any]:
-    """One process of this script for each device, with its share of the processors; their results in one."""
-    shares = spread(args.models, args.devices, jobs)
-    cores = sorted(os.sched_getaffinity(0))
-    each = max(1, len(cores) // len(shares))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    runs: list[tuple[subprocess.Popen[bytes], Path]] = []
-    for n, (device, models) in enumerate(shares.items()):
-        output = folder / f"device{n}.json"
-        name = visible[int(device)] if device.isdigit() and len(visible) > int(device) and visible[0] else device
-        mine = cores[n * each : (n + 1) * each] or cores
-        # the last of a repeated option wins
-        command = module_command("recipes.benchmarks.decode", *argv, "--models", *models, "--devices")
-        command += ["--output", str(output), "--slots", str(min(args.slots, max(2, each - 1)))]
-        command += ["--cores", *map(str, mine)]
-        environment = module_environment(CUDA_VISIBLE_DEVICES=name)
-        print(f"device {device}: {', '.join(models)}", flush=True)
-        runs.append((subprocess.Popen(command, env=environment), output))
-    try:
-        for process, _ in runs:
-            process.wait()
-    except (KeyboardInterrupt, SystemExit):
-        print("stopped early", flush=True)
-    finally:
-        for process, _ in runs:
-            process.terminate()
-        for process, _ in runs:
-            process.wait(30)
-    parts = [json.loads(output.read_text()) for _, output in runs if output.exists()]
-    failed = [models for (_, output), models in zip(runs, shares.values(), strict=True) if not output.exists()]
-    return report.merge(parts, [f"{model}: its process wrote nothing" for models in failed for model in models])
-
-
-def has_gpu() -> bool:
-    """Asks the driver, because importing torch takes seconds."""
-    try:
-        return int(ctypes.CDLL("libcuda.so.1").cuInit(0)) == 0
-    except OSError:
-        return False
-
-
-def header(args: argparse.Namespace) -> dict[str, Any]:
-    """What the parent knows; the first worker adds GPU and versions."""
-    driver: list[str] = []
-    if args.device == "cuda" and shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
-    return {
-        "date": datetime.date.today().isoformat(), "gpu": "", "driver": driver[0] if driver else "",
-        "commit": os.environ.get("BENCH_COMMIT", git("rev-parse", "HEAD")), "dtype": "bfloat16", "num_experts": NUM_EXPERTS,
-        "top_k": TOP_K, "devices": 1, "limit": args.limit,
-    }  # fmt: skip
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--layers", type=int, help="depth of the models other than llama-2-7b; left out: their own")
-    parser.add_argument("--output", type=Path, help="JSON file; the picture goes beside it")
-    parser.add_argument("--limit", type=float, default=465.0, help="seconds after which the run ends (default: 465)")
-    parser.add_argument(
-        "--devices", nargs="*", default=[], help="GPUs to spread the models over, as in CUDA_VISIBLE_DEVICES"
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal with tiny models")
-    parser.add_argument(
-        "--slots", type=int, default=max(2, len(os.sched_getaffinity(0)) - 1), help="processes that compile at once"
-    )
-    parser.add_argument("--cores", type=int, nargs="+", help="processors to run on; left out: all")
-    parser.add_argument("--memory", type=float, help="GiB of device memory to use; left out: all but --reserve")
-    parser.add_argument("--reserve", type=float, default=4.0, help="GiB of device memory to leave free")
-    parser.add_argument("--no-linears", action="store_true", help="leave out what memory and the linears alone can do")
-    parser.add_argument("--no-sharing", action="store_true", help="every process makes its own copy of the weights")
-    parser.add_argument("--profile", action="store_true", help="also where the time of backbone and fused (r = 8) goes")
-    parser.add_argument("--logs", type=Path, help="folder for the processes' logs; left out: a temporary one")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> None:
-    args = parse(argv)
-    if args.cores:
-        os.sched_setaffinity(0, args.cores)
-    os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    folder = args.logs or Path(tempfile.mkdtemp(prefix="bench_decode_"))
-    folder.mkdir(parents=True, exist_ok=True)
-    if args.device == "cuda" and not has_gpu():
-        raise SystemExit("This benchmark needs a CUDA GPU. Without one: --device cpu, a rehearsal with tiny models.")
-    jobs = plan(args.models, args.methods, args.modes, args.device, args.layers, not args.no_linears)
-    print(
-        f"{len(jobs)} jobs, about {sum(job.seconds() for job in jobs):.0f} processor seconds until all are ready",
-        flush=True,
-    )
-    default_output, started = args.output is None, time.monotonic()
-    args.output = args.output or folder / "decode.json"
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated: what was measured so far is written"))
-    if len(args.devices) > 1:
-        result = run_devices(args, argv, jobs, folder)
-    else:
-        if args.devices:
-            os.environ["CUDA_VISIBLE_DEVICES"] = args.devices[0]
-        result = {"header": header(args), "linears": {}, "copy_tb_per_s": None, "rows": []}
-        try:
-            Run(jobs, args, result, folder).run()
-        except (KeyboardInterrupt, SystemExit):
-            print("stopped early", flush=True)
-    result["header"]["seconds"] = round(time.monotonic() - started, 1)
-    if not result["rows"]:
-        raise SystemExit(f"Nothing was measured: {result['header'].get('missing', [])[:3]}; logs in {folder}")
-    gpu = result["header"]["gpu"].replace("NVIDIA ", "").replace(" ", "_").lower()
-    output = ROOT / "recipes" / "results" / f"decode_{gpu}.json" if default_output else args.output
-    report.write(result, output)
-    for row in result["rows"]:
-        print(report.line(row))
-    for bar in report.bars(result):
-        print(
-            f"{bar['model']:13s} {bar['what']:55s} {bar['value']:7.3f}  bar {bar['bar']:.2f}  {'met' if bar['met'] else 'MISSED'}"
-        )
-    for text in result["header"]["missing"]:
-        print(f"missing: {text}")
-    print(report.draw(result, output.with_suffix(".png")))
-    print(f"{output}: {result['header']['seconds']:.0f} s, {len(result['rows'])} rows, logs in {folder}")

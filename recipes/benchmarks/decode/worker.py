@@ -6,254 +6,27 @@ preparations share it, a measurement has it alone. A process gives it back for t
 
 from __future__ import annotations
 
-import cProfile
 import ctypes
-import fcntl
 import gc
 import os
-import pstats
 import signal
 import statistics
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from recipes.benchmarks.decode.plan import (
-    CACHE,
-    NUM_EXPERTS,
-    PREFILL,
-    PROMPT,
-    TARGETS,
-    TOP_K,
-    Job,
-    batch_of,
-    kind_of,
-)
+from recipes.benchmarks.decode.device_lock import DeviceLock
+from recipes.benchmarks.decode.loops import LENGTHS, LOOP_STEPS, Loop, captured_loop, compiled_loop, generated
+from recipes.benchmarks.decode.models import adapt, empty_backbone, fill, synchronize, tensors_of
+from recipes.benchmarks.decode.plan import NUM_EXPERTS, PREFILL, TOP_K, Job, batch_of, kind_of
+from recipes.benchmarks.decode.profiling import profile_forwards
 from recipes.benchmarks.quiet_processor import QuietProcessor
-from recipes.benchmarks.token_times import token_times
 
-# Tokens of one sample: steps of a loop (and as many before them as give the host its lead), or of one `generate`. Short ones:
-# a processor is undisturbed for tenths of a second.
-LOOP_STEPS = {"compiled": (10, 3), "graph": (8, 2)}
-LENGTHS = {"static": 24, "eager": 6}
 TRIES = 4  # of a sample, until one is undisturbed
-
-
-@dataclass
-class Loop:
-    """`run(steps)` runs so many; `rewind()` makes room for the next: a cache ends somewhere."""
-
-    run: Callable[[int], None]
-    rewind: Callable[[], None] = lambda: None
-
-
-class DeviceLock:
-    """One GPU among processes: `shared()` while preparing, `exclusive()` while measuring. Released when a process ends.
-
-    Who wants it exclusively closes a gate first, so that preparations that begin meanwhile wait.
-    """
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self.gate, self.use = (os.open(folder / f"{device}.{name}", os.O_CREAT | os.O_RDWR) for name in ("gate", "use"))
-
-    def shared(self) -> None:
-        fcntl.flock(self.gate, fcntl.LOCK_EX)
-        fcntl.flock(self.use, fcntl.LOCK_SH)
-        fcntl.flock(self.gate, fcntl.LOCK_UN)
-
-    def exclusive(self, deadline: float) -> bool:
-        """Whether it was had before `deadline` (time.monotonic())."""
-        return self._wait(self.gate, deadline) and self._wait(self.use, deadline)
-
-    def release(self) -> None:
-        fcntl.flock(self.use, fcntl.LOCK_UN)
-        fcntl.flock(self.gate, fcntl.LOCK_UN)
-
-    def _wait(self, lock: int, deadline: float) -> bool:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                time.sleep(0.01)
-        return False
-
-
-# ------------------------------------------------------------------------------------------------------- the model
-
-
-def empty_backbone(job: Job, device: str) -> Any:
-    """The bare model; on "meta" without memory."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
-
-    shape = job.shape
-    config_class: Any = {"mistral-7b": MistralConfig, "qwen3-0.6b": Qwen3Config}.get(job.model, LlamaConfig)
-    extra = {"sliding_window": None} if job.model == "mistral-7b" else {}
-    config = config_class(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, max_position_embeddings=4096, tie_word_embeddings=shape.tied, **extra,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-
-
-def tensors_of(model: Any) -> dict[str, Any]:
-    """Parameters and buffers by name; a tied one under each of its names."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor.detach() for name, tensor in named}
-
-
-def fill(model: Any, tensors: dict[str, Any]) -> None:
-    """Put another process's tensors in place of the meta tensors of `model`."""
-    import torch
-
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied: dict[int, Any] = {}
-    for name, tensor in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if name in parameters:
-            parameter = tied.setdefault(tensor.data_ptr(), torch.nn.Parameter(tensor, requires_grad=False))
-            module._parameters[leaf] = parameter
-        else:
-            module._buffers[leaf] = tensor
-    left = [name for name, tensor in tensors_of(model).items() if tensor.is_meta]
-    if left:
-        raise RuntimeError(f"tensors of the model without a value: {', '.join(left[:5])}")
-
-
-def adapt(model: Any, job: Job, device: str) -> tuple[Any, float]:
-    """(model with the job's method, seconds that fuse_for_inference took)"""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from peft_loraswitch import LoRASwitchConfig
-
-    torch.manual_seed(1)
-    if job.method != "backbone":
-        config: Any = LoraConfig(r=job.rank, target_modules=TARGETS, init_lora_weights=False)
-        if job.method != "lora":
-            config = LoRASwitchConfig(
-                r=max(job.rank, 1), num_experts=NUM_EXPERTS, top_k=TOP_K, target_modules=TARGETS, init_weights=False
-            )
-        with torch.device(device):
-            model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    model = model.eval().requires_grad_(False)
-    if job.method == "kernels":  # our own kernels, no experts: rank 0 is what a LoRASwitchConfig refuses
-        for module in model.modules():
-            if hasattr(module, "loraswitch_A"):
-                a, b = module.loraswitch_A["default"], module.loraswitch_B["default"]
-                a.weight = torch.nn.Parameter(a.weight[:, :0].contiguous(), requires_grad=False)
-                b.weight = torch.nn.Parameter(b.weight[:, :, :0].contiguous(), requires_grad=False)
-    if job.method not in ("kernels", "fused", "merge"):
-        return model, 0.0
-    synchronize(device)
-    start = time.perf_counter()
-    model.fuse_for_inference(strategy="merge" if job.method == "merge" else "fused")
-    synchronize(device)
-    return model, time.perf_counter() - start
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-
-
-# ---------------------------------------------------------------------------------------------------------- the modes
-
-
-class Decoder:
-    """A greedy decode step over a static cache: what a serving loop runs."""
-
-    def __init__(self, model: Any, batch: int, device: str) -> None:
-        import torch
-        from transformers import StaticCache
-
-        self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
-        # different tokens, so that different experts are chosen all over the batch
-        ids = torch.randint(5, model.config.vocab_size, (batch, PROMPT), device=device)
-        self.position = torch.full((batch, 1), PROMPT, dtype=torch.long, device=device)
-        out = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.token = out.logits.argmax(-1)
-
-    def rewind(self) -> None:
-        """Back to the end of the prompt: every step adds a token to the cache."""
-        layers: Any = self.cache.layers
-        for layer in layers:
-            layer.cumulative_length.fill_(PROMPT)
-
-    def step(self, token: Any, position: Any) -> Any:
-        out = self.model(input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True)
-        return out.logits[:, -1:].argmax(-1)
-
-
-def compiled_loop(model: Any, batch: int, device: str) -> Loop:
-    """A loop over a step that torch.compile has turned into one CUDA graph."""
-    import torch
-
-    decoder = Decoder(model, batch, device)
-    options: dict[str, Any] = {"mode": "reduce-overhead"} if device == "cuda" else {"backend": "eager"}
-    # dynamic=False: a second batch size in this process must not get a graph for any batch size
-    step = torch.compile(decoder.step, fullgraph=True, dynamic=False, **options)
-
-    def run(tokens: int) -> None:
-        token = decoder.token
-        for _ in range(tokens):
-            torch.compiler.cudagraph_mark_step_begin()
-            token = step(token, decoder.position).clone()
-
-    run(6)
-    return Loop(run, decoder.rewind)
-
-
-def captured_loop(model: Any, device: str) -> Loop:
-    """A loop over one decode step captured into a CUDA graph as it is, without a compiler."""
-    import torch
-
-    decoder = Decoder(model, 1, device)
-    if device != "cuda":
-
-        def uncaptured(tokens: int) -> None:
-            for _ in range(tokens):
-                decoder.step(decoder.token, decoder.position)
-
-        return Loop(uncaptured, decoder.rewind)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            decoder.step(decoder.token, decoder.position)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            kept = decoder.step(decoder.token, decoder.position)
-
-    def run(tokens: int) -> None:
-        assert kept is not None and decoder is not None  # what the graph reads and writes stays alive
-        for _ in range(tokens):
-            graph.replay()
-
-    return Loop(run, decoder.rewind)
-
-
-def generated(model: Any, kind: str, device: str, tokens: int | None = None) -> list[float]:
-    """Seconds of each decode step of a `generate` of so many tokens, or of as many as a sample of this kind has."""
-    import torch
-
-    ids = torch.randint(5, model.config.vocab_size, (1, PROMPT), device=device)
-    options = {"cache_implementation": "static"} if kind == "static" else {}
-    return token_times(model, ids, tokens or LENGTHS[kind], **options)
 
 
 class Worker:
@@ -410,10 +183,7 @@ class Worker:
         }  # fmt: skip
 
     def profile(self, mode: str) -> dict[str, Any]:
-        """Where a forward's time goes: the GPU's busy time, its kernels, and the host's functions. Milliseconds a forward."""
-        import torch
-        from torch.profiler import ProfilerActivity
-
+        """Where a forward's time goes, see `profile_forwards`."""
         kind = kind_of(mode)
         forwards = max(LENGTHS.values()) if kind in LENGTHS else LOOP_STEPS.get(kind, (1, 0))[0]
 
@@ -425,38 +195,7 @@ class Worker:
                 self.loops[mode].run(forwards)
                 synchronize(self.device)
 
-        start = time.perf_counter()
-        run()
-        wall = time.perf_counter() - start
-        host = cProfile.Profile()
-        host.runcall(run)
-        activities = [ProfilerActivity.CUDA] if self.device == "cuda" else [ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities) as traced:
-            run()
-        kernels = [
-            (event.time_range.start, event.time_range.end, event.name)
-            for event in traced.events() or []
-            if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-        ]
-        busy, until = 0.0, 0.0
-        by_name: dict[str, list[float]] = {}
-        for begin, end, name in sorted(kernels):
-            busy += max(0.0, end - max(begin, until))  # dependent launches overlap
-            until = max(until, end)
-            by_name.setdefault(name, []).append(end - begin)
-        top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:12]
-        stats = pstats.Stats(host).stats  # type: ignore[attr-defined]
-        slowest = sorted(stats.items(), key=lambda item: -item[1][2])[:20]
-        return {
-            "forwards": forwards, "wall_ms": round(wall / forwards * 1e3, 4),
-            "gpu_busy_ms": round(busy / forwards / 1e3, 4), "gpu_kernels": round(len(kernels) / forwards, 1),
-            "kernels_ms": {name[:90]: [round(sum(t) / forwards / 1e3, 4), round(len(t) / forwards, 1)] for name, t in top},
-            # with cProfile, which doubles the time of short functions: shares count, not sums
-            "host_ms": {
-                f"{Path(file).name}:{line} {name}"[:90]: [round(own / forwards * 1e3, 4), round(calls / forwards, 1)]
-                for (file, line, name), (_, calls, own, _, _) in slowest
-            },
-        }  # fmt: skip
+        return profile_forwards(run, forwards, self.device)
 
 
 class Ceilings:
