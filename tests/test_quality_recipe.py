@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import time
@@ -459,15 +458,15 @@ def test_the_command_runs_and_goes_on_where_it_stopped(
     assert command.main(command.parse(words[:-1])) == 0
     assert "base: pretraining" in capsys.readouterr().out
     out = tmp_path / "outputs" / "quality" / "smoke"
-    first = json.loads((out / "results.json").read_text())
+    first = results.read(out / "results.csv")
     assert {row["method"] for row in first["rows"]} == {"base", "lora-r64"}
     # one run is lost, one method is new: these are trained, the others are not, and neither is the base
     (out / "runs" / "lora-r64-0.json").unlink()
-    printed = start(tmp_path, *words, "--parallel", "2", "--results", "copy.json")
+    printed = start(tmp_path, *words, "--parallel", "2", "--results", "copy.csv")
     assert "pretraining" not in printed and "base: finished before" in printed
     assert printed.count("lora-r64: seed 0") == 1 and "lora-r64: learning rate" not in printed
-    found = json.loads((tmp_path / "copy.json").read_text())
-    assert found == json.loads((out / "results.json").read_text())
+    found = results.read(tmp_path / "copy.csv")
+    assert found == results.read(out / "results.csv")
     assert {row["method"] for row in found["rows"]} == {"base", "lora-r64", "moe-lora"}
     assert [r for r in found["rows"] if r["method"] == "base"] == [r for r in first["rows"] if r["method"] == "base"]
     again, before = (
@@ -499,6 +498,12 @@ def test_what_cannot_run_is_said(words: list[str], message: str, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=message):
         command.main(command.parse(words))
+
+
+def test_a_file_of_results_that_could_not_be_written_is_said_before_the_work(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.parse(["--results", "results.json"])
+    assert "--results results.json: must end in .csv" in capsys.readouterr().err
 
 
 def test_methods_run_wherever_there_is_room(monkeypatch) -> None:

@@ -1,13 +1,13 @@
 """From files of results to the tables, pictures and verdict of this folder's README.
 
-    python -m recipes.quality.report outputs/quality/full/results.json     # one file, or several of different families
-    python -m recipes.quality.report                                       # again from recipes/quality/results.json
+    python -m recipes.quality.report outputs/quality/full/results.csv     # one file, or several of different families
+    python -m recipes.quality.report                                       # again from recipes/quality/results.csv
     python -m recipes.quality.report --check                               # change nothing; exit status 1 if they differ
-    python -m recipes.quality.report outputs/quality/smoke/results.json --folder outputs/quality/report     # elsewhere
+    python -m recipes.quality.report outputs/quality/smoke/results.csv --folder outputs/quality/report     # elsewhere
 
-Several files are merged into recipes/quality/results.json, if they answer the same question (merge.py). Everything between the
-README's markers is made from that file; a part whose figures are missing is left out. Sentences on why a variant lost, if there
-are any, are in reasons.json: method -> sentence.
+Several files are merged into recipes/quality/results.csv (and results.json beside it), if they answer the same question
+(merge.py). Everything between the README's markers is made from that; a part whose figures are missing is left out. Sentences
+on why a variant lost, if there are any, are in reasons.json: method -> sentence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recipes.quality.merge import merge
 from recipes.quality.summary import Summary
 
 HERE = Path(__file__).resolve().parent
-RESULTS, README, REASONS = "results.json", "README.md", "reasons.json"
+RESULTS, README, REASONS = "results.csv", "README.md", "reasons.json"
 BLOCKS = ("answer", "results", "sources")
 
 
@@ -159,7 +159,7 @@ def into_readme(text: str, made: dict[str, str]) -> str:
 
 
 def differences(folder: Path) -> list[str]:
-    """What in `folder` does not show its results.json; empty if all is well."""
+    """What in `folder` does not show its results.csv; empty if all is well."""
     path = folder / RESULTS
     found = results.read(path) if path.exists() else None
     text = (folder / README).read_text(encoding="utf-8")
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path, help="files of results; none: the committed one again")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if something differs")
     parser.add_argument(
-        "--folder", type=Path, default=HERE, help="of results.json, README.md and pictures (default: here)"
+        "--folder", type=Path, default=HERE, help="of results.csv, README.md and pictures (default: here)"
     )
     options = parser.parse_args(argv)
     folder: Path = options.folder

@@ -7,7 +7,7 @@
 
 It prepares the texts (prepare.py), pretrains the base once and keeps it, and then for each method finds the learning rate,
 trains every seed and measures it (worker.py). Finished runs are kept in <out>/runs: the same command again goes on where it
-was stopped. At the end <out>/results.json holds all rows; `report.py` makes tables and pictures of them.
+was stopped. At the end <out>/results.csv holds all figures; `report.py` makes tables and pictures of them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, metavar="X", help="for every method, instead of the search")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no run that would end after that time")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
-    parser.add_argument("--results", type=Path, help="where the results go besides <out>/results.json")
+    parser.add_argument("--results", type=Path, help="where the results go besides <out>/results.csv (a .csv file)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # used by the command itself
     parser.add_argument("--deadline", type=float, default=float("inf"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -65,6 +65,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--seeds must be at least 1")
     if options.steps is not None and options.steps < 1:
         parser.error("--steps must be at least 1")
+    if options.results is not None and options.results.suffix != ".csv":
+        parser.error(f"--results {options.results}: must end in .csv (a .json file comes beside it)")
     options.out = options.out or Path("outputs/quality") / options.size
     options.data = options.data or Path("outputs/quality") / (
         "data" if options.size == "full" else f"data-{options.size}"
@@ -267,9 +269,9 @@ def main(options: argparse.Namespace) -> int:
     rows, runs = results.of_runs(options.out / "runs", info["sha256"])
     head = results.header(settings_of(options), info, getattr(prepared, "sources", None))
     head["data"] = results.data_sizes(prepared, settings_of(options))
-    for path in dict.fromkeys(filter(None, (options.out / "results.json", options.results))):
+    for path in dict.fromkeys(filter(None, (options.out / "results.csv", options.results))):
         results.write(path, head, rows, runs)
-    say(f"{len(runs)} runs, {len(rows)} rows: {options.results or options.out / 'results.json'}")
+    say(f"{len(runs)} runs, {len(rows)} rows: {options.results or options.out / 'results.csv'}")
     if failed:
         print(f"failed: {', '.join(failed)} (their messages are above)", file=sys.stderr)
     return 1 if failed else 0
