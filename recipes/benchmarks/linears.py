@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import statistics
 
+from recipes.benchmarks.decode.plan import NUM_EXPERTS, TOP_K
+
 SHAPES = {  # hidden, intermediate, key and value width
     "llama-2-7b": (4096, 11008, 4096),
     "llama-3.1-8b": (4096, 14336, 1024),
     "mistral-7b": (4096, 14336, 1024),
     "qwen3-0.6b": (1024, 3072, 1024),
 }
-NUM_EXPERTS, TOP_K = 8, 2
 
 
 def graph_ms(run, repeats: int = 7, inner: int = 20) -> float:

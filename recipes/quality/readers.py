@@ -8,19 +8,14 @@ import html.parser
 import json
 import re
 import subprocess
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from recipes.corpora import Document
+from recipes.corpora import Document, checksum
 
 
 class MissingTexts(RuntimeError):
     """A package that the texts come from is not there; the message names it and the command that gets it."""
-
-
-def checksum(name: str) -> int:
-    return zlib.crc32(name.encode())
 
 
 def decoded(path: Path) -> str:
