@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 
-import base
-import files
-import methods
-from moe_lora import MoELoRALinear
 from peft_loraswitch.layer import LoRASwitchLayer
-from settings import FULL
+from recipes.checkout import ROOT
+from recipes.quality import base, files, methods
+from recipes.quality.moe_lora import MoELoRALinear
+from recipes.quality.settings import FULL
 
-DECODE = Path(__file__).resolve().parents[1] / "results" / "decode_h200.json"
+DECODE = ROOT / "recipes" / "results" / "decode_h200.json"
 SHAPE = "llama-2-7b"
 VOCABULARY = 32_000
 LAUNCH_US = 1.3  # what one more small kernel adds to a step in a CUDA graph on an H200
 INPUTS = ("q_proj", "o_proj", "gate_proj", "down_proj")  # a block's linears with an input that no earlier one has
-# method -> (method of bench_decode.py, its rank, how it ran): the same experts, rank per expert and k
+# method -> (method of the decode benchmark, its rank, how it ran): the same experts, rank per expert and k
 MEASURED = {
     "switch": ("fused", 8, "`fuse_for_inference()`"),
     "lora-r16": ("lora", 16, "PEFT's layer, not fused"),
