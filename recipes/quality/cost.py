@@ -71,10 +71,26 @@ def decode_costs(names: list[str], decode: Path = DECODE) -> dict[str, Any]:
         computed = 1 + extra / read + (launches * LAUNCH_US / 1000 / step["ms"] if step else 0)
         found = {"active_rank": rank, "mb_per_token": extra / 1e6, "launches": launches, "computed": computed}
         result["methods"][name] = {key: round(value, 4) for key, value in found.items()}
-        row = _row(measured, *MEASURED[name][:2]) if name in MEASURED else None
-        if row:
-            result["methods"][name] |= {"measured": row["ratio"], "how": MEASURED[name][2]}
+        result["methods"][name] |= _measured(measured, name)
     return result
+
+
+def is_outdated(costs: dict[str, Any], decode: Path = DECODE) -> bool:
+    """Whether the decode benchmark has measured something else since `decode_costs` made `costs` of it."""
+    measured = files.read_json(decode) or {"rows": [], "header": {}}
+    step = _row(measured, "backbone", 0)
+    taken = {
+        name: {key: each[key] for key in ("measured", "how") if key in each} for name, each in costs["methods"].items()
+    }
+    return costs["backbone_ms"] != (step["ms"] if step else None) or any(
+        taken[name] != _measured(measured, name) for name in taken
+    )
+
+
+def _measured(measured: dict[str, Any], name: str) -> dict[str, Any]:
+    """What was measured of a method's shape: its step over the backbone's, and how it ran; empty if nothing was."""
+    row = _row(measured, *MEASURED[name][:2]) if name in MEASURED else None
+    return {"measured": row["ratio"], "how": MEASURED[name][2]} if row else {}
 
 
 def _row(measured: dict[str, Any], method: str, rank: int) -> dict[str, Any] | None:

@@ -159,7 +159,7 @@ def into_readme(text: str, made: dict[str, str]) -> str:
 
 
 def differences(folder: Path) -> list[str]:
-    """What in `folder` does not show its results.csv; empty if all is well."""
+    """What in `folder` does not show its results.csv and the decode benchmark's; empty if all is well."""
     path = folder / RESULTS
     found = results.read(path) if path.exists() else None
     text = (folder / README).read_text(encoding="utf-8")
@@ -168,6 +168,9 @@ def differences(folder: Path) -> list[str]:
         data = collect(Summary(found)) if found is not None else None
         if pictures.shown(folder / name) != (None if data is None else pictures.digest(data)):
             wrong.append(name)
+    costs = found["header"].get("decode_cost") if found is not None else None
+    if costs and cost.is_outdated(costs):
+        wrong.append(f"{results.about(path).name} (its costs of decoding)")
     return wrong
 
 
@@ -184,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         wrong = differences(folder)
         if wrong:
             raise ValueError(
-                f"{', '.join(wrong)} in {folder} do not show {RESULTS}: run python -m recipes.quality.report"
+                f"{', '.join(wrong)} in {folder} do not show {RESULTS} and {cost.DECODE.name}: "
+                "run python -m recipes.quality.report"
             )
         return
     found = merge(options.files or [folder / RESULTS])
