@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import platform
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,6 +20,18 @@ def git(*words: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commit() -> str:
+    """Short hash of the clone's commit, with a + if tracked files differ from it; 'unknown' outside of one."""
+    found = git("rev-parse", "--short", "HEAD")
+    return found + ("+" if git("status", "--porcelain", "-uno") else "") if found else "unknown"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """What a file of results says of how it was made: date, commit, Python and these packages."""
+    made = {"date": datetime.date.today().isoformat(), "commit": commit(), "python": platform.python_version()}
+    return made | {package: metadata.version(package) for package in packages}
 
 
 def module_command(module: str, *arguments: str) -> list[str]:

@@ -21,7 +21,6 @@ import os
 import pstats
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -368,13 +367,15 @@ def main() -> None:
     import torch
     import transformers
 
+    from recipes.checkout import versions
+
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cpu":
         torch.set_num_threads(1)
     elif "unlaunched" in args.modes:
         parser.error("--modes unlaunched is for --device cpu: on a GPU kernels are launched")
     transformers.logging.set_verbosity_error()
-    header = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+    header = versions("torch", "transformers", "peft")
     header |= {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     header |= {"shape": args.shape, "layers": str(args.layers), "rank": str(args.rank)}
     print(json.dumps(header), flush=True)

@@ -7,14 +7,12 @@ the run in `results.json`.
 from __future__ import annotations
 
 import csv
-import datetime
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.checkout import git
+from recipes.checkout import versions
 from recipes.quality import files, methods
 from recipes.quality.settings import LENGTH, Settings
 
@@ -25,20 +23,13 @@ COLUMNS = FIGURE_COLUMNS + RUN_COLUMNS
 
 def header(settings: Settings, base: dict[str, Any], sources: Any) -> dict[str, Any]:
     """Where and from what the rows come."""
-    import peft
     import torch
-    import transformers
 
     cuda = torch.cuda.is_available()
     return {
-        "date": datetime.date.today().isoformat(),
+        **versions("torch", "transformers", "peft"),
         "gpu": torch.cuda.get_device_name() if cuda else "none (CPU)",
         "gpus": torch.cuda.device_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "commit": commit(),
         "settings": settings.fingerprint(),
         "base": base,
         "sources": sources,
@@ -77,12 +68,6 @@ def data_sizes(prepared: Any, settings: Settings) -> dict[str, Any]:
             for name, task in prepared.tasks.items()
         },
     }
-
-
-def commit() -> str:
-    """Short hash of the checkout's commit, with a + if tracked files differ from it; 'unknown' outside of one."""
-    found = git("rev-parse", "--short", "HEAD")
-    return found + ("+" if git("status", "--porcelain", "-uno") else "") if found else "unknown"
 
 
 def of_runs(folder: Path, base_digest: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
