@@ -69,6 +69,17 @@ def test_other_models_stand_side_by_side(result):
     assert not report.models_table(result, ["qwen3-0.6b"])
 
 
+def test_another_gpu_is_a_sentence_of_its_steady_rows():
+    (source,) = report.OTHER_GPUS
+    result = json.loads((ROOT / source).read_text())
+    (sentence,) = report.other_gpu(result, source)
+    assert sentence in (ROOT / "README.md").read_text()
+    rows = [row for row in result["rows"] if row["method"] == "fused" and row["model"] == "llama-2-7b"]
+    steady = [row for row in rows if row["mode"] != "eager"]
+    assert sentence.count("(r = ") == len(steady) < len(rows), "eager rows of that run scatter by their whole length"
+    assert all(f"{row['ratio']:.2f} (r = {row['rank']})" in sentence for row in steady)
+
+
 def test_bars_say_what_is_met():
     def row(method: str, rank: int, mode: str, ms: float, peak: float = 12.0) -> dict[str, Any]:
         row = {"model": "llama-2-7b", "layers": 32, "method": method, "rank": rank, "mode": mode, "batch": 1, "ms": ms}

@@ -13,10 +13,18 @@ import pytest
 
 from recipes.checkout import ROOT, git, module_command
 
-DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "Makefile", "csrc/README.md")),
-    *sorted(path for kind in ("*.md", "*.py", "*.yaml") for path in (ROOT / "recipes").rglob(kind)),
-]
+ENDINGS = ("md", "py", "yaml", "yml", "toml", "ipynb", "cu", "cuh", "h", "sh")
+DOCUMENTS = sorted(
+    {ROOT / "Makefile", ROOT / ".ci" / "run", *(path for end in ENDINGS for path in ROOT.glob(f"*.{end}"))}
+    | {ROOT / ".pre-commit-config.yaml"}
+    | {
+        path
+        for folder in ("recipes", "docs", "csrc", "peft_loraswitch", "tests", ".github")
+        for end in ENDINGS
+        for path in (ROOT / folder).rglob(f"*.{end}")
+        if "saved_by" not in path.as_posix()
+    }
+)
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "recipes").rglob("*.py")
@@ -30,6 +38,9 @@ def test_documents_name_modules_and_files_that_exist(path: Path) -> None:
         assert importlib.util.find_spec(module) is not None, module
     for name in re.findall(r"(?<![\w/.-])(recipes/[\w./-]*[\w/])(?![\w<*{])", text):
         assert (ROOT / name).exists(), name
+    if path.suffix == ".md":
+        for name in re.findall(r"\]\(([^)\s:#]+)[^):]*\)", text):  # links to files; those elsewhere have a colon
+            assert (path.parent / name).exists(), name
 
 
 def test_nothing_changes_the_search_path() -> None:

@@ -1,6 +1,6 @@
 """What LoRA-Switch costs in plain PyTorch on a CPU: a training step against PEFT's LoRA, a forward against the backbone.
 
-    python -m recipes.benchmarks.train                  # three minutes on two cores; into recipes/results/train_cpu.json
+    python -m recipes.benchmarks.train                  # some minutes; into recipes/results/train_cpu.json
     python -m recipes.benchmarks.train --hidden 2048    # another size
 
 Training step: forward, backward and AdamW, of LoRA-Switch with E experts of rank r and of PEFT's LoRA with rank E * r on

@@ -18,6 +18,8 @@ from recipes.checkout import ROOT
 
 Result = dict[str, Any]
 Row = dict[str, Any]
+SOURCE = "recipes/results/decode_h200.json"
+OTHER_GPUS = ("recipes/results/decode_h100.json",)
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
     "mistral-7b": "Mistral-7B",
@@ -195,6 +197,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
+STEADY = 0.5  # (longest - shortest) / median of a row's samples
+
+
 def cell(row: Row | None) -> str:
     if row is None or not row["ratio"]:
         return ""
@@ -243,7 +248,7 @@ def section(result: Result, source: str) -> str:
         "Time of a decode step (of a forward, for prefill) over the unadapted backbone's in the same mode of the same run:",
         f"{NAMES[FIRST]} shape, random bf16 weights, {head['num_experts']} experts, top-{head['top_k']}, all seven linears, "
         f"one {head['gpu']}, {versions}",
-        f"([`{source}`]({source}), made by `recipes/benchmarks/decode`).",
+        f"([`{source}`]({source}), made by `python -m recipes.benchmarks.decode`).",
         "",
         *model_table(result, FIRST),
         "",
@@ -290,6 +295,22 @@ def facts(result: Result) -> list[str]:
     return text
 
 
+def other_gpu(result: Result, source: str) -> list[str]:
+    """A sentence on the first model on another GPU; rows whose samples differ by more than half of their median are left out."""
+    found = []
+    for label, mode, batch in LINES:
+        rows = [find(result, FIRST, "backbone", 0, mode, batch)]
+        rows += [find(result, FIRST, "fused", rank, mode, batch) for rank in (8, 16, 64)]
+        if rows[0] and rows[0]["spread"] <= STEADY:
+            ratios = [f"{row['ratio']:.2f} (r = {row['rank']})" for row in rows[1:] if row and row["spread"] <= STEADY]
+            found += [f"{label}: {', '.join(ratios)}"] if ratios else []
+    head = result["header"]
+    return [
+        f"Fused over backbone on one {head['gpu']}, commit {head['commit']} ([`{source}`]({source}); rows that scatter by more than "
+        f"half of their median are left out): {'; '.join(found)}."
+    ]
+
+
 def into_readme(text: str, table: str) -> str:
     """`text` with `table` between its markers.
 
@@ -304,15 +325,17 @@ def into_readme(text: str, table: str) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source", default="recipes/results/decode_h200.json", help="result file, relative to the repository"
-    )
+    parser.add_argument("--source", default=SOURCE, help="result file, relative to the repository")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the README differs")
     args = parser.parse_args(argv)
     readme = ROOT / "README.md"
     old = readme.read_text()
     result = json.loads((ROOT / args.source).read_text())
-    new = into_readme(old, section(result, args.source))
+    text = section(result, args.source)
+    for source in OTHER_GPUS:
+        if (ROOT / source).exists():
+            text = "\n".join([text, *other_gpu(json.loads((ROOT / source).read_text()), source)])
+    new = into_readme(old, text)
     if args.check and new != old:
         raise SystemExit(f"README.md does not show {args.source}: run python -m recipes.benchmarks.decode.report")
     if not args.check:
