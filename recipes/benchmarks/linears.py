@@ -185,6 +185,10 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
+    from peft_loraswitch import kernels
+
+    if not torch.cuda.is_available() or not kernels.available():
+        parser.error(f"needs a CUDA GPU and the kernels: {kernels.why_not()}")
     measure(args.shape, args.layers, args.tokens, args.ranks, torch, args.kernels)
 
 
