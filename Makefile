@@ -13,7 +13,7 @@ setup: $(READY)
 	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -r requirements-dev.txt -e . && touch $@
 
 quickstart: setup
-	$(VENV) recipes/quickstart.py
+	$(VENV) -m recipes.train.quickstart
 
 test: setup
 	$(VENV) -m pytest -n 2
@@ -33,4 +33,4 @@ wheel: setup
 
 # The README's decode table from recipes/results/decode_h200.json.
 table:
-	$(PYTHON) recipes/decode_report.py
+	$(PYTHON) -m recipes.benchmarks.decode.report

@@ -45,7 +45,8 @@ class Document:
     group: str = ""
 
 
-def _checksum(name: str) -> int:
+def checksum(name: str) -> int:
+    """What files are ordered by: mixes folders, and is the same in every process."""
     return zlib.crc32(name.encode())
 
 
@@ -55,7 +56,7 @@ def _read(paths: list[Path], root: Path, smallest: int, largest: int) -> list[Do
     for path in paths:
         if smallest <= path.stat().st_size <= largest:
             documents.append(Document(path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace")))
-    return sorted(documents, key=lambda document: (_checksum(document.name), document.name))
+    return sorted(documents, key=lambda document: (checksum(document.name), document.name))
 
 
 def _package_folder(name: str) -> Path:
@@ -77,7 +78,7 @@ def manual() -> list[Document]:
     """The topics of Python's own `help()`: English prose with short examples."""
     from pydoc_data.topics import topics
 
-    return [Document(name, topics[name]) for name in sorted(topics, key=lambda name: (_checksum(name), name))]
+    return [Document(name, topics[name]) for name in sorted(topics, key=lambda name: (checksum(name), name))]
 
 
 def cpp() -> list[Document]:
@@ -97,7 +98,7 @@ def licences() -> list[Document]:
     files = [(name, path) for name, path in paths.items() if path.is_file() and path.stat().st_size >= 400]
     seen: set[str] = set()
     documents = []
-    for name, path in sorted(files, key=lambda file: (_checksum(file[0]), file[0])):
+    for name, path in sorted(files, key=lambda file: (checksum(file[0]), file[0])):
         kept = []
         for paragraph in re.split(r"\n\s*\n", path.read_text("utf-8", errors="replace")):
             key = re.sub(r"\W+", " ", paragraph).strip().lower()
@@ -120,7 +121,7 @@ def unicode_table() -> list[Document]:
                 lines.append(f"U+{code:04X} {unicodedata.category(chr(code))} {name}")
         if len(lines) > 32:
             documents.append(Document(f"U+{start:04X}", "\n".join(lines) + "\n"))
-    return sorted(documents, key=lambda document: (_checksum(document.name), document.name))
+    return sorted(documents, key=lambda document: (checksum(document.name), document.name))
 
 
 def fonts() -> list[Document]:
@@ -152,7 +153,7 @@ def split(documents: list[Document], held_out: float = 0.2) -> tuple[list[Docume
     if len(groups) < 2:
         raise ValueError(f"{len(groups)} group of documents cannot be split into training and held-out text")
     wanted = held_out * sum(len(document.text) for document in documents)
-    *rest, keep = sorted(groups, key=lambda name: (_checksum("split " + name), name))  # one group always trains
+    *rest, keep = sorted(groups, key=lambda name: (checksum("split " + name), name))  # one group always trains
     train, test = list(groups[keep]), []
     for name in rest:
         enough = sum(len(document.text) for document in test) >= wanted

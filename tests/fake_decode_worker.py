@@ -1,4 +1,4 @@
-"""Stands in for recipes/decode_worker.py: the same messages, no model, no torch. What each process does is in its job's rank."""
+"""Stands in for recipes/benchmarks/decode/worker.py: the same messages, no model. What a process does is in its job's rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""recipes/bench_decode.py without a GPU: the order of events with workers that only talk, and once with tiny models."""
+"""recipes/benchmarks/decode without a GPU: the order of events with workers that only talk, and once with tiny models."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ import dataclasses
 import json
 import multiprocessing
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import bench_decode  # noqa: E402
-import decode_report  # noqa: E402
-import decode_worker  # noqa: E402
-import fake_decode_worker as fake  # noqa: E402
-import quiet_processor  # noqa: E402
-from decode_plan import CACHE, METHODS, MODES, NUM_EXPERTS, SHAPES, TINY_SHAPES, TOP_K, Job, kind_of, plan  # noqa: E402
-from token_times import token_times  # noqa: E402
+import fake_decode_worker as fake
+from recipes.benchmarks import quiet_processor
+from recipes.benchmarks.decode import __main__ as command
+from recipes.benchmarks.decode import devices, loops, models, report, scheduler, worker
+from recipes.benchmarks.decode.device_lock import DeviceLock
+from recipes.benchmarks.decode.plan import (
+    CACHE,
+    METHODS,
+    MODES,
+    NUM_EXPERTS,
+    SHAPES,
+    TINY_SHAPES,
+    TOP_K,
+    Job,
+    kind_of,
+    plan,
+)
+from recipes.benchmarks.token_times import token_times
+from recipes.checkout import module_command, module_environment
 
 SHAPE = TINY_SHAPES["mistral-7b"]
 
@@ -37,16 +44,16 @@ def job(method: str, rank: int = 0, modes: tuple[str, ...] = ("compiled:1",), mo
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs jobs with talking workers; gives the run when it is over."""
-    monkeypatch.setattr(decode_worker, "serve", fake.serve)
-    monkeypatch.setattr(decode_worker, "hold_weights", fake.hold_weights)
-    monkeypatch.setattr(bench_decode, "process_context", lambda device: multiprocessing.get_context("spawn"))
-    monkeypatch.setattr(bench_decode, "LAST_WORDS", 4.0)
+    monkeypatch.setattr(worker, "serve", fake.serve)
+    monkeypatch.setattr(worker, "hold_weights", fake.hold_weights)
+    monkeypatch.setattr(scheduler, "process_context", lambda device: multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(scheduler, "LAST_WORDS", 4.0)
 
-    def go(jobs: list[Job], limit: float = 60.0, **options: Any) -> bench_decode.Run:
+    def go(jobs: list[Job], limit: float = 60.0, **options: Any) -> scheduler.Scheduler:
         settings = {"device": "cpu", "memory": None, "reserve": 0.0, "slots": 3, "no_sharing": False, "profile": False}
         args = argparse.Namespace(limit=limit, output=tmp_path / "out.json", **{**settings, **options})
         result: dict[str, Any] = {"header": {"gpu": ""}, "linears": {}, "copy_tb_per_s": None, "rows": []}
-        it = bench_decode.Run(jobs, args, result, tmp_path)
+        it = scheduler.Scheduler(jobs, args, result, tmp_path)
         it.run()
         return it
 
@@ -136,7 +143,7 @@ def test_weights_that_cannot_be_shared_are_built_by_everyone(run, tmp_path):
 
 
 def test_the_lock_is_shared_or_alone(tmp_path):
-    first, second, alone = (decode_worker.DeviceLock(tmp_path, "x") for _ in range(3))
+    first, second, alone = (DeviceLock(tmp_path, "x") for _ in range(3))
     first.shared()
     second.shared()  # at once
     assert not alone.exclusive(time.monotonic() + 0.1)
@@ -188,12 +195,12 @@ def test_the_plan_holds_what_is_asked_for_most_important_first():
 
 def test_models_are_spread_by_what_they_take():
     jobs = plan(list(SHAPES), list(METHODS), list(MODES), "cuda")
-    assert sorted(map(len, bench_decode.spread(list(SHAPES), ["0", "1", "2", "3"], jobs).values())) == [1, 1, 1, 1]
-    two = bench_decode.spread(list(SHAPES), ["0", "1"], jobs)
+    assert sorted(map(len, devices.spread(list(SHAPES), ["0", "1", "2", "3"], jobs).values())) == [1, 1, 1, 1]
+    two = devices.spread(list(SHAPES), ["0", "1"], jobs)
     assert sorted(map(len, two.values())) == [2, 2] and sorted(m for models in two.values() for m in models) == sorted(
         SHAPES
     )
-    assert bench_decode.spread(["llama-2-7b"], ["0", "1"], jobs) == {"0": ["llama-2-7b"]}
+    assert devices.spread(["llama-2-7b"], ["0", "1"], jobs) == {"0": ["llama-2-7b"]}
 
 
 def test_results_of_devices_are_merged_only_if_they_can_be_compared():
@@ -201,21 +208,21 @@ def test_results_of_devices_are_merged_only_if_they_can_be_compared():
         head = {"gpu": "G", "torch": "2", "commit": "c", "missing": [f"{model} x"], **header}
         return {"header": head, "linears": {model: 1}, "copy_tb_per_s": 4.0, "rows": [{"model": model}]}
 
-    merged = decode_report.merge([part("mistral-7b"), part("llama-2-7b")], ["qwen3-0.6b: gone"])
+    merged = report.merge([part("mistral-7b"), part("llama-2-7b")], ["qwen3-0.6b: gone"])
     assert [r["model"] for r in merged["rows"]] == ["llama-2-7b", "mistral-7b"] and merged["header"]["devices"] == 2
     assert merged["header"]["missing"] == ["mistral-7b x", "llama-2-7b x", "qwen3-0.6b: gone"]
     with pytest.raises(SystemExit, match="differ in torch"):
-        decode_report.merge([part("mistral-7b"), part("llama-2-7b", torch="3")], [])
+        report.merge([part("mistral-7b"), part("llama-2-7b", torch="3")], [])
     with pytest.raises(SystemExit, match="No device wrote"):
-        decode_report.merge([], ["a: its process wrote nothing"])
+        report.merge([], ["a: its process wrote nothing"])
 
 
 def test_a_model_filled_with_shared_tensors_is_the_same_model():
     tied = Job("qwen3-0.6b", "backbone", 0, ("graph",), TINY_SHAPES["qwen3-0.6b"])
     for it in (job("backbone"), tied):
-        whole = decode_worker.empty_backbone(it, "cpu")
-        filled = decode_worker.empty_backbone(it, "meta")
-        decode_worker.fill(filled, decode_worker.tensors_of(whole))
+        whole = models.empty_backbone(it, "cpu")
+        filled = models.empty_backbone(it, "meta")
+        models.fill(filled, models.tensors_of(whole))
         ids = torch.randint(5, 90, (2, 7))
         assert torch.equal(filled(input_ids=ids).logits, whole(input_ids=ids).logits)
         assert (filled.lm_head.weight is filled.model.embed_tokens.weight) == it.shape.tied
@@ -226,70 +233,62 @@ def test_a_model_filled_with_shared_tensors_is_the_same_model():
         )
         assert sum(p.numel() for p in whole.parameters()) == it.shape.elements() + norms
     with pytest.raises(RuntimeError, match="without a value"):
-        decode_worker.fill(decode_worker.empty_backbone(tied, "meta"), {})
+        models.fill(models.empty_backbone(tied, "meta"), {})
 
 
 def test_samples_can_be_taken_for_ever(tmp_path):
     """A reference is sampled with each of its partners: more steps in all than its cache has room for."""
     it = dataclasses.replace(job("fused", 4, ("graph", "prefill")), shape=dataclasses.replace(SHAPE, layers=1))
-    worker = decode_worker.Worker(it, "cpu", decode_worker.DeviceLock(tmp_path, "cpu"))
+    measuring = worker.Worker(it, "cpu", DeviceLock(tmp_path, "cpu"))
     with torch.no_grad():
-        worker.build(decode_worker.tensors_of(decode_worker.empty_backbone(it, "cpu")))
+        measuring.build(models.tensors_of(models.empty_backbone(it, "cpu")))
         for mode in it.modes:
-            worker.prepare(mode)
-        samples = CACHE // sum(decode_worker.LOOP_STEPS["graph"]) + 2
-        assert all(worker.sample("graph") > 0 for _ in range(samples)) and worker.sample("prefill") > 0
-        worker.begin("graph")
-        facts = worker.finish("graph")
+            measuring.prepare(mode)
+        samples = CACHE // sum(loops.LOOP_STEPS["graph"]) + 2
+        assert all(measuring.sample("graph") > 0 for _ in range(samples)) and measuring.sample("prefill") > 0
+        measuring.begin("graph")
+        facts = measuring.finish("graph")
         assert facts["adapted_bytes"] == 2 * it.shape.linear_elements() and facts["tokens"] == 1
         weights = it.shape.elements() - it.shape.vocabulary * it.shape.hidden  # an embedding is looked up, not read
         experts = it.shape.expert_elements(it.rank) * TOP_K // NUM_EXPERTS
         rest = 3 * it.shape.hidden + NUM_EXPERTS * it.shape.hidden  # norms, router
         assert facts["read_bytes"] == pytest.approx(2 * (weights + experts + rest), rel=0.01)
-        assert worker.profile("graph")["host_ms"]
+        assert measuring.profile("graph")["host_ms"]
 
 
 @pytest.mark.slow
 def test_everything_but_the_numbers_on_a_cpu(tmp_path):
     """Tiny models on two 'devices': real workers, compilation, shared weights, `generate`, fusing, one file and a picture."""
     output = tmp_path / "results" / "out.json"
-    command = [
-        sys.executable,
-        str(ROOT / "recipes" / "bench_decode.py"),
-        "--device",
-        "cpu",
-        "--devices",
-        "0",
-        "1",
-        "--slots",
-        "2",
-    ]
+    command = module_command("recipes.benchmarks.decode", "--device", "cpu", "--devices", "0", "1", "--slots", "2")
     command += ["--models", "qwen3-0.6b", "mistral-7b", "--methods", "backbone", "fused", "merge"]
     command += ["--modes", "compiled", "graph", "static", "--layers", "1", "--profile", "--limit", "300"]
-    result = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=400)
+    result = subprocess.run(
+        [*command, "--output", str(output)], cwd=tmp_path, env=module_environment(), capture_output=True, text=True, timeout=400
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    report = json.loads(output.read_text())
-    assert report["header"]["missing"] == [], result.stdout
-    assert report["header"]["devices"] == 2 and report["header"]["torch"] == torch.__version__
-    found = {(r["model"], r["method"], r["rank"], r["mode"], r["batch"]): r for r in report["rows"]}
-    assert len(found) == len(report["rows"]) == 14
-    for row in report["rows"]:
+    written = json.loads(output.read_text())
+    assert written["header"]["missing"] == [], result.stdout
+    assert written["header"]["devices"] == 2 and written["header"]["torch"] == torch.__version__
+    found = {(r["model"], r["method"], r["rank"], r["mode"], r["batch"]): r for r in written["rows"]}
+    assert len(found) == len(written["rows"]) == 14
+    for row in written["rows"]:
         assert {"model", "method", "mode", "batch", "tokens", "rank", "ms", "ratio", "gb_per_s", "peak_gib"} <= set(row)
         assert row["ms"] > 0 and row["samples"] >= 5
         assert row["ratio"] == 1.0 if row["method"] == "backbone" else row["ratio"] > 0
         assert row["ratio"] == pytest.approx(row["ms"] / row["backbone_ms"], abs=1e-3)
     assert found[("mistral-7b", "merge", 8, "graph", 1)]["over_floor"] > 0
     assert found[("mistral-7b", "fused", 64, "compiled", 1)]["fuse_seconds"] > 0
-    assert any("fused r=8 static" in name for name in report["profile"]), list(report["profile"])
+    assert any("fused r=8 static" in name for name in written["profile"]), list(written["profile"])
     assert output.with_suffix(".png").stat().st_size > 1000
-    assert {bar["model"] for bar in report["bars"]} == {"qwen3-0.6b", "mistral-7b"}
+    assert {bar["model"] for bar in written["bars"]} == {"qwen3-0.6b", "mistral-7b"}
 
 
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(SystemExit, match="needs a CUDA GPU.*--device cpu"):
-        bench_decode.main([])
+        command.main([])
 
 
 def test_token_times_are_those_of_steps_without_prefill_and_set_up():
@@ -321,7 +320,7 @@ def test_a_quiet_processor_is_sought_and_stayed_on(monkeypatch):
 
 
 def test_a_disturbed_sample_is_taken_again_and_counted_if_it_stays_so(monkeypatch):
-    worker = decode_worker.Worker(job("fused", 8), "cpu", None)  # type: ignore[arg-type]
+    measuring = worker.Worker(job("fused", 8), "cpu", None)  # type: ignore[arg-type]
     answers = iter([True, False, False, True, True] + 8 * [False])  # before and after each try
 
     class Processor:
@@ -330,8 +329,8 @@ def test_a_disturbed_sample_is_taken_again_and_counted_if_it_stays_so(monkeypatc
 
         is_quiet = seek
 
-    monkeypatch.setattr(decode_worker, "QuietProcessor", Processor)
+    monkeypatch.setattr(worker, "QuietProcessor", Processor)
     taken = iter(range(1, 9))
-    monkeypatch.setattr(worker, "milliseconds", lambda mode: float(next(taken)))
-    assert worker.sample("eager") == 3.0 and worker.disturbed["eager"] == 0
-    assert worker.sample("eager") == 3.0 + decode_worker.TRIES and worker.disturbed["eager"] == 1
+    monkeypatch.setattr(measuring, "milliseconds", lambda mode: float(next(taken)))
+    assert measuring.sample("eager") == 3.0 and measuring.disturbed["eager"] == 0
+    assert measuring.sample("eager") == 3.0 + worker.TRIES and measuring.disturbed["eager"] == 1

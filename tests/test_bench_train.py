@@ -1,27 +1,18 @@
-"""`recipes/bench_train.py` at a size that takes seconds: it runs, reports what it says, and refuses wrong outputs."""
+"""`recipes/benchmarks/train.py` at a size that takes seconds: it runs, reports what it says, and refuses wrong outputs."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+from recipes.benchmarks import train as bench
+
 TINY = "--hidden 64 --intermediate 96 --layers 1 --vocab 50 --length 9 --experts 3 --rank 2 --rounds 3".split()
 
 
-@pytest.fixture
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_train", RECIPES / "bench_train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_it_measures_and_writes(bench, tmp_path, capsys):
+def test_it_measures_and_writes(tmp_path, capsys):
     report = bench.main([*TINY, "--output", str(tmp_path / "results" / "out.json")])
     assert json.loads((tmp_path / "results" / "out.json").read_text()) == report
     header, results = report["header"], report["results"]
@@ -39,7 +30,7 @@ def test_it_measures_and_writes(bench, tmp_path, capsys):
     assert "forward: " in printed and "training_step: " in printed and "the bar of 1.10" in printed
 
 
-def test_ratios_are_taken_within_rounds(bench):
+def test_ratios_are_taken_within_rounds():
     """A machine that gets twice as slow half-way does not move the result."""
     wall = {"base": [1.0, 1.0, 2.0, 2.0, 2.0], "other": [1.1, 1.2, 2.2, 2.4, 2.2]}
     times = {name: [(value, 3.0 if name == "other" else 2.0) for value in values] for name, values in wall.items()}
@@ -49,14 +40,14 @@ def test_ratios_are_taken_within_rounds(bench):
     assert one_round["contestants"]["other"]["ratio"] == 3
 
 
-def test_turns_alternate_and_warm_up_is_not_counted(bench):
+def test_turns_alternate_and_warm_up_is_not_counted():
     order = []
     contestants = {name: lambda name=name: order.append(name) for name in "ab"}
     times = bench.take_turns(contestants, rounds=3, warmup=1)
     assert "".join(order) in ("abbaabba", "baabbaab") and all(len(values) == 3 for values in times.values())
 
 
-def test_both_train_the_same_number_of_expert_weights(bench):
+def test_both_train_the_same_number_of_expert_weights():
     args = bench.parse(TINY)
     counts = []
     for model in (bench.switch(args), bench.lora(args)):
@@ -64,7 +55,7 @@ def test_both_train_the_same_number_of_expert_weights(bench):
     assert counts[0] == counts[1] > 0
 
 
-def test_wrong_outputs_are_not_timed(bench, monkeypatch):
+def test_wrong_outputs_are_not_timed(monkeypatch):
     args = bench.parse(TINY)
     wrong = bench.lora
 

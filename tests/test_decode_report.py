@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import decode_report  # noqa: E402
+from recipes.benchmarks.decode import report
+from recipes.checkout import ROOT
 
 SOURCE = "recipes/results/decode_h200.json"
 
@@ -24,53 +20,64 @@ def result() -> dict[str, Any]:
 
 
 def test_the_readme_shows_the_committed_result():
-    decode_report.main(["--check"])
+    report.main(["--check"])
 
 
 def test_the_readme_opens_with_the_table_and_keeps_its_commands():
     text = (ROOT / "README.md").read_text()
-    assert text.index(decode_report.BEGIN) < 1500
+    assert text.index(report.BEGIN) < 1500
     for later in ("## Install", "<!-- quickstart command -->", "<!-- test command -->"):
-        assert text.index(decode_report.END) < text.index(later)
+        assert text.index(report.END) < text.index(later)
 
 
 def test_every_row_of_the_first_model_is_in_the_table(result):
-    table = "\n".join(decode_report.model_table(result, "llama-2-7b"))
+    table = "\n".join(report.model_table(result, "llama-2-7b"))
     for row in result["rows"]:
         if row["model"] == "llama-2-7b" and row["method"] != "backbone":
             assert f"{row['ratio']:.2f}" in table
-    compiled = decode_report.find(result, "llama-2-7b", "backbone", 0, "compiled")
+    compiled = report.find(result, "llama-2-7b", "backbone", 0, "compiled")
     assert compiled is not None and f"| compiled loop, batch 1 | {compiled['ms']:.2f} ms | **" in table
 
 
 def test_a_changed_number_is_noticed(result, monkeypatch, tmp_path):
     readme = (ROOT / "README.md").read_text()
     changed = copy.deepcopy(result)
-    row = decode_report.find(changed, "llama-2-7b", "fused", 8, "compiled")
+    row = report.find(changed, "llama-2-7b", "fused", 8, "compiled")
     assert row is not None
     row["ratio"] += 0.07
     folder = tmp_path / "recipes" / "results"
     folder.mkdir(parents=True)
     (folder / "decode_h200.json").write_text(json.dumps(changed))
     (tmp_path / "README.md").write_text(readme)
-    monkeypatch.setattr(decode_report, "HERE", tmp_path / "recipes")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="does not show"):
-        decode_report.main(["--check"])
+        report.main(["--check"])
     assert (tmp_path / "README.md").read_text() == readme
-    decode_report.main([])
+    report.main([])
     assert f"**{row['ratio']:.2f}**" in (tmp_path / "README.md").read_text()
-    decode_report.main(["--check"])
+    report.main(["--check"])
 
 
 def test_other_models_stand_side_by_side(result):
     rows = [row for row in result["rows"] if row["model"] == "llama-2-7b"]
     result["rows"] = rows + [{**row, "model": "mistral-7b", "layers": 8} for row in rows]
-    table = decode_report.models_table(result, ["mistral-7b", "qwen3-0.6b"])
+    table = report.models_table(result, ["mistral-7b", "qwen3-0.6b"])
     assert table[0] == "| fused over backbone | Mistral-7B |" and any(
         "prefill of 2,048 tokens, r = 64" in line for line in table
     )
-    assert "Shortened: Mistral-7B with 8 of 32 layers." in decode_report.section(result, SOURCE)
-    assert not decode_report.models_table(result, ["qwen3-0.6b"])
+    assert "Shortened: Mistral-7B with 8 of 32 layers." in report.section(result, SOURCE)
+    assert not report.models_table(result, ["qwen3-0.6b"])
+
+
+def test_another_gpu_is_a_sentence_of_its_steady_rows():
+    (source,) = report.OTHER_GPUS
+    result = json.loads((ROOT / source).read_text())
+    (sentence,) = report.other_gpu(result, source)
+    assert sentence in (ROOT / "README.md").read_text()
+    rows = [row for row in result["rows"] if row["method"] == "fused" and row["model"] == "llama-2-7b"]
+    steady = [row for row in rows if row["mode"] != "eager"]
+    assert sentence.count("(r = ") == len(steady) < len(rows), "eager rows of that run scatter by their whole length"
+    assert all(f"{row['ratio']:.2f} (r = {row['rank']})" in sentence for row in steady)
 
 
 def test_bars_say_what_is_met():
@@ -90,10 +97,10 @@ def test_bars_say_what_is_met():
     rows += [row("merge", 8, "graph", 8.8)]
     linears = {"llama-2-7b": {"rows": [{"rank": 8, "tokens": 1, "over_read": 1.3, "over_cublas": 0.8}]}}
     result = {"header": {}, "linears": linears, "copy_tb_per_s": 4.0, "rows": rows}
-    decode_report.complete(result)
+    report.complete(result)
     assert rows[-1]["floor_ms"] == 8.0 and rows[-1]["over_floor"] == 1.1
     assert rows[2]["peak_over_parts"] == 1.008 and rows[3]["peak_over_parts"] == 1.04
-    met = {bar["what"]: bar["met"] for bar in decode_report.bars(result)}
+    met = {bar["what"]: bar["met"] for bar in report.bars(result)}
     assert met == {
         "compiled, batch 1, r = 8": True, "compiled, batch 1, r = 64": False, "merge over its floor, r = 8": True,
         "peak memory over backbone and adapter, r = 8": True, "peak memory over backbone and adapter, r = 64": False,
@@ -103,6 +110,6 @@ def test_bars_say_what_is_met():
 
 
 def test_markers_that_are_missing_or_swapped_are_named():
-    for text in ("no markers", decode_report.END + decode_report.BEGIN, 2 * (decode_report.BEGIN + decode_report.END)):
+    for text in ("no markers", report.END + report.BEGIN, 2 * (report.BEGIN + report.END)):
         with pytest.raises(SystemExit, match="needs the lines"):
-            decode_report.into_readme(text, "table")
+            report.into_readme(text, "table")

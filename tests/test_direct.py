@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +15,8 @@ from torch import nn
 from peft_loraswitch import kernels
 from peft_loraswitch.inference.fuse import adapted_layers
 from peft_loraswitch.routing.decision import Routing
+from recipes.benchmarks import host, stub_library
 from test_fuse import adapted, close, gradients, ids, logits, tiny_llama, trainable
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
-import bench_host
 
 
 def view(pointer: int, *shape: int, kind: Any = ctypes.c_float) -> torch.Tensor:
@@ -116,13 +112,13 @@ class StandIn:
 def library() -> Iterator[StandIn]:
     stand_in = StandIn()
     kernels.calls._expansion.cache_clear()  # by address, and another test's library may have answered otherwise
-    with bench_host.in_place_of_the_library(stand_in):
+    with stub_library.in_place_of_the_library(stand_in):
         yield stand_in
 
 
 def fuse(model: nn.Module) -> nn.Module:
     model.fuse_for_inference("fused")
-    bench_host.use_kernels(model)
+    stub_library.use_kernels(model)
     return model
 
 
@@ -433,10 +429,10 @@ def test_a_fused_linear_costs_few_guards():
         found = []
         for layers in (2, 3):
             torch._dynamo.reset()
-            bench = bench_host.Bench(bench_host.build(method, "tiny", layers, 8, "cpu"), "cpu")
+            bench = host.Bench(host.build(method, "tiny", layers, 8, "cpu"), "cpu")
             bench.time_step()
             bench.generate(True, 3)
-            found.append(bench_host.guards_of(bench.backbone))
+            found.append(host.guards_of(bench.backbone))
         return found[1] - found[0]
 
     backbone, fused = guards_of_a_block("backbone"), guards_of_a_block("fused")
@@ -445,10 +441,10 @@ def test_a_fused_linear_costs_few_guards():
 
 
 def test_the_host_is_timed_where_it_calls_the_kernels():
-    bench = bench_host.Bench(bench_host.build("fused", "tiny", 3, 8, "cpu"), "cpu")
-    bench_host.use_kernels(bench.model)
-    library = bench_host.NoKernels()
-    with bench_host.in_place_of_the_library(library):
+    bench = host.Bench(host.build("fused", "tiny", 3, 8, "cpu"), "cpu")
+    stub_library.use_kernels(bench.model)
+    library = stub_library.NoKernels()
+    with stub_library.in_place_of_the_library(library):
         assert len(bench.forwards(5)) == 5 and library.calls == 5 * 3 * 4, "forwards, blocks, groups"
 
 

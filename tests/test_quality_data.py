@@ -8,24 +8,16 @@ import os
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-QUALITY = ROOT / "recipes" / "quality"
-sys.path[:0] = [str(QUALITY)]
-
-import copies  # noqa: E402
-import prepare  # noqa: E402
-import readers  # noqa: E402
-import tasks  # noqa: E402
-import texts  # noqa: E402
-from prepare import CacheError, Prepared, load, save  # noqa: E402
-from readers import Document, MissingTexts  # noqa: E402
+from recipes.checkout import module_command, module_environment
+from recipes.quality import copies, prepare, readers, tasks, texts
+from recipes.quality.prepare import CacheError, Prepared, load, save
+from recipes.quality.readers import Document, MissingTexts
 
 SPLITS = ("train", "validation", "test")
 ITEM = re.compile(r" ([a-z]+):(.*?=)(.*)")
@@ -374,8 +366,8 @@ def test_a_tokenizer_without_the_symbols_is_refused() -> None:
 def test_another_process_makes_the_same(prepared: Prepared, folder: Path, tmp_path: Path) -> None:
     """The command, with another hash seed: the same bytes, and a table of the sources."""
     again = tmp_path / "again"
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(QUALITY / "prepare.py"), "--size", "smoke", "--folder", str(again)]
+    environment = module_environment(PYTHONHASHSEED="7", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    command = module_command("recipes.quality.prepare", "--size", "smoke", "--folder", str(again))
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for name in (prepare.TOKENIZER, prepare.TOKENS, prepare.SOURCES):
@@ -422,7 +414,10 @@ def older_format(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (damage_tokens, r"tokens\.npz is damaged .*make it anew with: python recipes/quality/prepare\.py --size smoke"),
+        (
+            damage_tokens,
+            r"tokens\.npz is damaged .*make it anew with: python -m recipes\.quality\.prepare --size smoke",
+        ),
         (cut_tokenizer, r"tokenizer\.json is damaged"),
         (older_format, rf"has format {prepare.FORMAT - 1}, this version reads format {prepare.FORMAT}"),
         (lambda folder: (folder / prepare.TOKENS).unlink(), r"tokens\.npz is not there"),
@@ -489,8 +484,8 @@ def test_missing_packages_are_named_with_the_command(tmp_path: Path) -> None:
         prepare.prepare(tmp_path / "data", "full", progress=False)
     assert "dict-gcide," not in str(error.value).split("Get them")[0]
 
-    command = [sys.executable, str(QUALITY / "prepare.py"), "--folder", str(tmp_path / "data")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = module_command("recipes.quality.prepare", "--folder", str(tmp_path / "data"))
+    done = subprocess.run(command, env=module_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,22 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-QUALITY = ROOT / "recipes" / "quality"
-sys.path[:0] = [str(QUALITY)]
-
-import base  # noqa: E402
-import evaluate  # noqa: E402
-import files  # noqa: E402
-import methods  # noqa: E402
-import pool  # noqa: E402
-import results  # noqa: E402
-import routers  # noqa: E402
-import routing_statistics  # noqa: E402
-import run as command  # noqa: E402
-import train  # noqa: E402
-from moe_lora import MoELoRALinear, MoELoRAModel  # noqa: E402
-from settings import FULL, LENGTH, SMOKE  # noqa: E402
+from recipes.checkout import module_command, module_environment
+from recipes.quality import base, evaluate, files, methods, pool, results, routers, routing_statistics, train
+from recipes.quality import run as command
+from recipes.quality.moe_lora import MoELoRALinear, MoELoRAModel
+from recipes.quality.settings import FULL, LENGTH, SMOKE
 
 CPU = torch.device("cpu")
 VOCABULARY = 128
@@ -453,11 +439,11 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def start(folder: Path, *words: str, status: int = 0) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(QUALITY / "run.py"), *words],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    environment = module_environment(
+        OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore"
+    )
+    line = module_command("recipes.quality.run", *words)
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout + done.stderr
 
@@ -473,15 +459,15 @@ def test_the_command_runs_and_goes_on_where_it_stopped(
     assert command.main(command.parse(words[:-1])) == 0
     assert "base: pretraining" in capsys.readouterr().out
     out = tmp_path / "outputs" / "quality" / "smoke"
-    first = json.loads((out / "results.json").read_text())
+    first = results.read(out / "results.csv")
     assert {row["method"] for row in first["rows"]} == {"base", "lora-r64"}
     # one run is lost, one method is new: these are trained, the others are not, and neither is the base
     (out / "runs" / "lora-r64-0.json").unlink()
-    printed = start(tmp_path, *words, "--parallel", "2", "--results", "copy.json")
+    printed = start(tmp_path, *words, "--parallel", "2", "--results", "copy.csv")
     assert "pretraining" not in printed and "base: finished before" in printed
     assert printed.count("lora-r64: seed 0") == 1 and "lora-r64: learning rate" not in printed
-    found = json.loads((tmp_path / "copy.json").read_text())
-    assert found == json.loads((out / "results.json").read_text())
+    found = results.read(tmp_path / "copy.csv")
+    assert found == results.read(out / "results.csv")
     assert {row["method"] for row in found["rows"]} == {"base", "lora-r64", "moe-lora"}
     assert [r for r in found["rows"] if r["method"] == "base"] == [r for r in first["rows"] if r["method"] == "base"]
     again, before = (
@@ -513,6 +499,12 @@ def test_what_cannot_run_is_said(words: list[str], message: str, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=message):
         command.main(command.parse(words))
+
+
+def test_a_file_of_results_that_could_not_be_written_is_said_before_the_work(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.parse(["--results", "results.json"])
+    assert "--results results.json: must end in .csv" in capsys.readouterr().err
 
 
 def test_methods_run_wherever_there_is_room(monkeypatch) -> None:

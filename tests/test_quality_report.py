@@ -1,12 +1,10 @@
-"""recipes/quality/report.py: what README and pictures show is what results.json holds; the verdict follows from the figures."""
+"""recipes/quality/report.py: what README and pictures show is what results.csv holds; the verdict follows from the figures."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,20 +15,13 @@ import pytest
 for _package in ("matplotlib", "PIL"):
     pytest.importorskip(_package, reason="the recipes need the extra `recipes`")
 
-ROOT = Path(__file__).resolve().parents[1]
-QUALITY = ROOT / "recipes" / "quality"
-sys.path[:0] = [str(QUALITY)]
+from recipes.checkout import ROOT, module_command, module_environment  # noqa: E402
+from recipes.quality import cost, files, methods, pictures, report, results, tables, verdict  # noqa: E402
+from recipes.quality.merge import Incompatible, merge  # noqa: E402
+from recipes.quality.settings import FULL  # noqa: E402
+from recipes.quality.summary import LAYER_WISE, LORA, PAPER, Quantity, Spread, Summary  # noqa: E402
 
-import cost  # noqa: E402
-import methods  # noqa: E402
-import pictures  # noqa: E402
-import report  # noqa: E402
-import results  # noqa: E402
-import tables  # noqa: E402
-import verdict  # noqa: E402
-from merge import Incompatible, merge  # noqa: E402
-from settings import FULL  # noqa: E402
-from summary import LAYER_WISE, LORA, PAPER, Quantity, Spread, Summary  # noqa: E402
+QUALITY = ROOT / "recipes" / "quality"
 
 DOMAINS = ("go", "lisp", "scripture", "german", "russian", "japanese", "tex", "legal", "tables")
 OTHER, COSTLY = [method.name for method in methods.METHODS if method.family == "routers"][:2]
@@ -88,7 +79,7 @@ def one_run(method: methods.Method, seed: int) -> tuple[dict[str, Any], list[dic
     ]
     rows = [{name: row[name] for name in results.COLUMNS} for row in rows]
     tuning = {repr(x): 2.2 + quality + abs(np.log2(x / 1e-3)) / 50 for x in (5e-4, 1e-3, 2e-3)} if trained else {}
-    return {**{k: shared[k] for k in ("method", "seed", "learning_rate")}, "training_loss": 2.0, "ms_per_step": 50.0,
+    return {**shared, "training_loss": 2.0, "ms_per_step": 50.0,
             "seconds": 40.0, "family": method.family, "tuning": tuning}, rows  # fmt: skip
 
 
@@ -139,22 +130,77 @@ def test_readme_and_pictures_show_the_committed_results() -> None:
     text = (QUALITY / "README.md").read_text()
     for name in pictures.PICTURES:
         assert (f"]({name})" in text) == (QUALITY / name).exists()
-    if not (QUALITY / "results.json").exists():
+    if not (QUALITY / "results.csv").exists():
         assert all(f"{report.begin(name)}\n{report.end(name)}" in text for name in report.BLOCKS)
+
+
+def test_the_committed_figures_are_those_that_were_measured() -> None:
+    """Checksums of header and rows as they were first written, but for the costs, which follow the decode benchmark."""
+    found = results.read(QUALITY / "results.csv")
+    if found["header"]["commit"] != "7c4198e":
+        pytest.skip("measured anew since")
+    assert len(found["rows"]) == 3953 and list(found["rows"][0]) == list(results.COLUMNS)
+    del found["header"]["decode_cost"]
+    assert files.digest(found["header"]) == "d7215b4107f79fd7" and files.digest(found["rows"]) == "dcc5e6c2a6e3e728"
+    for run in found["runs"]:  # these two stood in the rows alone
+        del run["trainable_params"], run["steps"]
+    assert files.digest(found["runs"]) == "50865c81c442bab4"
+
+
+# ------------------------------------------------------------------------------------------------------ files of results
+
+
+def test_written_results_are_read_as_they_were(tmp_path: Path) -> None:
+    found = made_up("baselines")
+    found["rows"][0]["value"], found["rows"][1]["value"] = None, 0.1 + 0.2
+    path = written(tmp_path / "new" / "results.csv", found)
+    assert results.read(path) == found
+    assert [type(value) for value in results.read(path)["rows"][1].values()] == [
+        str, int, str, str, float, int, float, int,
+    ]  # fmt: skip
+    lines = path.read_text().splitlines()
+    assert lines[:3] == [
+        "method,seed,domain_or_task,metric,value",
+        "base,0,go,loss,",
+        f"base,0,lisp,loss,{0.1 + 0.2!r}",
+    ]
+    assert len(lines) == 1 + len(found["rows"])
+    before = path.read_bytes()
+    written(path, results.read(path))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_text(path.read_text().replace("loss", "gain", 1)), "has changed since .*results.json"),
+        (lambda path: results.about(path).unlink(), "results.csv holds no results"),
+        (lambda path: path.unlink(), "results.csv holds no results"),
+        (lambda path: results.about(path).write_text("{"), "results.csv holds no results"),
+        (lambda path: results.about(path).write_text('{"rows": []}'), "results.csv holds no results"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(damage: Any, message: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "results.csv", made_up("paper"))
+    damage(path)
+    with pytest.raises(ValueError, match=message):
+        results.read(path)
+    with pytest.raises(ValueError, match="results.json holds no results .it must be a .csv"):
+        results.read(results.about(path))
 
 
 # ------------------------------------------------------------------------------------------------------------- merging
 
 
 def test_two_families_become_one_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    one = written(tmp_path / "one.json", made_up("routers", "combined"))
+    one = written(tmp_path / "one.csv", made_up("routers", "combined"))
     two = made_up("baselines", "paper", seeds=(0, 1))
     two["header"] |= {"gpu": "NVIDIA B200", "commit": "def5678"}
     two["header"]["settings"]["seeds"] = [0, 1]
-    report.main([str(one), str(written(tmp_path / "two.json", two)), "--folder", str(folder)])
+    report.main([str(one), str(written(tmp_path / "two.csv", two)), "--folder", str(folder)])
     assert "The best variant" in capsys.readouterr().out
     assert report.differences(folder) == []
-    found = results.read(folder / "results.json")
+    found = results.read(folder / "results.csv")
     head = found["header"]
     assert (head["gpu"], head["commit"]) == ("NVIDIA H200, NVIDIA B200", "abc1234, def5678")
     assert head["settings"]["seeds"] == [0, 1, 2] and [part["gpu"] for part in head["parts"]] == [
@@ -179,14 +225,14 @@ def test_two_families_become_one_table(folder: Path, tmp_path: Path, capsys: pyt
     # the same again from what was written, and from that and a file it holds already
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".png"}
     report.main(["--folder", str(folder)])
-    report.main([str(folder / "results.json"), str(one), "--folder", str(folder)])
+    report.main([str(folder / "results.csv"), str(one), "--folder", str(folder)])
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".png"}
 
 
 @pytest.mark.parametrize(
     ("change_of", "message"),
     [
-        (lambda head: head["settings"].update(steps=7), r"one.json and .*two.json were made with .* \(steps: \d+ and 7\)"),
+        (lambda head: head["settings"].update(steps=7), r"one.csv and .*two.csv were made with .* \(steps: \d+ and 7\)"),
         (lambda head: head["settings"].update(size="smoke"), "size: full and smoke"),
         (lambda head: head["sources"][0].update(version="1.20"), "from different texts or tasks"),
         (lambda head: head["data"]["tasks"].clear(), "from different texts or tasks"),
@@ -196,7 +242,7 @@ def test_two_families_become_one_table(folder: Path, tmp_path: Path, capsys: pyt
 def test_what_does_not_go_together_is_refused(change_of: Any, message: str, folder: Path, tmp_path: Path) -> None:
     other = made_up("paper")
     change_of(other["header"])
-    paths = [written(tmp_path / "one.json", made_up("baselines")), written(tmp_path / "two.json", other)]
+    paths = [written(tmp_path / "one.csv", made_up("baselines")), written(tmp_path / "two.csv", other)]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(Incompatible, match=message):
         report.main([*map(str, paths), "--folder", str(folder)])
@@ -206,17 +252,17 @@ def test_what_does_not_go_together_is_refused(change_of: Any, message: str, fold
 def test_the_same_run_with_other_figures_is_refused(tmp_path: Path) -> None:
     one, two = made_up("paper"), made_up("paper")
     two["rows"][0]["value"] += 1e-6
-    paths = [written(tmp_path / name, found) for name, found in (("one.json", one), ("two.json", two))]
+    paths = [written(tmp_path / name, found) for name, found in (("one.csv", one), ("two.csv", two))]
     with pytest.raises(
-        Incompatible, match=r"one.json and .*two.json both hold switch with seed 0, and their figures differ"
+        Incompatible, match=r"one.csv and .*two.csv both hold switch with seed 0, and their figures differ"
     ):
         merge(paths)
     two["rows"][0]["value"] -= 1e-6
     two["runs"] = two["runs"][1:]
     with pytest.raises(ValueError, match="no entry for it in 'runs'"):
         merge([written(paths[1], two)])
-    with pytest.raises(ValueError, match="absent.json holds no results"):
-        merge([tmp_path / "absent.json"])
+    with pytest.raises(ValueError, match="absent.csv holds no results"):
+        merge([tmp_path / "absent.csv"])
 
 
 def test_a_figure_that_is_no_number_is_left_out(tmp_path: Path) -> None:
@@ -224,7 +270,7 @@ def test_a_figure_that_is_no_number_is_left_out(tmp_path: Path) -> None:
     change(found, PAPER, "domains", "context_information", [float("nan")] * 3)
     for run in found["runs"]:
         run["tuning"] = {"0.001": 2.0, "0.002": float("inf")} if run["tuning"] else {}
-    merged = merge([written(tmp_path / "one.json", found)])
+    merged = merge([written(tmp_path / "one.csv", found)])
     assert "NaN" not in json.dumps(merged, allow_nan=False)
     summary = Summary(merged)
     assert summary.spread(PAPER, Quantity("context_information", ("domains",))) is None
@@ -314,7 +360,7 @@ def test_parts_without_figures_are_left_out(folder: Path, tmp_path: Path) -> Non
     found = made_up("paper")
     found["rows"] = [row for row in found["rows"] if row["method"] != PAPER]
     found["runs"] = [run for run in found["runs"] if run["method"] != PAPER]
-    report.main([str(written(tmp_path / "one.json", found)), "--folder", str(folder)])
+    report.main([str(written(tmp_path / "one.csv", found)), "--folder", str(folder)])
     text = (folder / "README.md").read_text()
     assert "## The answer" not in text and "loss_by_domain.png" not in text and "### All methods" in text
     assert not (folder / "loss_by_domain.png").exists()
@@ -325,12 +371,18 @@ def test_parts_without_figures_are_left_out(folder: Path, tmp_path: Path) -> Non
 
 
 def test_check_tells_what_differs(folder: Path, tmp_path: Path) -> None:
-    report.main([str(written(tmp_path / "one.json", made_up())), "--folder", str(folder)])
+    report.main([str(written(tmp_path / "one.csv", made_up())), "--folder", str(folder)])
     report.main(["--check", "--folder", str(folder)])
-    found = results.read(folder / "results.json")
+    found = results.read(folder / "results.csv")
     change(found, PAPER, "go", "loss", [9.0, 9.0, 9.0])
-    written(folder / "results.json", found)
-    with pytest.raises(ValueError, match=r"README.md, loss_by_domain.png.* do not show results.json"):
+    written(folder / "results.csv", found)
+    with pytest.raises(ValueError, match=r"README.md, loss_by_domain.png.* do not show results.csv"):
+        report.main(["--check", "--folder", str(folder)])
+    report.main(["--folder", str(folder)])
+    found["header"]["decode_cost"] = results.read(folder / "results.csv")["header"]["decode_cost"]
+    found["header"]["decode_cost"]["methods"][PAPER]["measured"] = 0.5  # not what decode_h200.json says
+    written(folder / "results.csv", found)
+    with pytest.raises(ValueError, match=r"README.md, quality_by_cost.png, results.json \(its costs of decoding\)"):
         report.main(["--check", "--folder", str(folder)])
     (folder / "README.md").write_text("# no markers\n")
     with pytest.raises(ValueError, match="README.md needs the lines"):
@@ -339,7 +391,7 @@ def test_check_tells_what_differs(folder: Path, tmp_path: Path) -> None:
 
 def test_reasons_stand_beside_their_variant(folder: Path, tmp_path: Path) -> None:
     (folder / "reasons.json").write_text(json.dumps({OTHER: "Because."}))
-    report.main([str(written(tmp_path / "one.json", made_up())), "--folder", str(folder)])
+    report.main([str(written(tmp_path / "one.csv", made_up())), "--folder", str(folder)])
     lines = (folder / "README.md").read_text().splitlines()
     assert [line.count("|") for line in lines if line.startswith(f"| `{OTHER}`") and line.endswith("| Because. |")] == [
         6
@@ -410,7 +462,7 @@ def test_sizes_are_of_what_is_measured() -> None:
 
 def test_science_qa_without_pictures() -> None:
     datasets = pytest.importorskip("datasets", reason="the recipes need the extra `recipes`")
-    from lm_eval_tasks.science_qa import without_pictures
+    from recipes.quality.lm_eval_tasks.science_qa import without_pictures
 
     features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string")})
     rows = [
@@ -445,12 +497,12 @@ def test_the_readmes_adapter_block_is_one() -> None:
 def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Started from elsewhere, into a folder without a README; its errors are one line."""
     folder = tmp_path / "new"
-    path = written(tmp_path / "one.json", made_up("baselines"))
-    words = [sys.executable, "-W", "ignore", str(QUALITY / "report.py"), str(path), "--folder", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    path = written(tmp_path / "one.csv", made_up("baselines"))
+    words = module_command("recipes.quality.report", str(path), "--folder", str(folder))
+    environment = module_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore")
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "results.json" in done.stdout and "decode step, computed" in (folder / "README.md").read_text()
-    words[4] = str(tmp_path / "absent.json")
+    assert "results.csv" in done.stdout and "decode step, computed" in (folder / "README.md").read_text()
+    words[words.index(str(path))] = str(tmp_path / "absent.csv")
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "absent.json holds no results" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "absent.csv holds no results" in done.stderr and "Traceback" not in done.stderr

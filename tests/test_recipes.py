@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,32 +11,32 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from recipes.checkout import module_command, module_environment
+
 for _package in ("trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(_package, reason="the recipes need the extra `recipes`")
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "recipes"
+CONFIGS = ROOT / "recipes" / "train" / "configs"
 MODELS = ("llama31_8b", "mistral_7b", "qwen3_8b", "smoke")
 
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, *command: str, status: int = 0) -> str:
+def run(folder: Path, module: str, *arguments: str, status: int = 0) -> str:
     """Run a recipe in `folder` with one thread and without a network; return what it printed.
 
     One thread, because tests may run side by side: two processes with two spinning threads each take far longer.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
+    environment = module_environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HOME=str(folder / "hf"))
+    command = module_command(module, *arguments)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
 
 def test_quickstart(tmp_path: Path) -> None:
-    script = str(RECIPES / "quickstart.py")
+    script = "recipes.train.quickstart"
     printed = run(tmp_path, script, "--smoke")
     folder = tmp_path / "outputs" / "quickstart"
     assert (folder / "experts.png").read_bytes().startswith(b"\x89PNG")
@@ -62,7 +61,7 @@ def test_quickstart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_training_script(tmp_path: Path, method: str) -> None:
-    run(tmp_path, str(RECIPES / f"{method}.py"), str(RECIPES / "configs" / f"{method}_smoke.yaml"))
+    run(tmp_path, f"recipes.train.{method}", str(CONFIGS / f"{method}_smoke.yaml"))
     folder = tmp_path / "outputs" / "smoke" / method
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["num_experts"], config["r"]) == ("LORASWITCH", 4, 4)
@@ -81,19 +80,18 @@ def test_training_script(tmp_path: Path, method: str) -> None:
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, method: str, *command: str) -> tuple:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    from trl import DPOConfig, ScriptArguments, SFTConfig
+    from trl import DPOConfig, SFTConfig
 
-    import arguments
+    from recipes.train import arguments
 
     # This machine need not have the GPU that the configuration is for.
     monkeypatch.setattr(sys, "argv", [f"{method}.py", *command, "--use_cpu", "true", "--bf16", "false"])
-    return arguments.parse(SFTConfig if method == "sft" else DPOConfig, ScriptArguments)
+    return arguments.parse(SFTConfig if method == "sft" else DPOConfig)
 
 
 def test_command_line_overrides_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--learning_rate", "0.25", "--adapter", '{"r": 2, "num_experts": 3}')
-    _, training, _, recipe = parse(monkeypatch, "sft", str(RECIPES / "configs" / "sft_smoke.yaml"), *options)
+    _, training, _, recipe = parse(monkeypatch, "sft", str(CONFIGS / "sft_smoke.yaml"), *options)
     config = recipe.adapter_config
     assert (training.learning_rate, config.r, config.num_experts, config.top_k) == (0.25, 2, 3, 2)
 
@@ -102,7 +100,7 @@ def test_command_line_overrides_the_file(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("model", MODELS)
 def test_configurations_parse(monkeypatch: pytest.MonkeyPatch, method: str, model: str) -> None:
     """Every field of every YAML is one that TRL, the recipes or LoRASwitchConfig know."""
-    path = RECIPES / "configs" / f"{method}_{model}.yaml"
+    path = CONFIGS / f"{method}_{model}.yaml"
     script, training, model_arguments, recipe = parse(monkeypatch, method, str(path))
     assert script.dataset_name and model_arguments.model_name_or_path
     assert training.output_dir.startswith("outputs/")
@@ -110,9 +108,39 @@ def test_configurations_parse(monkeypatch: pytest.MonkeyPatch, method: str, mode
     assert recipe.local_assets == (model == "smoke")
 
 
-def test_a_wrong_adapter_field_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    import arguments
+@pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2"])
+def test_accelerate_reads_its_configurations(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What `accelerate launch --config_file` makes of each, up to the point where it would start processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    path = CONFIGS.parent / "accelerate" / f"{name}.yaml"
+    module = "recipes.train.sft"
+    line = ["--config_file", str(path), "-m", module, "config.yaml", "--seed", "1"]
+    parser = launch_command_parser()
+    args, found, _ = _validate_launch_command(parser.parse_args(line))
+    assert set(found.fsdp_config) <= set(vars(parser.parse_args(["script.py"]))), "fields that accelerate would ignore"
+    assert (args.multi_gpu, args.use_fsdp) == (name == "ddp", name == "fsdp2") and args.mixed_precision == "bf16"
+    if name == "one_gpu":
+        command, environment = prepare_simple_launcher_cmd_env(args)
+        assert command[-5:] == ["-m", module, "config.yaml", "--seed", "1"]
+    else:
+        environment = prepare_multi_gpu_env(args)
+        assert args.module and args.num_processes == 2
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    if name == "fsdp2":
+        for key, value in environment.items():
+            if "FSDP" in key:
+                monkeypatch.setenv(key, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert not plugin.cpu_ram_efficient_loading and plugin.state_dict_type.name == "FULL_STATE_DICT"
+        assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+
+
+def test_a_wrong_adapter_field_is_named() -> None:
+    from recipes.train import arguments
 
     with pytest.raises(ValueError, match="num_expert"):
         arguments.RecipeArguments(adapter={"num_expert": 4})
@@ -120,9 +148,8 @@ def test_a_wrong_adapter_field_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         arguments.RecipeArguments(adapter="[1, 2]")
 
 
-def test_corpora_hold_out_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    import corpora
+def test_corpora_hold_out_whole_groups() -> None:
+    from recipes import corpora
 
     for name, documents_of in corpora.DOMAINS.items():
         train, held_out = corpora.split(documents_of())

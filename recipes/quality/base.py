@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import files
-from settings import LENGTH, Settings
+from recipes.quality import files
+from recipes.quality.settings import LENGTH, Settings
+from recipes.tiny_llama import pretraining_optimizers
 
 VERSION = 1  # raised when a change of this file changes the base
 
@@ -124,17 +125,6 @@ def make(
     return info
 
 
-def optimizers_for(model: nn.Module, settings: Settings, device: torch.device) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for embeddings and norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    rate = settings.pretrain_learning_rate
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"),
-    ]
-
-
 def pretrain(
     model: LlamaForCausalLM, general: np.ndarray, settings: Settings, device: torch.device
 ) -> dict[str, float | int]:
@@ -143,7 +133,7 @@ def pretrain(
     stream = torch.from_numpy(general.astype(np.int32)).to(device)
     generator = torch.Generator(device).manual_seed(0)
     offsets = torch.arange(LENGTH, device=device)
-    optimizers = optimizers_for(model, settings, device)
+    optimizers = pretraining_optimizers(model, settings.pretrain_learning_rate, fused=device.type == "cuda")
     model.train()
     compiled: Any = torch.compile(model) if device.type == "cuda" else model
     log_every = max(1, steps // 10)

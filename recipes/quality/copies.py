@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 import zlib
-from pathlib import Path
 
-sys.path[:0] = [path for path in [str(Path(__file__).resolve().parents[1])] if path not in sys.path]
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from corpora import Document  # noqa: E402
+from recipes.corpora import Document
 
 NEAR_COPY = 0.5  # share of a document's runs of eight words that may have been seen before
 NEAR_COPY_HELD_OUT = 0.2  # the same for held-out text, against training text

@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 
-import base
-import files
-import methods
-from moe_lora import MoELoRALinear
 from peft_loraswitch.layer import LoRASwitchLayer
-from settings import FULL
+from recipes.checkout import ROOT
+from recipes.quality import base, files, methods
+from recipes.quality.moe_lora import MoELoRALinear
+from recipes.quality.settings import FULL
 
-DECODE = Path(__file__).resolve().parents[1] / "results" / "decode_h200.json"
+DECODE = ROOT / "recipes" / "results" / "decode_h200.json"
 SHAPE = "llama-2-7b"
 VOCABULARY = 32_000
 LAUNCH_US = 1.3  # what one more small kernel adds to a step in a CUDA graph on an H200
 INPUTS = ("q_proj", "o_proj", "gate_proj", "down_proj")  # a block's linears with an input that no earlier one has
-# method -> (method of bench_decode.py, its rank, how it ran): the same experts, rank per expert and k
+# method -> (method of the decode benchmark, its rank, how it ran): the same experts, rank per expert and k
 MEASURED = {
     "switch": ("fused", 8, "`fuse_for_inference()`"),
     "lora-r16": ("lora", 16, "PEFT's layer, not fused"),
@@ -72,10 +71,26 @@ def decode_costs(names: list[str], decode: Path = DECODE) -> dict[str, Any]:
         computed = 1 + extra / read + (launches * LAUNCH_US / 1000 / step["ms"] if step else 0)
         found = {"active_rank": rank, "mb_per_token": extra / 1e6, "launches": launches, "computed": computed}
         result["methods"][name] = {key: round(value, 4) for key, value in found.items()}
-        row = _row(measured, *MEASURED[name][:2]) if name in MEASURED else None
-        if row:
-            result["methods"][name] |= {"measured": row["ratio"], "how": MEASURED[name][2]}
+        result["methods"][name] |= _measured(measured, name)
     return result
+
+
+def is_outdated(costs: dict[str, Any], decode: Path = DECODE) -> bool:
+    """Whether the decode benchmark has measured something else since `decode_costs` made `costs` of it."""
+    measured = files.read_json(decode) or {"rows": [], "header": {}}
+    step = _row(measured, "backbone", 0)
+    taken = {
+        name: {key: each[key] for key in ("measured", "how") if key in each} for name, each in costs["methods"].items()
+    }
+    return costs["backbone_ms"] != (step["ms"] if step else None) or any(
+        taken[name] != _measured(measured, name) for name in taken
+    )
+
+
+def _measured(measured: dict[str, Any], name: str) -> dict[str, Any]:
+    """What was measured of a method's shape: its step over the backbone's, and how it ran; empty if nothing was."""
+    row = _row(measured, *MEASURED[name][:2]) if name in MEASURED else None
+    return {"measured": row["ratio"], "how": MEASURED[name][2]} if row else {}
 
 
 def _row(measured: dict[str, Any], method: str, rank: int) -> dict[str, Any] | None:

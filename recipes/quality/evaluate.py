@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base import autocast
-from pool import IGNORED, Rows, of_tasks, of_text
+from recipes.quality.base import autocast
+from recipes.quality.pool import IGNORED, Rows, of_tasks, of_text
 
 
 @dataclass

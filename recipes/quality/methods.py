@@ -16,10 +16,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import routers
-from moe_lora import MoELoRALinear, MoELoRAModel
 from peft_loraswitch import LoRASwitchConfig
 from peft_loraswitch.layer import LoRASwitchLayer
+from recipes.quality import routers
+from recipes.quality.moe_lora import MoELoRALinear, MoELoRAModel
 
 FAMILIES = ("baselines", "paper", "routers", "combined")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import files
-from summary import LAYER_WISE, LORA, PAPER, Quantity, Summary
+from recipes.quality import files
+from recipes.quality.summary import LAYER_WISE, LORA, PAPER, Quantity, Summary
 
 Data = dict[str, Any]
 # the same in every picture: text, colour, marker

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from settings import LENGTH, Settings
+from recipes.quality.settings import LENGTH, Settings
 
 IGNORED = -100  # label of a token that the loss leaves out
 

@@ -1,7 +1,7 @@
 """Texts and tasks as token ids, in a cache that can be carried to a machine that has none of the texts.
 
-    python recipes/quality/prepare.py --fetch                     # once, on Debian 12: the texts (no root, nothing installed)
-    python recipes/quality/prepare.py --size full                 # makes outputs/quality/data, prints its sources
+    python -m recipes.quality.prepare --fetch                     # once, on Debian 12: the texts (no root, nothing installed)
+    python -m recipes.quality.prepare --size full                 # makes outputs/quality/data, prints its sources
 
 The cache is `tokenizer.json`, `tokens.npz` and `sources.json`; the last is written last and holds the checksums of the others,
 so half a cache is never taken for a whole one.
@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import re
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -21,20 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [path for path in [str(Path(__file__).resolve().parent)] if path not in sys.path]
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-import numpy as np  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
-
-import tasks as task_rows  # noqa: E402
-import texts  # noqa: E402
-from copies import Seen, split, without_copies  # noqa: E402
-from corpora import Document  # noqa: E402
-from files import digest_of_file, write_atomically, write_json  # noqa: E402
-from tasks import Amount, TaskRows, TaskSplit  # noqa: E402
-from texts import GENERAL  # noqa: E402
-from tiny import END, PAD, train_bpe  # noqa: E402
+from recipes.corpora import Document
+from recipes.quality import tasks as task_rows
+from recipes.quality import texts
+from recipes.quality.copies import Seen, split, without_copies
+from recipes.quality.files import digest_of_file, write_atomically, write_json
+from recipes.quality.tasks import Amount, TaskRows, TaskSplit
+from recipes.quality.texts import GENERAL
+from recipes.tiny_llama import END, PAD, train_bpe
 
 FORMAT = 2  # raise it when the files or what is in them change
 TOKENIZER, TOKENS, SOURCES = "tokenizer.json", "tokens.npz", "sources.json"
@@ -286,7 +283,7 @@ def load(folder: Path, size: str | None = None) -> Prepared:
     Raises:
         CacheError: it is not there, of another size or format, or damaged.
     """
-    again = f"make it anew with: python recipes/quality/prepare.py --size {size or 'full'} --folder {folder}"
+    again = f"make it anew with: python -m recipes.quality.prepare --size {size or 'full'} --folder {folder}"
     try:
         about = json.loads((folder / SOURCES).read_text(encoding="utf-8"))
         found, kind, checksums = about["format"], about["size"], about["checksums"]

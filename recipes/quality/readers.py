@@ -8,22 +8,14 @@ import html.parser
 import json
 import re
 import subprocess
-import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-sys.path[:0] = [path for path in [str(Path(__file__).resolve().parents[1])] if path not in sys.path]
-
-from corpora import Document  # noqa: E402
+from recipes.corpora import Document, checksum
 
 
 class MissingTexts(RuntimeError):
     """A package that the texts come from is not there; the message names it and the command that gets it."""
-
-
-def checksum(name: str) -> int:
-    return zlib.crc32(name.encode())
 
 
 def decoded(path: Path) -> str:

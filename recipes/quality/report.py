@@ -1,13 +1,13 @@
 """From files of results to the tables, pictures and verdict of this folder's README.
 
-    python recipes/quality/report.py outputs/quality/full/results.json     # one file, or several of different families
-    python recipes/quality/report.py                                       # again from recipes/quality/results.json
-    python recipes/quality/report.py --check                               # change nothing; exit status 1 if they differ
-    python recipes/quality/report.py outputs/quality/smoke/results.json --folder outputs/quality/report     # elsewhere
+    python -m recipes.quality.report outputs/quality/full/results.csv     # one file, or several of different families
+    python -m recipes.quality.report                                       # again from recipes/quality/results.csv
+    python -m recipes.quality.report --check                               # change nothing; exit status 1 if they differ
+    python -m recipes.quality.report outputs/quality/smoke/results.csv --folder outputs/quality/report     # elsewhere
 
-Several files are merged into recipes/quality/results.json, if they answer the same question (merge.py). Everything between the
-README's markers is made from that file; a part whose figures are missing is left out. Sentences on why a variant lost, if there
-are any, are in reasons.json: method -> sentence.
+Several files are merged into recipes/quality/results.csv (and results.json beside it), if they answer the same question
+(merge.py). Everything between the README's markers is made from that; a part whose figures are missing is left out. Sentences
+on why a variant lost, if there are any, are in reasons.json: method -> sentence.
 """
 
 from __future__ import annotations
@@ -18,19 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.quality import cost, files, methods, pictures, results, tables, verdict
+from recipes.quality.merge import merge
+from recipes.quality.summary import Summary
+
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [path for path in (str(HERE), str(HERE.parents[1])) if path not in sys.path]
-
-import files  # noqa: E402
-import methods  # noqa: E402
-import pictures  # noqa: E402
-import results  # noqa: E402
-import tables  # noqa: E402
-import verdict  # noqa: E402
-from merge import merge  # noqa: E402
-from summary import Summary  # noqa: E402
-
-RESULTS, README, REASONS = "results.json", "README.md", "reasons.json"
+RESULTS, README, REASONS = "results.csv", "README.md", "reasons.json"
 BLOCKS = ("answer", "results", "sources")
 
 
@@ -166,7 +159,7 @@ def into_readme(text: str, made: dict[str, str]) -> str:
 
 
 def differences(folder: Path) -> list[str]:
-    """What in `folder` does not show its results.json; empty if all is well."""
+    """What in `folder` does not show its results.csv and the decode benchmark's; empty if all is well."""
     path = folder / RESULTS
     found = results.read(path) if path.exists() else None
     text = (folder / README).read_text(encoding="utf-8")
@@ -175,6 +168,9 @@ def differences(folder: Path) -> list[str]:
         data = collect(Summary(found)) if found is not None else None
         if pictures.shown(folder / name) != (None if data is None else pictures.digest(data)):
             wrong.append(name)
+    costs = found["header"].get("decode_cost") if found is not None else None
+    if costs and cost.is_outdated(costs):
+        wrong.append(f"{results.about(path).name} (its costs of decoding)")
     return wrong
 
 
@@ -183,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path, help="files of results; none: the committed one again")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if something differs")
     parser.add_argument(
-        "--folder", type=Path, default=HERE, help="of results.json, README.md and pictures (default: here)"
+        "--folder", type=Path, default=HERE, help="of results.csv, README.md and pictures (default: here)"
     )
     options = parser.parse_args(argv)
     folder: Path = options.folder
@@ -191,11 +187,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         wrong = differences(folder)
         if wrong:
             raise ValueError(
-                f"{', '.join(wrong)} in {folder} do not show {RESULTS}: run python recipes/quality/report.py"
+                f"{', '.join(wrong)} in {folder} do not show {RESULTS} and {cost.DECODE.name}: "
+                "run python -m recipes.quality.report"
             )
         return
-    import cost
-
     found = merge(options.files or [folder / RESULTS])
     found["header"]["decode_cost"] = cost.decode_costs(list(dict.fromkeys(run["method"] for run in found["runs"])))
     path = folder / README

@@ -1,39 +1,35 @@
-"""The file of results: a header, and one row per figure."""
+"""Results as files: `results.csv` with one row per figure, and beside it `results.json` with how they came about.
+
+In memory a row also has what is the same for all rows of its run (`RUN_COLUMNS`); on disk that stands once, in the entry of
+the run in `results.json`.
+"""
 
 from __future__ import annotations
 
-import datetime
-import platform
-import subprocess
-from collections.abc import Iterable
+import csv
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import files
-import methods
-from settings import LENGTH, Settings
+from recipes.checkout import versions
+from recipes.quality import files, methods
+from recipes.quality.settings import LENGTH, Settings
 
-COLUMNS = (
-    "method", "seed", "domain_or_task", "metric", "value", "trainable_params", "learning_rate", "steps"
-)  # fmt: skip
+FIGURE_COLUMNS = ("method", "seed", "domain_or_task", "metric", "value")
+RUN_COLUMNS = ("trainable_params", "learning_rate", "steps")
+COLUMNS = FIGURE_COLUMNS + RUN_COLUMNS
 
 
 def header(settings: Settings, base: dict[str, Any], sources: Any) -> dict[str, Any]:
     """Where and from what the rows come."""
-    import peft
     import torch
-    import transformers
 
     cuda = torch.cuda.is_available()
     return {
-        "date": datetime.date.today().isoformat(),
+        **versions("torch", "transformers", "peft"),
         "gpu": torch.cuda.get_device_name() if cuda else "none (CPU)",
         "gpus": torch.cuda.device_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "commit": commit(),
         "settings": settings.fingerprint(),
         "base": base,
         "sources": sources,
@@ -74,21 +70,6 @@ def data_sizes(prepared: Any, settings: Settings) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """Short hash of the checkout's commit, with a + if tracked files differ from it; 'unknown' outside of one."""
-    folder = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 def of_runs(folder: Path, base_digest: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, one entry per run) of every finished run in `folder` that started from this base, in the order of the table."""
     rows, runs = [], []
@@ -97,32 +78,57 @@ def of_runs(folder: Path, base_digest: str) -> tuple[list[dict[str, Any]], list[
         fitting = [run for run in found if run and run["base"] == base_digest and run["method"] == method.name]
         tuning = (files.read_json(folder / f"{method.name}-tuning.json") or {}).get("scores", {})
         for run in sorted(fitting, key=lambda run: run["seed"]):
-            shared = {name: run[name] for name in ("method", "seed", "trainable_params", "learning_rate", "steps")}
-            rows += [{name: {**shared, **row}[name] for name in COLUMNS} for row in run["rows"]]
-            names = ("method", "seed", "learning_rate", "training_loss", "ms_per_step", "seconds")
+            rows += [{name: {**run, **row}[name] for name in COLUMNS} for row in run["rows"]]
+            names = ("method", "seed", *RUN_COLUMNS, "training_loss", "ms_per_step", "seconds")
             runs.append({**{name: run[name] for name in names}, "family": method.family, "tuning": tuning})
     return rows, runs
 
 
 def write(path: Path, head: dict[str, Any], rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
-    """One row per line, so that a difference between two versions can be read."""
-    import json
+    """The figures to `path`, a .csv file; header and runs to the .json file beside it, which names the figures' checksum."""
 
-    def lines(items: Iterable[dict[str, Any]]) -> str:
-        return ",\n".join("  " + json.dumps(item) for item in items)
+    def write_figures(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, FIGURE_COLUMNS, extrasaction="ignore", lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
 
+    files.write_atomically(path, write_figures)
     top = json.dumps(head, indent=1).replace("\n", "\n ")
-    text = f'{{\n "header": {top},\n "runs": [\n{lines(runs)}\n ],\n "rows": [\n{lines(rows)}\n ]\n}}\n'
-    files.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    entries = ",\n".join("  " + json.dumps(run) for run in runs)  # a line each, so that a difference can be read
+    text = f'{{\n "header": {top},\n "runs": [\n{entries}\n ],\n "csv_sha256": "{files.digest_of_file(path)}"\n}}\n'
+    files.write_atomically(about(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def about(path: Path) -> Path:
+    """The file of header and runs that belongs to a file of figures."""
+    return path.with_suffix(".json")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """{"header", "runs", "rows"}
+    """{"header", "runs", "rows"} from a .csv file of figures and the .json file beside it.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: there are no such files, or they do not belong together.
     """
-    found = files.read_json(path)
-    if not isinstance(found, dict) or not {"header", "runs", "rows"} <= set(found):
-        raise ValueError(f"{path} holds no results (missing or damaged): python recipes/quality/run.py writes them.")
-    return found
+    found = files.read_json(about(path)) if path.suffix == ".csv" and path.exists() else None
+    if not isinstance(found, dict) or not {"header", "runs", "csv_sha256"} <= set(found):
+        raise ValueError(
+            f"{path} holds no results (it must be a .csv file with a .json file of the same name beside it, and one is "
+            "missing or damaged): python -m recipes.quality.run writes them."
+        )
+    if files.digest_of_file(path) != found["csv_sha256"]:
+        raise ValueError(f"{path} has changed since {about(path)} was written: take both from the same run.")
+    runs = {(run["method"], run["seed"]): run for run in found["runs"]}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [_row(line, runs, path) for line in csv.DictReader(file)]
+    return {"header": found["header"], "runs": found["runs"], "rows": rows}
+
+
+def _row(line: Mapping[str, str], runs: Mapping[tuple[str, int], dict[str, Any]], path: Path) -> dict[str, Any]:
+    """One line of the file of figures, with what the entry of its run says."""
+    key = (line["method"], int(line["seed"]))
+    if key not in runs:
+        raise ValueError(f"{path} has figures of {key} but {about(path)} no entry for it in 'runs': it is damaged.")
+    figure = {**line, "seed": key[1], "value": float(line["value"]) if line["value"] else None}
+    return {**figure, **{name: runs[key][name] for name in RUN_COLUMNS}}

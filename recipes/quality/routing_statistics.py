@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from base import autocast
-from evaluate import Split
-from moe_lora import MoELoRALinear
 from peft_loraswitch.layer import LoRASwitchLayer
 from peft_loraswitch.routing.decision import route
-from pool import IGNORED, Rows
+from recipes.quality.base import autocast
+from recipes.quality.evaluate import Split
+from recipes.quality.moe_lora import MoELoRALinear
+from recipes.quality.pool import IGNORED, Rows
 
 SEEN_OFTEN = 20  # occurrences of a token from which on its experts' entropy can be estimated
 

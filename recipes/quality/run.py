@@ -1,13 +1,13 @@
 """Does one routing decision per token learn as well as one per layer? The measurement, in one command.
 
-    python recipes/quality/run.py                                    # everything, on one GPU after the other family
-    python recipes/quality/run.py --family paper                     # one family: under nine minutes on one H200
-    python recipes/quality/run.py --family baselines paper routers combined --devices 0 1 2 3
-    python recipes/quality/run.py --size smoke --methods lora-r64 moe-lora switch      # a CPU, to see that it runs
+    python -m recipes.quality.run                                    # everything, on one GPU after the other family
+    python -m recipes.quality.run --family paper                     # one family: under nine minutes on one H200
+    python -m recipes.quality.run --family baselines paper routers combined --devices 0 1 2 3
+    python -m recipes.quality.run --size smoke --methods lora-r64 moe-lora switch      # a CPU, to see that it runs
 
 It prepares the texts (prepare.py), pretrains the base once and keeps it, and then for each method finds the learning rate,
 trains every seed and measures it (worker.py). Finished runs are kept in <out>/runs: the same command again goes on where it
-was stopped. At the end <out>/results.json holds all rows; `report.py` makes tables and pictures of them.
+was stopped. At the end <out>/results.csv holds all figures; `report.py` makes tables and pictures of them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [path for path in (str(HERE), str(HERE.parents[1])) if path not in sys.path]
+import torch
 
-import torch  # noqa: E402
-
-import base  # noqa: E402
-import methods  # noqa: E402
-import results  # noqa: E402
-from methods import Method  # noqa: E402
-from settings import SIZES, Settings  # noqa: E402
+from recipes.checkout import module_command, module_environment
+from recipes.quality import base, methods, prepare, results
+from recipes.quality.methods import Method
+from recipes.quality.settings import SIZES, Settings
+from recipes.quality.worker import Job, OutOfTime, Worker
 
 GIB_PER_WORKER = 18  # of GPU memory, with some to spare
 STARTED = time.perf_counter()
@@ -60,7 +57,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, metavar="X", help="for every method, instead of the search")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no run that would end after that time")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
-    parser.add_argument("--results", type=Path, help="where the results go besides <out>/results.json")
+    parser.add_argument("--results", type=Path, help="where the results go besides <out>/results.csv (a .csv file)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # used by the command itself
     parser.add_argument("--deadline", type=float, default=float("inf"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -68,6 +65,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--seeds must be at least 1")
     if options.steps is not None and options.steps < 1:
         parser.error("--steps must be at least 1")
+    if options.results is not None and options.results.suffix != ".csv":
+        parser.error(f"--results {options.results}: must end in .csv (a .json file comes beside it)")
     options.out = options.out or Path("outputs/quality") / options.size
     options.data = options.data or Path("outputs/quality") / (
         "data" if options.size == "full" else f"data-{options.size}"
@@ -91,7 +90,7 @@ def devices_of(options: argparse.Namespace) -> list[str]:
         if options.size == "full":
             raise ValueError(
                 "no GPU is visible to torch, and the full size needs one (a CPU would take days). To see that everything "
-                "runs: python recipes/quality/run.py --size smoke"
+                "runs: python -m recipes.quality.run --size smoke"
             )
         if options.devices:
             raise ValueError(f"--devices {' '.join(map(str, options.devices))}: no GPU is visible to torch.")
@@ -118,8 +117,6 @@ def in_parallel(options: argparse.Namespace, device: str) -> int:
 
 def work(method: Method, prepared: Any, options: argparse.Namespace, device: str, wait: bool) -> None:
     """All of one method, here."""
-    from worker import Job, OutOfTime, Worker
-
     job = Job(
         settings=settings_of(options),
         out=options.out,
@@ -204,11 +201,10 @@ class Jobs:
             say(f"{self.finished} of {self.total} methods done{eta}")
 
     def _one(self, method: Method, device: str) -> int:
-        environment = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+        environment = module_environment(OMP_NUM_THREADS="2", TOKENIZERS_PARALLELISM="false")
         environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "run.py"), *worker_arguments(self.options, method, device)], env=environment
-        )
+        command = module_command("recipes.quality.run", *worker_arguments(self.options, method, device))
+        process = subprocess.Popen(command, env=environment)
         while process.poll() is None:
             if self.stop.wait(0.2):
                 process.terminate()
@@ -238,8 +234,6 @@ def main(options: argparse.Namespace) -> int:
             print(f"{method.family:<10} {method.name:<16} {method.what}")
         return 0
     devices = devices_of(options)
-    import prepare
-
     if options.worker:
         torch.cuda.set_device(devices[0]) if devices[0] != "cpu" else torch.set_num_threads(1)
         work(methods.chosen(None, [options.worker])[0], prepare.load(options.data), options, devices[0], wait=True)
@@ -275,9 +269,9 @@ def main(options: argparse.Namespace) -> int:
     rows, runs = results.of_runs(options.out / "runs", info["sha256"])
     head = results.header(settings_of(options), info, getattr(prepared, "sources", None))
     head["data"] = results.data_sizes(prepared, settings_of(options))
-    for path in dict.fromkeys(filter(None, (options.out / "results.json", options.results))):
+    for path in dict.fromkeys(filter(None, (options.out / "results.csv", options.results))):
         results.write(path, head, rows, runs)
-    say(f"{len(runs)} runs, {len(rows)} rows: {options.results or options.out / 'results.json'}")
+    say(f"{len(runs)} runs, {len(rows)} rows: {options.results or options.out / 'results.csv'}")
     if failed:
         print(f"failed: {', '.join(failed)} (their messages are above)", file=sys.stderr)
     return 1 if failed else 0

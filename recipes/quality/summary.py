@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import methods
+from recipes.quality import methods
 
 LORA = "lora-r64"  # equal parameters
 LAYER_WISE = "moe-lora"

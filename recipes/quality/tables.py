@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import methods
-from summary import LAYER_WISE, LORA, PAPER, Quantity, Summary
-from verdict import number
+from recipes.quality import methods
+from recipes.quality.summary import LAYER_WISE, LORA, PAPER, Quantity, Summary
+from recipes.quality.verdict import number
 
 NAMES = {LORA: "LoRA, equal parameters", LAYER_WISE: "layer-wise", PAPER: "paper's router", "base": "base"}
 

@@ -33,7 +33,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-LENGTH = 256  # tokens of a row
+from recipes.quality.settings import LENGTH
+
 SPLITS = ("train", "validation", "test")
 
 

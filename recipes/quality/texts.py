@@ -13,18 +13,15 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-sys.path[:0] = [path for path in [str(Path(__file__).resolve().parents[1])] if path not in sys.path]
-
-import corpora  # noqa: E402
-from corpora import Document  # noqa: E402
-from readers import (  # noqa: E402
+from recipes import corpora
+from recipes.corpora import Document
+from recipes.quality.readers import (
     MissingTexts,
     Reader,
     cookies,
@@ -268,7 +265,7 @@ def _full(folder: Path, progress: bool) -> list[Source]:
     if missing:
         raise MissingTexts(
             f"{folder} lacks the texts of the Debian packages {', '.join(missing)}. Get them with\n"
-            f"    python recipes/quality/prepare.py --fetch --texts {folder}\nor by hand:\n    {fetch_command(folder)}"
+            f"    python -m recipes.quality.prepare --fetch --texts {folder}\nor by hand:\n    {fetch_command(folder)}"
         )
     sources = []
     for recipe in RECIPES:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import methods
-from base import autocast
-from pool import Pool, plan
-from settings import Settings
+from recipes.quality import methods
+from recipes.quality.base import autocast
+from recipes.quality.pool import Pool, plan
+from recipes.quality.settings import Settings
 
 
 class Trainer:

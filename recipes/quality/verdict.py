@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from summary import LAYER_WISE, LORA, Quantity, Spread, Summary
+from recipes.quality.summary import LAYER_WISE, LORA, Quantity, Spread, Summary
 
 
 @dataclass(frozen=True)

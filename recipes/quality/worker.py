@@ -14,15 +14,11 @@ from typing import Any
 
 import torch
 
-import base
-import evaluate
-import files
-import methods
-import routing_statistics
-from methods import Method
-from pool import training_pool
-from settings import Settings
-from train import Trainer, search
+from recipes.quality import base, evaluate, files, methods, routing_statistics
+from recipes.quality.methods import Method
+from recipes.quality.pool import training_pool
+from recipes.quality.settings import Settings
+from recipes.quality.train import Trainer, search
 
 VERSION = 1  # raised when a change of the code makes results of before incomparable
 

@@ -1,0 +1,347 @@
+"""From the rows of the decode benchmark to its JSON file, its picture, its bars, and the table at the top of the README.
+
+python -m recipes.benchmarks.decode.report            # recipes/results/decode_h200.json into README.md
+python -m recipes.benchmarks.decode.report --check    # only compare
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from recipes.benchmarks.decode.plan import FIRST, METHODS, SHAPES
+from recipes.checkout import ROOT
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+SOURCE = "recipes/results/decode_h200.json"
+OTHER_GPUS = ("recipes/results/decode_h100.json",)
+NAMES = {
+    "llama-2-7b": "Llama-2-7B",
+    "mistral-7b": "Mistral-7B",
+    "llama-3.1-8b": "Llama-3.1-8B",
+    "qwen3-0.6b": "Qwen3-0.6B",
+}
+BEGIN, END = "<!-- decode table: python -m recipes.benchmarks.decode.report -->", "<!-- end of decode table -->"
+
+
+def line(row: Row) -> str:
+    ratio = f"{row['ratio']:.3f}" if row["ratio"] else "     "
+    return (
+        f"{row['model']:13s} {row['method']:9s} r={row['rank']:<3d} {row['mode']:9s} batch {row['batch']:<3d}"
+        f"{row['ms']:9.3f} ms  {ratio}  {row['gb_per_s']:6.0f} GB/s"
+    )
+
+
+def find(result: Result, model: str, method: str, rank: int, mode: str, batch: int = 1) -> Row | None:
+    """The row of a method in a mode, or None if it was not measured."""
+    for row in result["rows"]:
+        if (row["model"], row["method"], row["rank"], row["mode"], row["batch"]) == (model, method, rank, mode, batch):
+            return row
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ derived numbers
+
+
+def complete(result: Result) -> None:
+    """Add to the rows what needs two of them: a merge over its floor, a peak over backbone and adapter."""
+    for row in result["rows"]:
+        base = find(result, row["model"], "backbone", 0, row["mode"], row["batch"])
+        if base is None or row["method"] == "backbone":
+            continue
+        if row["method"] == "merge" and result["copy_tb_per_s"] and "adapted_bytes" in row:
+            floor = base["ms"] + 2 * row["adapted_bytes"] / result["copy_tb_per_s"] / 1e9
+            row["floor_ms"], row["over_floor"] = round(floor, 4), round(row["ms"] / floor, 4)
+        if "adapter_gib" in row and base["peak_gib"]:
+            row["peak_over_parts"] = round(row["peak_gib"] / (base["peak_gib"] + row["adapter_gib"]), 4)
+
+
+# what, method, rank, mode, batch, field, bar
+BARS: tuple[tuple[str, str, int, str, int, str, float], ...] = (
+    ("compiled, batch 1, r = 8", "fused", 8, "compiled", 1, "ratio", 1.00),
+    ("compiled, batch 1, r = 16", "fused", 16, "compiled", 1, "ratio", 1.00),
+    ("compiled, batch 1, r = 64", "fused", 64, "compiled", 1, "ratio", 1.06),
+    ("generate, static cache, r = 8", "fused", 8, "static", 1, "ratio", 1.00),
+    ("generate, eager, r = 8", "fused", 8, "eager", 1, "ratio", 1.10),
+    ("compiled, batch 8, r = 8", "fused", 8, "compiled", 8, "ratio", 1.05),
+    ("compiled, batch 32, r = 8", "fused", 8, "compiled", 32, "ratio", 1.05),
+    ("prefill of 2,048 tokens, r = 8", "fused", 8, "prefill", 1, "ratio", 1.08),
+    ("prefill of 2,048 tokens, r = 64", "fused", 64, "prefill", 1, "ratio", 1.25),
+    ("merge over its floor, r = 8", "merge", 8, "graph", 1, "over_floor", 1.10),
+    ("peak memory over backbone and adapter, r = 8", "fused", 8, "compiled", 1, "peak_over_parts", 1.03),
+    ("peak memory over backbone and adapter, r = 64", "fused", 64, "compiled", 1, "peak_over_parts", 1.03),
+    ("seconds of fuse_for_inference(), r = 8", "fused", 8, "compiled", 1, "fuse_seconds", 2.0),
+)
+LINEAR_BARS = (
+    ("linears alone over pure reading, r = 8", "over_read", 1.20),
+    ("linears alone over cuBLAS, r = 8", "over_cublas", 0.85),
+)
+
+
+def bars(result: Result) -> list[dict[str, Any]]:
+    """Each thing asked for and measured: model, what, value, bar, met."""
+    found = []
+    for model, shape in SHAPES.items():
+        for what, method, rank, mode, batch, name, bar in BARS:
+            row = find(result, model, method, rank, mode, batch)
+            if row is not None and row.get(name) is not None:
+                found.append({"model": model, "what": what, "value": row[name], "bar": bar, "met": row[name] <= bar})
+        linears = result["linears"].get(shape.linears)
+        for what, name, bar in LINEAR_BARS if linears and any(row["model"] == model for row in result["rows"]) else ():
+            value = next((row[name] for row in linears["rows"] if row["rank"] == 8 and row["tokens"] == 1), None)
+            if value is not None:
+                found.append({"model": model, "what": what, "value": value, "bar": bar, "met": value <= bar})
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write(result: Result, path: Path) -> None:
+    """The result as JSON, all of it or nothing."""
+    complete(result)
+    result["bars"] = bars(result)
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+def merge(parts: list[Result], missing: list[str]) -> Result:
+    """One result of several, each of other models on a GPU of the same kind.
+
+    Raises:
+        SystemExit: the GPUs or the versions differ, so that rows cannot be compared; or there is no part.
+    """
+    if not parts:
+        raise SystemExit(f"No device wrote a result: {'; '.join(missing)}")
+    same = ("gpu", "driver", "torch", "transformers", "peft", "kernels", "commit")
+    for part in parts[1:]:
+        differ = [name for name in same if part["header"].get(name) != parts[0]["header"].get(name)]
+        if differ:
+            raise SystemExit(
+                f"The devices differ in {', '.join(differ)}: run them one by one, into files of their own."
+            )
+    header = {**parts[0]["header"], "devices": len(parts)}
+    header["missing"] = [text for part in parts for text in part["header"]["missing"]] + missing
+    rows = [row for model in SHAPES for part in parts for row in part["rows"] if row["model"] == model]
+    rates = sorted(part["copy_tb_per_s"] for part in parts if part["copy_tb_per_s"])
+    result: Result = {
+        "header": header,
+        "linears": {},
+        "copy_tb_per_s": rates[len(rates) // 2] if rates else None,
+        "rows": rows,
+    }
+    for part in parts:
+        result["linears"].update(part["linears"])
+        if "profile" in part:
+            result.setdefault("profile", {}).update(part["profile"])
+    return result
+
+
+def draw(result: Result, path: Path) -> str:
+    """The first model's compiled loop at batch 1 as bars, to `path`. Returns a line about it."""
+    model = next((name for name in (FIRST, *SHAPES) if find(result, name, "backbone", 0, "compiled")), None)
+    rows = [r for r in result["rows"] if (r["model"], r["mode"], r["batch"]) == (model, "compiled", 1) and r["ratio"]]
+    if not rows:
+        return "no picture: nothing was measured in the compiled loop with batch 1"
+    try:
+        import matplotlib
+    except ImportError as error:
+        return f"no picture: {error}"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows.sort(key=lambda r: -r["ratio"])
+    labels = [METHODS[r["method"]] + (f", r = {r['rank']}" if r["rank"] else "") for r in rows]
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
+    bars = axes.barh(
+        labels, [r["ratio"] for r in rows], color=["#4477aa" if r["method"] == "fused" else "#bbbbbb" for r in rows]
+    )
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    for bar, row in zip(bars, rows, strict=True):  # inside, where no line crosses it
+        text, middle = f"{row['ratio']:.2f}x, {row['ms']:.2f} ms ", bar.get_y() + bar.get_height() / 2
+        at = min(row["ratio"], 1.0) if row["ratio"] < 1.2 else row["ratio"]
+        axes.text(at, middle, text, ha="right", va="center", color="white" if row["method"] == "fused" else "black")
+    axes.set_xlim(0, max(r["ratio"] for r in rows) * 1.05)
+    axes.set_xlabel("time of a decode step over the unadapted backbone's")
+    title = f"{NAMES[rows[0]['model']]} shape, batch 1, compiled, bf16, {result['header']['gpu']}"
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return f"picture: {path}"
+
+
+# ----------------------------------------------------------------------------------------------------- the README's table
+
+# label, mode, batch
+LINES = (
+    ("compiled loop, batch 1", "compiled", 1),
+    ("compiled loop, batch 8", "compiled", 8),
+    ("compiled loop, batch 32", "compiled", 32),
+    ('`generate(cache_implementation="static")`', "static", 1),
+    ("eager `generate`", "eager", 1),
+    ("prefill of 2,048 tokens", "prefill", 1),
+    ("one captured CUDA graph", "graph", 1),
+)
+COLUMNS = (
+    ("**fused, r = 8**", "fused", 8), ("**r = 16**", "fused", 16), ("**r = 64**", "fused", 64),
+    ("our kernels, no adapter", "kernels", 0), ("PEFT LoRA, r = 16", "lora", 16), ("routing in plain PyTorch, r = 8", "torch", 8),
+    ("merge per token, r = 8", "merge", 8),
+)  # fmt: skip
+
+
+STEADY = 0.5  # (longest - shortest) / median of a row's samples
+
+
+def cell(row: Row | None) -> str:
+    if row is None or not row["ratio"]:
+        return ""
+    return f"**{row['ratio']:.2f}**" if row["method"] == "fused" else f"{row['ratio']:.2f}"
+
+
+def model_table(result: Result, model: str) -> list[str]:
+    """One model's rows: a line for each mode, a column for each method; columns without a value are left out."""
+    columns = [c for c in COLUMNS if any(find(result, model, c[1], c[2], mode, batch) for _, mode, batch in LINES)]
+    lines = [(label, mode, batch) for label, mode, batch in LINES if find(result, model, "backbone", 0, mode, batch)]
+    lines = [x for x in lines if any(find(result, model, c[1], c[2], x[1], x[2]) for c in columns)]
+    if not lines:
+        return []
+    table = ["| | backbone | " + " | ".join(label for label, _, _ in columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for label, mode, batch in lines:
+        base = find(result, model, "backbone", 0, mode, batch)
+        assert base is not None
+        cells = [cell(find(result, model, method, rank, mode, batch)) for _, method, rank in columns]
+        table.append(f"| {label} | {base['ms']:.2f} ms | " + " | ".join(cells) + " |")
+    return table
+
+
+def models_table(result: Result, models: list[str]) -> list[str]:
+    """The other models: fused over backbone, a line for each mode and rank, a column for each model."""
+    models = [model for model in models if any(row["model"] == model for row in result["rows"])]
+    if not models:
+        return []
+    table = [
+        "| fused over backbone | " + " | ".join(NAMES[model] for model in models) + " |",
+        "|---" * (len(models) + 1) + "|",
+    ]
+    for label, mode, batch in LINES:
+        for rank in (8, 16, 64):
+            rows = [find(result, model, "fused", rank, mode, batch) for model in models]
+            if any(rows):
+                table.append(f"| {label}, r = {rank} | " + " | ".join(cell(row) for row in rows) + " |")
+    return table
+
+
+def section(result: Result, source: str) -> str:
+    """What stands between the README's markers."""
+    head = result["header"]
+    picture = Path(source).with_suffix(".png").as_posix()
+    versions = f"torch {head['torch'].split('+')[0]}, transformers {head['transformers']}"
+    text = [
+        "Time of a decode step (of a forward, for prefill) over the unadapted backbone's in the same mode of the same run:",
+        f"{NAMES[FIRST]} shape, random bf16 weights, {head['num_experts']} experts, top-{head['top_k']}, all seven linears, "
+        f"one {head['gpu']}, {versions}",
+        f"([`{source}`]({source}), made by `python -m recipes.benchmarks.decode`).",
+        "",
+        *model_table(result, FIRST),
+        "",
+        f"![Decode step over the unadapted backbone's, by method]({picture})",
+        "",
+    ]
+    if others := models_table(result, [model for model in SHAPES if model != FIRST]):
+        text += [*others, ""]
+    return "\n".join([*text, *facts(result)]).strip()
+
+
+def facts(result: Result) -> list[str]:
+    """Sentences below the tables."""
+    head, text = result["header"], []
+    prefill = find(result, FIRST, "kernels", 0, "prefill")
+    if kernels := find(result, FIRST, "kernels", 0, "compiled"):
+        text.append(
+            f"Our kernels without an adapter run the compiled loop at {kernels['ratio']:.2f} of the backbone"
+            + (f", the prefill at {prefill['ratio']:.2f}" if prefill else "")
+            + ": that much is another base product."
+        )
+    if (merged := find(result, FIRST, "merge", 8, "graph")) and merged.get("over_floor"):
+        text.append(
+            f"Merging per token takes {merged['over_floor']:.2f} of its floor: a backbone step, and reading and writing "
+            "every adapted weight."
+        )
+    if fused := find(result, FIRST, "fused", 8, "compiled"):
+        if fused.get("peak_over_parts"):
+            text.append(f"Peak memory is {fused['peak_over_parts']:.2f} of backbone and adapter together.")
+        text.append(f"`fuse_for_inference()` takes {fused['fuse_seconds']:.1f} s.")
+    if linears := result["linears"].get(FIRST):
+        row = next(r for r in linears["rows"] if r["rank"] == 8 and r["tokens"] == 1)
+        text.append(
+            f"The linears alone in one CUDA graph, r = 8: {row['over_read']:.2f} of purely reading the same bytes, "
+            f"{row['over_cublas']:.2f} of cuBLAS without an adapter."
+        )
+    layers = {row["model"]: row["layers"] for row in result["rows"]}
+    short = [f"{NAMES[m]} with {n} of {SHAPES[m].layers} layers" for m, n in layers.items() if n != SHAPES[m].layers]
+    if short:
+        text.append(f"Shortened: {', '.join(short)}.")
+    text += head.get("notes", [])
+    if head.get("missing"):
+        text.append(f"Not measured in that run: {len(head['missing'])} rows, named in the file's header.")
+    return text
+
+
+def other_gpu(result: Result, source: str) -> list[str]:
+    """A sentence on the first model on another GPU; rows whose samples differ by more than half of their median are left out."""
+    found = []
+    for label, mode, batch in LINES:
+        rows = [find(result, FIRST, "backbone", 0, mode, batch)]
+        rows += [find(result, FIRST, "fused", rank, mode, batch) for rank in (8, 16, 64)]
+        if rows[0] and rows[0]["spread"] <= STEADY:
+            ratios = [f"{row['ratio']:.2f} (r = {row['rank']})" for row in rows[1:] if row and row["spread"] <= STEADY]
+            found += [f"{label}: {', '.join(ratios)}"] if ratios else []
+    head = result["header"]
+    return [
+        f"Fused over backbone on one {head['gpu']}, commit {head['commit']} ([`{source}`]({source}); rows that scatter by more than "
+        f"half of their median are left out): {'; '.join(found)}."
+    ]
+
+
+def into_readme(text: str, table: str) -> str:
+    """`text` with `table` between its markers.
+
+    Raises:
+        SystemExit: the markers are not there once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise SystemExit(f"README.md needs the lines {BEGIN!r} and {END!r}, once each, in this order.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default=SOURCE, help="result file, relative to the repository")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the README differs")
+    args = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    result = json.loads((ROOT / args.source).read_text())
+    text = section(result, args.source)
+    for source in OTHER_GPUS:
+        if (ROOT / source).exists():
+            text = "\n".join([text, *other_gpu(json.loads((ROOT / source).read_text()), source)])
+    new = into_readme(old, text)
+    if args.check and new != old:
+        raise SystemExit(f"README.md does not show {args.source}: run python -m recipes.benchmarks.decode.report")
+    if not args.check:
+        readme.write_text(new)
+        print(draw(result, (ROOT / args.source).with_suffix(".png")))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

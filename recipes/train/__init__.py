@@ -1,0 +1,1 @@
+"""Training: the quickstart, and TRL's SFT and DPO with a LoRA-Switch adapter."""

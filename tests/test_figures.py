@@ -1,0 +1,63 @@
+"""Figures that stand in documents by hand are those of the committed result files (the decode table and the quality tables,
+which a command writes, have tests of their own)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from recipes.checkout import ROOT
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "recipes" / "results" / name).read_text())
+
+
+def document(path: str) -> str:
+    """With one space for each white space, since sentences go on in the next line."""
+    return " ".join((ROOT / path).read_text(encoding="utf-8").split())
+
+
+def test_training_on_a_cpu() -> None:
+    found = result("train_cpu.json")
+    step, forward = (found["results"][name]["contestants"] for name in ("training_step", "forward"))
+    assert (
+        f"a training step takes {step['LoRA-Switch']['ratio']:.2f} of a step with PEFT's LoRA of rank 64 on the same linears, "
+        f"a forward of 512 tokens {forward['LoRA-Switch']['ratio']:.2f} of the backbone's "
+        f"(PEFT's LoRA of rank 64: {forward['LoRA r=64']['ratio']:.2f})"
+    ) in document("README.md")
+    settings = found["header"]["settings"]
+    assert settings["batch"] * settings["length"] == 512 and settings["experts"] * settings["rank"] == 64
+
+
+def test_host_time_of_a_step() -> None:
+    rows = {row["method"]: row for row in result("host_cpu.json")["rows"] if row["mode"] == "step"}
+    ms = {method: (row["us"] / 1000, row["unguarded_us"] / 1000) for method, row in rows.items()}
+    assert (
+        f"{ms['fused'][0]:.2f} → {ms['fused'][1]:.2f} ms fused, {ms['backbone'][0]:.2f} → {ms['backbone'][1]:.2f} for the "
+        f"backbone, {ms['lora'][0]:.2f} with PEFT's LoRA"
+    ) in document("README.md")
+
+
+def test_eager_rows_alone() -> None:
+    ratios = [row["ratio"] for row in result("eager_h200.json")["rows"] if row["method"] == "fused"]
+    assert len(ratios) == 4
+    assert f"all four models are at {min(ratios):.2f} to {max(ratios):.2f}" in document("README.md")
+
+
+def test_quickstart() -> None:
+    found = result("quickstart_cpu.json")
+    assert found["size"] == "full" and all(found["checks"].values())
+    mean = found["mean_loss"]
+    text = f"mean held-out loss {mean['base']:.2f} → {mean['lora_switch']:.2f} nats (plain LoRA: {mean['lora']:.2f})"
+    assert text in document("recipes/README.md") and text in document("recipes/train/README.md")
+
+
+def test_gpu_time_of_the_comparison_of_routers() -> None:
+    found = json.loads((ROOT / "recipes" / "quality" / "results.json").read_text())
+    seconds = sum(run["seconds"] for run in found["runs"]) + found["header"]["base"]["seconds"]
+    assert f"{seconds / 60:.0f} minutes" in document("recipes/README.md")
+
+
+def test_time_of_the_decode_benchmark() -> None:
+    assert f"{result('decode_h200.json')['header']['seconds'] / 60:.0f} minutes" in document("recipes/README.md")
