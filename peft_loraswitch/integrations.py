@@ -38,9 +38,9 @@ from .peft_names import NAME, extend_peft_type
 from .saving import model_card, safe_save
 from .targets import trained_in_full
 
-PEFT = "peft 0.20.0 to 0.21.0"
-TRANSFORMERS = "transformers 5.17.0"
-HUB = "huggingface_hub 1.4.1"
+PEFT = "peft 0.20.0 to 0.21.2"
+TRANSFORMERS = "transformers 5.17.0 to 5.23.0"
+HUB = "huggingface_hub 1.33.0 to 2.4.0"
 
 
 @dataclass(frozen=True)
