@@ -306,8 +306,8 @@ def other_gpu(result: Result, source: str) -> list[str]:
             found += [f"{label}: {', '.join(ratios)}"] if ratios else []
     head = result["header"]
     return [
-        f"Fused over backbone on one {head['gpu']}, commit {head['commit']} ([`{source}`]({source}); rows that scatter by more than "
-        f"half of their median are left out): {'; '.join(found)}."
+        f"Fused over backbone on one {head['gpu']}, commit {head['commit']} ([`{source}`]({source}); rows that scatter by "
+        f"more than half of their median are left out): {'; '.join(found)}."
     ]
 
 
