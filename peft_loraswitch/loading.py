@@ -26,7 +26,6 @@ import torch
 from peft import PeftModel
 from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -136,8 +135,6 @@ def watch_loads() -> None:
         (PeftConfigMixin, "from_json_file", _read_after_a_check),
         (transformers_peft, "find_adapter_config_file", _found_after_a_check),
         (auto_factory, "find_adapter_config_file", _found_after_a_check),
-        (TrainableTokensWrapper, "adapter_state_dict", _nothing_of_other_adapters),
-        (TrainableTokensWrapper, "adapter_state_dict_load_map", _nothing_of_other_adapters),
     ):
         original = vars(owner)[name]
         function = original.__func__ if isinstance(original, classmethod) else original
@@ -183,18 +180,6 @@ def _found_after_a_check(original: Callable[..., Any]) -> Callable[..., Any]:
         return path
 
     return find_adapter_config_file
-
-
-def _nothing_of_other_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around what PEFT asks a module with trainable tokens for an adapter's tensors: of one that has none there it names
-    tensors that do not exist, so that neither save nor load of it works beside one that has some."""
-
-    def tensors_of(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if adapter_name not in self.token_adapter.trainable_tokens_delta:
-            return {}
-        return original(self, adapter_name, *args, **kwargs)
-
-    return tensors_of
 
 
 def run_load(load: Callable[[], Any], arguments: dict[str, Any]) -> Any:

@@ -17,12 +17,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import (
     AuxiliaryTrainingWrapper,
     TrainableTokensWrapper,
-    _get_input_embeddings_name,
     set_additional_trainable_modules,
 )
 from torch import nn
 
 from .layer import LoRASwitchLayer
+from .tied_embeddings import check_beside_others, tied_names, tokens_by_ending, trains_tokens_apart
 
 if TYPE_CHECKING:
     from .config import LoRASwitchConfig
@@ -73,15 +73,22 @@ def train_in_full(tuner: BaseTuner, model: nn.Module, config: LoRASwitchConfig, 
     theirs = [m for m in model.modules() if isinstance(m, (LoRASwitchLayer, AuxiliaryTrainingWrapper))]
     flags = [(p, p.requires_grad) for module in theirs for p in module.parameters()]
     yield
+    model_config = BaseTuner.get_model_config(tuner)
+    if trains_tokens_apart(model, config) and not _names_input_embeddings(model, config):
+        model_config = {**model_config, "tie_word_embeddings": False}  # else PEFT ties them if the input's are wrapped
     set_additional_trainable_modules(
         model=BackboneView(model),
         peft_config=config,
-        model_config=BaseTuner.get_model_config(tuner),
+        model_config=model_config,
         adapter_name=adapter_name,
         activate_adapter=adapter_name in tuner.active_adapters,
     )
     for parameter, requires_grad in flags:
         parameter.requires_grad_(requires_grad)
+
+
+def _names_input_embeddings(model: nn.Module, config: LoRASwitchConfig) -> bool:
+    return any(name.endswith(tuple(tokens_by_ending(model, config))) for name in tied_names(model)[:1])
 
 
 def within_trained_in_full(model: nn.Module, names: list[str]) -> dict[str, str]:
@@ -97,12 +104,10 @@ def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig, adapter_na
     Raises:
         ValueError: `trainable_token_indices` names no module, or tokens that it does not have; `modules_to_save` names a module
             with linears that another adapter adapts; an adapter is called as a part of the name of a module that is trained
-            in full. In the last two cases PEFT could not save the weights.
+            in full. In the last two cases PEFT could not save the weights. Or see `check_beside_others`.
     """
     modules = dict(BackboneView(model).named_modules(remove_duplicate=False))
-    tokens = config.trainable_token_indices or {}
-    if not isinstance(tokens, dict):
-        tokens = {str(_get_input_embeddings_name(model, "embed_tokens")): tokens}
+    tokens = tokens_by_ending(model, config)
     for ending, indices in tokens.items():
         found = [name for name in modules if name.endswith(ending)]
         if not found:
@@ -110,6 +115,7 @@ def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig, adapter_na
         rows = min(_rows(modules[name]) for name in found)
         if indices and max(indices) >= rows:
             raise ValueError(f"trainable_token_indices: '{ending}' has {rows} tokens, none of index {max(indices)}.")
+    check_beside_others(model, modules, config, adapter_name)
 
     endings = (*(config.modules_to_save or ()), *tokens)
     in_full = [n for n, m in modules.items() if n and (_is_wrapper(m) or n.endswith(endings))]
