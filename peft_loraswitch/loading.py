@@ -17,12 +17,14 @@ import functools
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers.utils
 from peft import PeftModel
 from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -133,8 +135,7 @@ def watch_loads() -> None:
         (PeftModel, "from_pretrained", _watched),
         (transformers_peft.PeftAdapterMixin, "load_adapter", _watched),
         (PeftConfigMixin, "from_json_file", _read_after_a_check),
-        (transformers_peft, "find_adapter_config_file", _found_after_a_check),
-        (auto_factory, "find_adapter_config_file", _found_after_a_check),
+        *((module, "find_adapter_config_file", _found_after_a_check) for module in _searching_for_configs()),
     ):
         original = vars(owner)[name]
         function = original.__func__ if isinstance(original, classmethod) else original
@@ -143,6 +144,13 @@ def watch_loads() -> None:
         watched = functools.wraps(function)(watch(function))
         watched.watched_by_loraswitch = True  # type: ignore[attr-defined]
         setattr(owner, name, classmethod(watched) if isinstance(original, classmethod) else watched)
+
+
+def _searching_for_configs() -> list[Any]:
+    """Transformers' modules that have the search for adapter_config.json under its name. `pipelines`, slow to import, may come
+    later, and takes it from `utils` then."""
+    imported = sys.modules.get("transformers.pipelines")
+    return [transformers.utils, transformers_peft, auto_factory, *([imported] if imported is not None else [])]
 
 
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:

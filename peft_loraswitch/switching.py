@@ -82,7 +82,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def _take_off_unused_wrappers(model: nn.Module) -> None:
-    """Put the modules back that no adapter trains any more: PEFT leaves a wrapper there, whose kind the next adapter would get."""
+    """Put the modules back that no adapter trains any more: PEFT leaves a wrapper there, and the next adapter would get
+    its kind."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, AuxiliaryTrainingWrapper) and not child._adapters:

@@ -78,8 +78,8 @@ def check_beside_others(model: Any, modules: dict[str, nn.Module], config: LoRAS
         in_full.update(tied)
     for name in sorted(in_part & in_full):
         raise ValueError(
-            f"trainable_token_indices and modules_to_save of adapter '{adapter_name}' both train '{name}' (modules whose weights are "
-            "tied count as one): leave it out of one of them."
+            f"trainable_token_indices and modules_to_save of adapter '{adapter_name}' both train '{name}' (modules whose weights "
+            "are tied count as one): leave it out of one of them."
         )
     for name in sorted(in_part | in_full):
         wrapper: Any = modules.get(name)
@@ -92,15 +92,15 @@ def check_beside_others(model: Any, modules: dict[str, nn.Module], config: LoRAS
         advice = f"Call delete_adapter for {others} first, or load '{adapter_name}' on a model of its own."
         if of_tokens is not (name in in_part):
             raise ValueError(
-                f"{ours}: adapter '{adapter_name}' trains '{name}', which {others} on this model has by {theirs}; PEFT can do only "
-                f"one of the two with a module. {advice}"
+                f"{ours}: adapter '{adapter_name}' trains '{name}', which {others} on this model has by {theirs}; PEFT can do "
+                f"only one of the two with a module. {advice}"
             )
         if of_tokens and name in tied[1:] and apart is (wrapper.token_adapter.tied_adapter is not None):
             ways = (f"tied to those of '{tied[0]}'", "by themselves")
             our_way, their_way = ways[::-1] if apart else ways
             raise ValueError(
-                f"trainable_token_indices: adapter '{adapter_name}' trains tokens of '{name}' {our_way}, but {others} on this model "
-                f"trains them {their_way}; PEFT can do only one of the two, for all adapters of a model. {advice}"
+                f"trainable_token_indices: adapter '{adapter_name}' trains tokens of '{name}' {our_way}, but {others} on this "
+                f"model trains them {their_way}; PEFT can do only one of the two, for all adapters of a model. {advice}"
             )
 
 

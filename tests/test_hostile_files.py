@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from helpers import adapted, switch_config, tiny_llama, tiny_opt, tokens
 from loaders import (
@@ -30,7 +31,7 @@ from loaders import (
     same_shape,
     save_adapter,
 )
-from peft_loraswitch import weights_file
+from peft_loraswitch import LoRASwitchConfig, weights_file
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
@@ -166,6 +167,15 @@ HUGE = {
     "one layer of many": (one_huge_layer, "missing: |num_experts=256, but"),
     "a header that claims to be": (with_header(b"{}", size=2**62), "truncated or not"),
     "a header": (with_header(b" " * (weights_file.MAX_HEADER_BYTES + 1)), "has a header of"),
+    "a nested header": (with_header(b"[" * 100_000), "truncated or not"),
+    "nested metadata": (
+        with_header(b'{"__metadata__": ' + b'{"a": ' * 100_000 + b"1" + b"}" * 100_001),
+        "truncated or not",
+    ),
+    "a nested shape": (
+        with_header(b'{"a": {"dtype": "F32", "data_offsets": [0, 0], "shape": ' + b"[" * 10**5 + b"]" * 10**5 + b"}}"),
+        "truncated or not",
+    ),
     "many tensors": (
         with_header(many_tensors(100_000)),
         "missing: |not in the model: t0",
@@ -205,15 +215,40 @@ def test_refused_at_once(loader, problem, adapter):
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
+
+def nested_field(name: str, depth: int):
+    """A field that is a list in a list in a list ..."""
+
+    def corrupt(folder: Path) -> None:
+        content = json.dumps({**json.loads((folder / CONFIG).read_text()), name: "here"})
+        (folder / CONFIG).write_text(content.replace('"here"', "[" * depth + "]" * depth))
+
+    return corrupt
+
+
 BAD_CONFIGS = {
     "FIFO": (instead(os.mkfifo, CONFIG), "adapter|Unrecognized|config"),
     "device": (instead(lambda path: path.symlink_to("/dev/zero"), CONFIG), "adapter|Unrecognized|config"),
     "link to itself": (instead(lambda path: path.symlink_to(path), CONFIG), "adapter|Unrecognized|config"),
-    "huge": (lambda folder: os.truncate(folder / CONFIG, weights_file.MAX_CONFIG_BYTES + 1), f"{CONFIG} has .* bytes"),
+    "too large": (
+        lambda folder: os.truncate(folder / CONFIG, weights_file.MAX_CONFIG_BYTES + 1),
+        f"{CONFIG} has .* bytes",
+    ),
+    "huge": (lambda folder: os.truncate(folder / CONFIG, 400 * 2**20), f"{CONFIG} has .* bytes"),
     "truncated": (lambda folder: os.truncate(folder / CONFIG, 100), f"{CONFIG}: "),
     "empty": (lambda folder: os.truncate(folder / CONFIG, 0), f"{CONFIG}: "),
     "a list": (lambda folder: (folder / CONFIG).write_text("[1]"), f"{CONFIG} holds a JSON list"),
     "nested": (lambda folder: (folder / CONFIG).write_text("[" * 99_999), f"{CONFIG} is not JSON"),
+    "nested to its end": (
+        lambda folder: (folder / CONFIG).write_text("[" * 99_999 + "]" * 99_999),
+        f"{CONFIG} is not JSON",
+    ),
+    "nested objects": (lambda folder: (folder / CONFIG).write_text('{"a":' * 99_999), f"{CONFIG} is not JSON"),
+    "nested deeply": (nested_field("auto_mapping", 99_999), f"{CONFIG} is not JSON"),
+    **{
+        f"a nested {name}": (nested_field(name, depth=400), name)
+        for name in ("peft_type", "auto_mapping", "base_model_name_or_path", "rank_pattern", "target_modules", "other")
+    },
     "bytes": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"), f"{CONFIG} is not JSON"),
     "digits": (lambda folder: (folder / CONFIG).write_text('{"r": ' + "9" * 9999 + "}"), f"{CONFIG} is not JSON"),
     "backbone's name": (configure(base_model_name_or_path=["a"]), "base_model_name_or_path=.*must be a text"),
@@ -225,10 +260,18 @@ BAD_CONFIGS = {
 }
 
 
+READERS = {
+    **LOADERS,
+    "pipeline": (tiny_llama, lambda model, folder: pipeline("text-generation", model=str(folder))),
+    "LoRASwitchConfig": (tiny_llama, lambda model, folder: LoRASwitchConfig.from_pretrained(folder)),
+    "PeftConfig": (tiny_llama, lambda model, folder: PeftConfig.from_pretrained(folder)),
+}
+
+
 @pytest.mark.parametrize("problem", BAD_CONFIGS)
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", READERS)
 def test_a_bad_configuration(loader, problem, adapter):
-    build, load = LOADERS[loader]
+    build, load = READERS[loader]
     corrupt, message = BAD_CONFIGS[problem]
     corrupt(adapter)
     model = build()

@@ -278,8 +278,8 @@ def check_both(model: PeftModel, first: torch.Tensor, new: torch.Tensor) -> None
 @pytest.mark.parametrize("first", WITH_EMBEDDINGS[::4], ids=str)
 def test_loads_beside_any_other(first, saved, tmp_path):
     """The first adapter may have wrapped the embeddings, which then have other names in the model. A second one either computes
-    what it does alone, also saved again and when the first is deleted, and does no harm to the first; or it is refused by name, and
-    loads once the first is deleted."""
+    what it does alone, also saved again and when the first is deleted, and does no harm to the first; or it is refused by name,
+    and loads once the first is deleted."""
     outcomes = Counter()
     for options in [c for c in WITH_EMBEDDINGS if c[:3] == first[:3]]:
         (folder, wanted), (first_folder, first_wanted) = saved(options), saved(first)
