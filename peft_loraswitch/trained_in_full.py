@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import (
     AuxiliaryTrainingWrapper,
@@ -22,10 +23,13 @@ from peft.utils.other import (
 from torch import nn
 
 from .layer import LoRASwitchLayer
+from .layout import PREFIX, owner, plain_name
 from .tied_embeddings import check_beside_others, tied_names, tokens_by_ending, trains_tokens_apart
 
 if TYPE_CHECKING:
     from .config import LoRASwitchConfig
+
+TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 def pass_over_other_adapters() -> None:
@@ -98,6 +102,30 @@ def within_trained_in_full(model: nn.Module, names: list[str]) -> dict[str, str]
     return {name: reason for name in names if name.startswith(wrappers)} if wrappers else {}
 
 
+def trained_shapes(model: nn.Module, config: LoRASwitchConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that the file of an adapter must hold besides its experts, by `plain_name` of its key. Modules
+    within a module that is trained in full are left out: their names depend on how PEFT wraps them."""
+    modules = dict(BackboneView(model).named_modules())
+    shapes: dict[str, tuple[int, ...]] = {}
+    endings, tied = tuple(config.modules_to_save or ()), tied_names(model)[1:]
+    outside = ""
+    for name, module in modules.items():  # depth first
+        if not endings or not name.endswith(endings) or (outside and name.startswith(outside)):
+            continue
+        outside = f"{name}."
+        for key, tensor in _without_wrapper(module).state_dict(prefix=outside).items():
+            if owner(key) is None and isinstance(tensor, torch.Tensor):
+                shapes[plain_name(PREFIX + key)] = tuple(tensor.shape)
+    apart = trains_tokens_apart(model, config)
+    for ending, indices in tokens_by_ending(model, config).items():
+        for name in (n for n in modules if n.endswith(ending) and (apart or n not in tied)):
+            weight = getattr(_without_wrapper(modules[name]), "weight", None)
+            if weight is not None:
+                key = plain_name(f"{PREFIX}{name}.{TOKENS}")
+                shapes.setdefault(key, (len(indices), *weight.shape[-1:]))
+    return shapes
+
+
 def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig, adapter_name: str) -> None:
     """Check, before anything is changed, what PEFT would find out later or not at all.
 
@@ -119,6 +147,9 @@ def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig, adapter_na
 
     endings = (*(config.modules_to_save or ()), *tokens)
     in_full = [n for n, m in modules.items() if n and (_is_wrapper(m) or n.endswith(endings))]
+    _check_not_within(
+        modules, [name for name in modules if name and name.endswith(tuple(config.modules_to_save or ()))]
+    )
     adapters = {adapter_name, *(n for m in modules.values() if isinstance(m, LoRASwitchLayer) for n in m.loraswitch_A)}
     for layer in (n for n, m in modules.items() if isinstance(m, LoRASwitchLayer)):
         clashing = [name for name in in_full if f"{layer}.".startswith(f"{name}.") and not _is_wrapper(modules[name])]
@@ -137,10 +168,26 @@ def check_trained_in_full(model: nn.Module, config: LoRASwitchConfig, adapter_na
             )
 
 
+def _check_not_within(modules: dict[str, nn.Module], names: list[str]) -> None:
+    """PEFT saves a module within another one under names that it does not find when it loads."""
+    outside = ""
+    for name in names:  # depth first
+        if outside and name.startswith(f"{outside}."):
+            if _without_wrapper(modules[name]).state_dict():
+                raise ValueError(
+                    f"modules_to_save: '{name}' lies within '{outside}', which is trained in full as well: leave it out."
+                )
+        else:
+            outside = name
+
+
 def _is_wrapper(module: nn.Module) -> bool:
     return isinstance(module, AuxiliaryTrainingWrapper)
 
 
 def _rows(module: nn.Module) -> int:
-    module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
-    return getattr(getattr(module, "weight", None), "shape", (sys.maxsize,))[0]
+    return getattr(getattr(_without_wrapper(module), "weight", None), "shape", (sys.maxsize,))[0]
+
+
+def _without_wrapper(module: Any) -> nn.Module:
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from transformers import pipeline
 
@@ -210,6 +211,63 @@ def test_refused_at_once(loader, problem, adapter):
     corrupt(adapter)
     model = build()
     with unchanged(model), pytest.raises(ValueError, match=message), bounded(seconds=5, megabytes=300):
+        load(model, adapter)
+
+
+# ------------------------------------------------------------------------------------------------- modules trained in full
+
+EVERYTHING = ["e", "s", "m", "0", "1", "2", "p", "d", "n"]  # short endings that all modules' names have
+LARGE = ["orm", "tokens", "head", "mlp"]
+TRAINED = {
+    "all modules": (configure(modules_to_save=EVERYTHING), "modules_to_save: '.*' lies within"),
+    "all large modules": (configure(modules_to_save=LARGE), "missing: .*modules_to_save"),
+    "all modules, tensors of no size": (
+        lambda folder: (
+            configure(modules_to_save=LARGE)(folder),
+            rewrite(lambda held: held.update({PREFIX + key: torch.zeros(0) for key in tiny_llama().state_dict()}))(
+                folder
+            ),
+        ),
+        "wrong shape: ",
+    ),
+    "all modules of other names": (
+        configure(modules_to_save=[*LARGE, *(f"no{i}" for i in range(1000))]),
+        "missing: .*modules_to_save",
+    ),
+    "the head": (configure(modules_to_save=["lm_head"]), "missing: .*lm_head.weight .of modules_to_save"),
+    "tokens everywhere": (configure(trainable_token_indices={"s": [1], "d": [1, 2]}), "missing: .*trainable_token"),
+    "rows of every linear": (
+        configure(trainable_token_indices={"proj": list(range(30))}),
+        "missing: .*trainable_token",
+    ),
+    "too many names": (
+        configure(modules_to_save=[f"no{i}" for i in range(100_000)]),
+        "modules_to_save has 100,000 names",
+    ),
+    "too many embeddings": (
+        configure(
+            trainable_token_indices={"no_embedding_of_the_model"[i:]: [1] for i in range(25)}
+            | {f"no{i}": [1] for i in range(100)}
+        ),
+        "trainable_token_indices has 125 names",
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", TRAINED)
+@pytest.mark.parametrize("loader", [name for name in LOADERS if name != "into an adapter that exists"])
+def test_nothing_is_copied_that_the_file_does_not_hold(loader, problem, adapter, monkeypatch):
+    """PEFT copies a module that is trained in full when it wraps it, and reads the file later."""
+    build, load = LOADERS[loader]
+    corrupt, message = TRAINED[problem]
+    corrupt(adapter)
+    model = build()
+
+    def wrap(*args, **kwargs):
+        pytest.fail("a module has been wrapped")
+
+    monkeypatch.setattr(AuxiliaryTrainingWrapper, "__init__", wrap)
+    with unchanged(model), pytest.raises(ValueError, match=message), bounded(seconds=5, megabytes=100):
         load(model, adapter)
 
 

@@ -356,6 +356,20 @@ def test_saves_and_loads_beside_one_that_trains_tokens(tmp_path):
     assert torch.equal(logits_of(model), wanted)
 
 
+def test_modules_within_modules_trained_in_full(tmp_path):
+    """What has no tensors may be there; what has some PEFT would save and not find again."""
+    model = get_peft_model(tiny_llama(), switch_config(modules_to_save=["layers.0.mlp", "lm_head", "act_fn"])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits_of(model))
+    model = tiny_llama()
+    with unchanged(model), pytest.raises(ValueError, match="modules_to_save: '.*mlp.up_proj' lies within '.*mlp'"):
+        get_peft_model(model, switch_config(target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"]))
+
+
 # ---------------------------------------------------------------------------------------------------------- trainers
 
 TRAINED = [
