@@ -28,6 +28,8 @@ MAX_SCALE, MIN_SCALE = 65504.0, 2.0**-126  # the largest float16, the smallest n
 MAX_COEFFICIENT = 1e6
 MAX_BLOCKS = 65536
 MAX_NAME = 4096
+MAX_NAMES = 16384  # of modules_to_save: a module each
+MAX_EMBEDDINGS = 64  # of trainable_token_indices
 
 
 @dataclass
@@ -302,6 +304,8 @@ class LoRASwitchConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not (name == "layers_pattern" and isinstance(value, str)):
                 _require_names(name, value)
+        if len(self.modules_to_save or ()) > MAX_NAMES:
+            raise ValueError(f"modules_to_save has {len(self.modules_to_save or ()):,} names; at most {MAX_NAMES:,}.")
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
             compile_pattern("layers_pattern", pattern, BLOCK)
         _require_indices("layers_to_transform", self.layers_to_transform)
@@ -310,6 +314,8 @@ class LoRASwitchConfig(PeftConfig):
                 f"layers_to_transform has {len(self.layers_to_transform):,} indices; at most {MAX_BLOCKS:,}."
             )
         tokens = self.trainable_token_indices
+        if isinstance(tokens, dict) and len(tokens) > MAX_EMBEDDINGS:
+            raise ValueError(f"trainable_token_indices has {len(tokens):,} names; at most {MAX_EMBEDDINGS}.")
         for name, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
             field = f"trainable_token_indices{[name] if name else ''}"
             _require_indices(field, indices, lists_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import peft.tuners.tuners_utils
 import peft.utils.other
 import peft.utils.save_and_load
 import transformers.modeling_utils
+import transformers.utils
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from peft.config import PeftConfigMixin
@@ -90,6 +92,8 @@ PATCHES = (
     Patch(PeftModel, "from_pretrained", load.watched_load, "load", PEFT),
     Patch(Mixin, "load_adapter", load.watched_load, "load", TRANSFORMERS),
     Patch(PeftConfigMixin, "from_json_file", load.config_read_after_a_check, "config", PEFT),
+    # transformers.pipelines, slow to import, takes it from `utils` if it comes later
+    Patch(transformers.utils, "find_adapter_config_file", load.config_found_after_a_check, "config", TRANSFORMERS),
     Patch(transformers_peft, "find_adapter_config_file", load.config_found_after_a_check, "config", TRANSFORMERS),
     Patch(auto_factory, "find_adapter_config_file", load.config_found_after_a_check, "config", TRANSFORMERS),
     Patch(peft.peft_model, "safe_save_file", safe_save.watched_save_file, "save", PEFT),
@@ -122,6 +126,9 @@ def install(config_class: type, model_class: type) -> None:
     """Make PEFT and Transformers know the method. Safe to call again (re-import, spawned worker, test runner)."""
     for patch in PATCHES:
         patch.apply()
+    pipelines = sys.modules.get("transformers.pipelines")
+    if pipelines is not None:
+        Patch(pipelines, "find_adapter_config_file", load.config_found_after_a_check, "config", TRANSFORMERS).apply()
     _take_over_optimizers()
     peft_type = extend_peft_type()
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:

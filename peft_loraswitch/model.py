@@ -32,6 +32,7 @@ from .switching import (
 )
 from .targets.plan import InjectionPlan, plan_injection
 from .targets.selection import selects
+from .targets.tied_embeddings import tied_names
 from .targets.trained_in_full import train_in_full
 
 
@@ -117,6 +118,10 @@ class LoRASwitchModel(BaseTuner):
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LoRASwitchConfig) -> None:
         super()._check_tied_modules(model, self._injected or peft_config)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # PEFT finds none where an adapter trains the input embeddings in full, and would not tie those of the next one
+        return super()._get_module_names_tied_with_embedding() or tied_names(self.model)[1:]
 
     def _add_modules_to_save_to_tie(self, peft_config: LoRASwitchConfig, tied_weight_keys: list[str]) -> None:
         """What `ensure_weight_tying` asks for: PEFT's LoRA knows how."""

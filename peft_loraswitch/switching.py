@@ -71,12 +71,22 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> list[str]:
         if adapter_name in wrapper._adapters:
             here = [name for name in active if name in wrapper._adapters]
             wrapper.delete_adapter(adapter_name, new_active_adapters=here or None)
+    _take_off_unused_wrappers(model)
     tell_wrappers(model, active)
     if active and before == [adapter_name]:
         modules: list[Any] = [*layers, *_wrappers(model)]
         for module in modules:
             module.set_requires_grad(active, trained)
     return active
+
+
+def _take_off_unused_wrappers(model: nn.Module) -> None:
+    """Put the modules back that no adapter trains any more: PEFT leaves a wrapper there, and the next adapter would get
+    its kind."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, AuxiliaryTrainingWrapper) and not child._adapters:
+                setattr(module, name, child.original_module)
 
 
 def tell_wrappers(model: nn.Module, active: list[str], inference_mode: bool = False) -> None:

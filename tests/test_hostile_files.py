@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from helpers import adapted, switch_config, tiny_llama, tiny_opt, tokens
 from loaders import (
@@ -30,6 +32,7 @@ from loaders import (
     same_shape,
     save_adapter,
 )
+from peft_loraswitch import LoRASwitchConfig
 from peft_loraswitch.loading import weights_file
 from unchanged import unchanged
 
@@ -166,6 +169,15 @@ HUGE = {
     "one layer of many": (one_huge_layer, "missing: |num_experts=256, but"),
     "a header that claims to be": (with_header(b"{}", size=2**62), "truncated or not"),
     "a header": (with_header(b" " * (weights_file.MAX_HEADER_BYTES + 1)), "has a header of"),
+    "a nested header": (with_header(b"[" * 100_000), "truncated or not"),
+    "nested metadata": (
+        with_header(b'{"__metadata__": ' + b'{"a": ' * 100_000 + b"1" + b"}" * 100_001),
+        "truncated or not",
+    ),
+    "a nested shape": (
+        with_header(b'{"a": {"dtype": "F32", "data_offsets": [0, 0], "shape": ' + b"[" * 10**5 + b"]" * 10**5 + b"}}"),
+        "truncated or not",
+    ),
     "many tensors": (
         with_header(many_tensors(100_000)),
         "missing: |not in the model: t0",
@@ -203,17 +215,99 @@ def test_refused_at_once(loader, problem, adapter):
         load(model, adapter)
 
 
+# ------------------------------------------------------------------------------------------------- modules trained in full
+
+EVERYTHING = ["e", "s", "m", "0", "1", "2", "p", "d", "n"]  # short endings that all modules' names have
+LARGE = ["orm", "tokens", "head", "mlp"]
+TRAINED = {
+    "all modules": (configure(modules_to_save=EVERYTHING), "modules_to_save: '.*' lies within"),
+    "all large modules": (configure(modules_to_save=LARGE), "missing: .*modules_to_save"),
+    "all modules, tensors of no size": (
+        lambda folder: (
+            configure(modules_to_save=LARGE)(folder),
+            rewrite(lambda held: held.update({PREFIX + key: torch.zeros(0) for key in tiny_llama().state_dict()}))(
+                folder
+            ),
+        ),
+        "wrong shape: ",
+    ),
+    "all modules of other names": (
+        configure(modules_to_save=[*LARGE, *(f"no{i}" for i in range(1000))]),
+        "missing: .*modules_to_save",
+    ),
+    "the head": (configure(modules_to_save=["lm_head"]), "missing: .*lm_head.weight .of modules_to_save"),
+    "tokens everywhere": (configure(trainable_token_indices={"s": [1], "d": [1, 2]}), "missing: .*trainable_token"),
+    "rows of every linear": (
+        configure(trainable_token_indices={"proj": list(range(30))}),
+        "missing: .*trainable_token",
+    ),
+    "too many names": (
+        configure(modules_to_save=[f"no{i}" for i in range(100_000)]),
+        "modules_to_save has 100,000 names",
+    ),
+    "too many embeddings": (
+        configure(
+            trainable_token_indices={"no_embedding_of_the_model"[i:]: [1] for i in range(25)}
+            | {f"no{i}": [1] for i in range(100)}
+        ),
+        "trainable_token_indices has 125 names",
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", TRAINED)
+@pytest.mark.parametrize("loader", [name for name in LOADERS if name != "into an adapter that exists"])
+def test_nothing_is_copied_that_the_file_does_not_hold(loader, problem, adapter, monkeypatch):
+    """PEFT copies a module that is trained in full when it wraps it, and reads the file later."""
+    build, load = LOADERS[loader]
+    corrupt, message = TRAINED[problem]
+    corrupt(adapter)
+    model = build()
+
+    def wrap(*args, **kwargs):
+        pytest.fail("a module has been wrapped")
+
+    monkeypatch.setattr(AuxiliaryTrainingWrapper, "__init__", wrap)
+    with unchanged(model), pytest.raises(ValueError, match=message), bounded(seconds=5, megabytes=100):
+        load(model, adapter)
+
+
 # -------------------------------------------------------------------------------------------------------- configuration
+
+
+def nested_field(name: str, depth: int):
+    """A field that is a list in a list in a list ..."""
+
+    def corrupt(folder: Path) -> None:
+        content = json.dumps({**json.loads((folder / CONFIG).read_text()), name: "here"})
+        (folder / CONFIG).write_text(content.replace('"here"', "[" * depth + "]" * depth))
+
+    return corrupt
+
 
 BAD_CONFIGS = {
     "FIFO": (instead(os.mkfifo, CONFIG), "adapter|Unrecognized|config"),
     "device": (instead(lambda path: path.symlink_to("/dev/zero"), CONFIG), "adapter|Unrecognized|config"),
     "link to itself": (instead(lambda path: path.symlink_to(path), CONFIG), "adapter|Unrecognized|config"),
-    "huge": (lambda folder: os.truncate(folder / CONFIG, weights_file.MAX_CONFIG_BYTES + 1), f"{CONFIG} has .* bytes"),
+    "too large": (
+        lambda folder: os.truncate(folder / CONFIG, weights_file.MAX_CONFIG_BYTES + 1),
+        f"{CONFIG} has .* bytes",
+    ),
+    "huge": (lambda folder: os.truncate(folder / CONFIG, 400 * 2**20), f"{CONFIG} has .* bytes"),
     "truncated": (lambda folder: os.truncate(folder / CONFIG, 100), f"{CONFIG}: "),
     "empty": (lambda folder: os.truncate(folder / CONFIG, 0), f"{CONFIG}: "),
     "a list": (lambda folder: (folder / CONFIG).write_text("[1]"), f"{CONFIG} holds a JSON list"),
     "nested": (lambda folder: (folder / CONFIG).write_text("[" * 99_999), f"{CONFIG} is not JSON"),
+    "nested to its end": (
+        lambda folder: (folder / CONFIG).write_text("[" * 99_999 + "]" * 99_999),
+        f"{CONFIG} is not JSON",
+    ),
+    "nested objects": (lambda folder: (folder / CONFIG).write_text('{"a":' * 99_999), f"{CONFIG} is not JSON"),
+    "nested deeply": (nested_field("auto_mapping", 99_999), f"{CONFIG} is not JSON"),
+    **{
+        f"a nested {name}": (nested_field(name, depth=400), name)
+        for name in ("peft_type", "auto_mapping", "base_model_name_or_path", "rank_pattern", "target_modules", "other")
+    },
     "bytes": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"), f"{CONFIG} is not JSON"),
     "digits": (lambda folder: (folder / CONFIG).write_text('{"r": ' + "9" * 9999 + "}"), f"{CONFIG} is not JSON"),
     "backbone's name": (configure(base_model_name_or_path=["a"]), "base_model_name_or_path=.*must be a text"),
@@ -225,10 +319,18 @@ BAD_CONFIGS = {
 }
 
 
+READERS = {
+    **LOADERS,
+    "pipeline": (tiny_llama, lambda model, folder: pipeline("text-generation", model=str(folder))),
+    "LoRASwitchConfig": (tiny_llama, lambda model, folder: LoRASwitchConfig.from_pretrained(folder)),
+    "PeftConfig": (tiny_llama, lambda model, folder: PeftConfig.from_pretrained(folder)),
+}
+
+
 @pytest.mark.parametrize("problem", BAD_CONFIGS)
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", READERS)
 def test_a_bad_configuration(loader, problem, adapter):
-    build, load = LOADERS[loader]
+    build, load = READERS[loader]
     corrupt, message = BAD_CONFIGS[problem]
     corrupt(adapter)
     model = build()

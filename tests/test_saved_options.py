@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,7 @@ TOKENS: dict[str | None, Any] = {
     "input": {"embed_tokens": [1, 5]},
     "both": {"embed_tokens": [1, 5], "lm_head": [1, 5]},
     "output": {"lm_head": [2]},
+    "different": {"embed_tokens": [1, 5], "lm_head": [2]},
 }
 
 
@@ -95,6 +97,7 @@ def combinations() -> list[Options]:
         )
         if not (modules and indices)  # an embedding is trained in full or in part
         and (tied or not tie)
+        and not (tie and indices == "different")  # PEFT refuses
         and save is not resized  # "auto" is the same
     ]
     if not BIASES_ARE_SAVED:
@@ -263,33 +266,81 @@ def test_the_layout_is_what_peft_saves(options, saved):
 WITH_EMBEDDINGS = [c for c in combinations() if c.build == "llama" and c.save_embedding_layers is not False]
 
 
-@pytest.mark.parametrize(
-    "first",  # PEFT cannot run a tied model that got a second adapter after tokens of the output embeddings alone
-    [c for c in WITH_EMBEDDINGS if not (c.tied and c.trainable_token_indices == "output")][::4],
-    ids=str,
-)
-def test_loads_beside_any_other(first, saved):
-    """The first adapter may have wrapped the embeddings, which then have other names in the model. Where embeddings are tied
-    PEFT makes what the second trains from what the first has tied, which is not always what it was alone: then it does not
-    load."""
-    loaded = 0
+ONE_OF_THE_TWO = "adapter 'new' .*'first' on this model .*PEFT can do only one of the two.*delete_adapter"
+
+
+def check_both(model: PeftModel, first: torch.Tensor, new: torch.Tensor) -> None:
+    for name, wanted in (("first", first), ("new", new), ("first", first)):
+        model.set_adapter(name)
+        assert torch.allclose(logits_of(model), wanted, atol=1e-6), name
+
+
+@pytest.mark.parametrize("first", WITH_EMBEDDINGS[::4], ids=str)
+def test_loads_beside_any_other(first, saved, tmp_path):
+    """The first adapter may have wrapped the embeddings, which then have other names in the model. A second one either computes
+    what it does alone, also saved again and when the first is deleted, and does no harm to the first; or it is refused by name,
+    and loads once the first is deleted."""
+    outcomes = Counter()
     for options in [c for c in WITH_EMBEDDINGS if c[:3] == first[:3]]:
-        if options.tied and options.trainable_token_indices == "output":
-            continue  # not right beside another adapter: PEFT trains the tied input embeddings in its place
-        folder, wanted = saved(options)
-        if {"1" if o.modules_to_save else "2" if o.trainable_token_indices else "" for o in (first, options)} >= {
-            "1",
-            "2",
-        }:
-            continue  # PEFT puts one kind of wrapper around a module
-        try:
-            model = load_beside(options, folder, first)
-        except ValueError as error:
-            assert options.tied and "adapter_model.safetensors" in str(error)
-            continue
+        (folder, wanted), (first_folder, first_wanted) = saved(options), saved(first)
+        model = PeftModel.from_pretrained(backbone(options), first_folder, adapter_name="first")
+        if not same_wrappers(first, options):
+            with unchanged(model), pytest.raises(ValueError, match=ONE_OF_THE_TWO):
+                model.load_adapter(folder, "new")
+            model.delete_adapter("first")
+            model.load_adapter(folder, "new")
+        else:
+            model.load_adapter(folder, "new")
+            check_both(model, first_wanted, wanted)
+            model.save_pretrained(tmp_path, save_embedding_layers=options.save_embedding_layers)
+            again = PeftModel.from_pretrained(backbone(options), tmp_path / "new")
+            assert torch.allclose(logits_of(again), wanted, atol=1e-6)
+            model.delete_adapter("first")
+        model.set_adapter("new")
         assert torch.allclose(logits_of(model), wanted, atol=1e-6), str(options)
-        loaded += 1
-    assert loaded >= 2
+        outcomes[same_wrappers(first, options)] += 1
+    assert outcomes[True] >= 2
+
+
+def embeddings_trained(options: Options) -> dict[str, str]:
+    """How an adapter trains the embeddings: a word for each kind of wrapper."""
+    tokens_ = options.trainable_token_indices
+    full, tie = options.modules_to_save or (), options.ensure_weight_tying
+    if options.tied and tokens_ in ("list", "input", "both"):
+        return {"embed_tokens": "tokens", "lm_head": "tied tokens"}
+    if options.tied and full and tie:
+        full = ("embed_tokens", "lm_head")
+    in_part = {"list": ["embed_tokens"], "input": ["embed_tokens"], "output": ["lm_head"]}
+    names = in_part.get(tokens_, ["embed_tokens", "lm_head"]) if tokens_ else []
+    return {**dict.fromkeys(full, "in full"), **dict.fromkeys(names, "tokens")}
+
+
+def same_wrappers(*both: Options) -> bool:
+    first, second = (embeddings_trained(options) for options in both)
+    return all(first[name] == second[name] for name in first.keys() & second.keys())
+
+
+def test_embeddings_trained_in_two_ways():
+    """By one adapter, of a model where the two are tied: PEFT would put two wrappers around the output's."""
+    config = switch_config(modules_to_save=["lm_head"], trainable_token_indices=[1, 5])
+    model = tiny_llama(tie_word_embeddings=True)
+    with unchanged(model), pytest.raises(ValueError, match="trainable_token_indices and modules_to_save .*'lm_head'"):
+        get_peft_model(model, config)
+    get_peft_model(tiny_llama(), config)
+
+
+@pytest.mark.parametrize("tokens_", ["list", "output"])
+def test_a_deleted_adapter_leaves_no_wrapper(tokens_, saved):
+    """One of Transformers' too: what PEFT leaves around a module would decide about the next adapter."""
+    options = Options(tied=True, trainable_token_indices=tokens_)
+    names = [
+        (name, type(module))
+        for name, module in load_into(Options(tied=True), saved(Options(tied=True)).folder).named_modules()
+    ]
+    model = load_into(Options(tied=True), saved(Options(tied=True)).folder)
+    model.load_adapter(saved(options).folder, "first")
+    model.delete_adapter("first")
+    assert [(name, type(module)) for name, module in model.named_modules()] == names
 
 
 def test_saves_and_loads_beside_one_that_trains_tokens(tmp_path):
@@ -303,6 +354,20 @@ def test_saves_and_loads_beside_one_that_trains_tokens(tmp_path):
     model.load_adapter(tmp_path / "new", "new")
     model.set_adapter("new")
     assert torch.equal(logits_of(model), wanted)
+
+
+def test_modules_within_modules_trained_in_full(tmp_path):
+    """What has no tensors may be there; what has some PEFT would save and not find again."""
+    model = get_peft_model(tiny_llama(), switch_config(modules_to_save=["layers.0.mlp", "lm_head", "act_fn"])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits_of(model))
+    model = tiny_llama()
+    with unchanged(model), pytest.raises(ValueError, match="modules_to_save: '.*mlp.up_proj' lies within '.*mlp'"):
+        get_peft_model(model, switch_config(target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"]))
 
 
 # ---------------------------------------------------------------------------------------------------------- trainers

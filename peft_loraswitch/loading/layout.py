@@ -115,11 +115,8 @@ class Layout:
         if info.dtype not in floats and (ours or info.dtype != DTYPES.get(slot.tensor.dtype)):
             kind = "floating-point numbers" if floats else str(slot.tensor.dtype)
             raise ValueError(f"{where}: '{info.key}' holds numbers of type {info.dtype}, not {kind}.")
-        if target.startswith(self.embeddings) and info.shape != wanted and info.shape[1:] == wanted[1:] != ():
-            raise ValueError(
-                f"{where}: wrong shape: '{info.key}' is {list(info.shape)}, this model has {list(wanted)}: the adapter was "
-                f"trained with another vocabulary. Call model.resize_token_embeddings({info.shape[0]}) before loading."
-            )
+        if target.startswith(self.embeddings) and ".trainable_tokens_" not in target:
+            check_vocabulary(where, info, wanted)
         check_shape(where, info.key, info.shape, wanted, self.config)
 
     # --------------------------------------------------------------------------------------------------- filling
@@ -229,6 +226,15 @@ def check_shape(
         raise ValueError(
             f"{where}: wrong shape: '{key}' is {list(shape)}, this model needs {list(wanted)}. The adapter was made for "
             f"another backbone ({config.base_model_name_or_path or 'its name was not saved'})."
+        )
+
+
+def check_vocabulary(where: Any, info: TensorInfo, wanted: tuple[int, ...]) -> None:
+    """Raise a ValueError if embeddings have another number of rows."""
+    if info.shape != wanted and info.shape[1:] == wanted[1:] != ():
+        raise ValueError(
+            f"{where}: wrong shape: '{info.key}' is {list(info.shape)}, this model has {list(wanted)}: the adapter was "
+            f"trained with another vocabulary. Call model.resize_token_embeddings({info.shape[0]}) before loading."
         )
 
 

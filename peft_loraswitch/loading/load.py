@@ -31,13 +31,17 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from ..config import LoRASwitchConfig
 from ..patterns import TimeLimit
 from ..peft_names import PREFIX
+from ..targets.trained_in_full import TOKENS, trained_shapes
 from .layout import (
     Layout,
     Slot,
     backbone_of,
     check_experts,
     check_shape,
+    check_vocabulary,
+    embedding_names,
     expert_shapes,
+    plain_name,
     refuse,
     some,
 )
@@ -237,14 +241,14 @@ def injecting(tuner: nn.Module, config: LoRASwitchConfig) -> Iterator[None]:
 def check_experts_being_loaded(
     model: nn.Module, config: LoRASwitchConfig, adapted: list[str], router: str, before: Collection[str]
 ) -> None:
-    """If a load is in progress: compare the experts in its file with those that are about to be made, so that nothing is
-    allocated that the file does not hold.
+    """If a load is in progress: compare the experts in its file, and the modules that it trains in full, with those that are
+    about to be made, so that nothing is allocated that the file does not hold.
 
     Args:
         adapted, router, before: see `InjectionPlan`.
 
     Raises:
-        ValueError: the file is no safetensors file, or holds other experts. Names file, tensor and shapes.
+        ValueError: the file is no safetensors file, or holds other experts or modules. Names file, tensor and shapes.
     """
     progress = _current.get()
     if progress is None:
@@ -255,6 +259,22 @@ def check_experts_being_loaded(
     refuse(progress.where, [key for key in wanted if key not in header], [])
     for key, shape in wanted.items():
         check_shape(progress.where, key, header[key].shape, shape, config)
+    _check_trained(progress, header, model, config)
+
+
+def _check_trained(progress: _Load, header: Header, model: nn.Module, config: LoRASwitchConfig) -> None:
+    wanted = trained_shapes(model, config)
+    if not wanted:
+        return
+    held = {plain_name(key): info for key, info in header.items()}
+    tokens = "." + plain_name(TOKENS)
+    fields = {key: "trainable_token_indices" if key.endswith(tokens) else "modules_to_save" for key in wanted}
+    refuse(progress.where, [f"{key} (of {fields[key]})" for key in wanted if key not in held], [])
+    embeddings = tuple(f"{PREFIX}{plain_name(name)}." for name in embedding_names(backbone_of(model)))
+    for key, shape in wanted.items():
+        if key.startswith(embeddings) and not key.endswith(tokens):
+            check_vocabulary(progress.where, held[key], shape)
+        check_shape(progress.where, held[key].key, held[key].shape, shape, config)
 
 
 def check_file_being_loaded(model: nn.Module, config: LoRASwitchConfig, adapter_name: str) -> None:

@@ -21,6 +21,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..config import LoRASwitchConfig
+from ..patterns import shown
 from ..peft_names import NAME
 
 # Far beyond what an adapter needs (some 200 bytes a tensor in the header), and still read in a second.
@@ -132,6 +133,8 @@ def read_config_file(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON that can be read ({error}).") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a JSON {type(fields).__name__}, not an object with the fields of an adapter.")
+    if not isinstance(fields.get("peft_type"), (str, type(None))):
+        raise ValueError(f"{path}: peft_type={shown(fields['peft_type'])} must be a text.")
     if fields.get("peft_type") == NAME:
         _check_common_fields(path, fields)
         make_config(fields)
@@ -148,17 +151,19 @@ def _check_common_fields(path: str, fields: Mapping[str, Any]) -> None:
     for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
         value = fields.get(name)
         if not (value is None or isinstance(value, str)) or (value and "\0" in value):
-            raise ValueError(f"{path}: {name}={value!r} must be a text or null.")
+            raise ValueError(f"{path}: {name}={shown(value)} must be a text or null.")
     if fields.get("task_type") not in (None, *TaskType):
-        raise ValueError(f"{path}: task_type={fields['task_type']!r} is not one of {', '.join(TaskType)}, or null.")
+        raise ValueError(
+            f"{path}: task_type={shown(fields['task_type'])} is not one of {', '.join(TaskType)}, or null."
+        )
     if not isinstance(fields.get("inference_mode", False), bool):
-        raise ValueError(f"{path}: inference_mode={fields['inference_mode']!r} must be true or false.")
+        raise ValueError(f"{path}: inference_mode={shown(fields['inference_mode'])} must be true or false.")
     mapping = fields.get("auto_mapping")
     wanted = {"base_model_class", "parent_library"}
     if mapping is not None and not (
         isinstance(mapping, dict) and set(mapping) == wanted and all(isinstance(v, str) for v in mapping.values())
     ):
-        raise ValueError(f"{path}: auto_mapping={mapping!r} must be null or name {' and '.join(sorted(wanted))}.")
+        raise ValueError(f"{path}: auto_mapping={shown(mapping)} must be null or name {' and '.join(sorted(wanted))}.")
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
