@@ -21,7 +21,7 @@ class RouterStatsCallback(TrainerCallback):
         self.adapter_name = adapter_name
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict | None = None, model: Any = None, **kwargs: Any
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
         if model is None or logs is None or "loss" not in logs:  # evaluation and the final summary have their own logs
             return

@@ -177,7 +177,7 @@ class LoRASwitchConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = extend_peft_type()
         self.check()
 

@@ -131,7 +131,7 @@ class _OwnerHooks:
         # a tower without a mask of its own, inside a model whose mask is that of another stream (CLIP's text)
         self.has_no_mask = self.mask_position is None and depth > 0 and isinstance(owner, PreTrainedModel)
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         frame = self._frame()
         if frame is None:
             return
@@ -165,7 +165,7 @@ class _OwnerHooks:
         frame.deepest = depth
         return frame
 
-    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         frame = self.state.running_frame()
         if frame is None or frame.opened_at != self.depth:
             # Nobody asks for the decision any more. torch 2.11 runs the hooks of the outermost module that it compiles outside

@@ -32,7 +32,7 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 from transformers.integrations import peft as transformers_peft
 from transformers.models.auto import auto_factory
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from . import patterns, switching
 from .loading import load

@@ -62,7 +62,8 @@ class ExpertsA(Experts):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> hidden [..., num_experts, r]"""
         num_experts, r, _ = self.weight.shape
-        return F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (num_experts, r))
+        hidden: torch.Tensor = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (num_experts, r))
+        return hidden
 
 
 class ExpertsB(Experts):
@@ -175,7 +176,7 @@ class LoRASwitchLayer(BaseTunerLayer):
             self.loraswitch_router[adapter_name] = Router(self.in_features, config.num_experts)
             self.loraswitch_record[adapter_name] = RoutingRecord(config.num_experts)
             self.loraswitch_pending[adapter_name] = PendingBatches()
-            self.routing_state.router_layers[adapter_name] = self  # type: ignore[assignment]
+            self.routing_state.router_layers[adapter_name] = self
         for name in (*self.adapter_layer_names, "loraswitch_dropout"):
             if adapter_name in getattr(self, name):
                 getattr(self, name)[adapter_name].train(
@@ -344,7 +345,7 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features], in the dtype that the base layer returns."""
-        result = self.base_layer(x, *args, **kwargs)
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
         frame = self.routing_state.frame_or_outside()
@@ -362,7 +363,7 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
         gates = routing.dense_gates_for(x, self.name) * self.scaling[adapter]  # [..., E]
         chosen = routing.chosen_for(x, self.name)  # [..., E]
         inputs: Any = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), experts_a.weight.dtype)
-        hidden = experts_a(inputs)
+        hidden: torch.Tensor = experts_a(inputs)
         if chosen is not None:
             # Not by the gate: Inf * 0 is NaN, and a chosen expert whose gate is 0 (an underflow) keeps its gradient.
             hidden = hidden.where(chosen.unsqueeze(-1), 0.0)

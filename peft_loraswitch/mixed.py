@@ -25,8 +25,8 @@ def mixed_batch(
     state: RoutingState,
     loaded: Iterable[str],
     adapter_names: Sequence[str],
-    inputs: tuple,
-    named: dict,
+    inputs: tuple[Any, ...],
+    named: dict[str, Any],
 ) -> Iterator[None]:
     """Within it, forwards of this thread use `adapter_names`, one per sample.
 
@@ -63,7 +63,7 @@ def _hook(module: nn.Module, state: RoutingState) -> None:
         module._forward_hooks[key] = _PerSample(state)
 
 
-def check_batch_size(names: Sequence[str], inputs: tuple, named: dict) -> None:
+def check_batch_size(names: Sequence[str], inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
     """One name per sample, if the arguments show the batch size. (Within generate, beams multiply it.)"""
     candidates = (*inputs[:1], named.get("input_ids"), named.get("inputs"), named.get("inputs_embeds"))
     tensors = [value for value in candidates if isinstance(value, torch.Tensor) and value.dim() > 1]
@@ -81,7 +81,7 @@ class _PerSample:
     def __init__(self, state: RoutingState) -> None:
         self.state = state
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         names = self.state.adapter_names
         frame = self.state.running_frame()
         if frame is not None:

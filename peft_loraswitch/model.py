@@ -70,11 +70,11 @@ class LoRASwitchModel(BaseTuner):
     @property
     def _mode(self) -> bool:
         """Whether new layers are in training mode: as the module is that the user holds."""
-        return self.training if self._is_kept else self.model.training  # type: ignore[return-value]
+        return self.training if self._is_kept else self.model.training
 
     # ------------------------------------------------------------------------------------------ injection
 
-    def _prepare_adapter_config(self, peft_config: LoRASwitchConfig, model_config: dict) -> LoRASwitchConfig:
+    def _prepare_adapter_config(self, peft_config: LoRASwitchConfig, model_config: dict[str, Any]) -> LoRASwitchConfig:
         if peft_config.target_modules is None:
             targets = self.target_module_mapping.get(str(model_config.get("model_type")), "all-linear")
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
@@ -113,7 +113,7 @@ class LoRASwitchModel(BaseTuner):
         with torch.inference_mode(False):  # as above
             super()._cast_adapter_dtype(*args, **kwargs)
 
-    def _check_target_module_exists(self, config: LoRASwitchConfig, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, config: LoRASwitchConfig, key: str) -> Any:
         return selects(self._injected or config, key)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LoRASwitchConfig) -> None:
@@ -189,7 +189,7 @@ class LoRASwitchModel(BaseTuner):
         config = self.peft_config.pop(adapter_name)
         if not self.peft_config:
             self.peft_config = NoConfigs(config)
-            self.model.peft_config = self.peft_config  # type: ignore[assignment]
+            self.model.peft_config = self.peft_config
 
     # ---------------------------------------------------------------------------------------- statistics
 

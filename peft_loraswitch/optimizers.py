@@ -27,7 +27,12 @@ Rule = Callable[[Tensor], Tensor]  # from the gradient of a parameter to what th
 
 
 def loraplus(
-    original: Callable, layers: list[LoRASwitchLayer], model: nn.Module, optimizer_cls: Any, lr: float, **options: Any
+    original: Callable[..., Any],
+    layers: list[LoRASwitchLayer],
+    model: nn.Module,
+    optimizer_cls: Any,
+    lr: float,
+    **options: Any,
 ) -> Optimizer:
     """LoRA+ (arXiv 2402.12354): the learning rate of B is `loraplus_lr_ratio` times that of all else: A and the router."""
     experts_b = {id(b) for _, _, _, b in _pairs(layers)}
@@ -51,7 +56,7 @@ def loraplus(
 
 
 def lorafa(
-    original: Callable,
+    original: Callable[..., Any],
     layers: list[LoRASwitchLayer],
     model: nn.Module,
     r: int,
@@ -78,7 +83,7 @@ def lorafa(
 
 
 def riemannian(
-    original: Callable,
+    original: Callable[..., Any],
     layers: list[LoRASwitchLayer],
     model: nn.Module,
     optimizer_cls: Any,
@@ -123,9 +128,9 @@ def _pairs(layers: Iterable[LoRASwitchLayer]) -> Iterable[tuple[LoRASwitchLayer,
 def _preconditioned(optimizer_cls: Any, rules: list[tuple[nn.Parameter, Rule]]) -> Any:
     """A subclass whose steps see the gradients that the rules make; `.grad` itself stays as it is."""
 
-    class Preconditioned(optimizer_cls):
+    class Preconditioned(optimizer_cls):  # type: ignore[misc]
         @torch.no_grad()
-        def step(self, closure: Callable | None = None) -> Any:
+        def step(self, closure: Callable[..., Any] | None = None) -> Any:
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -169,7 +174,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def run_helper(name: str, args: tuple, kwargs: dict[str, Any]) -> Optimizer:
+def run_helper(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optimizer:
     """PEFT's helper `name`, or what stands for it on a model with LoRA-Switch."""
     original = getattr(peft.optimizers, name).before_loraswitch  # where integrations.py keeps it
     try:

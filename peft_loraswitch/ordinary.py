@@ -19,7 +19,7 @@ def ordinary(tensor: Tensor) -> Tensor:
         return tensor
     with torch.inference_mode(False):
         twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return twin.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+        return twin.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def make_ordinary(module: nn.Module) -> None:
@@ -38,6 +38,6 @@ class OrdinaryParameters(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._apply(*args, **kwargs)
+        result = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         make_ordinary(self)
         return result

@@ -29,7 +29,7 @@ def _wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
     return (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
 
 
-class NoConfigs(dict):
+class NoConfigs(dict[str, Any]):
     """The configurations of a model whose last adapter has been deleted. `PeftModel` asks the one of the adapter that it takes
     for active how to call the model, and would stop: the last one still says how, until another adapter is active."""
 
@@ -119,7 +119,7 @@ def _switch(model: nn.Module, enabled: bool) -> None:
 # ---------------------------------------------------------------------------------------------- PeftModel, Transformers
 
 
-def delete_in_peft_model(original: Callable, model: PeftModel, adapter_name: str) -> None:
+def delete_in_peft_model(original: Callable[..., Any], model: PeftModel, adapter_name: str) -> None:
     """In place of `PeftModel.delete_adapter`."""
     original(model, adapter_name)
     # PEFT keeps a name of its own besides the active ones, and looks up the configuration by it at every forward
@@ -134,13 +134,13 @@ def _only_ours(model: nn.Module) -> bool:
     return bool(loaded and configs and all(config.peft_type == NAME for config in configs.values()))
 
 
-def active_in_transformers(original: Callable, model: Any) -> list[str]:
+def active_in_transformers(original: Callable[..., Any], model: Any) -> list[str]:
     """In place of Transformers' `model.active_adapters()`."""
     # Transformers asks the first module of PEFT's that it finds, which may be an embedding with trainable tokens
     return list(layers_of(model)[0].active_adapters) if _only_ours(model) else original(model)
 
 
-def set_in_transformers(original: Callable, model: Any, adapter_name: str | list[str]) -> None:
+def set_in_transformers(original: Callable[..., Any], model: Any, adapter_name: str | list[str]) -> None:
     """In place of Transformers' `model.set_adapter()`."""
     names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
     if not _only_ours(model) or not set(names) <= set(model.peft_config):
@@ -149,7 +149,7 @@ def set_in_transformers(original: Callable, model: Any, adapter_name: str | list
     set_adapter_everywhere(model, names, layer_cls=LoRASwitchLayer)
 
 
-def delete_in_transformers(original: Callable, model: Any, adapter_names: str | list[str]) -> None:
+def delete_in_transformers(original: Callable[..., Any], model: Any, adapter_names: str | list[str]) -> None:
     """In place of Transformers' `model.delete_adapter()`."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     if not _only_ours(model) or not set(names) <= set(model.peft_config):
@@ -162,11 +162,11 @@ def delete_in_transformers(original: Callable, model: Any, adapter_names: str | 
         model._hf_peft_config_loaded = False
 
 
-def disable_in_transformers(original: Callable, model: Any) -> None:
+def disable_in_transformers(original: Callable[..., Any], model: Any) -> None:
     """In place of Transformers' `model.disable_adapters()`."""
     _switch(model, enabled=False) if _only_ours(model) else original(model)
 
 
-def enable_in_transformers(original: Callable, model: Any) -> None:
+def enable_in_transformers(original: Callable[..., Any], model: Any) -> None:
     """In place of Transformers' `model.enable_adapters()`."""
     _switch(model, enabled=True) if _only_ours(model) else original(model)

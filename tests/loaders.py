@@ -67,18 +67,23 @@ class OutOfBoundsError(AssertionError):
 
 @contextmanager
 def bounded(seconds: int, megabytes: int) -> Iterator[None]:
-    """What happens within takes no longer and no more memory (beyond the peak so far). Main thread only."""
+    """What happens within takes no more processor time and no more memory (beyond the peak so far), and does not wait for good.
+    Main thread only."""
 
     def stop(*args: Any) -> None:
         raise OutOfBoundsError(f"longer than {seconds} s")
 
-    before, peak = signal.signal(signal.SIGALRM, stop), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    signal.alarm(seconds)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.alarm(12 * seconds)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) // 1024
     if grown > megabytes:
         raise OutOfBoundsError(f"{grown} MB more")

@@ -55,7 +55,7 @@ Header = dict[str, TensorInfo]  # by key of the file, or by the name that it sta
 
 
 def find_weights_file(
-    source: str | os.PathLike, subfolder: str | None = None, pickle_first: bool = False, **hub: Any
+    source: str | os.PathLike[str], subfolder: str | None = None, pickle_first: bool = False, **hub: Any
 ) -> str | None:
     """The safetensors file of an adapter in a folder or on the Hub; None if there is none.
 
@@ -80,7 +80,7 @@ def find_weights_file(
     return None
 
 
-def find_file(source: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> str | None:
+def find_file(source: str | os.PathLike[str], name: str, subfolder: str | None = None, **hub: Any) -> str | None:
     """A file of an adapter in a folder or on the Hub; None if the folder or repository does not have it.
 
     Raises:

@@ -184,7 +184,7 @@ current = _Current()
 _tracing_context = torch._guards.TracingContext.try_get
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def traced() -> bool:
     """Whether a compiler is tracing this code. For hooks: where they are outside of what is compiled, dynamo leaves them to
     Python, but not if they ask torch.compiler.is_compiling(): it would then guard what they read, at every step. (No name here

@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
 from ..peft_names import NAME, PREFIX
@@ -43,7 +44,7 @@ _AUTO_CLASSES = {
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 
 
-def update_model_card(save_directory: str | os.PathLike, config: dict[str, Any]) -> None:
+def update_model_card(save_directory: str | os.PathLike[str], config: dict[str, Any]) -> None:
     """Write or renew the card for the adapter whose configuration has just been saved in `save_directory`.
 
     PEFT saves an adapter named other than "default" in a sub-folder of the repository; such an adapter is described in
@@ -67,7 +68,7 @@ def update_model_card(save_directory: str | os.PathLike, config: dict[str, Any])
     _write_card(root, adapters)
 
 
-def refresh_model_card(folder: str | os.PathLike, repo_id: str | None = None, revision: str | None = None) -> None:
+def refresh_model_card(folder: str | os.PathLike[str], repo_id: str | None = None, revision: str | None = None) -> None:
     """Renew the card of a folder that holds LoRA-Switch adapters; do nothing to any other folder.
 
     Args:
@@ -88,7 +89,7 @@ def refresh_model_card(folder: str | os.PathLike, repo_id: str | None = None, re
 # `ModelCard.save`, which writes them all, and before the two ways to upload a folder, which know the repository's name.
 
 
-def card_saved(original: Callable, card: Any, filepath: str | Path, *args: Any, **kwargs: Any) -> Any:
+def card_saved(original: Callable[..., Any], card: Any, filepath: str | Path, *args: Any, **kwargs: Any) -> Any:
     """In place of `ModelCard.save`, which writes in place, so that a full disk would lose the card of before: the card of one of
     our adapters is written beside it, and then replaces it."""
     path = Path(filepath)
@@ -105,7 +106,7 @@ def card_saved(original: Callable, card: Any, filepath: str | Path, *args: Any, 
 
 
 def model_pushed(
-    original: Callable,
+    original: Callable[..., Any],
     model: Any,
     working_dir: str,
     repo_id: str,
@@ -118,14 +119,14 @@ def model_pushed(
     return original(model, working_dir, repo_id, *args, revision=revision, **kwargs)
 
 
-def folder_uploaded(original: Callable, api: Any, *args: Any, **kwargs: Any) -> Any:
+def folder_uploaded(original: Callable[..., Any], api: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of `HfApi.upload_folder`, by which trainers upload."""
     if kwargs.get("path_in_repo") in (None, "", ".", "./") and {"repo_id", "folder_path"} <= set(kwargs):
         _refresh_or_warn(kwargs["folder_path"], kwargs["repo_id"], kwargs.get("revision"))
     return original(api, *args, **kwargs)
 
 
-def _refresh_or_warn(folder: str | os.PathLike, repo_id: str | None = None, revision: str | None = None) -> None:
+def _refresh_or_warn(folder: str | os.PathLike[str], repo_id: str | None = None, revision: str | None = None) -> None:
     # A card must never be the reason why trained weights are not saved or uploaded.
     try:
         refresh_model_card(folder, repo_id, revision)
@@ -183,7 +184,9 @@ def _hub_id(name: Any) -> str | None:
     return name
 
 
-def _write_card(root: Path, adapters: dict[str, dict], repo_id: str | None = None, revision: str | None = None) -> None:
+def _write_card(
+    root: Path, adapters: dict[str, dict[str, Any]], repo_id: str | None = None, revision: str | None = None
+) -> None:
     path = root / "README.md"
     content = ""
     if path.exists():
@@ -242,7 +245,7 @@ def _insert(text: str, section: str) -> str:
     return text.rstrip() + newline * 2 + section + newline
 
 
-def _update_metadata(data: Any, adapters: dict[str, dict]) -> None:
+def _update_metadata(data: Any, adapters: dict[str, dict[str, Any]]) -> None:
     bases = list(dict.fromkeys(_text_or_none(c.get("base_model_name_or_path")) for c in adapters.values()))
     hub_bases = [base for base in bases if _hub_id(base)]
     data.library_name = "peft"
@@ -257,7 +260,7 @@ def _update_metadata(data: Any, adapters: dict[str, dict]) -> None:
         data.pipeline_tag = next((_PIPELINES.get(str(c.get("task_type"))) for c in adapters.values()), None)
 
 
-def _section(root: Path, adapters: dict[str, dict], repo_id: str | None, revision: str | None) -> str:
+def _section(root: Path, adapters: dict[str, dict[str, Any]], repo_id: str | None, revision: str | None) -> str:
     lines = [
         BEGIN,
         "## LoRA-Switch adapter",
@@ -302,7 +305,7 @@ def _literal(text: Any) -> str:
     return json.dumps(text).replace("<", "\\u003c").replace("`", "\\u0060")
 
 
-def _settings(config: dict, shapes: dict[str, list[int]]) -> Iterator[tuple[str, str]]:
+def _settings(config: dict[str, Any], shapes: dict[str, list[int]]) -> Iterator[tuple[str, str]]:
     base = config.get("base_model_name_or_path")
     link = f"[{base}](https://huggingface.co/{base})" if _hub_id(base) else f"{_code(base)} (a local folder)"
     yield "base model", link if base else "not recorded"
@@ -343,7 +346,7 @@ def _settings(config: dict, shapes: dict[str, list[int]]) -> Iterator[tuple[str,
         yield "trained in full", _code(config["modules_to_save"])
 
 
-def _model_class(config: dict) -> tuple[str, str] | None:
+def _model_class(config: dict[str, Any]) -> tuple[str, str] | None:
     """Module and name of the class that loads the base model; None if it is not one that transformers knows."""
     task = config.get("task_type")
     if isinstance(task, str) and task in _AUTO_CLASSES:
@@ -357,7 +360,7 @@ def _model_class(config: dict) -> tuple[str, str] | None:
     return ("transformers", name) if name.isidentifier() and not keyword.iskeyword(name) else None
 
 
-def _num_labels(config: dict, shapes: dict[str, list[int]]) -> int | None:
+def _num_labels(config: dict[str, Any], shapes: dict[str, list[int]]) -> int | None:
     """Rows of the saved classification head: the base model must be loaded with as many labels."""
     if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
@@ -370,9 +373,11 @@ def _text_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= 4096 else None
 
 
-def _snippets(root: Path, adapters: dict[str, dict], repo_id: str | None, revision: str | None) -> Iterator[str]:
+def _snippets(
+    root: Path, adapters: dict[str, dict[str, Any]], repo_id: str | None, revision: str | None
+) -> Iterator[str]:
     """One piece of code per base model; it runs as it stands, in the adapter's folder if no repository is known."""
-    groups: dict[tuple, dict[str, dict]] = {}
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for subfolder, config in adapters.items():
         labels = _num_labels(config, _shapes(root / subfolder))
         base, base_revision = (_text_or_none(config.get(name)) for name in ("base_model_name_or_path", "revision"))

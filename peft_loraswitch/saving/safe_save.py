@@ -158,7 +158,7 @@ def _beside(path: str, content: bytes, later: ExitStack) -> Written:
 
 
 def watched_save_file(
-    original: Callable, tensors: dict[str, Any], filename: str | os.PathLike, *args: Any, **kwargs: Any
+    original: Callable[..., Any], tensors: dict[str, Any], filename: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> Any:
     """In place of the function by which PEFT and Transformers write weights: those of an adapter of ours wait beside the old
     ones. Other files are written as before."""
@@ -172,7 +172,7 @@ def watched_save_file(
     return None
 
 
-def watched_save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+def watched_save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of `save_pretrained` of PEFT's and of Transformers' models."""
     with suppress(TypeError):  # a wrong call: the original says what is wrong with it
         if not inspect.signature(original).bind(model, *args, **kwargs).arguments.get("safe_serialization", True):

@@ -40,7 +40,7 @@ class UnusedLinears:
             self.handles.append(module.register_forward_pre_hook(self._note))
         return self
 
-    def _note(self, module: nn.Module, args: tuple) -> None:
+    def _note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.ran.add(module)
 
     def end(self) -> None:
@@ -75,7 +75,7 @@ def keep_off_fast_paths(root: nn.Module, layers: set[nn.Module]) -> list[Any]:
     return handles
 
 
-def _nothing(module: nn.Module, args: tuple) -> None:
+def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A hook that does nothing but be there."""
 
 

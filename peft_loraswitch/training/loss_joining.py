@@ -119,7 +119,7 @@ class _AtDecision(torch.autograd.Function):
         return gates.detach(), gates.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, loss_scale: torch.Tensor | None) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor | None, loss_scale: torch.Tensor | None) -> tuple[Any, ...]:
         losses = ctx.gradient
         factor = losses.factor(ctx.next_functions[2][0], loss_scale)
         if factor is None:
@@ -137,7 +137,7 @@ class _AtDecision(torch.autograd.Function):
 def join_at_decision(routing: Routing, weight: torch.Tensor) -> None:
     """Make the gates of a decision that has just been taken the point where the losses join."""
     gradient = RouterGradient()
-    gates, loss_scale = _AtDecision.apply(routing.dense_gates, routing.router_input, weight, gradient)
+    gates, loss_scale = _AtDecision.apply(routing.dense_gates, routing.router_input, weight, gradient)  # type: ignore[no-untyped-call]
     routing.dense_gates, routing.join_point = gates, JoinPoint(gradient, loss_scale)
 
 
@@ -152,7 +152,7 @@ class _AtOutputs(torch.autograd.Function):
         return zero, zero.clone()
 
     @staticmethod
-    def backward(ctx: Any, passed: torch.Tensor | None, loss_scale: torch.Tensor | None) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, passed: torch.Tensor | None, loss_scale: torch.Tensor | None) -> tuple[Any, ...]:
         factor = ctx.gradient.factor(ctx.next_functions[0][0], loss_scale)
         return None if factor is None else (factor * ctx.gradient.value).to(ctx.dtype), None
 
@@ -167,7 +167,7 @@ class _AtOutputsCompiled(torch.autograd.Function):
         return torch.zeros((), dtype=torch.float32, device=weight.device)
 
     @staticmethod
-    def backward(ctx: Any, loss_scale: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, loss_scale: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         factor = torch.where(loss_scale != 0, loss_scale, torch.ones_like(loss_scale))
         return (factor * gradient).to(ctx.dtype), None
@@ -184,7 +184,7 @@ class _Passage(torch.autograd.Function):
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return None, None
         return grad, torch.ones((), dtype=torch.float32, device=ctx.device)
@@ -194,11 +194,11 @@ def join_at_outputs(output: Any, weight: torch.Tensor, gradient: RouterGradient)
     """(output, scalar zero to be added to its loss): `gradient` goes to `weight` when `output` is differentiated."""
     assert gradient.value is not None
     if torch.compiler.is_compiling():
-        zero = _AtOutputsCompiled.apply(weight, gradient.value)
+        zero = _AtOutputsCompiled.apply(weight, gradient.value)  # type: ignore[no-untyped-call]
         if _loss_of(output) is None:  # one for all: they share a backward
             output = _Passages(zero, only_first=True)(output)
         return output, zero
-    passed, loss_scale = _AtOutputs.apply(weight, gradient)
+    passed, loss_scale = _AtOutputs.apply(weight, gradient)  # type: ignore[no-untyped-call]
     passages, loss = _Passages(passed), _loss_of(output)
     if loss is not None:
         passages.leave_alone(loss[1])
@@ -259,7 +259,7 @@ class _Passages:
         if not _is_differentiable(tensor) or id(tensor) in self._left:
             return tensor
         if id(tensor) not in self.made:
-            self.made[id(tensor)] = (tensor, _Passage.apply(tensor, self.zero))
+            self.made[id(tensor)] = (tensor, _Passage.apply(tensor, self.zero))  # type: ignore[no-untyped-call]
         return self.made[id(tensor)][1]
 
 
