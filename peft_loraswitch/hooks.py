@@ -28,7 +28,7 @@ def connect(state: RoutingState, root: nn.Module, layers: Iterable[LoRASwitchLin
     with shared ones only may see other tokens, whose mask is not that of the decision.)"""
     disconnect(state)
     adapted = list(layers)
-    routed: set[nn.Module] = {layer for layer in adapted if any(layer.num_experts.values())}
+    routed: set[nn.Module] = {layer for layer in adapted if any(o.is_routed for o in layer.routing_options.values())}
     if routed:
         state.hooks = Hooks(state, root, adapted, routed)
 

@@ -96,10 +96,6 @@ class LoRASwitchLayer(BaseTunerLayer):
         "r",
         "lora_alpha",
         "scaling",
-        "top_k",
-        "adapter_top_k",
-        "num_experts",
-        "num_shared_experts",
         "routing_options",
         "router_is_named",
         "loraswitch_dropout",
@@ -132,10 +128,6 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.top_k: dict[str, int] = {}  # this and num_experts: 0 on a linear before the one that routes
-        self.num_experts: dict[str, int] = {}
-        self.adapter_top_k: dict[str, int] = {}  # of the linears that are routed, wherever this one is
-        self.num_shared_experts: dict[str, int] = {}
         self.routing_options: dict[str, RoutingOptions] = {}
         self.router_is_named: dict[str, bool] = {}
         self._disable_adapters = False
@@ -159,22 +151,17 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = config.scale(lora_alpha, r)
-        self.top_k[adapter_name], self.num_experts[adapter_name] = (
-            (config.top_k, config.num_experts) if is_routed else (0, 0)
-        )
-        self.adapter_top_k[adapter_name] = config.top_k
-        self.num_shared_experts[adapter_name] = config.num_shared_experts
-        stacked = self.num_experts[adapter_name] + config.num_shared_experts
+        options = config.routing_options() if is_routed else config.routing_options().shared_only()
+        self.routing_options[adapter_name] = options
         self.loraswitch_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         )
-        self.loraswitch_A[adapter_name] = ExpertsA(stacked, r, self.in_features)
-        self.loraswitch_B[adapter_name] = ExpertsB(stacked, self.out_features, r)
+        self.loraswitch_A[adapter_name] = ExpertsA(options.num_stacked, r, self.in_features)
+        self.loraswitch_B[adapter_name] = ExpertsB(options.num_stacked, self.out_features, r)
         if is_router:
-            self.routing_options[adapter_name] = config.routing_options()
             self.router_is_named[adapter_name] = config.router_module is not None
-            self.loraswitch_router[adapter_name] = Router(self.in_features, config.num_experts)
-            self.loraswitch_record[adapter_name] = RoutingRecord(config.num_experts)
+            self.loraswitch_router[adapter_name] = Router(self.in_features, options.num_experts)
+            self.loraswitch_record[adapter_name] = RoutingRecord(options.num_experts)
             self.loraswitch_pending[adapter_name] = PendingBatches()
             self.routing_state.router_layers[adapter_name] = self
         for name in (*self.adapter_layer_names, "loraswitch_dropout"):
@@ -234,7 +221,7 @@ class LoRASwitchLayer(BaseTunerLayer):
             frame.used.add(adapter)
             if frame.training and self.loraswitch_A[adapter].weight.requires_grad:
                 frame.trained.add(adapter)
-        if self.num_experts[adapter] == 0:
+        if not self.routing_options[adapter].is_routed:
             return self.shared_routing(adapter, frame, x)
         routing = frame.routings.get(adapter)
         if routing is None:
@@ -248,8 +235,8 @@ class LoRASwitchLayer(BaseTunerLayer):
         """All shared experts, for a layer that has no others; made once, since it is the same for all such layers."""
         routing = frame.shared.get(adapter)
         if routing is None or routing.token_shape != x.shape[:-1] or routing.gates.device != x.device:
-            number, top_k = self.num_shared_experts[adapter], self.adapter_top_k[adapter]
-            routing = shared_routing(number, top_k, x.shape[:-1], x.device)
+            options = self.routing_options[adapter]
+            routing = shared_routing(options.num_shared_experts, options.top_k, x.shape[:-1], x.device)
             # a checkpointed block must not change what lies outside of it while it is compiled
             if not (frame.training and torch.compiler.is_compiling()):
                 frame.shared[adapter] = routing

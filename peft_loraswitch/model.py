@@ -334,7 +334,9 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     state = _require_state(model)
     recorder = RoutingRecorder(
         {
-            adapter: RoutingRecord(layer.num_experts[adapter], layer.loraswitch_router[adapter].weight.device)
+            adapter: RoutingRecord(
+                layer.routing_options[adapter].num_experts, layer.loraswitch_router[adapter].weight.device
+            )
             for adapter, layer in state.router_layers.items()
         }
     )

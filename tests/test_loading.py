@@ -305,7 +305,7 @@ def test_a_loaded_configuration_may_be_changed_for_a_new_adapter(saved):
     config = PeftConfig.from_pretrained(saved / "adapter")
     config.num_experts, config.inference_mode = 5, False
     model = get_peft_model(tiny_llama(hidden_size=64), config)
-    assert {layer.num_experts["default"] for layer in switch_layers(model).values()} == {5}
+    assert {layer.routing_options["default"].num_experts for layer in switch_layers(model).values()} == {5}
 
 
 def test_loads_of_other_methods_pass_through(tmp_path):

@@ -431,7 +431,9 @@ def test_several_adapters_at_once():
     q_proj = by_name(model)["layers.0.self_attn.q_proj"]
     found, base = q_proj(x), q_proj.base_layer(x)
     a, b = q_proj.loraswitch_A["before"].weight, q_proj.loraswitch_B["before"].weight
-    update = sum(x @ a[i].T @ b[i].T for i in range(2)) * q_proj.scaling["before"] / q_proj.adapter_top_k["before"]
+    update = (
+        sum(x @ a[i].T @ b[i].T for i in range(2)) * q_proj.scaling["before"] / q_proj.routing_options["before"].top_k
+    )
     assert close(found, base + update)
 
 
@@ -503,7 +505,9 @@ def test_streams_before_the_routers_follow_no_decision(name):
         torch.testing.assert_close(model(**inputs).logits.double(), oracle(**doubled).logits, rtol=2e-4, atol=2e-4)
     other = "vision_tower" if name == "llava" else "encoder.block"
     layers = {n: layer for n, layer in switch_layers(model).items() if other in n}
-    assert len(layers) >= 12 and not any(any(layer.num_experts.values()) for layer in layers.values())
+    assert len(layers) >= 12 and not any(
+        any(o.is_routed for o in layer.routing_options.values()) for layer in layers.values()
+    )
 
 
 def test_what_counts_as_a_token_is_the_routed_streams_business():

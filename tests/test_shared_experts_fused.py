@@ -100,7 +100,7 @@ def test_merging_leaves_linears_before_the_router_alone(in_place):
         for i in range(6):
             assert close(logits(model, ids[:1, i : i + 1]), steps[i], 1e-5)
         for name, layer in by_name(model).items():
-            merged = in_place and layer.num_experts["default"] > 0
+            merged = in_place and layer.routing_options["default"].is_routed
             assert torch.equal(layer.base_layer.weight, weights[name]) != merged
         # what does not run merged must not see what is merged in place
         assert close(logits(model, ids, adapter_names=["default", "__base__"]), mixed, 1e-5)

@@ -62,7 +62,7 @@ def poison(model: nn.Module, value: float) -> Iterator[None]:
         layer.loraswitch_A[adapter].register_forward_hook(poisoned(layer, adapter))
         for layer in switch_layers(model).values()
         for adapter in layer.loraswitch_A
-        if layer.num_experts[adapter]
+        if layer.routing_options[adapter].is_routed
     ]
     try:
         yield

@@ -98,7 +98,7 @@ def auxiliary_gradient(
     """
     layer = next(layer for layer in switch_layers(model).values() if adapter in layer.loraswitch_router)
     weight = layer.loraswitch_router[adapter].weight.detach().double().requires_grad_()
-    experts, top_k = weight.shape[0], layer.top_k[adapter]
+    experts, top_k = weight.shape[0], layer.routing_options[adapter].top_k
     balance, square = 0.0, 0.0
     counts = [0.0] * experts
     total = [0.0] * experts

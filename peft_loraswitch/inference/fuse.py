@@ -89,7 +89,9 @@ class Watch:
         for layer, x in self.seen:
             if calls[id(layer)] == 1:
                 base = base_of(layer)
-                shared_only = frozenset(adapter for adapter, experts in layer.num_experts.items() if experts == 0)
+                shared_only = frozenset(
+                    name for name, options in layer.routing_options.items() if not options.is_routed
+                )
                 weight = getattr(base, "weight", None)
                 key = (id(x), type(base), getattr(weight, "dtype", None), getattr(weight, "device", None), shared_only)
                 groups.setdefault(key, []).append(layer)

@@ -46,8 +46,8 @@ class FusedGroup(nn.Module):
         self.adapter, self.key, self.size = adapter, first.routing_state.key, len(layers)
         self.plain, self.transposed, self.kernels = facts.plain, facts.transposed, facts.kernels
         self.few_tokens = facts.few_tokens
-        self.routed = first.num_experts[adapter] > 0
-        active = first.top_k[adapter] + first.num_shared_experts[adapter]
+        self.routed = first.routing_options[adapter].is_routed
+        active = first.routing_options[adapter].num_active
         self.within = all(within_limits(layer, adapter, active) for layer in layers)
         self.live = [_live(layer, adapter) for layer in layers]
         for i, one in enumerate(self.live):

@@ -279,7 +279,7 @@ def _select(layer: FusedLinear) -> None:
 
 
 def _same_launch(member: FusedLinear, leader: FusedLinear, adapter: str, facts: BaseFacts) -> bool:
-    if adapter not in member.loraswitch_A or member.num_experts[adapter] != leader.num_experts[adapter]:
+    if adapter not in member.loraswitch_A or member.routing_options[adapter] != leader.routing_options[adapter]:
         return False
     ours, theirs = base_of(leader).weight, base_of(member).weight
     return facts_of(member) == facts and ours.dtype == theirs.dtype and ours.device == theirs.device

@@ -61,15 +61,17 @@ class MergedWeights:
         layers, in_place = adapted_layers(self.model), self.in_place
         adapter = self._one_adapter(layers)
         # Linears before the one that routes are left out: they run before there is a decision, and theirs never changes.
-        served = [layer for layer in layers if layer.num_experts.get(adapter)]
+        served = [
+            layer for layer in layers if adapter in layer.routing_options and layer.routing_options[adapter].is_routed
+        ]
         bases = [base_of(layer) for layer in served]
         kinds = {(base.weight.dtype, base.weight.device) for base in bases}
         facts = [facts_of(layer) for layer in served]
         if not all(fact.plain for fact in facts) or len(kinds) != 1:
             raise ValueError("strategy='merge' needs plain 16/32-bit linears of one dtype on one device: use 'fused'.")
-        if len({layer.num_experts[adapter] for layer in served}) != 1:
+        if len({layer.routing_options[adapter] for layer in served}) != 1:
             raise ValueError("strategy='merge' needs the same number of experts on every layer.")
-        active = served[0].top_k[adapter] + served[0].num_shared_experts[adapter]
+        active = served[0].routing_options[adapter].num_active
         if not all(within_limits(layer, adapter, active) for layer in served):
             raise ValueError(
                 f"strategy='merge' takes at most {kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), "
@@ -175,7 +177,9 @@ class MergedWeights:
         self, layer: LoRASwitchLinear, adapter: str, x: Tensor, routing: Routing, frame: RoutingFrame
     ) -> Tensor | None:
         """The layer's output from merged weights, or None if this layer or forward takes the unmerged path."""
-        if not layer.num_experts.get(adapter):  # it runs before there is a decision
+        if (
+            adapter not in layer.routing_options or not layer.routing_options[adapter].is_routed
+        ):  # it runs before there is a decision
             return None
         if getattr(frame, "merged", None) is None:
             frame.merged = self._merge_for(adapter, x, routing, frame)  # type: ignore[attr-defined]

@@ -237,8 +237,7 @@ def active_rank(model: nn.Module) -> float:
         here = base.in_features + base.out_features
         size += here
         if isinstance(module, LoRASwitchLayer):
-            top_k = module.top_k["default"] if module.num_experts["default"] else 0
-            rank_times_size += here * module.r["default"] * (top_k + module.num_shared_experts["default"])
+            rank_times_size += here * module.r["default"] * module.routing_options["default"].num_active
         elif isinstance(module, MoELoRALinear):
             rank_times_size += here * module.top_k * module.experts_a.shape[1]
         elif hasattr(module, "lora_A"):
