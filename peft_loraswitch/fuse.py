@@ -239,8 +239,9 @@ def fuse_new_layers(model: nn.Module) -> None:
 
 
 def refresh_fused(model: nn.Module) -> None:
-    """Have a fused model take up what was written to its weights, whether PyTorch has counted it or not (see
-    `LoRASwitchModel.refresh_fused`)."""
+    """Have a fused model take up what was written to its weights, whether PyTorch has counted it or not. Only needed after
+    writes that it does not count: through NumPy, DLPack or a pointer, or through `parameter.data` taken before fusing (see
+    `counted.py`). Nothing to do if the model is not fused."""
     with changing:
         for layer in adapted_layers(model):
             if isinstance(layer, FusedLinear):
