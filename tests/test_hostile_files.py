@@ -218,7 +218,7 @@ def test_refused_at_once(loader, problem, adapter):
 # ------------------------------------------------------------------------------------------------- modules trained in full
 
 EVERYTHING = ["e", "s", "m", "0", "1", "2", "p", "d", "n"]  # short endings that all modules' names have
-LARGE = ["orm", "tokens", "head", "mlp"]
+LARGE = ["orm", "tokens", "head", "gate_proj"]
 TRAINED = {
     "all modules": (configure(modules_to_save=EVERYTHING), "modules_to_save: '.*' lies within"),
     "all large modules": (configure(modules_to_save=LARGE), "missing: .*modules_to_save"),
@@ -236,9 +236,12 @@ TRAINED = {
         "missing: .*modules_to_save",
     ),
     "the head": (configure(modules_to_save=["lm_head"]), "missing: .*lm_head.weight .of modules_to_save"),
-    "tokens everywhere": (configure(trainable_token_indices={"s": [1], "d": [1, 2]}), "missing: .*trainable_token"),
+    "tokens everywhere": (
+        configure(trainable_token_indices={"tokens": [1], "orm": [1, 2]}),
+        "missing: .*trainable_token",
+    ),
     "rows of every linear": (
-        configure(trainable_token_indices={"proj": list(range(30))}),
+        configure(trainable_token_indices={"gate_proj": list(range(30))}),
         "missing: .*trainable_token",
     ),
     "too many names": (
