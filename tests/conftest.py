@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # before huggingface_hub is imported; tests/test_hub.py lifts it for its own server
+# Before huggingface_hub is imported; tests/hub/test_hub.py lifts it for its own server.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+# A failed assert in a helper shows its values, as one in a test does.
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "tools").glob("*.py")))
 
 torch.set_num_threads(1)
 

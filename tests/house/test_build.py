@@ -1,6 +1,6 @@
 """Building the kernels with compilers that are missing, old, broken, killed, or two at once: never half a library or an old one.
 
-The compiler is a script that writes what a test can recognise; tests/test_packaging.py builds with the real one.
+The compiler is a script that writes what a test can recognise; tests/house/test_packaging.py builds with the real one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
+from paths import ROOT
 from peft_loraswitch import kernels
 from peft_loraswitch.kernels import library_file
 
-ROOT = Path(__file__).resolve().parent.parent
 NVCC = """#!{python}
 import sys, time, hashlib, pathlib
 if "--version" in sys.argv:

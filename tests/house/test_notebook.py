@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "first_adapter.ipynb"
+from paths import ROOT
+
+NOTEBOOK = ROOT / "docs" / "first_adapter.ipynb"
 
 
 def test_runs(tmp_path, monkeypatch):

@@ -7,13 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from test_kernels import setup_with_nvcc
-
-ROOT = Path(__file__).resolve().parent.parent
+from compiler import setup_with_nvcc
+from paths import ROOT
 
 
 def check_wheel(*options: str) -> str:

@@ -1,22 +1,22 @@
-"""tests/sanitize_kernels.sh without a GPU: pieces, results that are kept, exit statuses. The tools are stand-ins."""
+"""tests/kernels/sanitize_kernels.sh without a GPU: pieces, results that are kept, exit statuses. The tools are stand-ins."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from paths import ROOT
+
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 # Collects 5 tests; one that runs prints what pytest would.
 PYTHON = """#!/usr/bin/env bash
 if [[ "$*" == *--collect-only* ]]; then
   echo "$*" >>"$HERE/collected"
-  for name in a b c full_size graph; do echo "tests/test_kernels_gpu.py::test_$name[1]"; done
+  for name in a b c full_size graph; do echo "tests/kernels/test_kernels_gpu.py::test_$name[1]"; done
 else
   printf '%s\\n' "${@: -1} ${PYTORCH_NO_CUDA_MEMORY_CACHING:-cached}" >>"$HERE/ran"
   [[ -n ${FULL:-} && "$*" == *test_c* ]] && { echo "torch.OutOfMemoryError: CUDA out of memory"; echo "1 failed in 1 s"; exit 1; }
@@ -49,7 +49,7 @@ def script(tmp_path):
             **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "HERE": str(tmp_path),
             "STATE": str(tmp_path / "state"), "CHUNK": "2", "BROKEN": "none", **settings,
         }  # fmt: skip
-        command = ["bash", str(ROOT / "tests" / "sanitize_kernels.sh"), *tools]
+        command = ["bash", str(ROOT / "tests" / "kernels" / "sanitize_kernels.sh"), *tools]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
     run.ran = lambda: (tmp_path / "ran").read_text().split("\n")[:-1] if (tmp_path / "ran").exists() else []  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ def test_everything_is_run_in_pieces_once(script, tmp_path):
     by_tool = script.ran()[:4], script.ran()[4:]
     assert all(line.endswith("cached") for line in by_tool[0])
     assert [line for line in by_tool[1] if line.endswith("cached")] == [
-        "tests/test_kernels_gpu.py::test_graph[1] cached"
+        "tests/kernels/test_kernels_gpu.py::test_graph[1] cached"
     ]
     assert "full_size" in by_tool[0][-1], "what takes long comes last"
     again = script("racecheck", "memcheck", CHUNK="1")  # other pieces, the same tests
@@ -98,4 +98,4 @@ def test_time_that_is_up_is_not_success(script):
 def test_wrong_names_and_empty_selections(script):
     unknown = script("racechek")
     assert unknown.returncode == 2 and "unknown tool racechek" in unknown.stderr
-    assert subprocess.run(["bash", "-n", str(ROOT / "tests" / "sanitize_kernels.sh")]).returncode == 0
+    assert subprocess.run(["bash", "-n", str(ROOT / "tests" / "kernels" / "sanitize_kernels.sh")]).returncode == 0

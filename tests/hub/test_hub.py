@@ -27,6 +27,7 @@ from huggingface_hub.utils import get_session
 from safetensors.torch import load as load_weights
 
 from hub_server import HubServer
+from paths import ROOT, TOOLS
 
 # One worker of pytest-xdist (with --dist loadgroup) runs them all: the processes of the second half are shared.
 pytestmark = [pytest.mark.xdist_group("hub"), pytest.mark.compat]
@@ -216,7 +217,6 @@ def test_client_refuses_a_truncated_download(hub, tmp_path, monkeypatch):
 
 # Adapters. The steps are in hub_process.py; each runs once, in a process of its own, and several tests look at it.
 
-TESTS = Path(__file__).parent
 OURS = {"loraswitch", "lora-switch", "mixture-of-lora-experts"}
 
 
@@ -233,8 +233,8 @@ class Steps:
             }
             # Each step has its own cache: nothing can be loaded that did not come through the Hub.
             environment |= self.hub.environment(token, home=f"home of {step}")
-            environment |= {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, str(TESTS / "hub_process.py"), step, str(self.folder / step), *arguments]
+            environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, str(TOOLS / "hub_process.py"), step, str(self.folder / step), *arguments]
             done = subprocess.run(
                 command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=300
             )

@@ -1,7 +1,8 @@
 """Adapters saved by earlier versions load, and compute what they computed then.
 
 The folders `saved_by_<version>` hold adapters as that version wrote them, and the logits that it computed. They are never
-written again: a new version adds a folder of its own (`python tests/test_saved_adapters.py FOLDER`, from the root of a clone).
+written again: a new version adds a folder of its own (`python tests/hub/test_saved_adapters.py FOLDER`, from the root of
+a clone).
 """
 
 from __future__ import annotations

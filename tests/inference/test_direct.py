@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from fusing import adapted, close, gradients, ids, logits, trainable
+from helpers import tiny_llama
 from peft_loraswitch import direct, kernels
 from peft_loraswitch.fuse import adapted_layers
-from test_fuse import adapted, close, gradients, ids, logits, tiny_llama, trainable
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 import bench_host
 
 

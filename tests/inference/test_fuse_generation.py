@@ -1,5 +1,5 @@
 """A fused model generates what the unfused one does: continuous batching, quantised backbones, two GPUs, speculation, beams,
-left padding, adapters switched between calls, threads. tests/test_fuse.py holds the rest of `fuse_for_inference()`."""
+left padding, adapters switched between calls, threads. tests/inference/test_fuse.py holds the rest of `fuse_for_inference()`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from helpers import adapted, padded, randomize_adapter, switch_config, switch_la
 from peft_loraswitch import LoRASwitchLinear
 from peft_loraswitch.fuse import is_fused
 from peft_loraswitch.routing import Routing
-from test_quantized import BACKENDS, LINEARS, _saved
+from quantized import BACKENDS, LINEARS, saved
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])
@@ -222,7 +222,7 @@ def bitsandbytes_on_cuda(**settings: Any) -> Callable[[Path], Any]:
     def make(folder: Path) -> Any:
         config = tf.BitsAndBytesConfig(**settings)
         return tf.AutoModelForCausalLM.from_pretrained(
-            _saved(folder), quantization_config=config, device_map="cuda"
+            saved(folder), quantization_config=config, device_map="cuda"
         ).eval()
 
     return make

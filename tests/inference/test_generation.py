@@ -12,50 +12,15 @@ import torch
 import transformers as tf
 from peft import PeftModel
 
+from generating import CACHES, NEW, check_logits, full_forward, generate, uncached_greedy
 from helpers import adapted, padded, switch_layers, tiny_gpt2, tiny_llama, tiny_opt, tokens
 
 ROUTERS = {"first": None, "deeper": "layers.1.self_attn.q_proj", "mlp": "layers.1.mlp.gate_proj"}
-NEW = 7
 
 
 def llama(router: str = "first", **config: Any) -> PeftModel:
     model = adapted(tiny_llama(num_hidden_layers=3), router_module=ROUTERS[router], task_type="CAUSAL_LM", **config)
     return model
-
-
-def generate(model: Any, prompt: torch.Tensor, **settings: Any) -> Any:
-    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **settings}
-    return model.generate(input_ids=prompt, output_logits=True, return_dict_in_generate=True, **settings)
-
-
-def full_forward(model: Any, sequences: torch.Tensor, start: int, **inputs: Any) -> torch.Tensor:
-    """[batch, new tokens, vocab]: logits that predict the tokens from `start` on."""
-    with torch.no_grad():
-        return model(input_ids=sequences, **inputs).logits[:, start - 1 : -1]
-
-
-def uncached_greedy(model: Any, prompt: torch.Tensor, new: int = NEW) -> torch.Tensor:
-    sequences = prompt
-    for _ in range(new):
-        with torch.no_grad():
-            following = model(input_ids=sequences, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-        sequences = torch.cat([sequences, following], dim=1)
-    return sequences
-
-
-def check_logits(model: Any, out: Any, prompt: torch.Tensor) -> None:
-    steps = torch.stack(out.logits, dim=1)
-    torch.testing.assert_close(steps, full_forward(model, out.sequences, prompt.shape[1]), rtol=1e-4, atol=1e-4)
-    assert all(layer.routing_state.frame is None for layer in switch_layers(model).values())
-
-
-CACHES: dict[str, dict[str, Any]] = {
-    "dynamic": {},
-    "static": {"cache_implementation": "static", "disable_compile": True},
-    "chunked_prefill": {"prefill_chunk_size": 2},
-    "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 0},
-    "no_cache": {"use_cache": False},
-}
 
 
 @pytest.mark.compat

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 
+from fusing import devices
 from helpers import (
     adapted,
     padded,
@@ -20,8 +21,7 @@ from helpers import (
 from peft_loraswitch import frame, ops
 from peft_loraswitch.fuse import adapted_layers
 from peft_loraswitch.routing import shared_routing
-from test_fuse import devices
-from test_shared_experts import CONFIGS, DEEP, by_name, close, each_config, llama, logits
+from shared_experts import CONFIGS, DEEP, by_name, close, each_config, llama, logits
 
 
 @devices

@@ -24,15 +24,15 @@ from peft.utils.peft_types import PeftType
 
 import peft_loraswitch
 from helpers import adapted, switch_config, tiny_llama, tokens
+from paths import ROOT, TOOLS
 from peft_loraswitch import registration
 
 pytestmark = pytest.mark.compat
-ROOT = Path(__file__).parent.parent
 
 
 def run(code: str, python: str = sys.executable, **environment: str) -> str:
     """Standard output of a fresh process."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(TOOLS)])
     result = subprocess.run(
         [python, "-W", "ignore", "-c", textwrap.dedent(code)],
         capture_output=True,

@@ -1,7 +1,7 @@
 // compute-sanitizer's racecheck reports hazards in correct programs when some of a block's warps have met at a barrier of their
 // own before all meet. csrc/linear_persistent.cu, which did so, uses a barrier in shared memory instead, as the last kernel here.
 //
-//   nvcc -std=c++17 -gencode arch=compute_90,code=sm_90 -o /tmp/alarm tests/racecheck_false_alarm.cu
+//   nvcc -std=c++17 -gencode arch=compute_90,code=sm_90 -o /tmp/alarm tests/kernels/racecheck_false_alarm.cu
 //   compute-sanitizer --tool racecheck /tmp/alarm 0 5    # __syncthreads(): 1 hazard (0 0: none)
 //   compute-sanitizer --tool racecheck /tmp/alarm 1 40   # a barrier by number: 1 hazard (1 5: none)
 //   compute-sanitizer --tool racecheck /tmp/alarm 2 40   # a barrier in shared memory: none

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # compute-sanitizer over all kernel tests, in small processes whose results are kept, so that it can be stopped and run again.
 #
-#   tests/sanitize_kernels.sh [racecheck] [memcheck] [synccheck]     # all three if none is named; needs a GPU
-#   LIMIT=500 JOBS=4 tests/sanitize_kernels.sh racecheck             # stop beginning anything after 500 s, four at a time
+#   tests/kernels/sanitize_kernels.sh [racecheck] [memcheck] [synccheck]     # all three if none is named; needs a GPU
+#   LIMIT=500 JOBS=4 tests/kernels/sanitize_kernels.sh racecheck             # stop beginning anything after 500 s, four at a time
 #
 # CHUNK: tests of one process (40). EACH: seconds one may take (400). STATE: where results are kept (outputs/sanitize); a test
 # that was clean there, with the same library, is not run again. ONLY: what pytest's -k takes.
@@ -12,7 +12,7 @@
 # Exit status: 0 all is clean, 1 something is not, 3 not everything was reached.
 set -uo pipefail
 shopt -s nullglob
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 export PEFT_LORASWITCH_SANITIZING=1
 export LIMIT=${LIMIT:-3600} EACH=${EACH:-400} STATE=${STATE:-outputs/sanitize} PYTHON=${PYTHON:-python3} BEGAN=$(date +%s)
 CHUNK=${CHUNK:-40} JOBS=${JOBS:-1}
@@ -28,7 +28,7 @@ LIBRARY=$(cat peft_loraswitch/libloraswitch.so setup.py 2>/dev/null | sha1sum | 
 export LIBRARY
 
 # Left out: what only repeats the same kernels thousands of times, or counts on the speed of launches.
-$PYTHON -m pytest tests/test_kernels_gpu.py tests/test_expand_gpu.py --collect-only -q -p no:cacheprovider \
+$PYTHON -m pytest tests/kernels/test_kernels_gpu.py tests/kernels/test_expand_gpu.py --collect-only -q -p no:cacheprovider \
   -k "(${ONLY:-test}) and not soak and not 20000 and not fill_the_gpu" 2>&1 | grep '^tests/.*::' >"$scratch/all"
 [ -s "$scratch/all" ] || { echo "pytest found no kernel test (ONLY=${ONLY:-})" >&2; exit 2; }
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import kernel_oracle as oracle
-from kernel_oracle import SANITIZING, poison_allocator, randn
+from kernel_oracle import HALVES, SANITIZING, poison_allocator, randn
 from peft_loraswitch import kernels, ops
-from test_kernels_gpu import HALVES, kernels_must_be_there  # noqa: F401  (a fixture that every test uses)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("kernels_must_be_there"),
 ]
 
 

@@ -9,29 +9,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from compiler import setup_with_nvcc
+from paths import ROOT
 from peft_loraswitch import kernels
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADER = (ROOT / "csrc" / "loraswitch.h").read_text()
-
-
-def setup_with_nvcc() -> Any:
-    """setup.py as a module; the test is skipped where there is no compiler."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        import setup
-    finally:
-        sys.path.pop(0)
-    try:
-        setup.find_nvcc()
-    except setup.NoKernels as reason:
-        pytest.skip(f"nothing to compile the kernels with: {reason}")
-    return setup
 
 
 @pytest.fixture(scope="session")

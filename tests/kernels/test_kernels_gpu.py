@@ -6,25 +6,14 @@ import pytest
 import torch
 
 import kernel_oracle as oracle
-from kernel_oracle import poison_allocator, randn
+from kernel_oracle import DTYPES, HALVES, poison_allocator, randn
 from peft_loraswitch import kernels
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("kernels_must_be_there"),
 ]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-HALVES = DTYPES[:2]
-
-
-@pytest.fixture(autouse=True)
-def kernels_must_be_there():
-    assert kernels.available(), kernels.why_not()
-    kernels.give_workspace(torch.cuda.current_device())
-    yield
-    torch.cuda.synchronize()
-    counters = kernels.loader._workspaces[torch.cuda.current_device()]
-    assert not counters.any(), "a launch left counters behind: the next one of its stream would go wrong"
 
 
 def make_group(outs, in_features, ranks, num_experts, dtype, bias=False, transposed=False, weight=True):

@@ -12,15 +12,11 @@ from peft_loraswitch import kernels
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("kernels_must_be_there"),
 ]
 NUM_EXPERTS = 9
 # Rows over and under a tile and not a multiple of 8; columns over and under a strip; one row, one 16-byte column.
 SHAPES = [(1037, 264), (40, 72), (1, 8), (520, 1032)]
-
-
-@pytest.fixture(autouse=True)
-def kernels_must_be_there():
-    assert kernels.available(), kernels.why_not()
 
 
 class Linears:

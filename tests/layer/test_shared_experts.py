@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +20,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import generating
 import multistream
-import test_generation
 from helpers import (
     HIDDEN,
     adapted,
@@ -38,53 +37,15 @@ from helpers import (
     tiny_t5,
     tokens,
 )
+from layer_checks import MODELS, assert_layers_equal_oracle, check_model_gradients
 from oracle import Oracle
+from paths import TOOLS
 from peft_loraswitch import LoRASwitchConfig
 from peft_loraswitch.card import BEGIN
 from peft_loraswitch.routing import RoutingOptions, route, shared_routing
-from test_layer import MODELS, assert_layers_equal_oracle, check_model_gradients
+from shared_experts import CONFIGS, DEEP, by_name, close, each_config, llama, llava_with_both_streams, logits
 
 NO_LOSSES = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
-DEEP = "layers.1.self_attn.k_proj"  # q_proj of the same layer runs before it and sees the same tensor
-CONFIGS: dict[str, dict[str, Any]] = {
-    "beside": {"num_shared_experts": 1},
-    "before": {"num_shared_experts": 2, "router_module": DEEP},
-    "one-routed": {"num_shared_experts": 1, "num_experts": 1, "top_k": 1, "router_module": DEEP},
-    "top1": {"num_shared_experts": 3, "top_k": 1, "router_module": "layers.1.mlp.up_proj"},
-    "all-at-work": {  # what recipes/quality found best
-        "num_shared_experts": 1,
-        "num_experts": 3,
-        "top_k": 3,
-        "router_module": "layers.1.self_attn.q_proj",
-        "rank_pattern": {r".*layers\.0\..*": 16},
-        "alpha_pattern": {r".*layers\.0\..*": 32.0},
-    },
-    "all-raw-gates": {"num_shared_experts": 2, "top_k": 4, "normalize_gates": False},
-    "larger-rank-before": {
-        "num_shared_experts": 1,
-        "router_module": "layers.1.self_attn.q_proj",
-        "rank_pattern": {r".*layers\.0\..*": 7},
-        "alpha_pattern": {"layers.0.mlp.up_proj": 3.0},
-    },
-}
-each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-def llama(**config: Any) -> PeftModel:
-    return adapted(tiny_llama(), **config)
-
-
-def by_name(model: nn.Module) -> dict[str, Any]:
-    return {name.removeprefix("model."): layer for name, layer in switch_layers(model.get_base_model()).items()}
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    return model(input_ids=ids, **kwargs)[0]
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) -> bool:
-    return bool((found - wanted).norm() <= tolerance * wanted.norm())
 
 
 # --------------------------------------------------------------------------------------------------- decision and maths
@@ -261,23 +222,23 @@ def _backward(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("cache", test_generation.CACHES)
+@pytest.mark.parametrize("cache", generating.CACHES)
 def test_each_step_of_generate_has_the_logits_of_a_full_forward(cache):
     model = adapted(tiny_llama(num_hidden_layers=3), task_type="CAUSAL_LM", **CONFIGS["before"])
     prompt = tokens(2, 5)
     torch.manual_seed(3)
-    out = test_generation.generate(model, prompt, **test_generation.CACHES[cache])
-    test_generation.check_logits(model, out, prompt)
+    out = generating.generate(model, prompt, **generating.CACHES[cache])
+    generating.check_logits(model, out, prompt)
 
 
 def test_left_padding_and_beams():
     model = adapted(tiny_llama(num_hidden_layers=3), task_type="CAUSAL_LM", **CONFIGS["before"])
     batch = padded([6, 2, 4], side="left")
-    out = test_generation.generate(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    out = generating.generate(model, batch["input_ids"], attention_mask=batch["attention_mask"])
     for row, length in enumerate([6, 2, 4]):
-        alone = test_generation.generate(model, batch["input_ids"][row : row + 1, -length:])
-        assert torch.equal(alone.sequences[0], out.sequences[row, -length - test_generation.NEW :])
-    beams = [test_generation.generate(model, tokens(2, 5), num_beams=3, use_cache=cache) for cache in (True, False)]
+        alone = generating.generate(model, batch["input_ids"][row : row + 1, -length:])
+        assert torch.equal(alone.sequences[0], out.sequences[row, -length - generating.NEW :])
+    beams = [generating.generate(model, tokens(2, 5), num_beams=3, use_cache=cache) for cache in (True, False)]
     assert torch.equal(beams[0].sequences, beams[1].sequences)
 
 
@@ -299,7 +260,7 @@ torch.save(model(input_ids=tokens()).logits.detach(), sys.argv[1] + "/logits.pt"
 def test_saved_and_loaded_by_a_fresh_process(memory, tmp_path):
     model = llama(**CONFIGS["before"])
     model.save_pretrained(tmp_path)
-    process = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path), str(Path(__file__).parent), memory]
+    process = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path), str(TOOLS), memory]
     subprocess.run(process, check=True, timeout=120)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model, tokens()))
 
@@ -470,11 +431,6 @@ def test_it_cannot_be_merged_into_the_weights(config):
 
 
 # -------------------------------------------------------------------------------------------------------- several streams
-
-
-def llava_with_both_streams() -> PeftModel:
-    router = "language_model.layers.0.self_attn.q_proj"
-    return adapted(multistream.llava(), num_shared_experts=1, router_module=router)
 
 
 def t5_with_both_streams(**config: Any) -> PeftModel:

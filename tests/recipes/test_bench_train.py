@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TINY = "--hidden 64 --intermediate 96 --layers 1 --vocab 50 --length 9 --experts 3 --rank 2 --rounds 3".split()
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUALITY = ROOT / "recipes" / "quality"
 sys.path[:0] = [str(QUALITY)]
 

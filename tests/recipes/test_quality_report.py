@@ -17,7 +17,7 @@ import pytest
 for _package in ("matplotlib", "PIL"):
     pytest.importorskip(_package, reason="the recipes need the extra `recipes`")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUALITY = ROOT / "recipes" / "quality"
 sys.path[:0] = [str(QUALITY)]
 

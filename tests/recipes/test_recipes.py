@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 for _package in ("trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(_package, reason="the recipes need the extra `recipes`")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 MODELS = ("llama31_8b", "mistral_7b", "qwen3_8b", "smoke")
 

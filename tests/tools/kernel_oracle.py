@@ -10,6 +10,9 @@ import torch
 # which are not ours; and few rounds, because a kernel takes up to a thousand times longer.
 SANITIZING = os.environ.get("PEFT_LORASWITCH_SANITIZING") == "1"
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+HALVES = DTYPES[:2]
+
 
 def rounds(n: int) -> range:
     """As often as a test repeats something: `n` times, or a few under compute-sanitizer."""

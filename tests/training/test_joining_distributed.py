@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from helpers import adapted, adapter_gradients, tiny_llama
-from test_distributed import LOSSES, WORLD, batch_of, on_two
+from two_processes import LOSSES, WORLD, batch_of, on_two
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here"),

@@ -9,38 +9,38 @@ import pytest
 import torch
 import torch._dynamo
 
+import checkpoint_steps
+import compiling
 import multistream
-import test_checkpointing
-import test_compile
 from helpers import (
     adapted,
     adapter_gradients,
     padded,
     tiny_llama,
 )
-from test_distributed import LOSSES, WORLD, batch_of, on_two
-from test_shared_experts import (
+from shared_experts import (
     CONFIGS,
     llama,
     llava_with_both_streams,
 )
+from two_processes import LOSSES, WORLD, batch_of, on_two
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("step", [test_checkpointing.two_in_reverse, test_checkpointing.reference_between])
+@pytest.mark.parametrize("step", [checkpoint_steps.two_in_reverse, checkpoint_steps.reference_between])
 @pytest.mark.parametrize("config", ["before", "one-routed-less"])
 def test_gradient_checkpointing(config, step, reentrant):
     settings = CONFIGS["before"] if config == "before" else {"num_shared_experts": 1}
-    test_checkpointing.compare(lambda: adapted(tiny_llama(num_hidden_layers=3), **settings), step, reentrant)
+    checkpoint_steps.compare(lambda: adapted(tiny_llama(num_hidden_layers=3), **settings), step, reentrant)
 
 
 def test_gradient_checkpointing_of_another_stream():
     plain = llava_with_both_streams().train()
-    recomputing = test_checkpointing.checkpointed(copy.deepcopy(plain), reentrant=False)
+    recomputing = checkpoint_steps.checkpointed(copy.deepcopy(plain), reentrant=False)
     batch = multistream.llava_inputs()
     for model in (plain, recomputing):
         model(**batch, labels=batch["input_ids"]).loss.backward()
-    test_checkpointing.assert_same_gradients(plain, recomputing)
+    checkpoint_steps.assert_same_gradients(plain, recomputing)
 
 
 def test_a_checkpointed_block_of_shared_experts_that_would_learn_nothing():
@@ -57,7 +57,7 @@ def test_a_checkpointed_block_of_shared_experts_that_would_learn_nothing():
 def test_switching_between_forward_and_backward_is_noticed_before_the_router_too():
     model = adapted(tiny_llama(num_hidden_layers=3), router_module="layers.2.self_attn.q_proj", num_shared_experts=1)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))  # of the same shapes: torch cannot tell
-    test_checkpointing.checkpointed(model.train(), reentrant=False)
+    checkpoint_steps.checkpointed(model.train(), reentrant=False)
     loss = model(**padded([7, 5])).loss
     model.set_adapter("other")
     with pytest.raises(RuntimeError, match="runs again, in backward, with"):
@@ -115,12 +115,12 @@ DEEP_TARGETS = ["q_proj", "k_proj", "down_proj"]
 def test_graphs_and_outputs_equal_those_of_lora(run):
     found = []
     for adapt in (
-        test_compile.lora,
-        lambda base: test_compile.switch(base, **CONFIGS["before"], target_modules=DEEP_TARGETS),
+        compiling.lora,
+        lambda base: compiling.switch(base, **CONFIGS["before"], target_modules=DEEP_TARGETS),
     ):
         torch._dynamo.reset()
-        graphs = test_compile.Graphs()
-        getattr(test_compile, run)(adapt(test_compile.two_layers()), graphs)
+        graphs = compiling.Graphs()
+        getattr(compiling, run)(adapt(compiling.two_layers()), graphs)
         found.append(graphs.outputs)
     assert found[0] and found[0] == found[1]
 
@@ -132,7 +132,7 @@ def test_compiled_training_equals_eager(checkpointing):
     plain = adapted(tiny_llama(), **CONFIGS["before"], target_modules=DEEP_TARGETS).train()
     model = copy.deepcopy(plain)
     if checkpointing:
-        test_compile.checkpointing(model)
-    step = test_compile.compiled(model, "aot_eager")
+        compiling.checkpointing(model)
+    step = compiling.compiled(model, "aot_eager")
     batches = [padded([7, 5], seed=seed) for seed in range(2)]
-    test_compile.same_training(plain, step, model, batches, use_cache=False)
+    compiling.same_training(plain, step, model, batches, use_cache=False)
