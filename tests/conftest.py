@@ -31,3 +31,19 @@ def fresh_gradient_state():
 
     yield
     GradientState._reset_state()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="one case of each test function, and none that is slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--fast"):
+        return
+    chosen: dict[str, pytest.Item] = {}
+    for item in items:
+        if not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
+            chosen.setdefault(item.nodeid.partition("[")[0], item)
+    kept = list(chosen.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
