@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -26,6 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from safetensors.torch import load as load_weights
 
+from fresh import run_python
 from hub_server import HubServer
 from paths import ROOT, TOOLS
 
@@ -233,12 +232,11 @@ class Steps:
             }
             # Each step has its own cache: nothing can be loaded that did not come through the Hub.
             environment |= self.hub.environment(token, home=f"home of {step}")
-            environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, str(TOOLS / "hub_process.py"), step, str(self.folder / step), *arguments]
-            done = subprocess.run(
-                command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=300
-            )
-            assert done.returncode == 0, f"{step}:\n{done.stdout[-1000:]}\n{done.stderr[-5000:]}"
+            code = (TOOLS / "hub_process.py").read_text()
+            run_python(
+                code, step, str(self.folder / step), *arguments,
+                environment=environment, paths=(ROOT,), cwd=self.folder,
+            )  # fmt: skip
             self.results[step] = torch.load(self.folder / step)
         return self.results[step]
 

@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -23,25 +22,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils.peft_types import PeftType
 
 import peft_loraswitch
+from fresh import run_python
 from helpers import adapted, switch_config, tiny_llama, tokens
-from paths import ROOT, TOOLS
+from paths import ROOT
 from peft_loraswitch import registration
 
 pytestmark = pytest.mark.compat
-
-
-def run(code: str, python: str = sys.executable, **environment: str) -> str:
-    """Standard output of a fresh process."""
-    paths = os.pathsep.join([str(ROOT), str(TOOLS)])
-    result = subprocess.run(
-        [python, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------ the enum
@@ -204,7 +190,7 @@ assert peft.PeftModel.load_adapter is load  # wrapped once
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders_of_importing(order):
-    assert run(ORDERS[order] + WORKS).endswith("ok\n")
+    assert run_python(ORDERS[order] + WORKS).endswith("ok\n")
 
 
 # ------------------------------------------------------------------------------------------------------ other processes
@@ -259,7 +245,7 @@ def test_loading_without_the_import(tmp_path):
     print(pickle.loads({pickle.dumps(switch_config(num_experts=7))!r}).num_experts)
     print(PeftConfig.from_pretrained({str(tmp_path)!r}).num_experts)
     """
-    assert run(code) == "KeyError 'LORASWITCH'\n" * 2 + "7\n4\n"
+    assert run_python(code) == "KeyError 'LORASWITCH'\n" * 2 + "7\n4\n"
     for text in ((tmp_path / "README.md").read_text(), (ROOT / "README.md").read_text()):
         assert "import peft_loraswitch" in text
 

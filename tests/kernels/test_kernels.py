@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from compiler import setup_with_nvcc
+from fresh import run_python
 from paths import ROOT
 from peft_loraswitch import kernels
 
@@ -101,11 +101,7 @@ def test_more_tokens_than_a_grid_is_high_are_refused_where_no_kernel_takes_them(
 
 
 def fresh(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return run_python(code, environment={**os.environ, **environment})
 
 
 def test_one_environment_variable_turns_them_off():

@@ -45,8 +45,13 @@ def process(rank: int, port: int, job: Any, directory: str) -> None:
 
 
 def on_two(job: Any, directory: Any) -> list[Any]:
-    """What `job(rank, directory)` returns in each of two processes."""
-    mp.start_processes(process, (free_port(), job, str(directory)), nprocs=WORLD, start_method="spawn")
+    """What `job(rank, directory)` returns in each of two processes.
+
+    They are forks of a process that has imported everything and done nothing (a fork server, one for each worker of pytest): an
+    import of all that Transformers brings takes longer than the tests.
+    """
+    mp.get_context("forkserver").set_forkserver_preload(["two_processes", "trainer_tools", "torch.distributed.fsdp"])
+    mp.start_processes(process, (free_port(), job, str(directory)), nprocs=WORLD, start_method="forkserver")
     return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import subprocess
-import sys
 from typing import Any
 
 import peft.optimizers
@@ -16,6 +14,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import nn
 
 import peft_loraswitch.optimizers
+from fresh import run_python
 from helpers import adapted, randomize_adapter, switch_config, tiny_gpt2, tiny_llama, tokens
 from peft_loraswitch.optimizers import take_over_helpers
 from unchanged import unchanged
@@ -273,8 +272,7 @@ print("good")
 
 
 def test_helpers_imported_before_the_package():
-    done = subprocess.run([sys.executable, "-c", BEFORE_THE_PACKAGE], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip().endswith("good"), done.stderr[-2000:]
+    assert run_python(BEFORE_THE_PACKAGE).strip().endswith("good")
 
 
 def test_other_methods_get_the_original():
