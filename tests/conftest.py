@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before huggingface_hub is imported; tests/hub/test_hub.py lifts it for its own server.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,12 +39,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--fast"):
-        return
-    chosen: dict[str, pytest.Item] = {}
-    for item in items:
-        if not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
-            chosen.setdefault(item.nodeid.partition("[")[0], item)
-    kept = list(chosen.values())
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
+    """With --fast: the first case of each function. Always: what is slow begins first, so that no worker ends alone with it."""
+    if config.getoption("--fast"):
+        chosen: dict[str, pytest.Item] = {}
+        for item in items:
+            if not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
+                chosen.setdefault(item.nodeid.partition("[")[0], item)
+        kept = list(chosen.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As `--dist worksteal` without having to say so: neighbours, which share fixtures, stay on one worker; one that has nothing
+    left to do takes half of what another still has."""
+    if config.getoption("dist") == "load":  # what -n alone means
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+    return None

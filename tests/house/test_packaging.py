@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -15,9 +16,12 @@ from paths import ROOT
 
 
 def check_wheel(*options: str) -> str:
+    # The environment that it makes has to find the package in the wheel, and no clone on PYTHONPATH.
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
-        [sys.executable, str(ROOT / "csrc" / "check_wheel.py"), *options], capture_output=True, text=True, cwd=ROOT
-    )
+        [sys.executable, str(ROOT / "csrc" / "check_wheel.py"), *options],
+        capture_output=True, text=True, cwd=ROOT, env=variables,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

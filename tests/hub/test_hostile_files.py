@@ -29,6 +29,7 @@ from loaders import (
     rewrite,
     same_shape,
     save_adapter,
+    through_loaders,
 )
 from peft_loraswitch import weights_file
 from unchanged import unchanged
@@ -192,8 +193,10 @@ NUMBERS = {
 HOSTILE = {**BACKBONE, **NO_FILES, **HUGE, **NUMBERS}
 
 
-@pytest.mark.parametrize("problem", HOSTILE)
-@pytest.mark.parametrize("loader", LOADERS)
+EVERYWHERE = ["a norm", "FIFO", "r and experts in the config", "experts of torch.int8", "nan in router"]  # of each kind
+
+
+@pytest.mark.parametrize("loader, problem", through_loaders(HOSTILE, EVERYWHERE))
 def test_refused_at_once(loader, problem, adapter):
     build, load = LOADERS[loader]
     corrupt, message = HOSTILE[problem]
@@ -223,10 +226,13 @@ BAD_CONFIGS = {
     "task_type": (configure(task_type=[1]), "task_type=.*must be a text"),
     "r": (configure(r=1.5), "r=1.5 must be a whole number"),
 }
+PARSED_ALIKE = ("truncated", "empty", "nested", "bytes", "digits")  # no JSON, as "a list" is none of ours
 
 
-@pytest.mark.parametrize("problem", BAD_CONFIGS)
-@pytest.mark.parametrize("loader", LOADERS)
+# Configurations are found and parsed by the loaders' own code before ours sees them: most through all of them.
+@pytest.mark.parametrize(
+    "loader, problem", through_loaders(BAD_CONFIGS, [n for n in BAD_CONFIGS if n not in PARSED_ALIKE])
+)
 def test_a_bad_configuration(loader, problem, adapter):
     build, load = LOADERS[loader]
     corrupt, message = BAD_CONFIGS[problem]

@@ -1,10 +1,10 @@
 """Chosen experts alone decide: Inf, NaN and overflow in the hidden of an expert that a token did not choose reach neither its
 output nor any gradient, on any path.
 
-Two ways to break experts. `poison` adds a value to what A gives for every expert that a token did not choose, and lets
-gradients through as they are. `overflow` gives experts that no token chose weights that are finite, and so large that their
-hidden overflows, and the gradient that B sends back to it. Either way everything must come out as if those experts were
-whole, to the bit: they take part in the products with exact zeros.
+Two ways to break experts. `poison` adds Inf, -Inf and NaN, an expert each in turn, to what A gives for every expert that a token
+did not choose, and lets gradients through as they are. `overflow` gives experts that no token chose weights that are finite, and
+so large that their hidden overflows, and the gradient that B sends back to it. Either way everything must come out as if those
+experts were whole, to the bit: they take part in the products with exact zeros.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ from peft_loraswitch.routing import RoutingOptions, route, routing_of
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 VALUES = [float("inf"), float("-inf"), float("nan")]
 values = pytest.mark.parametrize("value", VALUES, ids=str)
+
+
+def in_turn(experts: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[experts]: the three values, again and again. They take the same path, and any of them that gets through is seen."""
+    return torch.tensor(VALUES, dtype=dtype).repeat(experts // len(VALUES) + 1)[:experts]
+
+
 NO_LOSSES = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 HUGE = {torch.float32: 3e38, torch.bfloat16: 3e38, torch.float16: 6e4}
 
@@ -46,14 +53,14 @@ def is_chosen(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 @contextmanager
-def poison(model: nn.Module, value: float) -> Iterator[None]:
-    """Within it, `value` is added to the hidden of every expert that a token did not choose, in every adapted linear."""
+def poison(model: nn.Module) -> Iterator[None]:
+    """Within it, one of VALUES is added to the hidden of every expert that a token did not choose, in every adapted linear."""
 
     def poisoned(layer: LoRASwitchLinear, adapter: str) -> Callable:
         def add(module: nn.Module, args: Any, hidden: torch.Tensor) -> torch.Tensor:
             routing = layer.routing_state.frame.routings[adapter]
             chosen = is_chosen(routing.experts, hidden.shape[-2]).view(*hidden.shape[:-1], 1)
-            return hidden + torch.zeros_like(hidden).masked_fill(~chosen, value)
+            return hidden + in_turn(hidden.shape[-2], hidden.dtype).unsqueeze(-1).masked_fill(chosen, 0.0)
 
         return add
 
@@ -138,47 +145,43 @@ CONFIGS = {
 
 
 @pytest.mark.compat
-@values
 @dtypes
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_forward_and_backward(config, dtype, value):
+def test_forward_and_backward(config, dtype):
     model = adapted(tiny_llama(), **config).to(dtype)
     batch = padded([7, 4])
     for run in (evaluated, trained):
         torch.manual_seed(3)  # jitter and dropout
         expected = run(model, **batch)
         torch.manual_seed(3)
-        with poison(model, value):
+        with poison(model):
             assert_equal(run(model, **batch), expected)
 
 
-@values
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mixed", ["autocast", "float32 experts on a 16-bit backbone"])
-def test_mixed_precision(mixed, dtype, value):
+def test_mixed_precision(mixed, dtype):
     model = adapted(tiny_llama() if mixed == "autocast" else tiny_llama().to(dtype), **NO_LOSSES)
     batch = padded([7, 4])
     for run in (evaluated, trained):
         with torch.autocast("cpu", dtype, enabled=mixed == "autocast"):
             expected = run(model, **batch)
-            with poison(model, value):
+            with poison(model):
                 assert_equal(run(model, **batch), expected)
 
 
 @pytest.mark.compat
 @pytest.mark.parametrize("reentrant", [False, True])
-@values
-def test_gradient_checkpointing(value, reentrant):
+def test_gradient_checkpointing(reentrant):
     model = adapted(tiny_llama())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     expected = trained(model, **padded([7, 4]))
-    with poison(model, value):
+    with poison(model):
         assert_equal(trained(model, **padded([7, 4])), expected)
 
 
 @pytest.mark.compat
-@values
-def test_a_batch_of_several_adapters(value):
+def test_a_batch_of_several_adapters():
     model = adapted(tiny_gpt2())
     model.add_adapter("other", switch_config(num_experts=5, top_k=1, r=2))
     randomize_adapter(model, "other", seed=3)
@@ -196,18 +199,17 @@ def test_a_batch_of_several_adapters(value):
         parameter.requires_grad_()
     expected = run()
     assert len(expected) == 1 + len(parameters)
-    with poison(model, value):
+    with poison(model):
         assert_equal(run(), expected)
 
 
-@values
-def test_compiled(value):
+def test_compiled():
     torch._dynamo.reset()
     model = adapted(tiny_llama(num_hidden_layers=1), target_modules=["q_proj", "down_proj"])
     batch = padded([7, 7])
     batch.pop("attention_mask")
     expected = trained(model, **batch), evaluated(model, **batch)
-    with poison(model, value):
+    with poison(model):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         results = trained(model, compiled, **batch)
         for result, e in zip(results, expected[0], strict=True):
@@ -407,8 +409,7 @@ def test_fused_without_kernels(shared, hooked, dtype):
             assert_equal(evaluated(model, **batch), e)
 
 
-@values
-def test_fused_and_compiled(value):
+def test_fused_and_compiled():
     torch._dynamo.reset()
     model = adapted(tiny_llama(num_hidden_layers=1), num_experts=24, target_modules=["q_proj", "k_proj", "down_proj"])
     model.requires_grad_(False)
@@ -417,7 +418,7 @@ def test_fused_and_compiled(value):
         expected = [evaluated(model, **batch) for batch in batches]
         broken = unchosen(model, lambda m: m(**batches[0]))
         for layer in switch_layers(model).values():
-            layer.loraswitch_A["default"].weight[broken] = value
+            layer.loraswitch_A["default"].weight[broken] = in_turn(len(broken)).view(-1, 1, 1)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for batch, e in zip(batches, expected, strict=True):
             assert torch.allclose(evaluated(compiled, **batch)[0], e[0], atol=1e-5)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,19 @@ LOADERS = {
     "AutoPeftModel": (tiny_llama, lambda model, folder: AutoPeftModelForCausalLM.from_pretrained(folder)),
     "AutoModel": (tiny_llama, lambda model, folder: AutoModelForCausalLM.from_pretrained(folder)),
 }
+
+
+def through_loaders(problems: Iterable[str], everywhere: Sequence[str]) -> list[tuple[str, str]]:
+    """(loader, problem): each problem through the first loader and through one of the others, in turn; those `everywhere`
+    through all of them.
+
+    All loaders read and check files by the same code (`loading.py`); what differs from one to the next is how it is reached and
+    what is undone, and that does not depend on what is wrong with the file. So a few problems of each kind meet every loader.
+    """
+    first, *others = LOADERS
+    pairs = [(first, problem) for problem in problems]
+    pairs += [(others[i % len(others)], problem) for i, problem in enumerate(problems)]
+    return list(dict.fromkeys([*pairs, *itertools.product(LOADERS, everywhere)]))
 
 
 def save_adapter(folder: Path) -> Path:

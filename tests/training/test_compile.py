@@ -109,10 +109,8 @@ def test_accumulation_needs_one_graph_for_each_kind_of_micro_batch():
 
 CONFIGS = {
     "default": {},
-    "top_1": {"top_k": 1},
-    "all_experts": {"top_k": 4},
-    "deep_router": {"router_module": "layers.0.mlp.down_proj"},
-    "large_losses": {"router_aux_loss_coef": 2.0, "router_z_loss_coef": 0.5},
+    "top_1, deep_router": {"top_k": 1, "router_module": "layers.0.mlp.down_proj"},
+    "all_experts, large_losses": {"top_k": 4, "router_aux_loss_coef": 2.0, "router_z_loss_coef": 0.5},
 }
 
 
@@ -190,8 +188,9 @@ def without_head(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("labels", [True, False])
-@pytest.mark.parametrize("prepare", [whole, by_layer, without_head])
+@pytest.mark.parametrize(  # where the model's outputs are made outside of the graph, labels are none of its business
+    "prepare, labels", [(whole, True), (whole, False), (by_layer, True), (without_head, True)]
+)
 def test_every_output_brings_the_losses(prepare, labels):
     """The router's losses come with the weight of `loss`, or with 1 where that has no part; outputs may be changed in place."""
     objectives: dict[str, Callable[[Any], torch.Tensor]] = {
