@@ -1,11 +1,11 @@
-# The README's two commands, and the linters. `make` is a convenience: nothing here needs it.
+# The README's two commands, a quicker test run, and the linters. `make` is a convenience: nothing here needs it.
 # `make wheel VENV=/path/to/python` takes an environment of yours that has PyTorch, PEFT and setuptools.
 PYTHON ?= python3
 VENV = .venv/bin/python
 # What an environment is ready by: ours by a file written when it is, another by itself.
 READY = $(if $(filter .venv/bin/python,$(VENV)),.venv/.ready,$(VENV))
 
-.PHONY: setup quickstart test lint format wheel table
+.PHONY: setup quickstart test fast lint format wheel table
 
 setup: $(READY)
 
@@ -17,6 +17,10 @@ quickstart: setup
 
 test: setup
 	$(VENV) -m pytest -n 2
+
+# Every test function with one of its cases, without those that are `slow`: docs/tests.md.
+fast: setup
+	$(VENV) -m pytest -n 2 --fast
 
 lint: setup
 	$(VENV) -m ruff check .

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # before huggingface_hub is imported; tests/test_hub.py lifts it for its own server
+# Before huggingface_hub is imported; tests/hub/test_hub.py lifts it for its own server.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+# A failed assert in a helper shows its values, as one in a test does.
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "tools").glob("*.py")))
 
 torch.set_num_threads(1)
 
@@ -28,3 +32,31 @@ def fresh_gradient_state():
 
     yield
     GradientState._reset_state()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="one case of each test function, and none that is slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fast: the first case of each function. Always: what is slow begins first, so that no worker ends alone with it."""
+    if config.getoption("--fast"):
+        chosen: dict[str, pytest.Item] = {}
+        for item in items:
+            if not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
+                chosen.setdefault(item.nodeid.partition("[")[0], item)
+        kept = list(chosen.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As `--dist worksteal` without having to say so: neighbours, which share fixtures, stay on one worker; one that has nothing
+    left to do takes half of what another still has."""
+    if config.getoption("dist") == "load":  # what -n alone means
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+    return None

@@ -1,0 +1,101 @@
+"""tests/kernels/sanitize_kernels.sh without a GPU: pieces, results that are kept, exit statuses. The tools are stand-ins."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from paths import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+# Collects 5 tests; one that runs prints what pytest would.
+PYTHON = """#!/usr/bin/env bash
+if [[ "$*" == *--collect-only* ]]; then
+  echo "$*" >>"$HERE/collected"
+  for name in a b c full_size graph; do echo "tests/kernels/test_kernels_gpu.py::test_$name[1]"; done
+else
+  printf '%s\\n' "${@: -1} ${PYTORCH_NO_CUDA_MEMORY_CACHING:-cached}" >>"$HERE/ran"
+  [[ -n ${FULL:-} && "$*" == *test_c* ]] && { echo "torch.OutOfMemoryError: CUDA out of memory"; echo "1 failed in 1 s"; exit 1; }
+  echo "$(grep -o :: <<<"$*" | wc -l) passed in 1 s"
+fi
+"""
+SANITIZER = """#!/usr/bin/env bash
+tool=$2
+[[ "$*" == *"--kernel-name kns=_ZN2ls"* ]] || exit 5
+shift 6
+"$@"
+status=$? hazards=0
+[[ $tool == memcheck && -n ${FULL:-} && "$*" == *test_c* ]] && hazards=2 status=9 &&
+  echo '========= Program hit cudaErrorMemoryAllocation (error 2) due to "out of memory" on CUDA API call to cudaGetLastError.'
+[[ $tool == "$BROKEN" && "$*" == *test_c* ]] && hazards=2 status=9 && echo "========= Invalid __global__ read of size 2 bytes"
+if [[ $tool == racecheck ]]; then echo "========= RACECHECK SUMMARY: $hazards hazards displayed ($hazards errors, 0 warnings)"
+else echo "========= ERROR SUMMARY: $hazards errors"; fi
+exit $status
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    for name, text in (("python", PYTHON), ("compute-sanitizer", SANITIZER)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def run(*tools: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "HERE": str(tmp_path),
+            "STATE": str(tmp_path / "state"), "CHUNK": "2", "BROKEN": "none", **settings,
+        }  # fmt: skip
+        command = ["bash", str(ROOT / "tests" / "kernels" / "sanitize_kernels.sh"), *tools]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+    run.ran = lambda: (tmp_path / "ran").read_text().split("\n")[:-1] if (tmp_path / "ran").exists() else []  # type: ignore[attr-defined]
+    return run
+
+
+def test_everything_is_run_in_pieces_once(script, tmp_path):
+    first = script("racecheck", "memcheck")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "racecheck: 5 of 5 tests clean" in first.stdout and "memcheck: 5 of 5 tests clean" in first.stdout
+    assert len(script.ran()) == 8  # a and b, c, full_size, graph; twice
+    by_tool = script.ran()[:4], script.ran()[4:]
+    assert all(line.endswith("cached") for line in by_tool[0])
+    assert [line for line in by_tool[1] if line.endswith("cached")] == [
+        "tests/kernels/test_kernels_gpu.py::test_graph[1] cached"
+    ]
+    assert "full_size" in by_tool[0][-1], "what takes long comes last"
+    again = script("racecheck", "memcheck", CHUNK="1")  # other pieces, the same tests
+    assert again.returncode == 0 and "racecheck: 5 of 5 tests clean" in again.stdout and len(script.ran()) == 8
+    assert "not soak and not 20000" in (tmp_path / "collected").read_text()
+
+
+def test_a_hazard_is_reported_and_looked_for_again(script):
+    broken = script("racecheck", BROKEN="racecheck")
+    assert broken.returncode == 1 and "racecheck: 4 of 5 tests clean" in broken.stdout
+    assert "FAILED (9)" in broken.stdout and "2 hazards displayed" in broken.stdout and "see " in broken.stdout
+    mended = script("racecheck")
+    assert mended.returncode == 0 and "racecheck: 5 of 5 tests clean" in mended.stdout
+    assert len(script.ran()) == 4 + 1, "only what was not clean"
+
+
+def test_a_gpu_without_memory_is_neither_clean_nor_a_finding(script):
+    full = script("memcheck", FULL="1")
+    assert full.returncode == 1 and "memcheck: 4 of 5 tests clean" in full.stdout
+    assert "OUT OF MEMORY, fewer JOBS" in full.stdout and "FAILED" not in full.stdout
+    assert "FAILED (9)" in script("memcheck", FULL="1", BROKEN="memcheck").stdout, "a finding is one all the same"
+    assert script("memcheck").returncode == 0
+
+
+def test_time_that_is_up_is_not_success(script):
+    late = script("racecheck", LIMIT="0")
+    assert late.returncode == 3 and "not begun" in late.stdout and not script.ran()
+    assert script("racecheck", JOBS="3").returncode == 0
+
+
+def test_wrong_names_and_empty_selections(script):
+    unknown = script("racechek")
+    assert unknown.returncode == 2 and "unknown tool racechek" in unknown.stderr
+    assert subprocess.run(["bash", "-n", str(ROOT / "tests" / "kernels" / "sanitize_kernels.sh")]).returncode == 0

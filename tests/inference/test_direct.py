@@ -1,0 +1,517 @@
+"""A fused layer's call of the kernels without a compiler, on a CPU: a stand-in for the library computes from the struct that
+it is given, so a wrong pointer, size or offset is a wrong result here too."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fusing import adapted, close, gradients, ids, logits, trainable
+from helpers import tiny_llama
+from peft_loraswitch import kernels
+from peft_loraswitch.inference.fuse import adapted_layers
+from peft_loraswitch.routing.decision import Routing
+from recipes.benchmarks import host, stub_library
+
+
+def view(pointer: int, *shape: int, kind: Any = ctypes.c_float) -> torch.Tensor:
+    """The memory at `pointer` as a tensor; writing to it writes there."""
+    size = int(torch.Size(shape).numel())
+    dtype = torch.int64 if kind is ctypes.c_int64 else torch.float32
+    return torch.frombuffer((kind * size).from_address(pointer), dtype=dtype).view(shape)
+
+
+class StandIn:
+    """What `DirectGroup` and `PackedGroup` use of the library, in float32 on the host."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []  # (linears, tokens) of each
+        self.expanded: list[tuple[int, int]] = []  # the same of ls_expand; of ls_widen, with -1 tokens
+        self.most_ranks = 128
+        self.fewest_tokens = 10**9  # that ls_linear takes as "many"
+
+    def __getitem__(self, name: str) -> Any:
+        assert name == "ls_linear"
+
+        class Function:  # carries the attributes that ctypes functions have
+            restype: Any = None
+            argtypes: Any = None
+
+            def __call__(_, group: bytes, stream: int) -> int:
+                return self.linear(kernels.abi.Group.from_buffer_copy(group))
+
+        return Function()
+
+    def ls_hidden_elements(self, group: Any) -> int:
+        return 64
+
+    def ls_linear_path(self, group: Any) -> int:
+        args = group._obj
+        assert args.x and args.experts and args.gates and args.hidden and args.items[0].out, "the library refuses those"
+        return kernels.SM90_PATH if args.tokens >= self.fewest_tokens else kernels.FAST_PATH
+
+    def linear(self, group: kernels.abi.Group) -> int:
+        tokens, k, width, experts = group.tokens, group.top_k, group.in_features, group.num_experts
+        self.calls.append((group.n_items, tokens))
+        x = view(group.x, tokens, width)
+        chosen, gates = view(group.experts, tokens, k, kind=ctypes.c_int64), view(group.gates, tokens, k)
+        view(group.hidden, 64).fill_(float("nan"))
+        for item in group.items[: group.n_items]:
+            out, rank = item.out_features, item.rank
+            weight = view(item.weight, *((width, out) if group.transposed else (out, width)))
+            result = x @ (weight if group.transposed else weight.T)
+            if item.bias:
+                result += view(item.bias, out)
+            a, b = view(item.lora_a, experts, rank, width), view(item.lora_b, experts, out, rank)
+            for t in range(tokens):
+                for e, gate in zip(chosen[t].tolist(), gates[t].tolist(), strict=True):
+                    result[t] += item.scaling * gate * (b[e] @ (a[e] @ x[t]))
+            view(item.out, tokens, out).copy_(result)
+        return 0
+
+    def ls_expand_takes(self, group: Any) -> int:
+        args = group._obj
+        return int(all(args.num_experts * item.rank <= self.most_ranks for item in args.items[: args.n_items]))
+
+    def ls_widen_takes(self, group: Any) -> int:
+        return 1
+
+    def ls_expand(self, group: bytes, stream: int) -> int:
+        args = kernels.abi.ExpandArgs.from_buffer_copy(group)
+        items, experts, tokens, k = args.items[: args.n_items], args.num_experts, args.tokens, args.top_k
+        self.expanded.append((args.n_items, tokens))
+        hidden = view(args.hidden, tokens, experts * sum(item.rank for item in items))
+        chosen, gates = view(args.experts, tokens, k, kind=ctypes.c_int64), view(args.gates, tokens, k)
+        for item, part in zip(items, hidden.split([experts * item.rank for item in items], 1), strict=True):
+            b, result = (
+                view(item.lora_b, experts, item.out_features, item.rank),
+                view(item.out, tokens, item.out_features),
+            )
+            result.copy_(view(item.bias, item.out_features) if item.bias else torch.zeros(item.out_features))
+            for j in range(k):
+                of_chosen = part.view(tokens, experts, item.rank)[torch.arange(tokens), chosen[:, j]]
+                added = torch.einsum("tor,tr->to", b[chosen[:, j]], of_chosen)
+                result += item.scaling * gates[:, j, None] * added
+        return 0
+
+    def ls_widen(self, group: bytes, stream: int) -> int:
+        args = kernels.abi.ExpandArgs.from_buffer_copy(group)
+        self.expanded.append((args.n_items, -1))
+        for item in args.items[: args.n_items]:
+            b = view(item.lora_b, args.num_experts, item.out_features, item.rank)
+            view(item.out, item.out_features, args.num_experts * item.rank).copy_(b.transpose(0, 1).flatten(1))
+        return 0
+
+
+@pytest.fixture
+def library() -> Iterator[StandIn]:
+    stand_in = StandIn()
+    kernels.calls._expansion.cache_clear()  # by address, and another test's library may have answered otherwise
+    with stub_library.in_place_of_the_library(stand_in):
+        yield stand_in
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    model.fuse_for_inference("fused")
+    stub_library.use_kernels(model)
+    return model
+
+
+def made(**settings: Any) -> nn.Module:
+    return adapted(tiny_llama(attention_bias=True), **settings)
+
+
+def test_the_same_logits_by_four_calls_a_block(library):
+    model = made(rank_pattern={"k_proj": 4}, alpha_pattern={"v_proj": 50})
+    batches = [ids(1, 1, "cpu"), ids(2, 3, "cpu"), ids(1, 1, "cpu", seed=4)]
+    expected = [logits(model, tokens) for tokens in batches]
+    fuse(model)
+    for _ in range(2):  # the first of each shape packs, the others find it packed
+        for tokens, value in zip(batches, expected, strict=True):
+            assert close(logits(model, tokens), value)
+    called = library.calls
+    library.calls = []
+    assert close(logits(model, batches[0]), expected[0])
+    assert library.calls == [(3, 1), (1, 1), (2, 1), (1, 1)] * 2 and called
+
+
+@pytest.mark.parametrize("most_ranks", [128, 16, 0])
+def test_many_tokens_take_one_call_and_products_of_the_library(library, most_ranks):
+    library.most_ranks = most_ranks
+    model = made(rank_pattern={"k_proj": 4}, alpha_pattern={"v_proj": 50})
+    tokens = ids(3, 20, "cpu")
+    expected = logits(model, tokens)
+    fuse(model)
+    logits(model, ids(1, 2, "cpu"))
+    library.calls.clear()
+    for _ in range(2):
+        library.expanded.clear()
+        assert close(logits(model, tokens), expected)
+        assert (
+            library.expanded == [(n, 60 if most_ranks == 128 else -1) for n in (3, 1, 2, 1)] * 2 and not library.calls
+        )
+
+
+def test_many_tokens_take_one_call_where_there_is_a_kernel_for_them(library):
+    library.fewest_tokens = 60
+    model = made(rank_pattern={"k_proj": 4}, alpha_pattern={"v_proj": 50})
+    tokens, fewer = ids(3, 20, "cpu"), ids(1, 50, "cpu")
+    expected = [logits(model, each) for each in (tokens, fewer)]
+    fuse(model)
+    logits(model, ids(1, 2, "cpu"))
+    library.calls.clear()
+    for _ in range(2):
+        assert close(logits(model, tokens), expected[0])
+    assert library.calls == [(3, 60), (1, 60), (2, 60), (1, 60)] * 4 and not library.expanded
+    assert close(logits(model, fewer), expected[1])
+    assert len(library.calls) == 16 and library.expanded == [(3, 50), (1, 50), (2, 50), (1, 50)] * 2
+
+
+def test_many_tokens_at_an_odd_address_take_products_of_the_library(library):
+    """The kernel for many tokens would not be taken, but the slowest one."""
+    library.fewest_tokens = 60
+    model = made()
+    fuse(model)
+    logits(model, ids(1, 2, "cpu"))
+    leader = adapted_layers(model)[0]
+    x = torch.randn(60 * leader.in_features + 1)
+    routing = Routing(torch.zeros(60, 2, dtype=torch.int64), torch.ones(60, 2), 8)
+    group = leader.fused_group.direct
+    assert group(x[:-1].view(60, -1), routing) is not None
+    assert group(x[1:].view(60, -1), routing) is None
+
+
+@torch.no_grad()
+def moved(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * 1.1
+
+
+@torch.no_grad()
+def assigned(model: nn.Module) -> None:
+    state = {name: value * 1.1 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+@torch.no_grad()
+def in_place(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+
+
+def another_parameter(model: nn.Module) -> None:
+    layer = model.base_model.model.model.layers[1].self_attn.v_proj
+    layer.loraswitch_B["default"].weight = nn.Parameter(torch.randn_like(layer.loraswitch_B["default"].weight))
+
+
+def another_base_layer(model: nn.Module) -> None:
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    layer.base_layer.weight.data.mul_(2)
+
+
+def another_kind_of_base_layer(model: nn.Module) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    doubled = Doubled(layer.in_features, layer.out_features, bias=False)
+    doubled.load_state_dict(layer.base_layer.state_dict())
+    layer.base_layer = doubled
+
+
+def hook_on_base_layer(model: nn.Module) -> None:
+    model.base_model.model.model.layers[1].self_attn.v_proj.base_layer.register_forward_hook(lambda m, a, out: out * 2)
+
+
+def another_scaling(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].self_attn.v_proj.scaling["default"] *= 3
+
+
+def another_dictionary_of_scalings(model: nn.Module) -> None:
+    """As `peft.helpers.rescale_adapter_scale` does with layers of LoRA."""
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
+    layer.scaling = {name: value * 3 for name, value in layer.scaling.items()}
+
+
+def first_bias_of_a_layer(model: nn.Module) -> None:
+    layer = model.base_model.model.model.layers[1].mlp.up_proj.base_layer
+    assert layer.bias is None
+    layer.bias = nn.Parameter(torch.ones(layer.out_features))
+
+
+def one_layer_disabled(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].self_attn.v_proj.enable_adapters(False)
+
+
+def first_of_a_group_disabled(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].mlp.gate_proj.enable_adapters(False)
+
+
+def adapter_taken_off_one_layer(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].self_attn.v_proj.delete_adapter("default")
+
+
+def layer_in_training(model: nn.Module) -> None:
+    model.base_model.model.model.layers[0].mlp.up_proj.train()
+
+
+CHANGES = [
+    moved, assigned, in_place, another_parameter, another_base_layer, another_kind_of_base_layer, hook_on_base_layer,
+    another_scaling, another_dictionary_of_scalings, first_bias_of_a_layer, one_layer_disabled, first_of_a_group_disabled,
+    adapter_taken_off_one_layer, layer_in_training,
+]  # fmt: skip
+
+
+def weights_streamed(model: nn.Module) -> None:
+    """As something does that keeps weights elsewhere and brings those of a block when it is about to run."""
+    block = model.base_model.model.model.layers[1]
+    for parameter in block.parameters():
+        parameter.data *= 1.1
+    kept = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+
+    def bring(module: nn.Module, args: Any) -> None:
+        for name, parameter in block.named_parameters():
+            parameter.data = kept[name].clone()
+
+    def take_away(module: nn.Module, args: Any, output: Any) -> None:
+        for parameter in block.parameters():
+            parameter.data = torch.full_like(parameter, float("nan"))
+
+    block.register_forward_pre_hook(bring)
+    block.register_forward_hook(take_away)
+
+
+def weight_put_into_a_dictionary(model: nn.Module) -> None:
+    """As accelerate places weights. No method is told, so compiled code does not see it before the next eager forward."""
+    experts = model.base_model.model.model.layers[1].self_attn.v_proj.loraswitch_A["default"]
+    experts._parameters["weight"] = nn.Parameter(torch.randn_like(experts.weight))
+
+
+@pytest.mark.parametrize("change", [*CHANGES, weight_put_into_a_dictionary, weights_streamed])
+@pytest.mark.parametrize("length", [1, 40])
+def test_what_is_changed_after_fusing_is_seen(change, length, library):
+    model = made()
+    tokens = ids(1, length, "cpu")
+    fuse(model)
+    before = logits(model, tokens)
+    change(model)
+    after = logits(model, tokens)
+    again = logits(model, tokens)
+    model.unfuse()
+    expected = logits(model, tokens)
+    assert close(after, expected) and close(again, expected)
+    assert change is layer_in_training or not close(before, expected)
+
+
+def test_an_input_like_one_that_was_served_goes_unfused_where_the_first_would_have(library):
+    model = made(target_modules=["q_proj", "k_proj", "gate_proj", "up_proj"])
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.eval().requires_grad_(False)
+    tokens = ids(2, 1, "cpu")
+    names = ["default", "other"]
+
+    def found() -> list[torch.Tensor]:
+        results = [logits(model, tokens), logits(model, tokens, adapter_names=names)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(logits(model, tokens).float())
+        with model.disable_adapter():
+            results.append(logits(model, tokens))
+        model.set_adapter("other")
+        results += [logits(model, tokens), logits(model, tokens)]
+        model.set_adapter("default")
+        model.eval().requires_grad_(False)
+        results += gradients(model, tokens, trainable(model, "layers.0.self_attn.k_proj.loraswitch_B.default"))
+        model.requires_grad_(False)
+        return results
+
+    expected = found()
+    fuse(model)
+    for served in (1, 3):  # of the forwards; those that come first make the calls ready
+        library.calls.clear()
+        for one, other in zip(found(), expected, strict=True):
+            assert close(one, other, 1e-4)
+        assert len(library.calls) == served * 2 * 2, "two blocks, two groups"
+
+
+@pytest.mark.parametrize(
+    "part", ["router", "v_proj.loraswitch_A", "up_proj.loraswitch_B", "down_proj.base_layer", "embed"]
+)
+def test_gradients_of_any_part_are_those_of_the_unfused_model(part, library):
+    """Where the kernels run. In evaluation: a model in training is not fused."""
+    model = made()
+    trained = trainable(model, part)
+    tokens = ids(1, 1, "cpu")
+    expected = gradients(model, tokens, trained)
+    fuse(model)
+    logits(model, tokens)
+    logits(model, tokens)  # by the kernels
+    assert library.calls
+    found = gradients(model, tokens, trained)
+    assert all(close(one, other, 1e-4) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_after_fusing_is_seen_by_compiled_code(change):
+    torch._dynamo.reset()
+    model = made()
+    tokens = ids(1, 1, "cpu")
+    model.fuse_for_inference("fused")
+    before = logits(model, tokens, use_cache=False)
+    compiled = torch.compile(model, backend="eager")
+    if change is not hook_on_base_layer:  # dynamo does not look for hooks that come to a compiled model, fused or not
+        logits(compiled, tokens, use_cache=False)
+    change(model)
+    after = logits(compiled, tokens, use_cache=False)
+    model.unfuse()
+    expected = logits(model, tokens, use_cache=False)
+    assert close(after, expected)
+    assert change is layer_in_training or not close(before, expected)
+
+
+def compiled_steps(model: nn.Module) -> tuple[Any, list[Any]]:
+    """`model` compiled, and the list that gets its graphs."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    return torch.compile(model, backend=backend), graphs
+
+
+def test_what_changes_nothing_does_not_compile_again():
+    model = made()
+    tokens = ids(1, 1, "cpu")
+    model.fuse_for_inference("fused")
+    compiled, graphs = compiled_steps(model)
+    first = logits(compiled, tokens, use_cache=False)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    model.to("cpu")
+    model.train()
+    model.eval()
+    assert close(logits(compiled, tokens, use_cache=False), first) and len(graphs) == 1
+
+
+def test_a_hook_on_a_copy_is_the_copys():
+    model = made()
+    tokens = ids(1, 1, "cpu")
+    model.fuse_for_inference("fused")
+    twin = copy.deepcopy(model)
+    hook_on_base_layer(twin)
+    found = [logits(compiled_steps(each)[0], tokens, use_cache=False) for each in (model, twin)]
+    for each, value in zip((model, twin), found, strict=True):
+        each.unfuse()
+        assert close(value, logits(each, tokens, use_cache=False))
+    assert not close(*found)
+
+
+def test_unfused_layers_are_as_they_were():
+    model = made()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    model.fuse_for_inference("fused")
+    model.unfuse()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_a_fused_linear_costs_few_guards():
+    """What dynamo checks at every call of compiled code, on the way to three tensors of a linear. Beyond the tensors' own
+    checks it visits two dictionaries: the weights of the base layer, and the scaling."""
+
+    def guards_of_a_block(method: str) -> int:
+        found = []
+        for layers in (2, 3):
+            torch._dynamo.reset()
+            bench = host.Bench(host.build(method, "tiny", layers, 8, "cpu"), "cpu")
+            bench.time_step()
+            bench.generate(True, 3)
+            found.append(host.guards_of(bench.backbone))
+        return found[1] - found[0]
+
+    backbone, fused = guards_of_a_block("backbone"), guards_of_a_block("fused")
+    assert backbone > 50  # they were found
+    assert (fused - backbone) / 7 < 25
+
+
+def test_the_host_is_timed_where_it_calls_the_kernels():
+    bench = host.Bench(host.build("fused", "tiny", 3, 8, "cpu"), "cpu")
+    stub_library.use_kernels(bench.model)
+    library = stub_library.NoKernels()
+    with stub_library.in_place_of_the_library(library):
+        assert len(bench.forwards(5)) == 5 and library.calls == 5 * 3 * 4, "forwards, blocks, groups"
+
+
+def test_casts_follow_experts_that_are_loaded_or_trained():
+    """float32 experts on a bf16 backbone, for compiled code, which does not look whether they have changed."""
+    torch._dynamo.reset()
+    model = made(dtype=torch.bfloat16)
+    experts = {n: p for n, p in model.named_parameters() if "loraswitch_A" in n or "loraswitch_B" in n}
+    for parameter in experts.values():
+        parameter.data = parameter.data.float()
+    model.fuse_for_inference("fused")
+    tokens = ids(1, 1, "cpu")
+    compiled = torch.compile(model, backend="eager")
+
+    def follows() -> bool:
+        fused = logits(compiled, tokens, use_cache=False).float()
+        model.unfuse()
+        expected = logits(model, tokens, use_cache=False).float()
+        model.fuse_for_inference("fused")
+        return close(fused, expected, 0.03)
+
+    first = logits(compiled, tokens, use_cache=False)
+    assert follows()
+    model.load_state_dict({name: value.clone() * 2 for name, value in experts.items()}, strict=False)
+    assert follows() and not torch.equal(logits(compiled, tokens, use_cache=False), first)
+    model.train()
+    for parameter in experts.values():  # as an optimiser that writes to .data does
+        parameter.data.mul_(-1)
+    model.eval()
+    assert follows()
+
+
+def test_casts_of_a_copy_follow_the_copys_experts():
+    model = made(dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "loraswitch_A" in name or "loraswitch_B" in name:
+            parameter.data = parameter.data.float()
+    model.fuse_for_inference("fused")
+    tokens = ids(1, 3, "cpu")
+    first = logits(model, tokens)
+    twin = copy.deepcopy(model)
+    twin.train()
+    for name, parameter in twin.named_parameters():
+        if "loraswitch_B" in name:
+            parameter.data.mul_(-3)
+    twin.eval()
+    after = logits(twin, tokens).float()
+    twin.unfuse()
+    assert close(after, logits(twin, tokens).float(), 0.03) and not close(after, first.float(), 0.03)
+    assert torch.equal(logits(model, tokens), first)
+
+
+def test_memory_of_a_deleted_adapter_is_given_back(library):
+    import weakref
+
+    from peft_loraswitch import LoRASwitchConfig
+
+    model = fuse(made(target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("other", LoRASwitchConfig(r=4, num_experts=4, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter("other")
+    model.eval().requires_grad_(False)
+    logits(model, ids(1, 1, "cpu"))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    weight = weakref.ref(layer.loraswitch_A["other"].weight)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    model.eval().requires_grad_(False)
+    logits(model, ids(1, 1, "cpu"))
+    assert weight() is None

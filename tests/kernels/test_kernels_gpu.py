@@ -1,0 +1,436 @@
+"""Every kernel against the float64 oracle, on a GPU: fresh random inputs, poisoned outputs, odd sizes, every dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernel_oracle as oracle
+from kernel_oracle import DTYPES, HALVES, poison_allocator, randn
+from peft_loraswitch import kernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("kernels_must_be_there"),
+]
+
+
+def make_group(outs, in_features, ranks, num_experts, dtype, bias=False, transposed=False, weight=True):
+    weights = [
+        randn(*((in_features, o) if transposed else (o, in_features)), dtype=dtype, scale=in_features**-0.5)
+        for o in outs
+    ]
+    return {
+        "weights": weights if weight else [None] * len(outs),
+        "biases": [randn(o, dtype=dtype) if bias else None for o in outs],
+        "lora_a": [randn(num_experts, r, in_features, dtype=dtype, scale=in_features**-0.5) for r in ranks],
+        "lora_b": [
+            randn(num_experts, o, r, dtype=dtype, scale=max(r, 1) ** -0.5) for o, r in zip(outs, ranks, strict=True)
+        ],
+        "scalings": [0.5 + i for i in range(len(outs))],
+        "transposed": transposed,
+    }
+
+
+def check_group(outs, in_features, ranks, num_experts, top_k, tokens, dtype, tuning=0, base=False, ids=None, **kwargs):
+    group = make_group(outs, in_features, ranks, num_experts, dtype, **kwargs)
+    x = randn(tokens, in_features, dtype=dtype)
+    experts, gates = oracle.random_ids(tokens, num_experts, top_k, "cuda")
+    if ids is not None:
+        experts, gates = ids, oracle.poison_gates(ids, gates, num_experts)
+    bases = [randn(tokens, o, dtype=dtype) for o in outs] if base else ()
+    packed = kernels.PackedGroup(**group, tuning=tuning)
+    poison_allocator()
+    results = packed(x, experts, gates, bases)
+    for i, result in enumerate(results):
+        w, b, a, lb, s = (group[k][i] for k in ("weights", "biases", "lora_a", "lora_b", "scalings"))
+        reference = oracle.linear(x, experts, gates, w, b, a, lb, s, group["transposed"], bases[i] if base else None)
+        assert result.shape == reference.shape and result.dtype == dtype
+        # against the size of what was added up: the sum of a few numbers may come out as nearly nothing
+        parts = oracle.linear(x, experts, gates, w, None, torch.zeros_like(a), lb, s, group["transposed"])
+        error = oracle.relative_error(result, reference, at_least=max(parts.norm(), (reference - parts).norm()))
+        limit = oracle.limit(result)
+        assert error < limit, f"linear {i} of {outs} x {in_features}, ranks {ranks}, {tokens} tokens: error {error:.2e}"
+    return packed, x, experts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 70])
+def test_linear_every_token_count(dtype, tokens):
+    check_group([256, 64, 80], 512, [8, 8, 16], 8, 2, tokens, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 1, 3, 4, 8, 12, 16, 40, 64, 128, 250, 256])
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_linear_every_rank(dtype, rank, tokens):
+    check_group([96, 33], 256, [rank, rank], 6, 3, tokens, dtype, bias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (2, 2), (8, 8), (16, 4), (64, 1), (256, 8), (200, 7)])
+@pytest.mark.parametrize("tokens", [1, 4, 32])
+def test_linear_experts_and_top_k(dtype, num_experts, top_k, tokens):
+    check_group([72], 320, [8], num_experts, top_k, tokens, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [1, 7, 8, 24, 31, 32, 40, 100, 1000, 1032, 4100, 11008])
+@pytest.mark.parametrize("tokens", [1, 6, 13])
+def test_linear_odd_input_widths(dtype, in_features, tokens):
+    check_group([17, 1, 130], in_features, [8, 8, 8], 4, 2, tokens, dtype, bias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 4, 9, 40])
+@pytest.mark.parametrize(("out", "in_features"), [(96, 64), (33, 65), (2304, 768)])
+def test_linear_transposed_like_conv1d(dtype, tokens, out, in_features):
+    check_group([out], in_features, [8], 4, 2, tokens, dtype, bias=True, transposed=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 8, 21])
+@pytest.mark.parametrize("rank", [5, 8, 64])
+def test_delta_alone(dtype, tokens, rank):
+    check_group([128, 40], 264, [rank, rank], 8, 2, tokens, dtype, weight=False, base=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 8, 12, 32])
+@pytest.mark.parametrize("launches", [0, kernels.TUNING_TWO_LAUNCHES])
+@pytest.mark.parametrize("tuning", [kernels.TUNING_STREAMING, kernels.TUNING_REGISTERS, kernels.TUNING_PERSISTENT])
+@pytest.mark.parametrize("in_features", [32, 1120, 1096])
+def test_linear_every_kernel_shape(dtype, tokens, tuning, launches, in_features):
+    check_group([512, 100, 4096], in_features, [16, 8, 64], 8, 2, tokens, dtype, tuning=tuning + launches)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize(("rank", "top_k"), [(256, 2), (256, 8), (64, 8)])
+def test_more_shrink_tasks_than_blocks(tokens, rank, top_k):
+    check_group([4096, 64], 1024, [rank, rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAMING)
+    check_group(
+        [16], 1024, [rank], 8, top_k, tokens, torch.bfloat16, tuning=kernels.TUNING_STREAMING
+    )  # one block has it all
+    for tuning in (kernels.TUNING_REGISTERS, kernels.TUNING_PERSISTENT):
+        check_group([4096, 64], 1024, [rank, rank], 8, top_k, tokens, torch.bfloat16, tuning=tuning)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [3, 8, 9, 16, 17, 27, 32])
+@pytest.mark.parametrize(
+    ("outs", "in_features", "ranks"),
+    [
+        ([4096, 4096, 4096], 4096, [8, 8, 8]),  # a panel for each block
+        ([11008, 11000], 4096, [8, 16]),  # two
+        ([300, 28672, 8], 2080, [8, 0, 8]),  # three, and a linear without experts
+        ([4096], 11008, [8]),  # more parts of the features than eight
+        ([40], 64, [8]),  # fewer blocks than parts
+        ([4096], 14336, [8]),
+    ],
+)
+def test_panels(dtype, tokens, outs, in_features, ranks):
+    for flags in (0, kernels.TUNING_IMPATIENT, kernels.TUNING_TWO_LAUNCHES):
+        tuning = kernels.TUNING_PERSISTENT + flags
+        check_group(outs, in_features, ranks, 8, 2, tokens, dtype, tuning=tuning, bias=True, base=tokens % 2 == 0)
+
+
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("linear_sm90.cu is for compute capability 9.0")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", [kernels.TUNING_NARROW, kernels.TUNING_WIDE])
+@pytest.mark.parametrize("tokens", [33, 64, 65, 127, 128, 129, 255, 256, 257, 700, 2048])
+def test_many_tokens(dtype, width, tokens, hopper):
+    packed, x, experts = check_group([512, 104, 8], 520, [8, 24, 64], 8, 2, tokens, dtype, tuning=width, bias=True)
+    assert packed.path(x, experts) == kernels.SM90_PATH
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", [kernels.TUNING_NARROW, kernels.TUNING_WIDE])
+@pytest.mark.parametrize("rank", [0, 8, 16, 24, 32, 40, 64, 72, 128, 256])
+@pytest.mark.parametrize("num_experts", [1, 3, 8])
+def test_many_tokens_every_rank(dtype, width, rank, num_experts, hopper):
+    ranks = [rank, 8, rank, 0]
+    packed, x, experts = check_group([136, 256, 264, 40], 256, ranks, num_experts, 1, 150, dtype, tuning=width)
+    assert packed.path(x, experts) == kernels.SM90_PATH
+
+
+@pytest.mark.parametrize("width", [kernels.TUNING_NARROW, kernels.TUNING_WIDE])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 8), (64, 3), (256, 8), (200, 7)])
+def test_many_tokens_experts_and_top_k(width, num_experts, top_k, hopper):
+    check_group([264], 320, [8], num_experts, top_k, 200, torch.bfloat16, tuning=width)
+
+
+@pytest.mark.parametrize("width", [kernels.TUNING_NARROW, kernels.TUNING_WIDE])
+@pytest.mark.parametrize("in_features", [8, 24, 56, 64, 72, 128, 1000, 4104])
+def test_many_tokens_odd_input_widths(width, in_features, hopper):
+    check_group([264, 16], in_features, [8, 16], 4, 2, 130, torch.bfloat16, tuning=width, bias=True)
+
+
+def test_many_tokens_full_size(hopper):
+    """More tiles than blocks, so that a block has several, of several linears."""
+    for outs, in_features, tokens in (
+        ([4096] * 3, 4096, 2048),
+        ([4096, 1024, 1024], 4096, 1111),
+        ([4096], 11008, 3000),
+    ):
+        for rank in (8, 64):
+            for width in (0, kernels.TUNING_NARROW, kernels.TUNING_WIDE):
+                ranks = [rank] * len(outs)
+                packed, x, experts = check_group(outs, in_features, ranks, 8, 2, tokens, torch.bfloat16, tuning=width)
+                assert packed.path(x, experts) == kernels.SM90_PATH
+
+
+def test_many_tokens_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice(hopper):
+    ids = torch.randint(-2, 12, (300, 3), device="cuda")
+    ids[0] = torch.tensor([4, 4, -1], device="cuda")
+    for num_experts in (8, 7, 5):  # with 7 and 5, hidden columns are left that are of no expert
+        for ranks in ([8, 24], [64, 40], [8, 256]):
+            packed, x, experts = check_group([128, 64], 256, ranks, num_experts, 3, 300, torch.bfloat16, ids=ids)
+            assert packed.path(x, experts) == kernels.SM90_PATH
+
+
+def test_many_tokens_more_than_a_grid_is_high(hopper):
+    packed, x, experts = check_group([16], 64, [8], 4, 2, 70000, torch.bfloat16)
+    assert packed.path(x, experts) == kernels.SM90_PATH
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 32])
+def test_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice(dtype, tokens):
+    ids = torch.randint(-2, 10, (tokens, 3), device="cuda")
+    ids[0] = torch.tensor([4, 4, -1], device="cuda")
+    check_group([128], 256, [8], 8, 3, tokens, dtype, ids=ids)
+    check_group([128], 250, [7], 8, 3, tokens, dtype, ids=ids)
+
+
+def test_full_size_groups_of_llama():
+    for outs, in_features in (([4096] * 3, 4096), ([4096], 4096), ([11008] * 2, 4096), ([4096], 11008)):
+        for tokens in (1, 8, 32):
+            packed, x, experts = check_group(outs, in_features, [8] * len(outs), 8, 2, tokens, torch.bfloat16)
+            assert packed.path(x, experts) == kernels.FAST_PATH
+
+
+def test_unaligned_pointers_take_the_slow_path_and_are_right():
+    dtype = torch.bfloat16
+    group = make_group([64], 128, [8], 4, dtype)
+    group["weights"] = [randn(64 * 128 + 1, dtype=dtype)[1:].view(64, 128)]
+    x = randn(2 * 128 + 1, dtype=dtype)[1:].view(2, 128)
+    experts, gates = oracle.random_ids(2, 4, 2, "cuda")
+    packed = kernels.PackedGroup(**group)
+    result = packed(x, experts, gates)[0]
+    assert packed.path(x, experts) == kernels.GENERIC_PATH
+    reference = oracle.linear(x, experts, gates, group["weights"][0], None, group["lora_a"][0], group["lora_b"][0], 0.5)
+    assert oracle.relative_error(result, reference) < oracle.limit(result)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 2), (8, 8), (33, 5), (256, 8)])
+@pytest.mark.parametrize("in_features", [7, 64, 4096])
+def test_router(x_dtype, router_dtype, num_experts, top_k, in_features):
+    x = randn(37, in_features, dtype=x_dtype)
+    router = randn(num_experts, in_features, dtype=router_dtype, scale=in_features**-0.5)
+    for normalize in (False, True):
+        experts, gates = kernels.router(x, router, top_k, normalize)
+        reference_experts, reference_gates = oracle.route(x, router, top_k, normalize)
+        assert torch.allclose(gates.double(), reference_gates, rtol=1e-4, atol=1e-7)
+        # ids may differ only where two probabilities are equal to float32 rounding
+        differ = experts != reference_experts
+        assert differ.float().mean() < 0.01
+        assert all(len(set(row)) == top_k for row in experts.tolist())
+
+
+def test_router_ties_and_broken_inputs_give_valid_ids():
+    x = torch.zeros(3, 64, device="cuda")
+    x[1], x[2, 5] = float("nan"), float("inf")
+    router = torch.randn(10, 64, device="cuda")
+    experts, gates = kernels.router(x, router, 4, False)
+    assert experts[0].tolist() == [0, 1, 2, 3] and torch.allclose(gates[0], torch.full((4,), 0.1, device="cuda"))
+    assert ((experts >= 0) & (experts < 10)).all() and all(len(set(row)) == 4 for row in experts.tolist())
+    assert gates[1].isnan().all()
+
+
+def make_merge(dtype, shapes, num_experts, rank, in_place=False, transposed=False):
+    sources = [randn(*((i, o) if transposed else (o, i)), dtype=dtype) for o, i in shapes]
+    weights = sources if in_place else [torch.full_like(s, float("nan")) for s in sources]
+    a = [randn(num_experts, rank, i, dtype=dtype, scale=i**-0.5) for _, i in shapes]
+    b = [randn(num_experts, o, rank, dtype=dtype, scale=rank**-0.5) for o, _ in shapes]
+    return weights, sources, a, b, [0.5 + n for n in range(len(shapes))], [transposed] * len(shapes)
+
+
+def merged(source, a, b, scaling, transposed, ids, gates):
+    update = (
+        sum(g.double() * (b[e].double() @ a[e].double()) for e, g in zip(ids.tolist(), gates, strict=True)) * scaling
+    )
+    return source.double() + (update.T if transposed else update)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [3, 8, 24, 64])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shapes", [[(128, 256), (40, 72)], [(65, 264), (200, 1000)], [(33, 70), (1, 5)]])
+def test_merge_from_pristine(dtype, rank, transposed, shapes):
+    weights, sources, a, b, s, tr = make_merge(dtype, shapes, 6, rank, transposed=transposed)
+    table = kernels.MergeTable(weights, sources, a, b, s, tr)
+    for _ in range(2):  # the second merge must not see the first
+        ids, gates = (t[0] for t in oracle.random_ids(1, 6, 3, "cuda"))
+        table(ids, gates)
+        for w, source, ea, eb, scaling in zip(weights, sources, a, b, s, strict=True):
+            reference = merged(source, ea, eb, scaling, transposed, ids, gates)
+            assert oracle.relative_error(w, reference) < oracle.limit(w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_in_place_takes_the_old_experts_out(dtype):
+    weights, _, a, b, s, tr = make_merge(dtype, [(256, 512)], 8, 8, in_place=True)
+    pristine = weights[0].clone()
+    table = kernels.MergeTable(weights, weights, a, b, s, tr)
+    (ids, gates), (ids2, gates2) = ([t[0] for t in oracle.random_ids(1, 8, 2, "cuda")] for _ in range(2))
+    table(ids, gates)
+    table(ids2, gates2, ids, gates)
+    reference = merged(pristine, a[0], b[0], s[0], False, ids2, gates2)
+    assert oracle.relative_error(weights[0], reference) < 1.5 * oracle.limit(weights[0])  # one more rounding
+
+
+def test_merge_from_pristine_does_not_drift_over_20000_steps():
+    weights, sources, a, b, s, tr = make_merge(torch.bfloat16, [(256, 256)], 8, 8)
+    table = kernels.MergeTable(weights, sources, a, b, s, tr)
+    before = sources[0].clone()
+    ids = torch.rand(20000, 8, device="cuda").topk(2).indices
+    gates = torch.rand(20000, 2, device="cuda")
+    for step in range(20000):
+        table(ids[step], gates[step])
+    assert torch.equal(sources[0], before)
+    reference = merged(before, a[0], b[0], s[0], False, ids[-1], gates[-1])
+    assert oracle.relative_error(weights[0], reference) < oracle.limit(weights[0])
+
+
+def test_graph_replay_with_everything_poisoned_between_replays():
+    """A captured chain of dependent launches: each replay must wait for its own inputs, never see the last replay's."""
+    dtype, width = torch.bfloat16, 1024
+    packed = [kernels.PackedGroup(**make_group([width, width], width, [8, 8], 8, dtype)) for _ in range(6)]
+    router = randn(8, width, dtype=dtype, scale=width**-0.5)
+    x = randn(4, width, dtype=dtype)
+
+    def chain():
+        ids, gates = kernels.router(x, router, 2, True)
+        made, h = [ids, gates], x
+        for group in packed:
+            h, other = group(h, ids, gates)
+            made += [h, other]
+        return made
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = chain()
+    for _ in oracle.rounds(50):
+        x.copy_(torch.randn_like(x))
+        for t in captured:
+            t.fill_(float("nan") if t.is_floating_point() else 7)
+        graph.replay()
+        for got, expected in zip(captured, chain(), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_two_streams_at_once_do_not_disturb_each_other():
+    dtype, width = torch.bfloat16, 2048
+    packed = [kernels.PackedGroup(**make_group([width], width, [8], 8, dtype)) for _ in range(2)]
+    xs = [randn(1, width, dtype=dtype) for _ in range(2)]
+    ids, gates = oracle.random_ids(1, 8, 2, "cuda")
+    expected = [p(x, ids, gates)[0] for p, x in zip(packed, xs, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in oracle.rounds(200):
+        results = []
+        for p, x, stream in zip(packed, xs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(p(x, ids, gates)[0])
+        torch.cuda.synchronize()
+        assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_launches_that_fill_the_gpu_on_many_streams_do_not_wait_for_each_other_for_ever(tokens):
+    """Blocks of one launch wait for each other: with four launches at once, none of which fits beside another, that must end."""
+    group = make_group([16384], 4096, [64], 8, torch.bfloat16)
+    x = randn(tokens, 4096, dtype=torch.bfloat16)
+    ids, gates = oracle.random_ids(tokens, 8, 2, "cuda")
+    packed = kernels.PackedGroup(**group)
+    expected = packed(x, ids, gates)[0]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for _ in range(100):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(packed(x, ids, gates)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_graphs_captured_on_one_stream_can_be_replayed_on_two():
+    group = make_group([4096, 4096], 2048, [16, 16], 8, torch.bfloat16)
+    packed = kernels.PackedGroup(**group)
+    stream, graphs = torch.cuda.Stream(), []
+    for tokens in (1, 8):
+        x = randn(tokens, 2048, dtype=torch.bfloat16)
+        ids, gates = oracle.random_ids(tokens, 8, 2, "cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            expected = packed(x, ids, gates)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                results = packed(x, ids, gates)
+        graphs.append((graph, results, expected, (x, ids, gates), torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    for _ in oracle.rounds(300):
+        for graph, results, *_, replayed_on in graphs:
+            with torch.cuda.stream(replayed_on):
+                for result in results:
+                    result.fill_(float("nan"))
+                graph.replay()
+    torch.cuda.synchronize()
+    for _, results, expected, *_ in graphs:
+        assert all(torch.equal(result, e) for result, e in zip(results, expected, strict=True))
+
+
+def test_the_workspace_is_given_once():
+    device = torch.cuda.current_device()
+    kernels.give_workspace(device)
+    with pytest.raises(RuntimeError, match="ls_set_workspace"):
+        kernels.check(
+            kernels.library().ls_set_workspace(device, kernels.loader._workspaces[device].data_ptr(), 16),
+            "ls_set_workspace",
+        )
+
+
+def test_soak_of_many_sizes():
+    """Random sizes, one after the other without a wait in between: hangs and races show here."""
+    generator = torch.Generator().manual_seed(3)
+
+    def pick(*options):
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    for _ in range(300):
+        n = pick(1, 2, 3, 8)
+        num_experts = pick(1, 4, 8, 64)
+        ranks = [pick(0, 1, 8, 16, 64) for _ in range(n)]
+        outs = [pick(1, 16, 100, 768, 1024) for _ in range(n)]
+        check_group(outs, pick(8, 96, 500, 1024, 4096), ranks, num_experts, pick(1, min(2, num_experts)), pick(1, 2, 8, 15, 32),
+                    pick(*DTYPES), bias=pick(True, False), base=pick(True, False))  # fmt: skip
+
+
+def test_refused_arguments():
+    group = make_group([64], 128, [8], 4, torch.bfloat16)
+    packed = kernels.PackedGroup(**group)
+    x = randn(1, 128, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="outside what the kernels take"):
+        packed(x, torch.zeros(1, 9, dtype=torch.int64, device="cuda"), torch.ones(1, 9, device="cuda"))

@@ -1,0 +1,164 @@
+"""The recipes run end to end as a user would start them: a fresh process each, on the CPU, with nothing downloaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from recipes.checkout import module_command, module_environment
+
+for _package in ("trl", "datasets", "matplotlib", "yaml"):
+    pytest.importorskip(_package, reason="the recipes need the extra `recipes`")
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "recipes" / "train" / "configs"
+MODELS = ("llama31_8b", "mistral_7b", "qwen3_8b", "smoke")
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, module: str, *arguments: str, status: int = 0) -> str:
+    """Run a recipe in `folder` with one thread and without a network; return what it printed.
+
+    One thread, because tests may run side by side: two processes with two spinning threads each take far longer.
+    """
+    environment = module_environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HOME=str(folder / "hf"))
+    command = module_command(module, *arguments)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    script = "recipes.train.quickstart"
+    printed = run(tmp_path, script, "--smoke")
+    folder = tmp_path / "outputs" / "quickstart"
+    assert (folder / "experts.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((folder / "result.json").read_text())
+    assert len(result["checks"]) == 5 and all(result["checks"].values())
+    assert len(result["expert_use"]) >= 4
+    for name, loads in result["expert_use"].items():
+        assert math.isclose(sum(loads), 1, abs_tol=1e-5), name
+    assert sum(result["lora_switch"].values()) < sum(result["base"].values())
+    # The comparison is fair: as many trainable parameters within 2 %.
+    row = next(line for line in printed.splitlines() if line.strip().startswith("trainable"))
+    lora, routed = (int(cell.replace(",", "")) for cell in row.split()[2:])
+    assert abs(lora / routed - 1) < 0.02
+    assert "FAIL" not in printed
+
+    # Its last check is worth something: a file that holds other weights gives other tokens.
+    path = folder / "adapter" / "adapter_model.safetensors"
+    weights = {name: -8 * weight if "_B." in name else weight for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    assert json.loads(run(tmp_path, script, "--reload", str(folder)).splitlines()[-1]) != result["tokens"]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_training_script(tmp_path: Path, method: str) -> None:
+    run(tmp_path, f"recipes.train.{method}", str(CONFIGS / f"{method}_smoke.yaml"))
+    folder = tmp_path / "outputs" / "smoke" / method
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["num_experts"], config["r"]) == ("LORASWITCH", 4, 4)
+    assert (folder / "adapter_model.safetensors").stat().st_size > 10_000
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    trained = [entry for entry in history if "loss" in entry]
+    for entry in trained:
+        assert math.isclose(sum(entry[f"router/load_{expert}"] for expert in range(4)), 1, abs_tol=1e-5)
+    evaluated = next(entry for entry in history if "eval_loss" in entry)
+    if method == "dpo":
+        # Before the first step policy and reference are the same model (the routing losses are not part of this number).
+        assert math.isclose(trained[0]["loss"], math.log(2), abs_tol=1e-3)
+        assert evaluated["eval_loss"] < math.log(2) - 0.02
+    else:
+        assert evaluated["eval_loss"] < trained[0]["loss"]
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, method: str, *command: str) -> tuple:
+    from trl import DPOConfig, SFTConfig
+
+    from recipes.train import arguments
+
+    # This machine need not have the GPU that the configuration is for.
+    monkeypatch.setattr(sys, "argv", [f"{method}.py", *command, "--use_cpu", "true", "--bf16", "false"])
+    return arguments.parse(SFTConfig if method == "sft" else DPOConfig)
+
+
+def test_command_line_overrides_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--learning_rate", "0.25", "--adapter", '{"r": 2, "num_experts": 3}')
+    _, training, _, recipe = parse(monkeypatch, "sft", str(CONFIGS / "sft_smoke.yaml"), *options)
+    config = recipe.adapter_config
+    assert (training.learning_rate, config.r, config.num_experts, config.top_k) == (0.25, 2, 3, 2)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("model", MODELS)
+def test_configurations_parse(monkeypatch: pytest.MonkeyPatch, method: str, model: str) -> None:
+    """Every field of every YAML is one that TRL, the recipes or LoRASwitchConfig know."""
+    path = CONFIGS / f"{method}_{model}.yaml"
+    script, training, model_arguments, recipe = parse(monkeypatch, method, str(path))
+    assert script.dataset_name and model_arguments.model_name_or_path
+    assert training.output_dir.startswith("outputs/")
+    assert recipe.adapter_config.peft_type == "LORASWITCH" and recipe.adapter_config.task_type == "CAUSAL_LM"
+    assert recipe.local_assets == (model == "smoke")
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2"])
+def test_accelerate_reads_its_configurations(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What `accelerate launch --config_file` makes of each, up to the point where it would start processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    path = CONFIGS.parent / "accelerate" / f"{name}.yaml"
+    module = "recipes.train.sft"
+    line = ["--config_file", str(path), "-m", module, "config.yaml", "--seed", "1"]
+    parser = launch_command_parser()
+    args, found, _ = _validate_launch_command(parser.parse_args(line))
+    assert set(found.fsdp_config) <= set(vars(parser.parse_args(["script.py"]))), "fields that accelerate would ignore"
+    assert (args.multi_gpu, args.use_fsdp) == (name == "ddp", name == "fsdp2") and args.mixed_precision == "bf16"
+    if name == "one_gpu":
+        command, environment = prepare_simple_launcher_cmd_env(args)
+        assert command[-5:] == ["-m", module, "config.yaml", "--seed", "1"]
+    else:
+        environment = prepare_multi_gpu_env(args)
+        assert args.module and args.num_processes == 2
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    if name == "fsdp2":
+        for key, value in environment.items():
+            if "FSDP" in key:
+                monkeypatch.setenv(key, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert not plugin.cpu_ram_efficient_loading and plugin.state_dict_type.name == "FULL_STATE_DICT"
+        assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+
+
+def test_a_wrong_adapter_field_is_named() -> None:
+    from recipes.train import arguments
+
+    with pytest.raises(ValueError, match="num_expert"):
+        arguments.RecipeArguments(adapter={"num_expert": 4})
+    with pytest.raises(ValueError, match="mapping"):
+        arguments.RecipeArguments(adapter="[1, 2]")
+
+
+def test_corpora_hold_out_whole_groups() -> None:
+    from recipes import corpora
+
+    for name, documents_of in corpora.DOMAINS.items():
+        train, held_out = corpora.split(documents_of())
+        assert train and held_out, name
+        groups = [{document.group or document.name for document in side} for side in (train, held_out)]
+        assert not groups[0] & groups[1], name
+        assert not {document.text for document in train} & {document.text for document in held_out}, name
+        share = sum(len(d.text) for d in held_out) / sum(len(d.text) for d in train + held_out)
+        assert 0.15 < share < 0.5, (name, share)
+        assert [d.name for d in documents_of()] == [d.name for d in documents_of()], name
+    with pytest.raises(ValueError, match="cannot be split"):
+        corpora.split([corpora.Document("a", "x")])

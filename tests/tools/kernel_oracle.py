@@ -1,0 +1,105 @@
+"""The float64 oracle of every op, used by tests and benchmarks alike, and random inputs that hide nothing."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Set by sanitize_kernels.sh: no product of cuBLAS in 16 bits, for compute-sanitizer's racecheck breaks down in some of those,
+# which are not ours; and few rounds, because a kernel takes up to a thousand times longer.
+SANITIZING = os.environ.get("PEFT_LORASWITCH_SANITIZING") == "1"
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+HALVES = DTYPES[:2]
+
+
+def rounds(n: int) -> range:
+    """As often as a test repeats something: `n` times, or a few under compute-sanitizer."""
+    return range(max(4, n // 50) if SANITIZING else n)
+
+
+def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, in], router [E, in] -> experts [T, k], gates [T, k] in float64: the highest logits (NaN is as high as +Inf), of
+    equal ones those that come first."""
+    logits = x.double() @ router.double().T
+    heights = logits.where(~logits.isnan(), float("inf"))
+    experts = heights.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    gates = torch.softmax(logits, dim=-1).gather(-1, experts)
+    return experts, gates / gates.sum(-1, keepdim=True) if normalize else gates
+
+
+def gate_of(expert: int, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """[T, 1] in float64: of an expert that is there twice both, of one that is not 0, whatever other gates are."""
+    return gates.double().where(experts == expert, 0.0).sum(-1, keepdim=True)
+
+
+def delta(x, experts, gates, lora_a, lora_b, scaling) -> torch.Tensor:
+    """What the experts add, [T, out] in float64; ids outside [0, E) add nothing."""
+    x = x.double()
+    result = torch.zeros(x.shape[0], lora_b.shape[1], dtype=torch.float64, device=x.device)
+    for e in experts[(experts >= 0) & (experts < lora_a.shape[0])].unique().tolist():
+        gate = gate_of(e, experts, gates) * scaling
+        tokens = (experts == e).any(-1)
+        result[tokens] += gate[tokens] * (x[tokens] @ lora_a[e].double().T @ lora_b[e].double().T)
+    return result
+
+
+def expand(hidden, experts, gates, bias, lora_b, scaling) -> torch.Tensor:
+    """bias + what the chosen experts make of one linear's hidden [T, E * r], [T, out] in float64, an expert at a time."""
+    hidden = hidden.double().view(hidden.shape[0], lora_b.shape[0], lora_b.shape[2])
+    result = hidden.new_zeros(hidden.shape[0], lora_b.shape[1])
+    for e in range(lora_b.shape[0]):
+        gate = gate_of(e, experts, gates) * scaling
+        result += gate * (hidden[:, e] @ lora_b[e].double().T)
+    return result if bias is None else result + bias.double()
+
+
+def linear(x, experts, gates, weight, bias, lora_a, lora_b, scaling, transposed=False, base=None) -> torch.Tensor:
+    """[T, out] in float64."""
+    result = delta(x, experts, gates, lora_a, lora_b, scaling)
+    if weight is not None:
+        w = weight.double()
+        result += x.double() @ (w if transposed else w.T)
+    if bias is not None:
+        result += bias.double()
+    if base is not None:
+        result += base.double()
+    return result
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor, at_least: float = 1e-30) -> float:
+    """||result - reference|| / ||reference||, or / at_least; NaN and Inf give NaN or Inf, which no tolerance passes."""
+    return float((result.double() - reference).norm() / reference.norm().clamp_min(float(at_least)))
+
+
+def limit(result: torch.Tensor) -> float:
+    """Largest relative error that `result` may have for its dtype and size.
+
+    One rounding of many numbers costs 0.42 half-units in the norm, at most 1; there are two, of the hidden and of the
+    result. A handful of numbers can all be unlucky. Float32 sums over thousands of features in another order stay under 2e-6.
+    """
+    if result.dtype == torch.float32:
+        return 2e-6 if result.numel() >= 64 else 1e-5
+    return torch.finfo(result.dtype).eps / 2 * (1.0 if result.numel() >= 64 else 3.0)
+
+
+def random_ids(tokens: int, num_experts: int, top_k: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct experts for every token, random gates."""
+    ids = torch.rand(tokens, num_experts, device=device).topk(top_k, dim=-1).indices
+    return ids, torch.rand(tokens, top_k, device=device) + 0.1
+
+
+def poison_gates(ids: torch.Tensor, gates: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Infinite where the id is outside of the experts: it adds nothing, so its gate must not matter."""
+    return gates.where((ids >= 0) & (ids < num_experts), float("inf"))
+
+
+def randn(*shape, dtype, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def poison_allocator():
+    """Fill freed memory with NaN, so that an element a kernel does not write shows."""
+    blocks = [torch.full((n,), float("nan"), device="cuda") for n in (64, 4096, 1 << 16, 1 << 20, 1 << 22)]
+    del blocks
