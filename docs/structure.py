@@ -49,7 +49,7 @@ def imported(node: ast.ImportFrom, importer: list[str], package: str, files: Col
 
 def _code(path: Path) -> bool:
     """Whether there is more in a folder's __init__.py than a text."""
-    return len(ast.parse(path.read_text()).body) > 1
+    return any(not isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body)
 
 
 @contextmanager
