@@ -100,17 +100,18 @@ def in_place_of_the_library(library: Any) -> Iterator[None]:
     import torch
 
     from peft_loraswitch import kernels
-    from peft_loraswitch.inference import eager_launch, fused_layer
+    from peft_loraswitch.inference import capabilities, eager_launch, group_outputs
 
     with ExitStack() as stack:
         empty = torch._C._dynamo.guards._empty_strided_cpu
         for module in (eager_launch, kernels.calls):
             stack.enter_context(mock.patch.object(module, "library", lambda: library))
             stack.enter_context(mock.patch.object(module, "empty_strided_cuda", empty))
-        for module in (eager_launch, fused_layer):
+        for module in (eager_launch, group_outputs):
             stack.enter_context(
                 mock.patch.object(module, "launchable", lambda x: type(x) is torch.Tensor and x.is_contiguous())
             )
+        stack.enter_context(mock.patch.object(capabilities, "kernels_serve", lambda device: True))
         for name, answer in (("_cuda_getCurrentRawStream", 0), ("_cuda_getDevice", -1)):
             stack.enter_context(mock.patch.object(torch._C, name, lambda *_, answer=answer: answer, create=True))
         yield
@@ -314,7 +315,7 @@ def layers_us(bench: Bench, repeats: int = 30) -> float:
 
     def run() -> float:
         # as the model's hooks do; the first linear of the model has the router
-        frame = None if state is None else state.open_frame(False)
+        frame = None if state is None else state.open_frame(0, False, None)
         try:
             bench.backbone.model.layers[0].self_attn.q_proj(hidden)
             start = time.perf_counter()
@@ -323,7 +324,7 @@ def layers_us(bench: Bench, repeats: int = 30) -> float:
             seconds = time.perf_counter() - start
         finally:
             if state is not None and frame is not None:
-                state.close_frame(frame)
+                state.close_frame(frame, True)
         bench.synchronize()
         return seconds / 20 / 7 * 1e6
 
