@@ -17,6 +17,7 @@ from torch import nn
 
 from . import hooks, integrations
 from .config import LoRASwitchConfig
+from .inference.fuse import fuse, fuse_new_layers, refresh_fused, unfuse
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear
 from .loading.load import check_experts_being_loaded, check_file_being_loaded, injecting, select_tensors
 from .mixed import check_batch_size, mixed_batch
@@ -81,8 +82,6 @@ class LoRASwitchModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        from .inference.fuse import fuse_new_layers
-
         # PEFT has entered the configuration already: taken out, so that what a failure goes back to is the state without it
         config: Any = self.peft_config.pop(adapter_name)
         integrations.install_card_patches()
@@ -220,20 +219,14 @@ class LoRASwitchModel(BaseTuner):
 
     def fuse_for_inference(self, strategy: Literal["auto", "fused", "merge"] = "auto", in_place: bool = False) -> Any:
         """Serve the adapted layers by fused kernels: see `peft_loraswitch.inference.fuse.fuse`. Also a context manager."""
-        from .inference.fuse import fuse
-
         return fuse(self.model, strategy, in_place)
 
     def unfuse(self) -> None:
         """Take `fuse_for_inference()` back."""
-        from .inference.fuse import unfuse
-
         unfuse(self.model)
 
     def refresh_fused(self) -> None:
         """Have a fused model take up what was written to its weights: see `peft_loraswitch.inference.fuse.refresh_fused`."""
-        from .inference.fuse import refresh_fused
-
         refresh_fused(self.model)
 
     # -------------------------------------------------------------------------------- merging, unloading

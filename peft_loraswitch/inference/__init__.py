@@ -1,1 +1,9 @@
-"""Fused decoding: `fuse.py` is the way in (`fuse_for_inference()`), `fused_layer.py` what it makes of an adapted linear."""
+"""Fused decoding: the same model, its adapted linears served by the fused ops.
+
+From the top down: `fuse.py` (`fuse_for_inference()`, `unfuse()`), `shared_inputs.py` (which linears receive the same tensor),
+`fused_layer.py` (what an adapted linear is meanwhile), `group_outputs.py` (what a group of linears computes),
+`merged_weights.py` (strategy "merge"), `fused_group.py` (a group as the ops take it), `eager_launch.py` (a group as the kernels
+take it, without a compiler), `live_linear.py` (a linear's present tensors and settings), `expert_casts.py` (experts in the dtype
+of the backbone), `fingerprint.py` (whether any of this is old), `counted_writes.py` (parameters that count all writes),
+`capabilities.py` (what the ops can serve).
+"""

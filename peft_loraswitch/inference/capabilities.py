@@ -1,4 +1,4 @@
-"""What the fused ops ask of the layer that an adapted linear wraps."""
+"""What the fused ops can serve: the base layers whose weights they can read, the adapters within the sizes that they take."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ def device_of(base: nn.Module) -> torch.device:
     return next(iter([*base.parameters(), *base.buffers()])).device  # a quantised one may have no `weight`
 
 
+def kernels_serve(device: torch.device) -> bool:
+    """Whether the kernels run on `device`; they get their workspace then."""
+    if device.type != "cuda" or not kernels.available(device.index or 0):
+        return False
+    kernels.give_workspace(device.index or 0)
+    return True
+
+
 def facts_of(layer: LoRASwitchLinear) -> BaseFacts:
     base = base_of(layer)
     transposed = type(base) is Conv1D
@@ -63,9 +71,7 @@ def facts_of(layer: LoRASwitchLinear) -> BaseFacts:
     only_moves = isinstance(hook, AlignDevicesHook) and not hook.offload
     plain = plain and not hooked(base) and (hook is None or only_moves)
     device = device_of(base)
-    usable = device.type == "cuda" and kernels.available(device.index or 0)
-    if usable:
-        kernels.give_workspace(device.index or 0)
+    usable = kernels_serve(device)
     fast = not transposed and not (plain and base.weight.dtype == torch.float32)
     few_tokens = FEW_TOKENS if fast or device.type != "cuda" else FEW_TOKENS_GENERIC
     if device.type == "cuda" and not usable:
@@ -75,3 +81,17 @@ def facts_of(layer: LoRASwitchLinear) -> BaseFacts:
 
 def hooked(base: nn.Module) -> bool:
     return bool(base._forward_hooks or base._forward_pre_hooks)
+
+
+def within_limits(layer: LoRASwitchLinear, adapter: str, active: int) -> bool:
+    """Whether the ops take an adapter of this size, with so many experts for each token; beyond, two dense products serve
+    it, with one line of log."""
+    stack, rank, _ = layer.loraswitch_A[adapter].weight.shape
+    if active <= kernels.MAX_TOP_K and stack <= kernels.MAX_EXPERTS and rank <= kernels.MAX_RANK:
+        return True
+    kernels.log_once(
+        f"LoRA-Switch: adapter '{adapter}' is served by PyTorch operations: the fused ones take at most "
+        f"{kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), {kernels.MAX_EXPERTS} experts and rank "
+        f"{kernels.MAX_RANK}."
+    )
+    return False

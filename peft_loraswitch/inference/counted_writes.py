@@ -24,7 +24,7 @@ class CountedParameter(nn.Parameter):
     """A parameter that counts what is written by way of `.data`, too."""
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()  # the same memory, and the parameter's own counter
 
     @data.setter
@@ -63,11 +63,3 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter in group["params"]:
             if type(parameter) is CountedParameter:
                 torch.autograd.graph.increment_version(parameter)
-
-
-def versions_of(a: Tensor, b: Tensor) -> tuple[Any, ...]:
-    """Changes whenever one of the two is written to or replaced, as far as it is counted."""
-    try:
-        return a._version, b._version, a.data_ptr(), b.data_ptr()
-    except RuntimeError:  # an inference tensor, put straight into a module's dictionary
-        return (object(),)  # not like anything before

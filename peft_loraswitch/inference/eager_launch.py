@@ -2,8 +2,7 @@
 else library products and one C call; and as little Python before them as can be.
 
 What `kernels.PackedGroup` looks up and fills in field by field is here one template of bytes for each shape of input, into
-which a call packs its pointers. A call checks that all it points at is still where it was: `model.to(...)`, `load_state_dict`
-and plain assignment give parameters new memory, or new parameters, behind our back.
+which a call packs its pointers. Before each call the group's fingerprint is looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Callable
 from ctypes import byref, c_char_p, c_int, c_void_p, sizeof
 from dataclasses import dataclass
 from struct import Struct
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,11 +19,9 @@ from .. import kernels, ops
 from ..kernels import MAX_GROUP, Expansion, PackedGroup, check, empty_strided_cuda, library
 from ..kernels.abi import Group, Item
 from ..routing.decision import Routing
-from .counted_writes import versions_of
-
-if TYPE_CHECKING:
-    from ..routing.frame import RoutingFrame
-    from .fused_layer import FusedGroup
+from ..routing.frame import RoutingFrame
+from .fingerprint import Fingerprint
+from .live_linear import LiveLinear
 
 _pack_pointer = Struct("P").pack_into
 _pack_inputs = Struct("PPPP").pack_into  # x, experts, gates, hidden: neighbours in `Group`
@@ -51,49 +47,31 @@ def launchable(x: Tensor) -> bool:
 
 
 class DirectGroup:
-    """The linears of a group with one adapter, as `lead()` calls them.
+    """The linears of a group with one adapter, called without a compiler.
 
     Args:
         packed: the group's tensors as the kernels take them.
+        linears: whose they are; fingerprint: of them, at latest of when they were packed.
+        few_tokens: up to how many one C call is made; routed: they follow the decision, not only shared experts.
     """
 
-    def __init__(self, packed: PackedGroup, group: FusedGroup) -> None:
-        self.packed, self.adapter = packed, group.adapter
+    def __init__(
+        self, packed: PackedGroup, linears: list[LiveLinear], fingerprint: Fingerprint, adapter: str, few_tokens: int,
+        routed: bool,
+    ) -> None:  # fmt: skip
+        self.packed, self.adapter, self.fingerprint = packed, adapter, fingerprint
         self.device, self.device_type, self.dtype = packed.tensors[0].get_device(), packed.device.type, packed.dtype
-        self.few_tokens, self.routed = group.few_tokens, group.routed
+        self.few_tokens, self.routed = few_tokens, routed
         self.shapes: dict[tuple[torch.Size, torch.Size], _Shape] = {}
-        live = group.live
-        # Flat lists: of all that a decode step does on the host, looking at these takes the most.
-        self.bases = [one.base for one in live]
-        self.parameters = [*self.bases, *(one.a for one in live), *(one.b for one in live)]
-        self.scaling_of = [one.scaling for one in live]
-        self.hooks = [hooks for one in live for hooks in (one.hooks, one.pre_hooks)]
-        self.cast = [one.layer for one in live if one.fusing.casts]
-        self.seen = self._seen()
         function = library()["ls_linear"]  # of its own, so that it can take the group as bytes
         function.restype, function.argtypes = c_int, [c_char_p, c_void_p]
         self.function: Callable[[bytes, int], int] = function
-        weights = [base["weight"].detach() for base in self.bases]
+        weights = [one.base["weight"].detach() for one in linears]
         self.matrices = weights if packed.group.transposed else [weight.T for weight in weights]  # [in, out] each
-        self.biases = [None if base["bias"] is None else base["bias"].detach() for base in self.bases]
-        self.lora_a = [one.a["weight"].detach().flatten(0, 1) for one in live]
-        self.lora_b = [one.b["weight"].detach() for one in live]
-        self.scalings = [one.scaling[self.adapter] for one in live]
-
-    def _seen(self) -> list[Any]:
-        """Where everything is that the kernels read, and what else must not change between two calls."""
-        adapter = self.adapter
-        seen: list[Any] = [one["weight"].data_ptr() for one in self.parameters]
-        seen += [None if base["bias"] is None else base["bias"].data_ptr() for base in self.bases]
-        seen += [scaling[adapter] for scaling in self.scaling_of]
-        seen.append(any(self.hooks))
-        for layer in self.cast:
-            seen += versions_of(layer.loraswitch_A[adapter].weight, layer.loraswitch_B[adapter].weight)
-        return seen
-
-    def is_current(self) -> bool:
-        """Whether everything is still where it was when the group was packed."""
-        return self._seen() == self.seen
+        self.biases = [None if one.base["bias"] is None else one.base["bias"].detach() for one in linears]
+        self.lora_a = [one.a["weight"].detach().flatten(0, 1) for one in linears]
+        self.lora_b = [one.b["weight"].detach() for one in linears]
+        self.scalings = [one.scaling[adapter] for one in linears]
 
     def again(self, x: Tensor, frame: RoutingFrame) -> list[Tensor] | None:
         """As `__call__`, with what this forward has decided; None wherever `FusedGroup.routing` has to be asked first."""
@@ -117,7 +95,7 @@ class DirectGroup:
             return None
         if experts.get_device() != device or not (experts.is_contiguous() and gates.is_contiguous()):
             return None
-        if not self.is_current():
+        if not self.fingerprint.is_current():
             return None
         if shape.many is not None:
             return self._many(x, routing, shape, shape.many)

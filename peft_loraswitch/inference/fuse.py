@@ -12,14 +12,13 @@ is for one thread. A KeyboardInterrupt at any point leaves the model unfused, as
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import kernels
 from ..layer import LoRASwitchLinear
-from ..routing.frame import NO_ADAPTER, _keys
+from ..routing.frame import _keys
 from .capabilities import adapted_layers, base_of, device_of, facts_of
 from .fused_layer import (
     FusedFollower,
@@ -27,78 +26,17 @@ from .fused_layer import (
     FusedLinear,
     FusedMerged,
     changing,
+    invalidate,
     put_on,
-    refresh,
     resolve,
     take_off,
 )
 from .merged_weights import MergedWeights
+from .shared_inputs import Watch
 
 logger = logging.getLogger(__name__)
 Strategy = Literal["auto", "fused", "merge"]
 STRATEGIES = ("auto", "fused", "merge")
-
-
-# ------------------------------------------------------------------------------------------------ finding the groups
-
-
-class Watch:
-    """Looks which linears receive the very same tensor, in one forward of a single token without an adapter."""
-
-    def __init__(self, model: nn.Module, layers: list[LoRASwitchLinear]) -> None:
-        self.model, self.layers = model, layers
-        self.seen: list[tuple[LoRASwitchLinear, Tensor]] = []  # tensors are kept, so that no two share an id
-        self.handles: list[Any] = []
-        self.training = [module for module in model.modules() if module.training]
-
-    def groups(self) -> list[list[LoRASwitchLinear]]:
-        """Linears of one tensor, in the order they ran."""
-        state = self.layers[0].routing_state
-        try:
-            for layer in self.layers:
-                self.handles.append(layer.register_forward_pre_hook(self._see))
-            self.model.eval()
-            device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-            with torch.no_grad(), state.sample_adapters([NO_ADAPTER]):
-                self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-        except Exception as error:  # a model that wants other inputs: correct all the same, one launch for each linear
-            name = type(self.model).__name__
-            logger.warning(
-                f"LoRA-Switch: the linears of {name} are not grouped, because a forward of input_ids failed: {error}"
-            )
-            return [[layer] for layer in self.layers]
-        finally:
-            self.stop()
-        return self._by_tensor()
-
-    def _see(self, layer: nn.Module, args: tuple) -> None:
-        self.seen.append((layer, args[0]))  # type: ignore[arg-type]
-
-    def stop(self) -> None:
-        """Leave the model as it was. May be repeated."""
-        for handle in self.handles:
-            handle.remove()
-        for module in self.training:
-            module.training = True
-
-    def _by_tensor(self) -> list[list[LoRASwitchLinear]]:
-        calls: dict[int, int] = {}
-        groups: dict[Any, list[LoRASwitchLinear]] = {}
-        for layer, _ in self.seen:
-            calls[id(layer)] = calls.get(id(layer), 0) + 1
-        for layer, x in self.seen:
-            if calls[id(layer)] == 1:
-                base = base_of(layer)
-                shared_only = frozenset(
-                    name for name, options in layer.routing_options.items() if not options.is_routed
-                )
-                weight = getattr(base, "weight", None)
-                key = (id(x), type(base), getattr(weight, "dtype", None), getattr(weight, "device", None), shared_only)
-                groups.setdefault(key, []).append(layer)
-        return [g[i : i + kernels.MAX_GROUP] for g in groups.values() for i in range(0, len(g), kernels.MAX_GROUP)]
-
-
-# ---------------------------------------------------------------------------------------------------- fuse and unfuse
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -266,4 +204,4 @@ def refresh_fused(model: nn.Module) -> None:
     with changing:
         for layer in adapted_layers(model):
             if isinstance(layer, FusedLinear):
-                refresh(layer)
+                invalidate(layer)

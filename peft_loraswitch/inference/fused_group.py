@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import kernels, ops
+from ..layer import LoRASwitchLinear
 from ..routing.decision import Routing, routing_of
 from ..routing.frame import RoutingFrame, current
-from .capabilities import BaseFacts, base_of
+from .capabilities import BaseFacts, within_limits
 from .eager_launch import DirectGroup
-from .expert_casts import refresh_cast
-
-if TYPE_CHECKING:
-    from ..layer import LoRASwitchLinear
-    from .fused_layer import FusedLinear, Fusing
+from .live_linear import LiveLinear, fingerprint_of
 
 
 class FusedGroup(nn.Module):
     """Linears that receive the same tensor, with one adapter, as the ops take them.
 
-    A module only so that dynamo guards it cheaply (see above); never registered, so it is in no state_dict.
+    A module only so that dynamo guards it cheaply (see `fused_layer.py`); never registered, so it is in no state_dict.
 
     Attributes:
         adapter: its name; key: of the thread's frame in `frame.current.frames`.
@@ -35,13 +32,15 @@ class FusedGroup(nn.Module):
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
-        live: see `Live`, of each linear; no forward that is compiled without gradients looks at it.
+        live: each linear; fingerprint: of all that is read of them. No forward that is compiled without gradients looks at these.
         direct: the group as the kernels take it when no compiler is at work, once it has been called so.
     """
 
-    def __init__(self, layers: list[FusedLinear], adapter: str, facts: BaseFacts, number: int | None = None) -> None:
+    def __init__(self, live: list[LiveLinear], adapter: str, facts: BaseFacts, number: int | None = None) -> None:
         super().__init__()
         self._register(number)
+        self.live, self.fingerprint = live, fingerprint_of(live, adapter, facts.plain)
+        layers = [one.layer for one in live]
         first = layers[0]
         self.adapter, self.key, self.size = adapter, first.routing_state.key, len(layers)
         self.plain, self.transposed, self.kernels = facts.plain, facts.transposed, facts.kernels
@@ -49,7 +48,6 @@ class FusedGroup(nn.Module):
         self.routed = first.routing_options[adapter].is_routed
         active = first.routing_options[adapter].num_active
         self.within = all(within_limits(layer, adapter, active) for layer in layers)
-        self.live = [_live(layer, adapter) for layer in layers]
         for i, one in enumerate(self.live):
             values = {"slot": one.layer.fused_slot, "base": one.base, "scaling": one.scaling}
             values |= {"a": one.a["weight"], "b": one.b["weight"]}
@@ -64,17 +62,8 @@ class FusedGroup(nn.Module):
         return {**self.__dict__, "direct": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._register(None)
-
-    def is_current(self) -> bool:
-        """Whether the experts' weights are still these tensors, and no hook has come to a base layer that had none."""
-        for i, one in enumerate(self.live):
-            if getattr(self, f"a{i}") is not one.a["weight"] or getattr(self, f"b{i}") is not one.b["weight"]:
-                return False
-            if self.plain and one.hooked:
-                return False
-        return True
 
     def leave(self, x: Tensor, results: list[Tensor]) -> Tensor:
         """The first of `results`; the others are left where the group's other linears look for them."""
@@ -94,7 +83,7 @@ class FusedGroup(nn.Module):
                 return True
         return False
 
-    def routing(self, layer: FusedLinear, x: Tensor, frame: RoutingFrame) -> Routing | None:
+    def routing(self, layer: LoRASwitchLinear, x: Tensor, frame: RoutingFrame) -> Routing | None:
         """What the tokens of x follow, if the ops can serve this call; None if it must take the unfused forward."""
         a: Tensor = self.a0  # type: ignore[assignment]
         if frame.adapter_names is not None or x.dtype != a.dtype or x.get_device() != a.get_device() or x.numel() == 0:
@@ -118,7 +107,7 @@ class FusedGroup(nn.Module):
             routing.dense_gates_for(x, layer.name)  # the tokens flattened, or an error that says what is wrong
         return routing
 
-    def _decide(self, layer: FusedLinear, x: Tensor, frame: RoutingFrame) -> Routing:
+    def _decide(self, layer: LoRASwitchLinear, x: Tensor, frame: RoutingFrame) -> Routing:
         """The decision of this forward: one launch on a GPU, the unfused way elsewhere or when it is being recorded."""
         state, adapter = layer.routing_state, self.adapter
         if not self.kernels or frame.training or state.recorders:
@@ -150,53 +139,8 @@ _numbers = itertools.count()
 _groups: weakref.WeakValueDictionary[int, FusedGroup] = weakref.WeakValueDictionary()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_hooks(number: int) -> bool:
     """Whether a base layer of the group has hooks, asked when a compiler traces and not again: like PyTorch itself, compiled
     code does not notice hooks that come later, and is spared two guards a linear."""
     return any(one.hooked for one in _groups[number].live)
-
-
-class Live(NamedTuple):
-    """A layer, what fusing keeps for it, and the dictionaries that always hold its present state.
-
-    Attributes:
-        base: its base layer's parameters.
-        a, b: lora_a and lora_b as the ops take them: the experts' own parameters, or their casts.
-        hooks, pre_hooks: its base layer's.
-    """
-
-    layer: FusedLinear
-    fusing: Fusing
-    base: dict[str, Any]
-    a: dict[str, Any]
-    b: dict[str, Any]
-    scaling: dict[str, float]
-    hooks: dict[int, Any]
-    pre_hooks: dict[int, Any]
-
-    @property
-    def hooked(self) -> bool:
-        return bool(self.hooks or self.pre_hooks)
-
-
-def _live(layer: FusedLinear, adapter: str) -> Live:
-    base, casts = base_of(layer), refresh_cast(layer, layer.fusing, adapter)
-    a = casts.a if casts else layer.loraswitch_A[adapter]._parameters
-    b = casts.b if casts else layer.loraswitch_B[adapter]._parameters
-    hooks = base._forward_hooks, base._forward_pre_hooks
-    return Live(layer, layer.fusing, base._parameters, a, b, layer.scaling, *hooks)
-
-
-def within_limits(layer: LoRASwitchLinear, adapter: str, active: int) -> bool:
-    """Whether the ops take an adapter of this size, with so many experts for each token; beyond, two dense products serve
-    it, with one line of log."""
-    stack, rank, _ = layer.loraswitch_A[adapter].weight.shape
-    if active <= kernels.MAX_TOP_K and stack <= kernels.MAX_EXPERTS and rank <= kernels.MAX_RANK:
-        return True
-    kernels.log_once(
-        f"LoRA-Switch: adapter '{adapter}' is served by PyTorch operations: the fused ones take at most "
-        f"{kernels.MAX_TOP_K} experts per token (top_k + num_shared_experts), {kernels.MAX_EXPERTS} experts and rank "
-        f"{kernels.MAX_RANK}."
-    )
-    return False

@@ -9,8 +9,10 @@ Host time is what the forwards are written for. Eager: a group of linears must c
 of one object are nearly free, since the version of the dictionary stands for them; each tensor, object and dictionary on the
 way costs a visit (csrc/README.md). Where all of a decoder block is modules, dictionaries, tensors and constants, some versions
 of torch guard it as one; an object of another kind, a list, or one object reached by two ways rules that out. So a forward
-reads a few constants of its layer and one `FusedGroup`, which holds all else; whatever changes a layer (its methods below, and
-`Experts.replaced`) has it resolved anew.
+reads a few constants of its layer and one `FusedGroup`, which holds all else.
+
+A forward that is not compiled looks at its group's fingerprint and has what is old made anew. Compiled code looks at nothing, so
+whatever tells a layer of a change (its methods below, and `Experts.replaced`) has that done at once.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernels, ops
 from ..layer import LoRASwitchLinear
-from ..routing.decision import Routing
 from ..routing.frame import current
 from .capabilities import BaseFacts, base_of, facts_of
 from .counted_writes import count_as_before
-from .eager_launch import DirectGroup, launchable
-from .expert_casts import Casts, refresh_cast
-from .fused_group import FusedGroup, has_hooks
+from .expert_casts import Casts, current_casts
+from .fused_group import FusedGroup
+from .group_outputs import compute
+from .live_linear import live_linear
+from .merged_weights import MergedWeights
 
 _slots = itertools.count()
 changing = threading.RLock()  # held while layers are fused, unfused or resolved
@@ -46,11 +48,11 @@ class Fusing:
     Attributes:
         members: the layers that this one computes for, itself first; for a layer that another computes for, itself.
         leader: the layer that computes for this one (perhaps itself).
-        merging: the `merging.MergedWeights` of strategy "merge", else None.
-        casts: by adapter, the experts in the dtype of the base weight, if theirs is another, and of which versions.
+        merging: the merged weights of strategy "merge", else None.
+        casts: by adapter, the experts in the dtype of the base weight, if theirs is another.
     """
 
-    def __init__(self, layer: LoRASwitchLinear, merging: Any = None) -> None:
+    def __init__(self, layer: LoRASwitchLinear, merging: MergedWeights | None = None) -> None:
         self.members: list[Any] = [layer]
         self.leader: Any = layer
         self.merging = merging
@@ -59,10 +61,10 @@ class Fusing:
 
     def watch(self, layer: LoRASwitchLinear) -> None:
         """Hear of it when weights are loaded, and before those that may be merged in place are read or loaded."""
-        self.handles.append(layer.register_load_state_dict_post_hook(_loaded))
+        self.handles.append(layer.register_load_state_dict_post_hook(_loaded))  # type: ignore[no-untyped-call]
         if self.merging is not None:
-            self.handles.append(layer.register_load_state_dict_pre_hook(_put_back))
-            self.handles.append(layer.register_state_dict_pre_hook(_put_back))
+            self.handles.append(layer.register_load_state_dict_pre_hook(_put_back))  # type: ignore[no-untyped-call]
+            self.handles.append(layer.register_state_dict_pre_hook(_put_back))  # type: ignore[no-untyped-call]
 
 
 class FusedLinear(LoRASwitchLinear):
@@ -93,32 +95,38 @@ class FusedLinear(LoRASwitchLinear):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in ("base_layer", "scaling"):
-            resolve(self)
+            self._rebuilt()
         elif name in ("_active_adapter", "_disable_adapters", "training"):
             _select(self)
 
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        super().update_layer(*args, **kwargs)
-        resolve(self)
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, **kwargs)
+        self._rebuilt(adapter_name)
 
-    def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
-        super().delete_adapter(*args, **kwargs)
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._rebuilt(adapter_name)
+
+    def _rebuilt(self, adapter: str | None = None) -> None:
+        """Modules and dictionaries that fingerprints look at are others now; of one adapter, or of all."""
         resolve(self)
+        fusing = self.__dict__.get("fusing")
+        merging = None if fusing is None else fusing.merging
+        if merging is not None and adapter in (None, merging.adapter):
+            merging.fingerprint.invalidate()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self.fusing.merging is not None:
             self.fusing.merging.put_back()
-        result = super()._apply(*args, **kwargs)
+        result = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         resolve(self)
         return result
 
     def train(self, mode: bool = True) -> FusedLinear:
         trained = self.training and not mode
         super().train(mode)
-        if trained:
-            refresh(self)
-        elif not mode:
-            refresh_casts(self, changed=True)
+        if not mode:
+            invalidate(self, merged=trained)
         return self
 
     def resolve_experts(self) -> None:
@@ -127,7 +135,7 @@ class FusedLinear(LoRASwitchLinear):
 
     def restored(self) -> None:
         """What `rollback.Snapshot` calls when it has put the layer's attributes and weights back."""
-        refresh(self)
+        invalidate(self)
 
 
 def _put_back(layer: Any, *_: Any) -> None:
@@ -135,14 +143,7 @@ def _put_back(layer: Any, *_: Any) -> None:
 
 
 def _loaded(layer: Any, incompatible_keys: Any) -> None:
-    refresh(layer)
-
-
-def refresh(layer: FusedLinear) -> None:
-    """Take up what has been written to the layer's weights, whether it was counted or not."""
-    refresh_casts(layer, changed=True)
-    if layer.fusing.merging is not None:
-        layer.fusing.merging.changed()
+    invalidate(layer)
 
 
 class FusedLeader(FusedLinear):
@@ -166,7 +167,7 @@ class FusedLeader(FusedLinear):
             results = group.direct(x, routing)
             if results is not None:
                 return group.leave(x, results)
-        return compute(self, group, x, routing)
+        return compute(self, _checked(self, group), x, routing)
 
 
 class FusedFollower(FusedLeader):
@@ -184,21 +185,22 @@ class FusedMerged(FusedLinear):
     """A layer under strategy "merge"."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a copy or a pickle gets weights without experts
-        self.fusing.merging.put_back()
+        _put_back(self)
         return super().__reduce_ex__(protocol)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
         group = self.fused_group
         frame = current.frames.get(self.routing_state.key)
-        routing = None
+        routing, merging = None, self.fusing.merging
+        assert merging is not None
         if not (group is None or frame is None or args or kwargs):
             routing = group.routing(self, x, frame)
         if group is None or frame is None or routing is None:
-            self.fusing.merging.leave_out(frame)
+            merging.leave_out(frame)
             return LoRASwitchLinear.forward(self, x, *args, **kwargs)
-        merged = self.fusing.merging.forward(self, group.adapter, x, routing, frame)
-        return compute(self, group, x, routing) if merged is None else merged
+        merged = merging.forward(self, group.adapter, x, routing, frame)
+        return compute(self, _checked(self, group), x, routing) if merged is None else merged
 
 
 def _one(active: str | list[str]) -> str | None:
@@ -211,7 +213,7 @@ def _one(active: str | list[str]) -> str | None:
 # --------------------------------------------------------------------------------------------- on, off, and up to date
 
 
-def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: Any = None) -> None:
+def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: MergedWeights | None = None) -> None:
     """Make `layer` a fused one; `resolve()` has to follow."""
     if type(layer) is not LoRASwitchLinear:
         raise ValueError(f"'{layer.name}' is a {type(layer).__name__}: only a LoRASwitchLinear itself can be fused.")
@@ -245,7 +247,7 @@ def _rewrap(layer: LoRASwitchLinear) -> None:
 
 
 def resolve(layer: FusedLinear) -> None:
-    """Make the groups of the layer that computes for `layer` anew: something of `layer` has changed."""
+    """Make the groups of the layer that computes for `layer` anew, and casts that are old: something of `layer` has changed."""
     with changing:
         fusing = layer.__dict__.get("fusing")
         if fusing is None:  # unfused by another thread
@@ -262,13 +264,38 @@ def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
     for adapter in layer.loraswitch_A:
         together = [m for m in members if m is layer or (facts.plain and _same_launch(m, layer, adapter, facts))]
         before = layer.fused_groups.get(adapter)
-        groups[adapter] = FusedGroup(together, adapter, facts, None if before is None else before.number)
+        live = [live_linear(member, adapter, member.fusing.casts) for member in together]
+        groups[adapter] = FusedGroup(live, adapter, facts, None if before is None else before.number)
         for experts in (layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]):
             experts.replaced = layer.resolve_experts
     layer.__dict__["fused_groups"] = groups
     _select(layer)
     for adapter in [name for name in layer.fusing.casts if name not in groups]:
         del layer.fusing.casts[adapter]
+
+
+def invalidate(layer: FusedLinear, merged: bool = True) -> None:
+    """Take up what has been written to the layer's weights, whether it shows in a fingerprint or not.
+
+    Args:
+        merged: also in weights that experts are merged into.
+    """
+    for casts in list(layer.fusing.casts.values()):
+        casts.fingerprint.invalidate()
+    if merged and layer.fusing.merging is not None:
+        layer.fusing.merging.fingerprint.invalidate()
+    for adapter in layer.loraswitch_A:
+        current_casts(layer, layer.fusing.casts, adapter)
+    if not all(group.fingerprint.is_current() for group in layer.fused_groups.values()):
+        resolve(layer)
+
+
+def _checked(layer: FusedLinear, group: FusedGroup) -> FusedGroup:
+    """`group`, up to date with what no method of the layer is told of, unless a compiler is at work: it does not look."""
+    if not torch.compiler.is_compiling() and not group.fingerprint.is_current():
+        resolve(layer)
+        group = layer.__dict__.get("fused_groups", {}).get(group.adapter, group)
+    return group
 
 
 def _select(layer: FusedLinear) -> None:
@@ -283,95 +310,3 @@ def _same_launch(member: FusedLinear, leader: FusedLinear, adapter: str, facts: 
         return False
     ours, theirs = base_of(leader).weight, base_of(member).weight
     return facts_of(member) == facts and ours.dtype == theirs.dtype and ours.device == theirs.device
-
-
-# -------------------------------------------------------------------------------------------------------------- casts
-
-
-def refresh_casts(layer: FusedLinear, changed: bool = False) -> None:
-    for adapter in layer.loraswitch_A:
-        refresh_cast(layer, layer.fusing, adapter, changed)
-    if not all(group.is_current() for group in layer.fused_groups.values()):
-        resolve(layer)
-
-
-# -------------------------------------------------------------------------------------------------------- computation
-
-
-def compute(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
-    """The output of `layer` with the group's adapter, unmerged; the outputs of the group's other linears are left for them."""
-    if torch.compiler.is_compiling():
-        if group.plain and has_hooks(group.number):
-            return LoRASwitchLinear.forward(layer, x)
-    else:
-        group = _checked(layer, group)
-    if not group.plain:
-        return _beside_base(layer, group, x, routing)
-    parts = group.parts()
-    fresh = None
-    if group.kernels and group.within and not torch.compiler.is_compiling() and launchable(x):
-        fresh = _made_direct(group, x, routing, *parts)
-    if x.numel() // x.shape[-1] <= group.few_tokens and group.within:
-        return group.leave(x, ops.linear(x, routing.experts, routing.gates, *parts, group.transposed))
-    results = None if fresh is None else fresh(x, routing)
-    return group.leave(x, _dense(group, x, routing) if results is None else results)
-
-
-def _made_direct(
-    group: FusedGroup, x: Tensor, routing: Routing, weights: list[Tensor], biases: list[Tensor | None],
-    lora_a: list[Tensor], lora_b: list[Tensor], scalings: list[float],
-) -> DirectGroup | None:  # fmt: skip
-    """`group.direct`, if it had to be made (anew)."""
-    present = [bias for bias in biases if bias is not None]
-    contiguous = all(t.is_contiguous() for t in (*weights, *present, *lora_a, *lora_b))
-    if not contiguous or (group.direct is not None and group.direct.is_current()):
-        return None
-    packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, group.transposed)
-    kernels.warn_if_generic(packed, x.view(-1, x.shape[-1])[:1], routing.experts.flatten(0, -2)[:1])
-    group.direct = DirectGroup(packed, group)
-    return group.direct
-
-
-def _checked(layer: FusedLinear, group: FusedGroup) -> FusedGroup:
-    """`group`, up to date with what no method of the layer is told of: hooks that have come, weights put straight into a
-    dictionary, casts that are old."""
-    for member in group.live:
-        if member.fusing.casts:
-            refresh_cast(member.layer, member.fusing, group.adapter)
-    if not group.is_current():
-        resolve(layer)
-        group = layer.__dict__.get("fused_groups", {}).get(group.adapter, group)
-    return group
-
-
-def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
-    """The outputs of a group for many tokens: one shrink for the whole group, and a product more for each linear."""
-    weights, biases, lora_a, lora_b, scalings = group.parts()
-    rows = x.reshape(-1, x.shape[-1])
-    gates = [routing.scaled(scaling, x.dtype) for scaling in scalings]
-    hidden = ops.group_hidden(ops.all_hidden(rows, lora_a), [a.shape[:2] for a in lora_a], gates, routing.chosen_rows())
-    results = []
-    for h, weight, bias, b in zip(hidden, weights, biases, lora_b, strict=True):
-        result = ops.dense_linear(rows, h, weight, bias, ops.wide(b), group.transposed)
-        results.append(result.view(*x.shape[:-1], b.shape[1]))
-    return results
-
-
-def _beside_base(layer: FusedLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
-    """The base layer's own forward (quantised, hooked), and the experts added to what it returns."""
-    a: Any = group.a0
-    b: Any = group.b0
-    scaling: Any = group.scaling0[group.adapter]  # type: ignore[index]
-    if a.dtype != x.dtype:  # no casts any more, since the base layer is not plain any more
-        return LoRASwitchLinear.forward(layer, x)
-    base = layer.base_layer(x)
-    unfit = base.dtype != x.dtype or base.device != x.device or not group.within or x.dtype not in ops.FLOATS
-    if x.numel() // x.shape[-1] <= group.few_tokens and not unfit:
-        return ops.delta(base, x, routing.experts, routing.gates, a, b, scaling)
-    rows = x.to(a.dtype).reshape(-1, x.shape[-1])
-    hidden, gates = ops.all_hidden(rows, [a]), routing.scaled(scaling, a.dtype)
-    hidden = ops.gated(hidden, gates, routing.chosen_rows(), a.shape[1])
-    if base.dtype != hidden.dtype:
-        return base + (hidden @ ops.wide(b).T).to(base.dtype).view(base.shape)
-    # Out of place: a quantised base layer may return a view. One rounding, which `ops.expand` and a sum would make two.
-    return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, ops.wide(b).T).view(base.shape)

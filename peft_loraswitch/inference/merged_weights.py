@@ -14,22 +14,20 @@ backbone. Weights merged in place are the exception: they hold experts, so new o
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels, ops
+from ..layer import LoRASwitchLinear
 from ..ordinary import ordinary
 from ..routing.decision import Routing
-from .capabilities import adapted_layers, base_of, facts_of, hooked
-from .counted_writes import count_writes, versions_of
-from .fused_group import within_limits
-
-if TYPE_CHECKING:
-    from ..layer import LoRASwitchLinear
-    from ..routing.frame import RoutingFrame
+from ..routing.frame import RoutingFrame
+from .capabilities import adapted_layers, base_of, facts_of, within_limits
+from .counted_writes import count_writes
+from .fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 # Ids that are no expert's: nothing was merged; what was merged has been taken out, which leaves rounding errors.
@@ -88,6 +86,7 @@ class MergedWeights:
         for a, b in experts:
             count_writes(a)
             count_writes(b)
+        fingerprint = self._fingerprint()  # before what it is of is read
         self.lora_a = [a.weight.detach().to(dtype) for a, _ in experts]
         self.lora_b = [b.weight.detach().to(dtype) for _, b in experts]
         sources = [ordinary(base.weight.detach()) for base in self.bases]
@@ -103,7 +102,7 @@ class MergedWeights:
         self.nothing = torch.full_like(self.experts, TAKEN_OUT)
         for tensor in (self.experts, self.gates, self.nothing):
             torch._dynamo.mark_static_address(tensor, guard=False)
-        self.seen = self._seen()
+        self.fingerprint = fingerprint
         self.kernels = facts[0].kernels
         if self.kernels:  # now: not while a CUDA graph is recorded, whose memory it would live in
             ops.merge_table(*self._arguments())
@@ -115,16 +114,19 @@ class MergedWeights:
             raise ValueError("strategy='merge' needs exactly one active adapter, the same on every layer.")
         return names[0]
 
-    def _seen(self) -> list[Any]:
+    def _fingerprint(self) -> Fingerprint:
         """Of each layer: what a merge reads, where that is, and how often experts were written to."""
-        seen: list[Any] = []
-        for layer in self.served:
-            base = base_of(layer)
-            seen += (id(base), base.weight.data_ptr(), base.weight.dtype, hooked(base))
-            if self.adapter in layer.loraswitch_A:
-                a, b = layer.loraswitch_A[self.adapter].weight, layer.loraswitch_B[self.adapter].weight
-                seen += (*versions_of(a, b), layer.scaling[self.adapter])
-        return seen
+        bases = [base._parameters for base in self.bases]
+        experts = [
+            each[self.adapter]._parameters for layer in self.served for each in (layer.loraswitch_A, layer.loraswitch_B)
+        ]
+        return Fingerprint(
+            weights=bases,
+            written=experts,
+            scalings=[layer.scaling for layer in self.served],
+            adapter=self.adapter,
+            hooks=[hooks for base in self.bases for hooks in (base._forward_hooks, base._forward_pre_hooks)],
+        )
 
     def _follow(self, adapter: str) -> bool:
         """Take up what has changed, be it the adapter; False if what there is now cannot be merged.
@@ -132,7 +134,7 @@ class MergedWeights:
         Raises:
             RuntimeError: weights that are merged in place have been replaced.
         """
-        if adapter == self.adapter and self._seen() == self.seen:
+        if adapter == self.adapter and self.fingerprint.is_current():
             return True
         self.put_back()
         ops.drop_merge_tables(self.weights)
@@ -215,7 +217,7 @@ class MergedWeights:
             return
         compiling = torch.compiler.is_compiling()
         trains = frame is not None and frame.training
-        if compiling or (self._seen() == self.seen and not trains):
+        if compiling or (self.fingerprint.is_current() and not trains):
             self._merge(self.nothing, torch.zeros_like(self.gates))
         else:  # those that were merged are not there any more to be taken out, or are going to be trained
             self.put_back()
@@ -245,7 +247,3 @@ class MergedWeights:
         ops.drop_merge_tables(self.weights)
         if self.touched:
             self._write_back()
-
-    def changed(self) -> None:
-        """Values have been written that only who wrote them knows of: the next merge takes up everything."""
-        self.seen = []

@@ -60,9 +60,7 @@ class PackedGroup:
         tuning: int = 0,
     ) -> None:
         self.group = group = Group()
-        # Kept alive, and looked at before each launch: `model.to(...)` gives a parameter new memory behind our back.
-        self.tensors = [t for t in (*weights, *biases, *lora_a, *lora_b) if t is not None]
-        self.pointers = [t.data_ptr() for t in self.tensors]
+        self.tensors = [t for t in (*weights, *biases, *lora_a, *lora_b) if t is not None]  # kept alive
         self.dtype, self.device = lora_a[0].dtype, lora_a[0].device
         self.out_features = [b.shape[1] for b in lora_b]
         group.n_items = len(lora_a)
@@ -81,10 +79,6 @@ class PackedGroup:
                 f"LoRA-Switch: so many CUDA graphs have been captured on device {group.device} in this process that more will "
                 "run two launches for each group of linears instead of one (about 2 % slower)."
             )
-
-    def is_current(self) -> bool:
-        """Whether every tensor is still where it was when the group was packed."""
-        return [t.data_ptr() for t in self.tensors] == self.pointers
 
     def __call__(
         self, x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, bases: Sequence[torch.Tensor] = ()
@@ -264,10 +258,6 @@ class MergeTable:
         self.tile_item = index.repeat_interleave(torch.tensor(counts)).to(self.device)
         self.items = torch.frombuffer(bytearray(items), dtype=torch.uint8).to(self.device)
         args.items, args.tile_item = self.items.data_ptr(), self.tile_item.data_ptr()
-
-    def is_current(self) -> bool:
-        """Whether every tensor is still where it was when the table was made."""
-        return [t.data_ptr() for t in self.tensors] == self.pointers
 
     def __call__(
         self,

@@ -37,17 +37,18 @@ def in_place_of_the_library(library: Any) -> Iterator[None]:
     import torch
 
     from peft_loraswitch import kernels
-    from peft_loraswitch.inference import eager_launch, fused_layer
+    from peft_loraswitch.inference import capabilities, eager_launch, group_outputs
 
     with ExitStack() as stack:
         empty = torch._C._dynamo.guards._empty_strided_cpu
         for module in (eager_launch, kernels.calls):
             stack.enter_context(mock.patch.object(module, "library", lambda: library))
             stack.enter_context(mock.patch.object(module, "empty_strided_cuda", empty))
-        for module in (eager_launch, fused_layer):
+        for module in (eager_launch, group_outputs):
             stack.enter_context(
                 mock.patch.object(module, "launchable", lambda x: type(x) is torch.Tensor and x.is_contiguous())
             )
+        stack.enter_context(mock.patch.object(capabilities, "kernels_serve", lambda device: True))
         for name, answer in (("_cuda_getCurrentRawStream", 0), ("_cuda_getDevice", -1)):
             stack.enter_context(mock.patch.object(torch._C, name, lambda *_, answer=answer: answer, create=True))
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from torch import nn
 
 from helpers import adapted, tiny_llama, tokens
-from peft_loraswitch.inference import counted_writes, expert_casts, fuse, fused_layer, merged_weights
+from peft_loraswitch import inference
 from peft_loraswitch.inference.fuse import adapted_layers, is_fused
 from peft_loraswitch.inference.fused_layer import FusedLinear, changing
 
-FILES = {module.__file__ for module in (expert_casts, counted_writes, fuse, fused_layer, merged_weights)}
+FILES = {str(path) for path in Path(inference.__file__).parent.glob("*.py")}
 STRATEGIES = {"fused": ("fused", False), "merge": ("merge", False), "in place": ("merge", True)}
 
 

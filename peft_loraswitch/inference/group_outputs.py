@@ -1,0 +1,80 @@
+"""What a group computes: by one op for few tokens, by a packed call or dense products for many, or beside the base layer's own
+forward where the ops cannot read its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels, ops
+from ..layer import LoRASwitchLinear
+from ..routing.decision import Routing
+from .eager_launch import DirectGroup, launchable
+from .fused_group import FusedGroup, has_hooks
+
+
+def compute(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
+    """The output of `layer` with the group's adapter, unmerged; the outputs of the group's other linears are left for them.
+    A compiler apart, the group is up to date."""
+    if torch.compiler.is_compiling() and group.plain and has_hooks(group.number):
+        return LoRASwitchLinear.forward(layer, x)
+    if not group.plain:
+        return _beside_base(layer, group, x, routing)
+    parts = group.parts()
+    fresh = None
+    if group.kernels and group.within and not torch.compiler.is_compiling() and launchable(x):
+        fresh = _made_direct(group, x, routing, *parts)
+    if x.numel() // x.shape[-1] <= group.few_tokens and group.within:
+        return group.leave(x, ops.linear(x, routing.experts, routing.gates, *parts, group.transposed))
+    results = None if fresh is None else fresh(x, routing)
+    return group.leave(x, _dense(group, x, routing) if results is None else results)
+
+
+def _made_direct(
+    group: FusedGroup, x: Tensor, routing: Routing, weights: list[Tensor], biases: list[Tensor | None],
+    lora_a: list[Tensor], lora_b: list[Tensor], scalings: list[float],
+) -> DirectGroup | None:  # fmt: skip
+    """`group.direct`, if it had to be made."""
+    present = [bias for bias in biases if bias is not None]
+    contiguous = all(t.is_contiguous() for t in (*weights, *present, *lora_a, *lora_b))
+    if not contiguous or group.direct is not None:
+        return None
+    packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, group.transposed)
+    kernels.warn_if_generic(packed, x.view(-1, x.shape[-1])[:1], routing.experts.flatten(0, -2)[:1])
+    group.direct = DirectGroup(packed, group.live, group.fingerprint, group.adapter, group.few_tokens, group.routed)
+    return group.direct
+
+
+def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
+    """The outputs of a group for many tokens: one shrink for the whole group, and a product more for each linear."""
+    weights, biases, lora_a, lora_b, scalings = group.parts()
+    rows = x.reshape(-1, x.shape[-1])
+    gates = [routing.scaled(scaling, x.dtype) for scaling in scalings]
+    hidden = ops.group_hidden(ops.all_hidden(rows, lora_a), [a.shape[:2] for a in lora_a], gates, routing.chosen_rows())
+    results = []
+    for h, weight, bias, b in zip(hidden, weights, biases, lora_b, strict=True):
+        result = ops.dense_linear(rows, h, weight, bias, ops.wide(b), group.transposed)
+        results.append(result.view(*x.shape[:-1], b.shape[1]))
+    return results
+
+
+def _beside_base(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
+    """The base layer's own forward (quantised, hooked), and the experts added to what it returns."""
+    a: Any = group.a0
+    b: Any = group.b0
+    scaling: Any = group.scaling0[group.adapter]  # type: ignore[index]
+    if a.dtype != x.dtype:  # no casts any more, since the base layer is not plain any more
+        return LoRASwitchLinear.forward(layer, x)
+    base = layer.base_layer(x)
+    unfit = base.dtype != x.dtype or base.device != x.device or not group.within or x.dtype not in ops.FLOATS
+    if x.numel() // x.shape[-1] <= group.few_tokens and not unfit:
+        return ops.delta(base, x, routing.experts, routing.gates, a, b, scaling)
+    rows = x.to(a.dtype).reshape(-1, x.shape[-1])
+    hidden, gates = ops.all_hidden(rows, [a]), routing.scaled(scaling, a.dtype)
+    hidden = ops.gated(hidden, gates, routing.chosen_rows(), a.shape[1])
+    if base.dtype != hidden.dtype:
+        return base + (hidden @ ops.wide(b).T).to(base.dtype).view(base.shape)
+    # Out of place: a quantised base layer may return a view. One rounding, which `ops.expand` and a sum would make two.
+    return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, ops.wide(b).T).view(base.shape)
