@@ -45,7 +45,7 @@ class Watch:
             self.stop()
         return self._by_tensor()
 
-    def _see(self, layer: nn.Module, args: tuple) -> None:
+    def _see(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self.seen.append((layer, args[0]))  # type: ignore[arg-type]
 
     def stop(self) -> None:

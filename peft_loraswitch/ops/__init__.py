@@ -16,3 +16,19 @@ linear = torch.ops.loraswitch.linear.default
 expand = torch.ops.loraswitch.expand.default
 delta = torch.ops.loraswitch.delta.default
 merge = torch.ops.loraswitch.merge.default
+
+__all__ = [
+    "FLOATS",
+    "all_hidden",
+    "delta",
+    "dense_linear",
+    "drop_merge_tables",
+    "expand",
+    "gated",
+    "group_hidden",
+    "linear",
+    "merge",
+    "merge_table",
+    "route",
+    "wide",
+]
