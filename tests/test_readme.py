@@ -47,5 +47,9 @@ def test_the_code_in_the_documents_runs(tmp_path, monkeypatch):
     assert pushed.startswith("model.push_to_hub(")
     run(saved)
     run(load)
-    run(several.replace("backbone = ", "batch = tokenizer(['a', 'b', 'c'], return_tensors='pt')\n" + mixed + "backbone = "))
+    run(
+        several.replace(
+            "backbone = ", "batch = tokenizer(['a', 'b', 'c'], return_tensors='pt')\n" + mixed + "backbone = "
+        )
+    )
     assert not any("loraswitch" in name for name, _ in names["backbone"].named_parameters())
