@@ -46,7 +46,7 @@ class Experts(OrdinaryParameters):
 
     replaced: Callable[[], None] | None = None
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # assignment ends here
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # `layer.weight = ...` calls this, too
         super().register_parameter(name, param)
         if self.replaced is not None:
             self.replaced()

@@ -26,8 +26,8 @@ class InjectionPlan:
     """What an adapter will change, settled before the first module is replaced."""
 
     adapted: list[str]  # full names, in module order
-    router: str  # the one of them that holds the router
-    before: list[str]  # those before it, which have shared experts only
+    router: str  # the name of the linear that holds the router
+    before: list[str]  # adapted linears that run before the router and have shared experts only
     ranks: dict[str, int] = field(default_factory=dict)  # by name, of those whose rank is not `r`
     alphas: dict[str, float] = field(default_factory=dict)  # by name, of those whose alpha is not `lora_alpha`
 
