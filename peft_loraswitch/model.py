@@ -188,7 +188,9 @@ class LoRASwitchModel(BaseTuner):
             ValueError: there is no adapter of this name.
         """
         if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} does not exist.")
+            raise ValueError(
+                f"Adapter {adapter_name} does not exist: choose from {', '.join(self.peft_config) or 'none'}."
+            )
         self.active_adapter = remove_adapter(self.model, adapter_name)
         config = self.peft_config.pop(adapter_name)
         if not self.peft_config:

@@ -16,6 +16,11 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
 
 
+def test_pre_commit_runs_the_pinned_ruff():
+    pinned = re.findall(r"^ruff==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.M)
+    assert set(re.findall(r"\bruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())) == set(pinned) != set()
+
+
 @pytest.mark.slow
 def test_the_code_in_the_documents_runs(tmp_path, monkeypatch):
     for package in ("trl", "datasets"):

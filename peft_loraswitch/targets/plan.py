@@ -89,7 +89,7 @@ def plan_injection(
     unfit = refused(model, names)
     if unfit:
         raise ValueError(
-            f"target_modules: {_some_reasons(unfit)}; no routing decision fits that. Add exclude_modules="
+            f"target_modules: {_some_reasons(unfit)}; these cannot follow the routing decision. Add exclude_modules="
             f"{sorted(unfit) if len(unfit) <= LIST_AT_MOST else sorted({n.rpartition('.')[2] for n in unfit})}."
         )
     router, before = names[0], []
