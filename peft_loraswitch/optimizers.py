@@ -92,8 +92,8 @@ def riemannian(
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"{optimizer_cls.__name__} needs a closure that computes the loss again (as LBFGS does), which is not supported here: "
-            "choose another optimizer_cls."
+            f"{optimizer_cls.__name__} needs a closure that computes the loss again (as LBFGS does), which is not supported here:"
+            " choose another optimizer_cls."
         )
     rules: list[tuple[nn.Parameter, Rule]] = []
     for _, _, a, b in _pairs(layers):
