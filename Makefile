@@ -35,6 +35,6 @@ format: setup
 wheel: setup
 	$(VENV) csrc/check_wheel.py
 
-# The README's decode table from recipes/results/decode_h200.json.
+# The tables of decoding in README.md and recipes/benchmarks/README.md, from recipes/results/decode_h200.json.
 table:
 	$(PYTHON) -m recipes.benchmarks.decode.report

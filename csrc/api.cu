@@ -46,10 +46,11 @@ bool fast(const ls_group &g) {
 }
 
 enum Kernel { kGeneric, kStreaming, kPersistent, kRegisters, kSm90 };
-constexpr int kFewColumns = 256;  // of the hidden for many tokens, that shrink_sm90.cu is faster for
-constexpr int kStreamingTokens = 2;  // beyond which linear_registers.cu is faster than the stream
+constexpr int kFewColumns = 256;  // up to so many columns of the hidden, shrink_sm90.cu is faster than linear_sm90.cu
+constexpr int kStreamingTokens = 2;  // for more tokens linear_registers.cu is faster than linear_streaming.cu
 
-// The stream multiplies the rows of A that were chosen, the others all of them: not worth it when few of many are.
+// Whether the kernel can compute the hidden itself. linear_streaming.cu reads lora_a of the chosen experts only; the others read that of
+// all experts, which does not pay if only few of many experts were chosen.
 bool can_shrink_inside(GroupParams &p, Kernel kernel) {
   const ls_group &g = p.g;
   if (kernel == kGeneric) return false;

@@ -126,8 +126,8 @@ template <class Params> inline bool may_overlap(void (*kernel)(Params), int devi
 bool follows_ours(cudaStream_t stream);  // pdl.cu
 void launched(cudaStream_t stream);
 
-// `overlap`: the kernel may begin before its predecessor has ended, if that is one of ours. `cluster`: blocks of the grid's
-// first dimension that are one.
+// `overlap`: the kernel may begin before its predecessor has ended, if that is a kernel of this library too. `cluster`: how many
+// neighbouring blocks of the grid's first dimension form a thread block cluster.
 template <class Params> inline int launch(void (*kernel)(Params), dim3 grid, dim3 block, const Params &params, void *stream, bool overlap,
                                           size_t dynamic_shared = 0, unsigned cluster = 1) {
   cudaLaunchConfig_t config = {};

@@ -29,9 +29,9 @@ __device__ __forceinline__ int find_item(const GroupParams &p, int b) {
   return i;
 }
 
-constexpr int kSplits = 4;  // of the features, in linear_registers.cu: each leaves partial sums in float, the readers add them up
+constexpr int kSplits = 4;  // parts of the features in linear_registers.cu: each writes partial sums in float32, their readers add them up
 
-// One task's part of the hidden is in memory: this thread's writes, and those that a barrier put before this.
+// Announces that one task's part of the hidden is in memory: the writes of this thread, and those before the last barrier.
 __device__ __forceinline__ void shrink_done(Sync *sync) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&sync->done) : "memory");
@@ -47,7 +47,7 @@ __device__ __forceinline__ unsigned shrinks_done(const Sync *sync) {
 #endif
   return n;
 }
-// One thread of each block, when the block needs nothing more of it. Whether it was the last one, who then clears everything.
+// Called by one thread of each block when the block no longer needs `sync`. Returns whether it was the last block, which then resets it.
 __device__ __forceinline__ bool leave(Sync *sync, unsigned blocks) {
   __threadfence();
   return atomicAdd(&sync->left, 1u) == blocks - 1;

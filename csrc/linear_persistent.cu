@@ -4,7 +4,8 @@
 //   lora_a [E, rank, in]   lora_b [E, out, rank]   hidden [tokens, top_k, rank]
 //   dtypes: float16, bfloat16, accumulated in float32; in divisible by 32, rank by 8
 //   grid: one block a multiprocessor; the 16-row tiles of all weights of the group are dealt out evenly
-//   panel: up to 16 * MT rows whose sums fit into the registers of one block at once; x is read once for a panel
+//   panel: the output rows that a block computes at once, up to 16 * MT, as many as its registers can accumulate; x is read once
+//   for each panel
 //   block: 8 warps with a share of the input features each (split-K inside the block), 4 helper warps for the experts
 //   shared memory (up to 226 KB): for each of the 8 warps a ring of STAGES stages (16 rows of 64 features of x or of the weight),
 //   filled by cp.async; 9 partial tiles in float32; the hidden
@@ -35,7 +36,7 @@ template <class E, int NT, int MT, int STAGES> struct Panel {
   static constexpr int kWide = kSlice / kTiles;   // features of a stage
   static constexpr int kSteps = kWide / 16;       // of the tensor cores
   static constexpr int kStageBytes = kTiles * kTile * kWide * 2;
-  static constexpr int kStride = kTile * MT + 4, kPartial = kTokens * kStride;     // floats that a warp leaves at the end of a panel
+  static constexpr int kStride = kTile * MT + 4, kPartial = kTokens * kStride;     // floats of a warp's partial sums of a panel
   static constexpr int kShrinkStride = kTile + 4, kShrinkPartial = kTokens * kShrinkStride;  // and a helper, for a tile of A
   static constexpr int kRingBytes = kWarps * STAGES * kStageBytes, kPartialBytes = (kWarps + 1) * kPartial * 4;
   static constexpr int kBytes = kRingBytes + kPartialBytes + kPersistentHidden * 2;
@@ -79,7 +80,7 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
   constexpr int kMostPanels = (kMostTiles + MT - 1) / MT;
   extern __shared__ __align__(128) unsigned char raw[];
   __shared__ Source lists[kMostPanels + kMostTiles / kTiles];  // the stages of one slice: of every panel x and its tiles
-  __shared__ short list_of[kMostPanels + 1];                   // where a panel's begin
+  __shared__ short list_of[kMostPanels + 1];                   // where the stages of a panel begin
   __shared__ Plan plan_;
   __shared__ short ids[kIds];
   __shared__ float gates[kIds];
@@ -90,7 +91,7 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
   E *hidden = reinterpret_cast<E *>(raw + Shape::kRingBytes + Shape::kPartialBytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, in = p.g.in_features;
   const volatile Plan &plan = plan_;
-  const uint32_t expanded = shared_address(&expanded_);  // the helpers have left their sum of a panel
+  const uint32_t expanded = shared_address(&expanded_);  // barrier: the helpers have written their partial sum of a panel
   pdl_trigger();
   {
     const unsigned total = p.begin[p.g.n_items];

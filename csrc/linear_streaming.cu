@@ -13,7 +13,7 @@
 // A warp's ring runs on across the borders of tiles and linears. The only barrier is one for each tile, where partial sums meet.
 //
 // The shrink: the ninth warps of all blocks draw elements of the hidden (a row of a chosen expert's lora_a each) from a counter until
-// none is left, publish them as words that hold value and flag, then collect all of them; the other warps need them in the epilogue
+// all are drawn, publish them as words that hold a value and a flag, then collect all of them; the other warps need them in the epilogue
 // of their first tile. A warp waits only for elements that a running warp has drawn: no block waits for one that cannot start.
 #include "cp_async.cuh"
 #include "mma.cuh"

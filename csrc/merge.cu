@@ -1,5 +1,5 @@
-// Merge: weight = source + scaling * (sum_j gates[j] lora_b[e_j] lora_a[e_j] - the same of the last token), for all linears of a model,
-// one launch.
+// Merge: weight = source + scaling * (sum_j gates[j] lora_b[e_j] lora_a[e_j] - the same sum for the token before, if its experts are
+// given), for all linears of a model in one launch.
 //
 //   weight, source [out, in] or [in, out]   lora_a [E, rank, in]   lora_b [E, out, rank]   experts, gates [top_k], of one token
 //   dtypes: float32, float16, bfloat16; the update is accumulated in float32 and rounded once
@@ -18,7 +18,7 @@ namespace ls {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTileRows = 512, kTileColumns = 256;  // what a block works on; warps are 64 columns wide
+constexpr int kTileRows = 512, kTileColumns = 256;  // tile of a block; each warp has 64 of the columns
 constexpr int kStrip = 64, kStrips = kTileColumns / kStrip;
 constexpr int kGroup = 4;                         // wide: steps of eight rows that use a fragment of A together
 constexpr int kEntries = 2 * LS_MAX_TOP_K;        // experts to put in, experts to take out

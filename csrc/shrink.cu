@@ -91,7 +91,7 @@ template <class E, int VEC> int launch_shrink_as(GroupParams &p, void *stream) {
     rows += int64_t(p.g.top_k) * p.g.items[i].rank;
     by_eight = by_eight && p.g.items[i].rank % 8 == 0;
   }
-  // A block a row while that leaves the chip room; eight rows a block share their reads of x when there are many.
+  // One row for each block as long as they all run at once; with more rows, blocks of eight rows, which share their reads of x.
   const int per_block = by_eight && rows * p.g.tokens >= 768 ? 8 : 1;
   int n = 0;
   for (int i = 0; i < p.g.n_items; ++i) {

@@ -23,12 +23,12 @@ constexpr int kFeatures = 64;             // of a step
 constexpr int kColumns = kSm90Features;   // that are multiplied at once: rows of one linear's A
 constexpr int kMostGroups = 4;            // of columns, of a block
 constexpr int kThreads = 160;             // four warps that multiply, one that copies
-constexpr int kMostShares = 8;            // of the features: blocks of a cluster
+constexpr int kMostShares = 8;            // parts of the features, one for each block of a cluster
 constexpr int kInputBytes = kTokens * kFeatures * 2, kGroupBytes = kColumns * kFeatures * 2;
 
 __host__ __device__ constexpr int stage_bytes(int groups) { return kInputBytes + groups * kGroupBytes; }
 __host__ __device__ constexpr int stages_of(int groups) { return (96 << 10) / stage_bytes(groups); }
-// Of the sums of a token that a block leaves for the cluster: eight rows of fragments in different banks.
+// Distance between the sums of two tokens that a block keeps for its cluster: eight rows of fragments fall into different banks.
 __host__ __device__ constexpr int sums_stride(int groups) { return groups * kColumns + 8; }
 constexpr int bytes_of(int groups) {
   const int ring = stages_of(groups) * stage_bytes(groups), sums = kTokens * sums_stride(groups) * 4;

@@ -19,7 +19,7 @@ from peft_loraswitch import LoRASwitchConfig, LoRASwitchModel
 
 PAGE = Path(__file__).resolve().parent / "api.md"
 # What users call on the model that `get_peft_model` returns; PEFT passes these calls on to the tuner.
-MODEL_METHODS = ("fuse_for_inference", "unfuse", "router_stats", "record_routing")
+MODEL_METHODS = ("fuse_for_inference", "unfuse", "refresh_fused", "router_stats", "record_routing")
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example")
 
 
@@ -33,7 +33,7 @@ def docstring(thing: Any) -> str:
             section = heading[1]
             lines += ["", f"**{section}**", ""]
         elif line.startswith("    ") and section and section != "Example":
-            entry = re.fullmatch(r"    ([\w*, ]+): (.*)", line)
+            entry = re.fullmatch(r"    (\w[\w*, ]*): (.*)", line)
             lines.append(f"- `{entry[1]}`: {entry[2]}" if entry else f"  {line.strip()}")
         else:
             lines.append(line.removeprefix("    ") if section == "Example" else line)
@@ -44,7 +44,15 @@ def signature(function: Callable[..., Any], name: str) -> str:
     parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
     result = inspect.signature(function).return_annotation
     arrow = "" if result is inspect.Signature.empty else f" -> {result}"
-    return f"{name}({', '.join(map(str, parameters))}){arrow}"
+    return f"{name}({', '.join(map(declaration, parameters))}){arrow}"
+
+
+def declaration(parameter: inspect.Parameter) -> str:
+    """As it stands in the code: annotations are text there (`from __future__ import annotations`), and need no quotes."""
+    if not isinstance(parameter.annotation, str):
+        return str(parameter)
+    default = "" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}"
+    return f"{parameter.name}: {parameter.annotation}{default}"
 
 
 def default_of(field: dataclasses.Field) -> str:

@@ -10,11 +10,15 @@ from .model import router_stats
 
 
 class RouterStatsCallback(TrainerCallback):
-    """Adds `router/entropy`, `router/balance_loss`, `router/z_loss`, `router/dropped_experts` (their number) and
-    `router/load_<e>` (share of picks per expert) to what the Trainer logs, over the steps since the last log.
+    """A Transformers `TrainerCallback` that adds routing statistics over the steps since the last log to what the Trainer logs:
+    `router/entropy` (nats), `router/balance_loss` and `router/z_loss` (unweighted), `router/dropped_experts` (number of experts
+    that no token picked) and `router/load_<e>` (share of the picks that went to expert e; the shares sum to 1).
 
     Args:
         adapter_name: which adapter; may be left out if only one trains.
+
+    Raises:
+        ValueError: while logging: the model has no LoRA-Switch adapter, or the name is unknown or ambiguous.
     """
 
     def __init__(self, adapter_name: str | None = None) -> None:

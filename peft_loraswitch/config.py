@@ -20,7 +20,8 @@ from .saving.model_card import update_model_card
 from .saving.safe_save import BROKEN_OFF, UNFINISHED, save_config
 
 BIAS_CHOICES = ("none", "all", "loraswitch_only")
-SAVES_BIASES = Version(peft.__version__) >= Version("0.21.0.dev0")  # of methods other than its own
+# Whether PEFT saves the biases of methods other than its own.
+SAVES_BIASES = Version(peft.__version__) >= Version("0.21.0.dev0")
 # Sanity bounds: beyond them a number is a typing mistake (or an attack on the memory), not a choice.
 MAX_EXPERTS = 4096
 MAX_RANK = 65536  # also of all experts of one linear together

@@ -46,7 +46,7 @@ class Experts(OrdinaryParameters):
 
     replaced: Callable[[], None] | None = None
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # assignment ends here
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # `layer.weight = ...` calls this, too
         super().register_parameter(name, param)
         if self.replaced is not None:
             self.replaced()
@@ -303,7 +303,23 @@ CANNOT_MERGE = (
 
 
 class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
-    """A linear (`nn.Linear`, GPT-2's `Conv1D` or a quantised one that PEFT resolves) with routed LoRA experts."""
+    """A linear (`nn.Linear`, GPT-2's `Conv1D` or a quantised one that PEFT resolves) with routed LoRA experts (arXiv 2405.17741).
+
+    It computes `y = W x + b + s * sum_j g_j B[e_j] A[e_j] x` with the experts e and gates g that the forward of the model has
+    chosen for each token: x [..., in_features] -> y [..., out_features], in the dtype that the base layer returns. It works only
+    within a forward of the model that holds it. `get_peft_model` makes these layers; there is no need to construct one.
+
+    Attributes:
+        base_layer: the linear of the backbone, unchanged.
+        loraswitch_A: by adapter name; `.weight` [num_experts + num_shared_experts, r, in_features].
+        loraswitch_B: by adapter name; `.weight` [num_experts + num_shared_experts, out_features, r].
+        loraswitch_router: by adapter name, on the one linear that routes; `.weight` [num_experts, in_features].
+        scaling: by adapter name, the factor s.
+
+    Raises:
+        RuntimeError: in a forward: the layer is called outside of a forward of the model, or sees other tokens than were routed.
+        ValueError: in a forward, on a CPU: NaN or Inf among the router's logits.
+    """
 
     # Of a fused layer (inference/fused_layer.py). Here for a forward that another thread unfuses while it runs.
     fused_group: Any = None

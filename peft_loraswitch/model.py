@@ -38,20 +38,25 @@ from .targets.trained_in_full import train_in_full
 
 
 class LoRASwitchModel(BaseTuner):
-    """A backbone with LoRA-Switch adapters; made by `get_peft_model(model, LoRASwitchConfig(...))`.
+    """PEFT's tuner of LoRA-Switch (arXiv 2405.17741): replaces linears of a backbone by `LoRASwitchLinear`. It is made by
+    `get_peft_model(model, LoRASwitchConfig(...))`; users call it through the `PeftModel` that this returns.
 
     Args:
         model: the backbone, any `nn.Module`; adapted linears must all see the same tokens.
         config: a `LoRASwitchConfig`.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: make the adapter's weights on the meta device (to be loaded afterwards).
+
+    Raises:
+        ValueError: the adapter exists already, or the configuration selects modules that cannot be adapted or do not see the
+            same tokens. The message names them. The model is then unchanged.
     """
 
     prefix = "loraswitch_"
     tuner_layer_cls = LoRASwitchLayer
     _plan: InjectionPlan
     _injected: LoRASwitchConfig | None = None  # the configuration of the adapter that is being injected
-    # deberta-v2's query_proj and pooler see something else than tokens (see targets.py)
+    # deberta-v2's query_proj and pooler see something else than tokens (see targets/linears.py)
     target_module_mapping: dict[str, Any] = {
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
         "deberta-v2": ["value_proj", "attention.output.dense", "intermediate.dense", "output.dense"],
@@ -181,9 +186,15 @@ class LoRASwitchModel(BaseTuner):
             tell_wrappers(self.model, [])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter: see `peft_loraswitch.switching.remove_adapter` for which is active then."""
+        """Delete an adapter. If it was the active one, another adapter becomes active, if there is one.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+        """
         if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} does not exist.")
+            raise ValueError(
+                f"Adapter {adapter_name} does not exist: choose from {', '.join(self.peft_config) or 'none'}."
+            )
         self.active_adapter = remove_adapter(self.model, adapter_name)
         config = self.peft_config.pop(adapter_name)
         if not self.peft_config:
@@ -193,11 +204,27 @@ class LoRASwitchModel(BaseTuner):
     # ---------------------------------------------------------------------------------------- statistics
 
     def router_stats(self, adapter_name: str | None = None, reset: bool = False) -> dict[str, Any]:
-        """Routing statistics of the training forwards since the last reset: see `peft_loraswitch.router_stats`."""
+        """Routing statistics of the training forwards since the last reset, over real tokens (padding is not counted).
+
+        Args:
+            adapter_name: which adapter; may be left out if only one has been trained.
+            reset: start counting anew afterwards.
+
+        Returns:
+            dict: `tokens` (int), `load` (num_experts floats, sum 1), `entropy` (nats, mean over tokens), `dropped_experts` (list
+            of int), `balance_loss` and `z_loss` (floats, unweighted), as the function `router_stats` of the package says.
+
+        Raises:
+            ValueError: the name is unknown or ambiguous.
+        """
         return router_stats(self.model, adapter_name, reset)
 
     def record_routing(self) -> Any:
-        """Context manager: statistics of every forward within it: see `peft_loraswitch.record_routing`."""
+        """Context manager: counts the routing of every forward within it, also in eval mode and under `no_grad`.
+
+        Yields:
+            RoutingRecorder: its `summary(adapter_name=None)` returns the dict of `router_stats()`, for these forwards alone.
+        """
         return record_routing(self.model)
 
     # ------------------------------------------------------------------------------------- mixed batches
@@ -218,15 +245,38 @@ class LoRASwitchModel(BaseTuner):
     # ----------------------------------------------------------------------------------- faster inference
 
     def fuse_for_inference(self, strategy: Literal["auto", "fused", "merge"] = "auto", in_place: bool = False) -> Any:
-        """Serve the adapted layers by fused kernels: see `peft_loraswitch.inference.fuse.fuse`. Also a context manager."""
+        """Compute the adapted linears and their experts by fused ops: the same outputs to the rounding of the dtype, faster.
+
+        Adapters and weights may change while a model is fused; see `refresh_fused` for what has to be announced.
+
+        Args:
+            strategy: "fused": base weights and experts in one pass, nothing is merged, and the backbone is not copied. "merge":
+                the method of arXiv 2405.17741, which merges the experts of each single token into all weights before it runs;
+                needs a second copy of the adapted weights. "auto": "fused" if the model is on a GPU; on a CPU, where it gains
+                nothing, the model stays as it is.
+            in_place: with "merge": merge into the backbone's own weights (a copy on the host is kept for `unfuse()`). Each
+                token adds a rounding error: docs/kernel_log.md has the measured drift.
+
+        Returns:
+            Fusion: has `strategy`, `reason` (why kernels are not used, or None) and `groups` (names of linears that share a
+            launch). As a context manager it unfuses at the end of the block.
+
+        Raises:
+            ValueError: an unknown strategy, `in_place` without "merge", or layers that "merge" cannot serve.
+            RuntimeError: the model is fused already.
+        """
         return fuse(self.model, strategy, in_place)
 
     def unfuse(self) -> None:
-        """Take `fuse_for_inference()` back."""
+        """Undo `fuse_for_inference()`; weights are then what they were, bit for bit. Does nothing if the model is not fused."""
         unfuse(self.model)
 
     def refresh_fused(self) -> None:
-        """Have a fused model take up what was written to its weights: see `peft_loraswitch.inference.fuse.refresh_fused`."""
+        """Make a fused model use what was written to its weights. Does nothing if the model is not fused.
+
+        Needed only after writes that PyTorch does not count (NumPy, DLPack, own kernels, a flat buffer that parameters are parts
+        of), and after any write if nothing but compiled code runs afterwards. Everything else, the next forward sees by itself.
+        """
         refresh_fused(self.model)
 
     # -------------------------------------------------------------------------------- merging, unloading
@@ -238,7 +288,7 @@ class LoRASwitchModel(BaseTuner):
         return False
 
     def unload(self) -> nn.Module:
-        """Take every adapter off and return the backbone."""
+        """Remove every adapter and return the backbone (`nn.Module`), unfused and without hooks of this package."""
         self.unfuse()
         state = routing_state(self.model)
         if state is not None:
@@ -316,6 +366,16 @@ def router_stats(model: nn.Module, adapter_name: str | None = None, reset: bool 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     """Count the routing of every forward of `model` within the block, also in eval mode and under `no_grad`.
+
+    Args:
+        model: a `PeftModel`, or any model with LoRA-Switch layers (`model.add_adapter` of transformers).
+
+    Yields:
+        RoutingRecorder: its `summary(adapter_name=None)` returns the dict of `router_stats()`, for these forwards alone; the
+        name may be left out if only one adapter was used.
+
+    Raises:
+        ValueError: the model has no LoRA-Switch adapter.
 
     Example:
         ```py

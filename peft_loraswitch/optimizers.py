@@ -96,7 +96,10 @@ def riemannian(
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{optimizer_cls.__name__} computes the loss within its step: choose another optimizer_cls.")
+        raise ValueError(
+            f"{optimizer_cls.__name__} needs a closure that computes the loss again (as LBFGS does), which is not supported here:"
+            " choose another optimizer_cls."
+        )
     rules: list[tuple[nn.Parameter, Rule]] = []
     for _, _, a, b in _pairs(layers):
         if a.requires_grad and b.requires_grad:

@@ -29,7 +29,7 @@ def extend_peft_type(name: str = NAME) -> PeftType:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    if hasattr(PeftType, "_hashable_values_"):  # later 3.12 and 3.13: what `name in PeftType` looks at
+    if hasattr(PeftType, "_hashable_values_"):  # late releases of Python 3.12 and 3.13 look here for `name in PeftType`
         getattr(PeftType, "_hashable_values_").append(name)  # noqa: B009 (mypy does not know it)
     # Python 3.12+ resolves members through class attributes as well; EnumType.__setattr__ only refuses *re*assignment
     type.__setattr__(PeftType, name, member)

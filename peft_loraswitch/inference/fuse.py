@@ -80,7 +80,7 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
             paper's method, the experts of a single token are merged into all weights before it runs; needs a second copy
             of the adapted weights. "auto": "fused" on a GPU; on a CPU, where it gains nothing, the model stays as it is.
         in_place: with "merge": merge into the backbone's own weights, without a second copy on the device (one on the
-            host is kept for `unfuse()`). Each token adds a rounding error: see csrc/README.md for the measured drift.
+            host is kept for `unfuse()`). Each token adds a rounding error: docs/kernel_log.md has the measured drift.
 
     Returns:
         `Fusion`, which is also a context manager that unfuses.

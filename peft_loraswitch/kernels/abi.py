@@ -1,4 +1,4 @@
-"""csrc/loraswitch.h in ctypes: constants, structs and signatures. tests/kernels/test_kernels.py compares them with the header."""
+"""csrc/loraswitch.h in ctypes: constants, structs and signatures. A test compares them with the header."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Adapters are loaded by `PeftModel.from_pretrained`, `PeftModel.load_adapter` and Transformers' `model.load_adapter` (also
 behind `AutoModelForCausalLM.from_pretrained(adapter)`). Each changes the model before it reads the weights, writes every
-tensor whose name the model knows, puts up with missing and unknown ones, and leaves no hook. `watch_loads` therefore wraps
+tensor whose name the model knows, tolerates missing and unknown ones, and has no hook to change that. So `watched_load` wraps
 the three, and whatever reads an adapter_config.json; loads of other PEFT methods pass through. Within a load of ours
 
 - the header of the weights file (`weights_file.py`) is compared with the configuration before experts are made, and with
@@ -227,7 +227,7 @@ def injecting(tuner: nn.Module, config: LoRASwitchConfig) -> Iterator[None]:
         with all_or_nothing(tuner, config, *loaded_into) as snapshot:
             yield
     except BaseException:
-        # Transformers' add_adapter says so before it is true, and trips over it the next time
+        # Transformers' add_adapter sets this before the adapter is there; if it then fails, the next call would fail, too
         if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
             model._hf_peft_config_loaded = False
         raise

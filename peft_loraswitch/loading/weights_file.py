@@ -130,7 +130,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise json.JSONDecodeError(f"{path}: {error.msg}", error.doc, error.pos) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that can be read ({error}).") from error
+        raise ValueError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a JSON {type(fields).__name__}, not an object with the fields of an adapter.")
     if not isinstance(fields.get("peft_type"), (str, type(None))):
@@ -151,7 +151,7 @@ def _check_common_fields(path: str, fields: Mapping[str, Any]) -> None:
     for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
         value = fields.get(name)
         if not (value is None or isinstance(value, str)) or (value and "\0" in value):
-            raise ValueError(f"{path}: {name}={shown(value)} must be a text or null.")
+            raise ValueError(f"{path}: {name}={shown(value)} must be a string or null.")
     if fields.get("task_type") not in (None, *TaskType):
         raise ValueError(
             f"{path}: task_type={shown(fields['task_type'])} is not one of {', '.join(TaskType)}, or null."

@@ -129,7 +129,8 @@ def apply_but_keep_dtypes(module: nn.Module, apply: Any, fn: Any, recurse: bool)
     apply(fn, recurse)
     for name, value in before.items():
         moved = getattr(module, name)
-        source = torch.zeros_like(moved) if value.device.type == "meta" else value  # to_empty() leaves memory as it was
+        # to_empty(), which moves modules off the meta device, does not initialise memory
+        source = torch.zeros_like(moved) if value.device.type == "meta" else value
         with torch.inference_mode(False):
             setattr(module, name, source.to(device=moved.device, dtype=value.dtype))
     return module

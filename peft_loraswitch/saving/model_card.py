@@ -85,7 +85,7 @@ def refresh_model_card(folder: str | os.PathLike[str], repo_id: str | None = Non
 
 
 # `push_to_hub` of transformers 5 saves the model and then overwrites its card with the repository's (or an empty one that says
-# "transformers"), and TRL's trainers write theirs just before they upload: neither leaves a hook. So our section is renewed after
+# "transformers"), and TRL's trainers write theirs just before they upload: neither has a hook. So our section is renewed after
 # `ModelCard.save`, which writes them all, and before the two ways to upload a folder, which know the repository's name.
 
 
@@ -150,7 +150,7 @@ def _adapters_in(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     for folder in [root, *folders]:
         if folder != root and ((folder / "README.md").exists() or folder.name.startswith(("checkpoint-", "."))):
-            continue  # a repository of its own, or what a save that was killed has left
+            continue  # a repository of its own, or the remains of a save that was killed
         path = folder / "adapter_config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would block

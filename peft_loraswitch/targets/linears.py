@@ -32,7 +32,7 @@ CACHED_INPUT = ("kv_b_proj",)
 # A state-space mixer hands these weights to a fused kernel, or multiplies with them by itself; it does not call the linear.
 WEIGHTS_READ_DIRECTLY = ("x_proj", "dt_proj", "out_proj")
 # Modules that compute with the weights of these children and do not call them, by class. (What is not listed here is found by the
-# first forward that trains: unused.py.)
+# first forward that trains: unused_linears.py.)
 READS_WEIGHTS_OF = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),  # F.multi_head_attention_forward
     "MobileBertLMPredictionHead": ("dense", "decoder"),  # one product with both

@@ -26,8 +26,8 @@ class InjectionPlan:
     """What an adapter will change, settled before the first module is replaced."""
 
     adapted: list[str]  # full names, in module order
-    router: str  # the one of them that holds the router
-    before: list[str]  # those before it, which have shared experts only
+    router: str  # the name of the linear that holds the router
+    before: list[str]  # adapted linears that run before the router and have shared experts only
     ranks: dict[str, int] = field(default_factory=dict)  # by name, of those whose rank is not `r`
     alphas: dict[str, float] = field(default_factory=dict)  # by name, of those whose alpha is not `lora_alpha`
 
@@ -89,7 +89,7 @@ def plan_injection(
     unfit = refused(model, names)
     if unfit:
         raise ValueError(
-            f"target_modules: {_some_reasons(unfit)}; no routing decision fits that. Add exclude_modules="
+            f"target_modules: {_some_reasons(unfit)}; these cannot follow the routing decision. Add exclude_modules="
             f"{sorted(unfit) if len(unfit) <= LIST_AT_MOST else sorted({n.rpartition('.')[2] for n in unfit})}."
         )
     router, before = names[0], []

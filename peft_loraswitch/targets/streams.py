@@ -2,8 +2,8 @@
 
 One routing decision serves every adapted linear only if they all process the same tokens. Encoder-decoder and
 vision-language models have several token streams: adapters over more than one are refused here, with a `target_modules`
-that works. Single linears that see something else than tokens are `targets.py`; what cannot be known from the modules
-is checked while running (`Routing.dense_gates_for`).
+that works. Single linears that see something else than tokens are refused by `linears.py`; what cannot be known from the
+modules is checked while running (`Routing.dense_gates_for`).
 
 Adapting one stream of several is fine: the frame opens where that stream's model is called, wherever that is (`generate`
 calls an encoder outside of the model's forward).

@@ -1,6 +1,6 @@
 """Adapted linears that never run: something reads their weight instead of calling them, so their experts do nothing.
 
-Classes known to do that are refused (`targets.py`). What is not known shows in the first forward that trains: the module that
+Classes known to do that are refused (`linears.py`). What is not known shows in the first forward that trains: the module that
 holds the linear runs, the linear itself does not. A block that is skipped as a whole (layer drop, an encoder that a step does
 not need) is no such case, since the module that holds the linear does not run either.
 """

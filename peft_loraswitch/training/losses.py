@@ -1,4 +1,4 @@
-"""Load-balance loss and z-loss. How they join a training objective: see `loss_joining.py` and `end_of_forward.py`.
+"""The router's losses: load balance and z-loss. `end_of_forward.py` and `loss_joining.py` add them to a training loss.
 
 The losses are functions of the router's weight and of its (detached) input: they train the router, not the layers below.
 With T real tokens (padding does not count), probabilities p = softmax(logits) and c_e = how often expert e was chosen:

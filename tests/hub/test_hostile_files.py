@@ -316,11 +316,11 @@ BAD_CONFIGS = {
     },
     "bytes": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"), f"{CONFIG} is not JSON"),
     "digits": (lambda folder: (folder / CONFIG).write_text('{"r": ' + "9" * 9999 + "}"), f"{CONFIG} is not JSON"),
-    "backbone's name": (configure(base_model_name_or_path=["a"]), "base_model_name_or_path=.*must be a text"),
-    "revision": (configure(revision=7), "revision=7 must be a text"),
+    "backbone's name": (configure(base_model_name_or_path=["a"]), "base_model_name_or_path=.*must be a string"),
+    "revision": (configure(revision=7), "revision=7 must be a string"),
     "auto_mapping": (configure(auto_mapping={"base_model_class": "LlamaForCausalLM"}), "auto_mapping=.*parent_library"),
     "inference_mode": (configure(inference_mode="no"), "inference_mode='no' must be true or false"),
-    "task_type": (configure(task_type=[1]), "task_type=.*must be a text"),
+    "task_type": (configure(task_type=[1]), "task_type=.*must be a string"),
     "r": (configure(r=1.5), "r=1.5 must be a whole number"),
 }
 PARSED_ALIKE = ("truncated", "empty", "nested", "bytes", "digits")  # no JSON, as "a list" is none of ours

@@ -1,4 +1,4 @@
-"""The decode table: the README shows exactly what the committed result file holds."""
+"""The decode tables: README.md and the benchmarks' README show exactly what the committed result files hold."""
 
 from __future__ import annotations
 
@@ -19,15 +19,30 @@ def result() -> dict[str, Any]:
     return json.loads((ROOT / SOURCE).read_text())
 
 
-def test_the_readme_shows_the_committed_result():
+def documents() -> dict[str, str]:
+    return {name: (ROOT / name).read_text() for name in (report.SUMMARY, report.FULL)}
+
+
+def test_the_documents_show_the_committed_results():
     report.main(["--check"])
 
 
-def test_the_readme_opens_with_the_table_and_keeps_its_commands():
-    text = (ROOT / "README.md").read_text()
-    assert text.index(report.BEGIN) < 1500
-    for later in ("## Install", "<!-- quickstart command -->", "<!-- test command -->"):
-        assert text.index(report.END) < text.index(later)
+def test_the_readme_keeps_its_commands_and_shows_cost_in_five_rows():
+    text = documents()[report.SUMMARY]
+    for marker in ("<!-- quickstart command -->", "<!-- test command -->"):
+        command = text.split(marker)
+        assert len(command) == 2 and command[1].startswith("\n```bash\npython3 -m venv .venv && ")
+    table = text.split(report.BEGIN)[1].split(report.END)[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| |")]
+    assert len(rows) == 5
+
+
+def test_the_summary_is_a_part_of_the_full_table(result):
+    full = report.model_table(result, report.FIRST)
+    values = {line.split(" | ")[0]: [cell.strip() for cell in line.strip("| ").split("|")] for line in full}
+    for line in report.model_table(result, report.FIRST, report.SUMMARY_LINES, report.SUMMARY_COLUMNS)[2:]:
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        assert cells[0] and all(cell in values[line.split(" | ")[0]] for cell in cells)
 
 
 def test_every_row_of_the_first_model_is_in_the_table(result):
@@ -40,7 +55,7 @@ def test_every_row_of_the_first_model_is_in_the_table(result):
 
 
 def test_a_changed_number_is_noticed(result, monkeypatch, tmp_path):
-    readme = (ROOT / "README.md").read_text()
+    before = documents()
     changed = copy.deepcopy(result)
     row = report.find(changed, "llama-2-7b", "fused", 8, "compiled")
     assert row is not None
@@ -48,14 +63,24 @@ def test_a_changed_number_is_noticed(result, monkeypatch, tmp_path):
     folder = tmp_path / "recipes" / "results"
     folder.mkdir(parents=True)
     (folder / "decode_h200.json").write_text(json.dumps(changed))
-    (tmp_path / "README.md").write_text(readme)
+    (folder.parent / "benchmarks").mkdir()
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    for source in report.OTHER_GPUS:
+        (tmp_path / source).write_text((ROOT / source).read_text())
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    with pytest.raises(SystemExit, match="does not show"):
+    with pytest.raises(
+        SystemExit, match="README.md and recipes/benchmarks/README.md: not what .*decode_h200.json holds"
+    ):
         report.main(["--check"])
-    assert (tmp_path / "README.md").read_text() == readme
+    assert documents() == before
     report.main([])
-    assert f"**{row['ratio']:.2f}**" in (tmp_path / "README.md").read_text()
+    assert all(f"**{row['ratio']:.2f}**" in text for text in documents().values())
     report.main(["--check"])
+    (tmp_path / report.FULL).write_text(before[report.FULL])
+    with pytest.raises(SystemExit, match="^recipes/benchmarks/README.md: not what"):
+        report.main(["--check"])
 
 
 def test_other_models_stand_side_by_side(result):
@@ -65,15 +90,15 @@ def test_other_models_stand_side_by_side(result):
     assert table[0] == "| fused over backbone | Mistral-7B |" and any(
         "prefill of 2,048 tokens, r = 64" in line for line in table
     )
-    assert "Shortened: Mistral-7B with 8 of 32 layers." in report.section(result, SOURCE)
+    assert "Shortened: Mistral-7B with 8 of 32 layers." in report.section(result, SOURCE, {})
     assert not report.models_table(result, ["qwen3-0.6b"])
 
 
 def test_another_gpu_is_a_sentence_of_its_steady_rows():
     (source,) = report.OTHER_GPUS
     result = json.loads((ROOT / source).read_text())
-    (sentence,) = report.other_gpu(result, source)
-    assert sentence in (ROOT / "README.md").read_text()
+    sentence = report.other_gpu(result, source)
+    assert sentence in documents()[report.FULL]
     rows = [row for row in result["rows"] if row["method"] == "fused" and row["model"] == "llama-2-7b"]
     steady = [row for row in rows if row["mode"] != "eager"]
     assert sentence.count("(r = ") == len(steady) < len(rows), "eager rows of that run scatter by their whole length"
@@ -111,5 +136,5 @@ def test_bars_say_what_is_met():
 
 def test_markers_that_are_missing_or_swapped_are_named():
     for text in ("no markers", report.END + report.BEGIN, 2 * (report.BEGIN + report.END)):
-        with pytest.raises(SystemExit, match="needs the lines"):
-            report.into_readme(text, "table")
+        with pytest.raises(SystemExit, match="^a.md needs the lines"):
+            report.between_markers("a.md", text, "table")

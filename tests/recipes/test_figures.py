@@ -25,7 +25,7 @@ def test_training_on_a_cpu() -> None:
         f"a training step takes {step['LoRA-Switch']['ratio']:.2f} of a step with PEFT's LoRA of rank 64 on the same linears, "
         f"a forward of 512 tokens {forward['LoRA-Switch']['ratio']:.2f} of the backbone's "
         f"(PEFT's LoRA of rank 64: {forward['LoRA r=64']['ratio']:.2f})"
-    ) in document("README.md")
+    ) in document("recipes/benchmarks/README.md")
     settings = found["header"]["settings"]
     assert settings["batch"] * settings["length"] == 512 and settings["experts"] * settings["rank"] == 64
 
@@ -36,13 +36,13 @@ def test_host_time_of_a_step() -> None:
     assert (
         f"{ms['fused'][0]:.2f} → {ms['fused'][1]:.2f} ms fused, {ms['backbone'][0]:.2f} → {ms['backbone'][1]:.2f} for the "
         f"backbone, {ms['lora'][0]:.2f} with PEFT's LoRA"
-    ) in document("README.md")
+    ) in document("docs/inference.md")
 
 
 def test_eager_rows_alone() -> None:
     ratios = [row["ratio"] for row in result("eager_h200.json")["rows"] if row["method"] == "fused"]
     assert len(ratios) == 4
-    assert f"all four models are at {min(ratios):.2f} to {max(ratios):.2f}" in document("README.md")
+    assert f"all four models are at {min(ratios):.2f} to {max(ratios):.2f}" in document("recipes/benchmarks/README.md")
 
 
 def test_quickstart() -> None:

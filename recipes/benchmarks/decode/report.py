@@ -1,6 +1,7 @@
-"""From the rows of the decode benchmark to its JSON file, its picture, its bars, and the table at the top of the README.
+"""From the rows of the decode benchmark to its JSON file, its picture, its bars, and the tables in the documents: five rows in
+README.md, all of them in recipes/benchmarks/README.md.
 
-python -m recipes.benchmarks.decode.report            # recipes/results/decode_h200.json into README.md
+python -m recipes.benchmarks.decode.report            # recipes/results/decode_h200.json into both documents
 python -m recipes.benchmarks.decode.report --check    # only compare
 """
 
@@ -178,7 +179,9 @@ def draw(result: Result, path: Path) -> str:
     return f"picture: {path}"
 
 
-# ----------------------------------------------------------------------------------------------------- the README's table
+# ------------------------------------------------------------------------------------------------ tables of the documents
+
+SUMMARY, FULL = "README.md", "recipes/benchmarks/README.md"
 
 # label, mode, batch
 LINES = (
@@ -195,6 +198,8 @@ COLUMNS = (
     ("our kernels, no adapter", "kernels", 0), ("PEFT LoRA, r = 16", "lora", 16), ("routing in plain PyTorch, r = 8", "torch", 8),
     ("merge per token, r = 8", "merge", 8),
 )  # fmt: skip
+SUMMARY_LINES = tuple(line for line in LINES if line[1:] not in (("compiled", 8), ("graph", 1)))
+SUMMARY_COLUMNS = tuple(column for column in COLUMNS if column[1] in ("fused", "lora"))
 
 
 STEADY = 0.5  # (longest - shortest) / median of a row's samples
@@ -206,10 +211,10 @@ def cell(row: Row | None) -> str:
     return f"**{row['ratio']:.2f}**" if row["method"] == "fused" else f"{row['ratio']:.2f}"
 
 
-def model_table(result: Result, model: str) -> list[str]:
-    """One model's rows: a line for each mode, a column for each method; columns without a value are left out."""
-    columns = [c for c in COLUMNS if any(find(result, model, c[1], c[2], mode, batch) for _, mode, batch in LINES)]
-    lines = [(label, mode, batch) for label, mode, batch in LINES if find(result, model, "backbone", 0, mode, batch)]
+def model_table(result: Result, model: str, lines: Any = LINES, columns: Any = COLUMNS) -> list[str]:
+    """One model's rows: a line for each mode, a column for each method; those without a value are left out."""
+    columns = [c for c in columns if any(find(result, model, c[1], c[2], mode, batch) for _, mode, batch in lines)]
+    lines = [(label, mode, batch) for label, mode, batch in lines if find(result, model, "backbone", 0, mode, batch)]
     lines = [x for x in lines if any(find(result, model, c[1], c[2], x[1], x[2]) for c in columns)]
     if not lines:
         return []
@@ -239,25 +244,40 @@ def models_table(result: Result, models: list[str]) -> list[str]:
     return table
 
 
-def section(result: Result, source: str) -> str:
-    """What stands between the README's markers."""
+def caption(result: Result, source: str, document: str) -> list[str]:
+    """What the numbers are, and the command and the file that they come from."""
     head = result["header"]
-    picture = Path(source).with_suffix(".png").as_posix()
     versions = f"torch {head['torch'].split('+')[0]}, transformers {head['transformers']}"
-    text = [
-        "Time of a decode step (of a forward, for prefill) over the unadapted backbone's in the same mode of the same run:",
-        f"{NAMES[FIRST]} shape, random bf16 weights, {head['num_experts']} experts, top-{head['top_k']}, all seven linears, "
-        f"one {head['gpu']}, {versions}",
-        f"([`{source}`]({source}), made by `python -m recipes.benchmarks.decode`).",
-        "",
-        *model_table(result, FIRST),
-        "",
-        f"![Decode step over the unadapted backbone's, by method]({picture})",
-        "",
+    return [
+        "Time of one decode step (of one forward, for prefill), divided by the time of the backbone without an adapter",
+        f"in the same mode of the same run: {NAMES[FIRST]} shape, random bf16 weights, {head['num_experts']} experts, "
+        f"top-{head['top_k']}, all seven linears of each layer, one {head['gpu']}, {versions}",
+        f"([`{source}`]({link(source, document)}), made by `python -m recipes.benchmarks.decode`).",
     ]
-    if others := models_table(result, [model for model in SHAPES if model != FIRST]):
-        text += [*others, ""]
-    return "\n".join([*text, *facts(result)]).strip()
+
+
+def link(path: str, document: str) -> str:
+    """A path of the repository, as a link from a document."""
+    return Path(os.path.relpath(path, Path(document).parent)).as_posix()
+
+
+def summary(result: Result, source: str) -> str:
+    """What stands between the markers of the root README: the first model's most common cases."""
+    return "\n".join(
+        [*caption(result, source, SUMMARY), "", *model_table(result, FIRST, SUMMARY_LINES, SUMMARY_COLUMNS)]
+    )
+
+
+def section(result: Result, source: str, others: dict[str, Result]) -> str:
+    """What stands between the markers of the benchmarks' README: all rows, the other models, and runs on other GPUs."""
+    picture = link(Path(source).with_suffix(".png").as_posix(), FULL)
+    text = [*caption(result, source, FULL), "", *model_table(result, FIRST), ""]
+    text += [f"![Decode step over the unadapted backbone's, by method]({picture})", ""]
+    if models := models_table(result, [model for model in SHAPES if model != FIRST]):
+        text += [*models, ""]
+    text += [f"- {fact}" for fact in facts(result)]
+    text += [f"- {other_gpu(other, path)}" for path, other in others.items()]
+    return "\n".join(text).strip()
 
 
 def facts(result: Result) -> list[str]:
@@ -266,24 +286,26 @@ def facts(result: Result) -> list[str]:
     prefill = find(result, FIRST, "kernels", 0, "prefill")
     if kernels := find(result, FIRST, "kernels", 0, "compiled"):
         text.append(
-            f"Our kernels without an adapter run the compiled loop at {kernels['ratio']:.2f} of the backbone"
-            + (f", the prefill at {prefill['ratio']:.2f}" if prefill else "")
-            + ": that much is another base product."
+            f"Our kernels without an adapter take {kernels['ratio']:.2f} of the backbone's time in the compiled loop"
+            + (f" and {prefill['ratio']:.2f} in the prefill" if prefill else "")
+            + ": this part of the difference comes from other GEMM kernels than cuBLAS's, not from the adapter."
         )
     if (merged := find(result, FIRST, "merge", 8, "graph")) and merged.get("over_floor"):
         text.append(
-            f"Merging per token takes {merged['over_floor']:.2f} of its floor: a backbone step, and reading and writing "
-            "every adapted weight."
+            f"Merging per token takes {merged['over_floor']:.2f} of its lower bound, which is one step of the backbone plus the "
+            "time to read and write every adapted weight once."
         )
     if fused := find(result, FIRST, "fused", 8, "compiled"):
         if fused.get("peak_over_parts"):
-            text.append(f"Peak memory is {fused['peak_over_parts']:.2f} of backbone and adapter together.")
+            text.append(
+                f"Peak memory is {fused['peak_over_parts']:.2f} of the backbone's and the adapter's sizes together."
+            )
         text.append(f"`fuse_for_inference()` takes {fused['fuse_seconds']:.1f} s.")
     if linears := result["linears"].get(FIRST):
         row = next(r for r in linears["rows"] if r["rank"] == 8 and r["tokens"] == 1)
         text.append(
-            f"The linears alone in one CUDA graph, r = 8: {row['over_read']:.2f} of purely reading the same bytes, "
-            f"{row['over_cublas']:.2f} of cuBLAS without an adapter."
+            f"The linears alone in one CUDA graph, one token, r = 8: {row['over_read']:.2f} of the time that only reading "
+            f"the same bytes takes, {row['over_cublas']:.2f} of cuBLAS without an adapter."
         )
     layers = {row["model"]: row["layers"] for row in result["rows"]}
     short = [f"{NAMES[m]} with {n} of {SHAPES[m].layers} layers" for m, n in layers.items() if n != SHAPES[m].layers]
@@ -295,7 +317,7 @@ def facts(result: Result) -> list[str]:
     return text
 
 
-def other_gpu(result: Result, source: str) -> list[str]:
+def other_gpu(result: Result, source: str) -> str:
     """A sentence on the first model on another GPU; rows whose samples differ by more than half of their median are left out."""
     found = []
     for label, mode, batch in LINES:
@@ -305,20 +327,20 @@ def other_gpu(result: Result, source: str) -> list[str]:
             ratios = [f"{row['ratio']:.2f} (r = {row['rank']})" for row in rows[1:] if row and row["spread"] <= STEADY]
             found += [f"{label}: {', '.join(ratios)}"] if ratios else []
     head = result["header"]
-    return [
-        f"Fused over backbone on one {head['gpu']}, commit {head['commit']} ([`{source}`]({source}); rows that scatter by "
-        f"more than half of their median are left out): {'; '.join(found)}."
-    ]
+    return (
+        f"Fused over backbone on one {head['gpu']}, commit {head['commit']} ([`{source}`]({link(source, FULL)}); rows whose "
+        f"samples differ by more than half of their median are left out): {'; '.join(found)}."
+    )
 
 
-def into_readme(text: str, table: str) -> str:
-    """`text` with `table` between its markers.
+def between_markers(document: str, text: str, table: str) -> str:
+    """`text`, which is that of `document`, with `table` between its markers.
 
     Raises:
         SystemExit: the markers are not there once each, in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"README.md needs the lines {BEGIN!r} and {END!r}, once each, in this order.")
+        raise SystemExit(f"{document} needs the lines {BEGIN!r} and {END!r}, once each, in this order.")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
@@ -326,21 +348,22 @@ def into_readme(text: str, table: str) -> str:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=SOURCE, help="result file, relative to the repository")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the README differs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a document differs")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    old = readme.read_text()
     result = json.loads((ROOT / args.source).read_text())
-    text = section(result, args.source)
-    for source in OTHER_GPUS:
-        if (ROOT / source).exists():
-            text = "\n".join([text, *other_gpu(json.loads((ROOT / source).read_text()), source)])
-    new = into_readme(old, text)
-    if args.check and new != old:
-        raise SystemExit(f"README.md does not show {args.source}: run python -m recipes.benchmarks.decode.report")
-    if not args.check:
-        readme.write_text(new)
-        print(draw(result, (ROOT / args.source).with_suffix(".png")))
+    others = {path: json.loads((ROOT / path).read_text()) for path in OTHER_GPUS if (ROOT / path).exists()}
+    tables = {SUMMARY: summary(result, args.source), FULL: section(result, args.source, others)}
+    old = {document: (ROOT / document).read_text() for document in tables}
+    new = {document: between_markers(document, old[document], table) for document, table in tables.items()}
+    if args.check:
+        if stale := [document for document in tables if new[document] != old[document]]:
+            raise SystemExit(
+                f"{' and '.join(stale)}: not what {args.source} holds; run python -m recipes.benchmarks.decode.report"
+            )
+        return
+    for document, text in new.items():
+        (ROOT / document).write_text(text)
+    print(draw(result, (ROOT / args.source).with_suffix(".png")))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""The Python code in README.md and the pages of docs/ runs, block after block, as a reader would paste it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from recipes.checkout import ROOT
+from recipes.tiny_llama import new_model, save, train_tokenizer
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_pre_commit_runs_the_pinned_ruff():
+    pinned = re.findall(r"^ruff==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.M)
+    assert set(re.findall(r"\bruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())) == set(pinned) != set()
+
+
+@pytest.mark.slow
+def test_the_code_in_the_documents_runs(tmp_path, monkeypatch):
+    for package in ("trl", "datasets"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_tokenizer(["def add(a, b):\n    return a + b", "The cat sat on the mat."] * 20, vocab_size=300)
+    save(new_model(tokenizer), tokenizer, Path("base"))
+    names: dict = {"__name__": "readme"}
+
+    def run(code: str) -> None:
+        exec(compile(code, "documents", "exec"), names)
+
+    train, *others = blocks("README.md")
+    assert train.count('"Qwen/Qwen3-0.6B"') == 1 and len(others) == 4
+    run(train.replace("Qwen/Qwen3-0.6B", "base"))
+    for code in others:
+        run(code)
+
+    statistics, *configurations = blocks("docs/training.md")
+    run(statistics)
+    for code in configurations:
+        run(code)
+
+    fused, mixed = blocks("docs/inference.md")
+    run(fused)
+    shutil.copytree("adapter", "another-adapter")
+    save_and_push, load, several = blocks("docs/adapter_files.md")
+    saved, pushed = save_and_push.splitlines()
+    assert pushed.startswith("model.push_to_hub(")
+    run(saved)
+    run(load)
+    run(
+        several.replace(
+            "backbone = ", "batch = tokenizer(['a', 'b', 'c'], return_tensors='pt')\n" + mixed + "backbone = "
+        )
+    )
+    assert not any("loraswitch" in name for name, _ in names["backbone"].named_parameters())
