@@ -55,7 +55,8 @@ def settings(kind: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
+def adapters(tmp_path_factory) -> Path:
+    """A folder for each kind of ADAPTERS, and "base"."""
     folder = tmp_path_factory.mktemp("saved")
     backbone().save_pretrained(folder / "base")
     for kind in ADAPTERS:
@@ -130,14 +131,14 @@ def ours(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_random_damage(loader, saved, tmp_path, record_property):
+def test_random_damage(loader, adapters, tmp_path, record_property):
     rng = random.Random(f"seed 1 {loader}")
     models: dict[str, nn.Module] = {}
     outcomes: Counter[str] = Counter()
     with bounded(seconds=600, megabytes=MEGABYTES):
         for case in range(CASES):
             kind, mutate = rng.choice(sorted(ADAPTERS)), rng.choice(MUTATIONS)
-            folder = Path(shutil.copytree(saved / kind, tmp_path / str(case)))
+            folder = Path(shutil.copytree(adapters / kind, tmp_path / str(case)))
             case_of = f"case {case}: {loader}, {kind}, {mutate(rng, folder)}"
             model = models.pop(kind, None) or model_for(loader, kind)
             result = try_to_load(loader, model, folder, case_of)

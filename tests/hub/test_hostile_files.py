@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,6 @@ from loaders import (
     pickle_instead,
     rewrite,
     same_shape,
-    save_adapter,
     through_loaders,
 )
 from peft_loraswitch import LoRASwitchConfig
@@ -39,16 +37,6 @@ from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
 PREFIX = "base_model.model."
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def adapter(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "adapter"))
 
 
 def add(key: str, *shape: int):
@@ -370,7 +358,7 @@ def test_new_weights_of_another_meaning(field, adapter):
 
 def test_new_weights_of_the_same_meaning(adapter, saved):
     """What only training reads may differ, and there may be no configuration at all."""
-    wanted = PeftModel.from_pretrained(tiny_llama(), saved)(tokens()).logits
+    wanted = PeftModel.from_pretrained(tiny_llama(), saved / "adapter")(tokens()).logits
     for_training = {"lora_dropout": 0.5, "router_jitter": 0.1, "router_z_loss_coef": 0.5, "init_weights": False}
     configure(base_model_name_or_path="elsewhere", **for_training)(adapter)
     for prepare in (lambda: None, (adapter / CONFIG).unlink):
@@ -417,8 +405,12 @@ def test_tensors_given_to_transformers(problem, adapter):
 
 def test_good_tensors_given_to_transformers(saved):
     model = tiny_llama()
-    model.load_adapter(peft_config=switch_config(num_experts=3), adapter_state_dict=load_file(saved / WEIGHTS))
-    assert torch.equal(model(tokens()).logits, PeftModel.from_pretrained(tiny_llama(), saved)(tokens()).logits)
+    model.load_adapter(
+        peft_config=switch_config(num_experts=3), adapter_state_dict=load_file(saved / "adapter" / WEIGHTS)
+    )
+    assert torch.equal(
+        model(tokens()).logits, PeftModel.from_pretrained(tiny_llama(), saved / "adapter")(tokens()).logits
+    )
 
 
 @pytest.mark.parametrize("problem", GIVEN)

@@ -4,7 +4,6 @@ are being written when the disk fills up: the previous adapter survives."""
 from __future__ import annotations
 
 import resource
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from loaders import (
     pickle_instead,
     rewrite,
     same_shape,
-    save_adapter,
     through_loaders,
     truncate,
 )
@@ -36,17 +34,6 @@ from peft_loraswitch.loading import weights_file
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A good adapter, whose configuration names a backbone that is on disk."""
-    return save_adapter(tmp_path_factory.mktemp("saved")).parent
-
-
-@pytest.fixture
-def adapter(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved / "adapter", tmp_path / "adapter"))
 
 
 BAD_FILES = {

@@ -204,8 +204,7 @@ def test_a_batch_of_several_adapters():
         assert_equal(run(), expected)
 
 
-def test_compiled():
-    torch._dynamo.reset()
+def test_compiled(fresh_compiler):
     model = adapted(tiny_llama(num_hidden_layers=1), target_modules=["q_proj", "down_proj"])
     batch = padded([7, 7])
     batch.pop("attention_mask")
@@ -217,7 +216,6 @@ def test_compiled():
             assert torch.allclose(result, e, atol=1e-5)
         with torch.no_grad():
             assert torch.allclose(compiled.eval()(**batch).logits, expected[1][0], atol=1e-5)
-    torch._dynamo.reset()
 
 
 @pytest.mark.compat
@@ -410,8 +408,7 @@ def test_fused_without_kernels(shared, hooked, dtype):
             assert_equal(evaluated(model, **batch), e)
 
 
-def test_fused_and_compiled():
-    torch._dynamo.reset()
+def test_fused_and_compiled(fresh_compiler):
     model = adapted(tiny_llama(num_hidden_layers=1), num_experts=24, target_modules=["q_proj", "k_proj", "down_proj"])
     model.requires_grad_(False)
     batches = [{"input_ids": tokens(1, 2)}, {"input_ids": tokens(1, 2).repeat(20, 1)}]
@@ -423,7 +420,6 @@ def test_fused_and_compiled():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for batch, e in zip(batches, expected, strict=True):
             assert torch.allclose(evaluated(compiled, **batch)[0], e[0], atol=1e-5)
-    torch._dynamo.reset()
 
 
 def overflow_a(model: nn.Module, experts: list[int]) -> None:

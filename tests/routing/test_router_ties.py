@@ -146,13 +146,6 @@ def test_gradients_reach_the_logits_through_the_chosen_alone():
 # -------------------------------------------------------------------------------------------------- compiled, exported
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @devices
 @pytest.mark.parametrize(("num_experts", "top_k"), [(5, 2), (64, 8)])
 def test_compiled(num_experts, top_k, device, fresh_compiler):

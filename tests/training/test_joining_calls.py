@@ -33,7 +33,7 @@ pytestmark = pytest.mark.compat
 # ------------------------------------------------------------------------- several forwards, several backward calls
 
 
-@pytest.mark.parametrize("first, second", itertools.product(["loss", "logits", "both"], repeat=2))
+@pytest.mark.parametrize("first, second", list(itertools.product(["loss", "logits", "both"], repeat=2)))
 def test_two_forwards_in_one_objective(first, second):
     """DPO's chosen and rejected, a contrastive loss: each forward by its own rule."""
     objectives = {
