@@ -100,8 +100,11 @@ def test_another_gpu_is_a_sentence_of_its_steady_rows():
     sentence = report.other_gpu(result, source)
     assert sentence in documents()[report.FULL]
     rows = [row for row in result["rows"] if row["method"] == "fused" and row["model"] == "llama-2-7b"]
-    steady = [row for row in rows if row["mode"] != "eager"]
-    assert sentence.count("(r = ") == len(steady) < len(rows), "eager rows of that run scatter by their whole length"
+    steady = [row for row in rows if row["spread"] <= 0.5]
+    assert sentence.count("(r = ") == len(steady)
+    for row in rows:
+        row["spread"] = 0.6
+    assert "(r = " not in report.other_gpu(result, source)
     assert all(f"{row['ratio']:.2f} (r = {row['rank']})" in sentence for row in steady)
 
 
