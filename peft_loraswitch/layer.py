@@ -174,7 +174,7 @@ class LoRASwitchLayer(BaseTunerLayer):
             self.routing_options[adapter_name] = config.routing_options()
             self.router_is_named[adapter_name] = config.router_module is not None
             self.loraswitch_router[adapter_name] = Router(self.in_features, config.num_experts)
-            self.loraswitch_record[adapter_name] = RoutingRecord(config.num_experts)
+            self.loraswitch_record[adapter_name] = RoutingRecord(config.num_experts, expert_names=config.expert_names)
             self.loraswitch_pending[adapter_name] = PendingBatches()
             self.routing_state.router_layers[adapter_name] = self
         for name in (*self.adapter_layer_names, "loraswitch_dropout"):
