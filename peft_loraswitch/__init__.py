@@ -4,6 +4,7 @@ Importing this package is all it takes: PEFT, Transformers and TRL then know the
 """
 
 from .callback import RouterStatsCallback
+from .compose import from_loras
 from .config import LoRASwitchConfig
 from .integrations import install
 from .layer import LoRASwitchLinear
@@ -15,6 +16,7 @@ __all__ = [
     "LoRASwitchLinear",
     "LoRASwitchModel",
     "RouterStatsCallback",
+    "from_loras",
     "record_routing",
     "router_stats",
 ]
