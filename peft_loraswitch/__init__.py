@@ -4,7 +4,8 @@ Importing this package is all it takes: PEFT, Transformers and TRL then know the
 """
 
 from .callback import RouterStatsCallback
-from .compose import from_loras
+from .compose.export import export_expert
+from .compose.import_loras import from_loras
 from .config import LoRASwitchConfig
 from .integrations import install
 from .layer import LoRASwitchLinear
@@ -16,6 +17,7 @@ __all__ = [
     "LoRASwitchLinear",
     "LoRASwitchModel",
     "RouterStatsCallback",
+    "export_expert",
     "from_loras",
     "record_routing",
     "router_stats",

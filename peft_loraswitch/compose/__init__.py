@@ -4,5 +4,3 @@
 share one stack. On these stand `import_loras.py` (`from_loras`), `export.py` (`export_expert`) and `resize.py` (`add_expert`,
 `remove_expert`).
 """
-
-from .import_loras import from_loras
