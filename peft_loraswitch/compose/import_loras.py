@@ -17,8 +17,8 @@ from ..loading.layout import backbone_of, some
 from ..loading.rollback import all_or_nothing
 from ..patterns import shown
 from .experts import adapted_linears
-from .lora_files import PlainLora, module_names
-from .stacks import common_scale, folded, rank_and_alpha, selection
+from .lora_files import PlainLora, check_base, folded_b, module_names
+from .stacks import common_scale, rank_and_alpha, selection
 
 # What the LoRAs decide, or what plain LoRAs have not.
 NOT_GIVEN = (
@@ -82,7 +82,7 @@ def from_loras(
     found = [PlainLora(backbone, source, hub or {}) for source in sources]
     names = _names(found, expert_names)
     if not ignore_base_name:
-        _check_base(backbone, found)
+        check_base(backbone, found)
     scales = _scales(backbone, found)
     settings = _config(backbone, found, scales, names, router_module=router_module, top_k=top_k, **config)
     for lora in found:
@@ -143,25 +143,6 @@ def _names(loras: Sequence[PlainLora], given: Sequence[str] | None) -> list[str]
     return names
 
 
-def _check_base(backbone: nn.Module, loras: Sequence[PlainLora]) -> None:
-    """The LoRAs must have been trained on this backbone, as far as the names tell; else on the same, whatever it is."""
-    name, whose = getattr(backbone, "name_or_path", None), "the model's name"
-    for lora in loras:
-        if not name:
-            name, whose = lora.base_name, f"that of {lora.path}"
-        if lora.base_name and not _same_base(lora.base_name, str(name)):
-            raise ValueError(
-                f"{lora.path}: base_model_name_or_path={shown(lora.base_name)}, but {whose} is {shown(name)}. If the weights are "
-                "the same under another name, pass ignore_base_name=True."
-            )
-
-
-def _same_base(first: str, second: str) -> bool:
-    return first == second or (
-        os.path.isdir(first) and os.path.isdir(second) and os.path.realpath(first) == os.path.realpath(second)
-    )
-
-
 def _check_all_adapted(
     loras: Sequence[PlainLora], linears: dict[str, LoRASwitchLinear], router_module: str | None
 ) -> None:
@@ -213,11 +194,6 @@ def _write(
         for name, a, b in lora.weights():
             into_a, into_b = (m[adapter].weight for m in (linears[name].loraswitch_A, linears[name].loraswitch_B))
             rank = a.shape[0]
-            b = folded(b, lora.linears[name].scale / scales[name], into_b.dtype)
-            if not torch.isfinite(b).all():
-                raise ValueError(
-                    f"{lora.path}: B of '{name}' times {lora.linears[name].scale / scales[name]:.3g}, its scale over that of the "
-                    f"other LoRAs, is beyond {into_b.dtype}."
-                )
+            b = folded_b(lora, name, b, scales[name], into_b.dtype)
             into_a[expert, :rank].copy_(a)
             into_b[expert, :, :rank].copy_(b)

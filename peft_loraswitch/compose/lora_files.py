@@ -39,6 +39,7 @@ from ..patterns import TimeLimit, shown
 from ..peft_names import NAME, PREFIX
 from ..targets.linears import is_supported_linear, refused
 from ..targets.selection import selects
+from .stacks import folded
 
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B)\.weight")
 # Fields of LoraConfig that have a counterpart here, or none and change nothing of what the LoRA computes once it is trained.
@@ -143,6 +144,40 @@ class PlainLora:
         tensors = read_tensors(self.path, [key for m in self.linears.values() for key in (m.key_a, m.key_b)])
         for name in self.linears:
             yield name, next(tensors), next(tensors)
+
+
+def check_base(backbone: nn.Module, loras: Iterable[PlainLora]) -> None:
+    """The LoRAs must have been trained on this backbone, as far as the names tell; else on the same, whatever it is."""
+    name, whose = getattr(backbone, "name_or_path", None), "the model's name"
+    for lora in loras:
+        if not name:
+            name, whose = lora.base_name, f"that of {lora.path}"
+        if lora.base_name and not _same_base(lora.base_name, str(name)):
+            raise ValueError(
+                f"{lora.path}: base_model_name_or_path={shown(lora.base_name)}, but {whose} is {shown(name)}. If the weights are "
+                "the same under another name, pass ignore_base_name=True."
+            )
+
+
+def _same_base(first: str, second: str) -> bool:
+    return first == second or (
+        os.path.isdir(first) and os.path.isdir(second) and os.path.realpath(first) == os.path.realpath(second)
+    )
+
+
+def folded_b(lora: PlainLora, name: str, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """B of the linear `name`, in `dtype`, as it must be where the stack's scale is `scale`.
+
+    Raises:
+        ValueError: a number is beyond `dtype`.
+    """
+    ratio = lora.linears[name].scale / scale
+    result = folded(b, ratio, dtype)
+    if not torch.isfinite(result).all():
+        raise ValueError(
+            f"{lora.path}: B of '{name}' times {ratio:.3g}, its scale over that of the other experts, is beyond {dtype}."
+        )
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
