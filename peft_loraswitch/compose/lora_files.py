@@ -37,6 +37,7 @@ from ..loading.weights_file import (
 )
 from ..patterns import TimeLimit, shown
 from ..peft_names import NAME, PREFIX
+from ..saving.safe_save import UNFINISHED
 from ..targets.linears import is_supported_linear, refused
 from ..targets.selection import selects
 from .stacks import folded
@@ -62,6 +63,7 @@ WHY = {
     "trainable_token_indices": "the embeddings are there once, for all experts",
     "target_parameters": "experts are added to linears, not to parameters",
     "layer_replication": "it is for a backbone with other blocks",
+    UNFINISHED: "a save into this folder was broken off, so that the weights may belong to another configuration: save again",
     "alora_invocation_tokens": "an aLoRA works from its invocation tokens on only",
 }
 # What a tensor's name tells of a LoRA that an expert cannot be.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from helpers import switch_config, switch_layers, tiny_gpt2, tiny_llama, tokens
 from loras import CONFIG, VARIANTS, WEIGHTS, alone, logits_of, lora_oracle, peft_logits, save_lora, save_variants
 from oracle import Oracle
-from peft_loraswitch import LoRASwitchConfig, from_loras
+from peft_loraswitch import LoRASwitchConfig, add_expert, from_loras, remove_expert
 
 pytestmark = pytest.mark.compat
 NAMES = list(VARIANTS)
@@ -115,6 +115,11 @@ def test_bf16_backbone(folders):
         with alone(model, expert):
             wanted = peft_logits(folder, backbone, tokens())
             torch.testing.assert_close(logits_of(model, tokens()), wanted, rtol=5e-2, atol=5e-2)
+    narrow = from_loras(copy.deepcopy(backbone), folders, autocast_adapter_dtype=False)
+    file = load_file(Path(folders[NAMES.index("bf16")]) / WEIGHTS)
+    for key in (key for key in file if "lora_A" in key):
+        held = narrow.get_submodule(key.partition(".lora_")[0]).loraswitch_A["default"].weight
+        assert held.dtype == torch.bfloat16 and torch.equal(held[NAMES.index("bf16"), :4], file[key])
 
 
 def test_beside_an_adapter_that_is_there(folders):
@@ -126,6 +131,15 @@ def test_beside_an_adapter_that_is_there(folders):
     with alone(model, 1, "more"):
         wanted = peft_logits(folders[3], tiny_llama(), tokens())
         torch.testing.assert_close(logits_of(model, tokens()), wanted, **ROUNDING)
+
+
+def test_compiled(folders):
+    """Also when experts come and go afterwards."""
+    model = from_loras(tiny_llama(), folders[:3])
+    compiled = torch.compile(model, backend="eager")
+    for change in (lambda: None, lambda: add_expert(model, folders[3]), lambda: remove_expert(model, "plain")):
+        change()
+        torch.testing.assert_close(logits_of(compiled, tokens()), logits_of(model, tokens()), **ROUNDING)
 
 
 FRESH = """

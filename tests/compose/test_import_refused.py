@@ -106,6 +106,7 @@ DAMAGE = {
     "aLoRA": (configure(alora_invocation_tokens=[3]), "alora_invocation_tokens"),
     "arrow": (configure(arrow_config={"top_k": 1}), "arrow_config"),
     "a newer field": (configure(use_something=True), "use_something.*newer"),
+    "a broken save": (configure(unfinished_save=True), "unfinished_save=True.*save again"),
     "pissa": (configure(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4'.*backbone"),
     "IA3": (configure(peft_type="IA3"), "peft_type='IA3' is not LORA"),
     "no type": (configure(peft_type=None), "peft_type=None is not LORA"),
@@ -224,4 +225,5 @@ def test_a_scale_beyond_the_dtype(pair):
     tensors = {key: tensor * 1e10 for key, tensor in load_file(pair[1] / WEIGHTS).items()}
     save_file(tensors, pair[1] / WEIGHTS)
     refused(pair, "b/.*times.*beyond torch.float32")
+    refused(pair, "b/.*times.*beyond torch.float32", adapted(tiny_llama()), adapter_name="new")
     assert json.loads((pair[1] / CONFIG).read_text())["lora_alpha"] == 1e3
