@@ -116,7 +116,6 @@ def _config(
     scales: dict[str, float],
     transposed: bool,
 ) -> LoraConfig:
-    chosen = selection(list(ranks), module_names(backbone))
     lora = LoraConfig(
         **rank_and_alpha(ranks, scales),
         task_type=config.task_type,
@@ -125,6 +124,6 @@ def _config(
         fan_in_fan_out=transposed,
         inference_mode=True,
     )
-    for name, value in chosen.items():  # here, because LoraConfig makes sets of them: the same expert is the same file
-        setattr(lora, name, value)
+    # here, because LoraConfig makes a set of a list: the same expert is the same file
+    lora.target_modules = selection(list(ranks), module_names(backbone))
     return lora

@@ -178,7 +178,7 @@ def _config(
         num_experts=len(loras),
         expert_names=names,
         **rank_and_alpha(ranks, scales),
-        **selection(list(ranks), module_names(backbone)),
+        target_modules=selection(list(ranks), module_names(backbone)),
         **given,
     )
 

@@ -8,6 +8,7 @@ The zeros stay what they are: their gradients are zero as well, and a decoupled 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -66,23 +67,26 @@ def _patterns(values: Mapping[str, Any], default: Any = None) -> tuple[Any, dict
         default = Counter(values.values()).most_common(1)[0][0]
     pattern = {}
     for value in sorted(set(values.values()) - {default}):
-        for name in shortest({name for name, found in values.items() if found == value}, values):
-            # a full name must not mean others that end like it
-            pattern[f"^{re.escape(name)}" if name in values else re.escape(name)] = value
+        endings, names = shortest({name for name, found in values.items() if found == value}, values)
+        # a full name must not mean others that end like it
+        pattern.update(dict.fromkeys([*map(re.escape, endings), *(f"^{re.escape(name)}" for name in names)], value))
     return default, pattern
 
 
-def selection(chosen: Collection[str], every: Collection[str]) -> dict[str, Any]:
-    """The fields target_modules and exclude_modules that select `chosen`, and nothing else, among the names `every`."""
-    targets = shortest(chosen, every)
-    also = [name for name in every if name not in chosen and any(f".{name}".endswith(f".{end}") for end in targets)]
-    return {"target_modules": targets, **({"exclude_modules": also} if also else {})}
+def selection(chosen: Collection[str], every: Collection[str]) -> list[str] | str:
+    """The target_modules that select `chosen`, and nothing else, among the names `every`: a list, or where the name of one is the
+    ending of another's that is not chosen, a pattern of full names."""
+    targets = sorted(itertools.chain(*shortest(chosen, every)))
+    endings = tuple(f".{target}" for target in targets)
+    if any(name not in chosen and f".{name}".endswith(endings) for name in every):
+        return "|".join(re.escape(name) for name in sorted(chosen))
+    return targets
 
 
-def shortest(chosen: Collection[str], every: Iterable[str]) -> list[str]:
-    """`chosen`, with one ending in place of several full names where all of `every` that end so are among them."""
+def shortest(chosen: Collection[str], every: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The last parts of names that only `chosen` ones of `every` end with, and the full names of the others of `chosen`."""
     by_ending: dict[str, set[str]] = {}
     for name in every:
         by_ending.setdefault(name.rpartition(".")[2], set()).add(name)
-    endings = {end for end, names in by_ending.items() if names <= set(chosen)}
-    return sorted({end if (end := name.rpartition(".")[2]) in endings else name for name in chosen})
+    endings = {ending for ending, names in by_ending.items() if names <= set(chosen)}
+    return sorted(endings), sorted(name for name in chosen if name.rpartition(".")[2] not in endings)
