@@ -4,6 +4,9 @@ Importing this package is all it takes: PEFT, Transformers and TRL then know the
 """
 
 from .callback import RouterStatsCallback
+from .compose.export import export_expert
+from .compose.import_loras import from_loras
+from .compose.resize import add_expert, remove_expert
 from .config import LoRASwitchConfig
 from .integrations import install
 from .layer import LoRASwitchLinear
@@ -15,7 +18,11 @@ __all__ = [
     "LoRASwitchLinear",
     "LoRASwitchModel",
     "RouterStatsCallback",
+    "add_expert",
+    "export_expert",
+    "from_loras",
     "record_routing",
+    "remove_expert",
     "router_stats",
 ]
 

@@ -31,6 +31,7 @@ MAX_BLOCKS = 65536
 MAX_NAME = 4096
 MAX_NAMES = 16384  # of modules_to_save: a module each
 MAX_EMBEDDINGS = 64  # of trainable_token_indices
+MAX_EXPERT_NAME = 200
 
 
 @dataclass
@@ -61,6 +62,13 @@ class LoRASwitchConfig(PeftConfig):
     num_experts: int = field(
         default=8,
         metadata={"help": "Number of LoRA experts E on every adapted linear, >= 1. 1 with top_k=1 is plain LoRA."},
+    )
+    expert_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the num_experts experts, in their order, for statistics, the model card and export_expert. None "
+            "(default): they have none."
+        },
     )
     top_k: int = field(
         default=2,
@@ -200,6 +208,9 @@ class LoRASwitchConfig(PeftConfig):
         _require_int("num_shared_experts", self.num_shared_experts, MAX_EXPERTS, lower=0)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}: lower top_k.")
+        if self.expert_names is not None:
+            check_expert_names("expert_names", self.expert_names, self.num_experts)
+            self.expert_names = list(self.expert_names)
         if self.normalize_gates is None:
             self.normalize_gates = self.top_k > 1
         _require_bool("normalize_gates", self.normalize_gates)
@@ -355,7 +366,7 @@ class LoRASwitchConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved: names in order, so that the same adapter is always the same file."""
         settings = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-        for name in ("num_shared_experts", "ensure_weight_tying"):
+        for name in ("num_shared_experts", "ensure_weight_tying", "expert_names"):
             if not settings[name]:  # so that versions before it still read adapters that do not use it
                 del settings[name]
         return settings
@@ -373,6 +384,23 @@ class LoRASwitchConfig(PeftConfig):
         save_config(
             os.fspath(save_directory), write, functools.partial(update_model_card, save_directory, self.to_dict())
         )
+
+
+def check_expert_names(field: str, names: Any, number: int) -> None:
+    """Raise a ValueError unless `names` are distinct printable texts, `number` of them."""
+    _require_names(field, names)
+    for name in names:
+        if not name.isprintable() or not name.strip() or len(name) > MAX_EXPERT_NAME:
+            raise ValueError(
+                f"{field} holds {shown(name)}; a name has 1 to {MAX_EXPERT_NAME} printable characters, not only spaces."
+            )
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice or isinstance(names, set):
+        raise ValueError(
+            f"{field}: {shown(twice or names)} must be a list that holds every name once, in the experts' order."
+        )
+    if len(names) != number:
+        raise ValueError(f"{field} holds {len(names)} names for num_experts={number} experts: give one for each.")
 
 
 def _require_int(name: str, value: Any, upper: int, lower: int = 1) -> None:

@@ -161,7 +161,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         if is_router:
             self.router_is_named[adapter_name] = config.router_module is not None
             self.loraswitch_router[adapter_name] = Router(self.in_features, options.num_experts)
-            self.loraswitch_record[adapter_name] = RoutingRecord(options.num_experts)
+            self.loraswitch_record[adapter_name] = RoutingRecord(options.num_experts, expert_names=config.expert_names)
             self.loraswitch_pending[adapter_name] = PendingBatches()
             self.routing_state.router_layers[adapter_name] = self
         for name in (*self.adapter_layer_names, "loraswitch_dropout"):

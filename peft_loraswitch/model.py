@@ -349,7 +349,8 @@ def router_stats(model: nn.Module, adapter_name: str | None = None, reset: bool 
     Returns:
         dict: `tokens` (int); `load` (list of num_experts floats, share of the picks that went to each expert, sum 1);
         `entropy` (nats, of the router's softmax, mean over tokens; at most log(num_experts)); `dropped_experts` (indices
-        of experts that no token picked); `balance_loss` and `z_loss` (unweighted). Shared experts are not counted.
+        of experts that no token picked); `balance_loss` and `z_loss` (unweighted); `expert_names` if the adapter has them, in
+            the order of `load`. Shared experts are not counted.
 
     Raises:
         ValueError: the model has no LoRA-Switch adapter, or the name is unknown or ambiguous.
@@ -388,7 +389,9 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     recorder = RoutingRecorder(
         {
             adapter: RoutingRecord(
-                layer.routing_options[adapter].num_experts, layer.loraswitch_router[adapter].weight.device
+                layer.routing_options[adapter].num_experts,
+                layer.loraswitch_router[adapter].weight.device,
+                layer.loraswitch_record[adapter].expert_names,
             )
             for adapter, layer in state.router_layers.items()
         }

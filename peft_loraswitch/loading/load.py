@@ -99,7 +99,7 @@ class _Load:
             return self._header
         given = self.given or {}
         held = {k: TensorInfo.of(k, t) for k, t in given.items()} if self.given is not None else read_header(self.path)
-        rename, self._header = _renaming(self.arguments, model), {}
+        rename, self._header = renaming(self.arguments, model), {}
         for key, info in held.items():
             name = PREFIX + rename(key).removeprefix(PREFIX)
             if name in self._header:
@@ -196,7 +196,7 @@ def _hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in HUB_ARGUMENTS if given.get(name) is not None}
 
 
-def _renaming(arguments: dict[str, Any], model: Any) -> Callable[[str], str]:
+def renaming(arguments: dict[str, Any], model: Any) -> Callable[[str], str]:
     """How the loader renames the keys of the file: PEFT by `key_mapping`, Transformers by what it knows of the model."""
     if "peft_model_id" in arguments:
         mapping = _transformers_argument(arguments, "weight_mapping") or get_model_conversion_mapping(model)
@@ -318,6 +318,8 @@ def _check_same_meaning(progress: _Load, config: LoRASwitchConfig, saved: LoRASw
 
     for field in ("num_experts", "num_shared_experts", "top_k", "normalize_gates"):
         compare(field, getattr(config, field), getattr(saved, field))
+    if config.expert_names is not None and saved.expert_names is not None:
+        compare("expert_names", config.expert_names, saved.expert_names)
     compare("trainable_token_indices", _rows(config.trainable_token_indices), _rows(saved.trainable_token_indices))
     limit = TimeLimit()
     for name, module in backbone_of(progress.model).named_modules():

@@ -6,6 +6,7 @@ a value that changes from step to step, and its graph no additional output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -53,8 +54,11 @@ class RoutingRecord(nn.Module):
     entropy: torch.Tensor
     z: torch.Tensor
 
-    def __init__(self, num_experts: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self, num_experts: int, device: torch.device | None = None, expert_names: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
+        self.expert_names = None if expert_names is None else tuple(expert_names)
         for name, size in (
             ("tokens", 1),
             ("counts", num_experts),
@@ -85,13 +89,16 @@ class RoutingRecord(nn.Module):
 
     def summary(self) -> dict[str, Any]:
         """tokens (int), load (E floats, sum 1), entropy of the router's softmax (nats, mean over tokens), dropped_experts
-        (indices never chosen), balance_loss and z_loss (unweighted). Waits for the device."""
+        (indices never chosen), balance_loss and z_loss (unweighted), and expert_names if the experts have some. Waits for the
+        device."""
         tokens = max(float(self.tokens), 1.0)
         counts = self.counts.double().cpu()
         probabilities = self.probabilities.double().cpu() / tokens
         seen = float(self.tokens) > 0
+        names = {} if self.expert_names is None else {"expert_names": list(self.expert_names)}
         return {
             "tokens": int(self.tokens),
+            **names,
             "load": (counts / counts.sum().clamp(min=1)).tolist(),
             "entropy": float(self.entropy) / tokens,
             "dropped_experts": [int(e) for e in (counts == 0).nonzero().flatten()] if seen else [],

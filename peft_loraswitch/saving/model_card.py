@@ -310,6 +310,8 @@ def _settings(config: dict[str, Any], shapes: dict[str, list[int]]) -> Iterator[
     link = f"[{base}](https://huggingface.co/{base})" if _hub_id(base) else f"{_code(base)} (a local folder)"
     yield "base model", link if base else "not recorded"
     yield "experts", f"{_number(config.get('num_experts'))}, of rank {_number(config.get('r'))}"
+    if config.get("expert_names"):
+        yield "names of the experts", _code(config["expert_names"])
     shared = config.get("num_shared_experts")
     if shared:
         alone = "; the adapted modules before the routing layer have these alone" if config.get("router_module") else ""

@@ -129,6 +129,24 @@ def save_config(folder: str, write: Callable[[str], Any], then: Callable[[], Any
     save.finish(os.path.realpath(folder), last=save is not _current.get())
 
 
+def replace_both(folder: str, write_weights: Callable[[str], Any], write_config: Callable[[str], Any]) -> None:
+    """Write the two files of an adapter of whatever method into `folder`, which is made if it is not there.
+
+    Args:
+        write_weights, write_config: called with the path to write to; the last part is that of the file.
+
+    Raises:
+        OSError: one cannot be written; the adapter of before is then still there.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with ExitStack() as later:
+        files = []
+        for name, write in ((SAFETENSORS_WEIGHTS_NAME, write_weights), (CONFIG_NAME, write_config)):
+            files.append(Written(os.path.join(folder, name), write))
+            later.callback(files[-1].discard)
+        _enter_both(*files)
+
+
 def _enter_both(weights: Written, config: Written) -> None:
     """In between, which is as short as can be, the configuration that is there is marked (if it is one that loads)."""
     old = content = b""

@@ -35,6 +35,7 @@ def test_defaults():
     assert {f.name: getattr(config, f.name) for f in OWN} == {
         "r": 8,
         "num_experts": 8,
+        "expert_names": None,
         "top_k": 2,
         "num_shared_experts": 0,
         "normalize_gates": True,

@@ -28,7 +28,7 @@ def fingerprint(model: nn.Module, inputs: Any = None) -> dict[str, Any]:
         "identities": [id(parameter) for parameter in model.parameters()],
         "configs": {name: config.to_dict() for name, config in configs.items()} if configs is not None else None,
         "active": [copy.copy(getattr(m, "_active_adapter", None)) for m in model.modules()],
-        "settings": [dict(m.num_experts) for m in model.modules() if hasattr(m, "loraswitch_A")],
+        "settings": [dict(m.routing_options) for m in model.modules() if hasattr(m, "loraswitch_A")],
         "routers": sorted(state.router_layers) if state else None,
         "frame": state.frame if state else None,
         "transformers": getattr(backbone, "_hf_peft_config_loaded", None),

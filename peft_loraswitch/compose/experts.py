@@ -1,0 +1,56 @@
+"""Which expert is meant, and where its weights are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..config import LoRASwitchConfig
+from ..layer import LoRASwitchLinear
+from ..loading.layout import backbone_of
+from ..patterns import shown
+
+
+def adapted_linears(backbone: nn.Module, adapter: str) -> dict[str, LoRASwitchLinear]:
+    """The linears that `adapter` adapts, by full name, in the backbone's order."""
+    return {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, LoRASwitchLinear) and adapter in module.loraswitch_A
+    }
+
+
+def config_of(model: nn.Module, adapter_name: str | None) -> tuple[str, LoRASwitchConfig]:
+    """Name and configuration of an adapter of `model`; without a name, of the only one.
+
+    Raises:
+        ValueError: there is none, several, or none of that name.
+    """
+    configs: Any = getattr(backbone_of(model), "peft_config", None) or {}
+    ours = {name: config for name, config in configs.items() if isinstance(config, LoRASwitchConfig)}
+    if not ours:
+        raise ValueError(f"{type(model).__name__} carries no LoRA-Switch adapter.")
+    if adapter_name is None and len(ours) > 1:
+        raise ValueError(f"adapter_name must be one of {', '.join(ours)}.")
+    name = next(iter(ours)) if adapter_name is None else adapter_name
+    if name not in ours:
+        raise ValueError(f"adapter_name={shown(adapter_name)} is unknown: choose from {', '.join(ours)}.")
+    return name, ours[name]
+
+
+def index_of(config: LoRASwitchConfig, expert: str | int) -> int:
+    """The index of an expert that is meant by its name or index.
+
+    Raises:
+        ValueError: there is no such expert.
+    """
+    names = config.expert_names
+    if isinstance(expert, int) and not isinstance(expert, bool) and 0 <= expert < config.num_experts:
+        return expert
+    if names is not None and expert in names:
+        return names.index(str(expert))
+    known = f"the names {', '.join(names)} and " if names else "no names, but "
+    raise ValueError(
+        f"expert {shown(expert)} is unknown: the adapter has {known}indices 0 to {config.num_experts - 1}."
+    )
