@@ -19,6 +19,7 @@ from .routing.options import RoutingOptions
 from .saving.model_card import update_model_card
 from .saving.safe_save import BROKEN_OFF, UNFINISHED, save_config
 
+TRAINABLE_CHOICES = ("all", "router")
 BIAS_CHOICES = ("none", "all", "loraswitch_only")
 SAVES_BIASES = Version(peft.__version__) >= Version("0.21.0.dev0")  # of methods other than its own
 # Sanity bounds: beyond them a number is a typing mistake (or an attack on the memory), not a choice.
@@ -150,6 +151,14 @@ class LoRASwitchConfig(PeftConfig):
         default=0.0,
         metadata={"help": "In training the router's input is multiplied by noise from [1 - j, 1 + j]; j in [0, 1)."},
     )
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "Which weights of the adapter train: 'all', or 'router' alone, for experts that are good already. What bias, "
+            "modules_to_save and trainable_token_indices name trains either way. May be changed on a loaded adapter: "
+            "model.peft_config[name].trainable = 'all', then model.set_adapter(name) and a new optimizer."
+        },
+    )
     ensure_weight_tying: bool = field(
         default=False,
         metadata={
@@ -214,6 +223,7 @@ class LoRASwitchConfig(PeftConfig):
         _require_float("router_jitter", self.router_jitter, low=0, high=1)
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             _require_float(name, getattr(self, name), low=0, high=MAX_COEFFICIENT)
+        _ = self.experts_train
 
     def _check_experts(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -351,11 +361,22 @@ class LoRASwitchConfig(PeftConfig):
             z_loss_coef=self.router_z_loss_coef,
         )
 
+    @property
+    def experts_train(self) -> bool:
+        """Whether the experts train with the router, by `trainable` as it is now.
+
+        Raises:
+            ValueError: `trainable` is none of its choices.
+        """
+        if not isinstance(self.trainable, str) or self.trainable not in TRAINABLE_CHOICES:
+            raise ValueError(f"trainable={shown(self.trainable)} is not one of {', '.join(TRAINABLE_CHOICES)}.")
+        return self.trainable == "all"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved: names in order, so that the same adapter is always the same file."""
         settings = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-        for name in ("num_shared_experts", "ensure_weight_tying"):
-            if not settings[name]:  # so that versions before it still read adapters that do not use it
+        for name, default in {"num_shared_experts": 0, "ensure_weight_tying": False, "trainable": "all"}.items():
+            if settings[name] == default:  # so that versions before it still read adapters that do not use it
                 del settings[name]
         return settings
 

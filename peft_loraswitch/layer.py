@@ -102,6 +102,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         "num_shared_experts",
         "routing_options",
         "router_is_named",
+        "adapter_config",
         "loraswitch_dropout",
         "loraswitch_record",
         "loraswitch_pending",
@@ -138,6 +139,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.num_shared_experts: dict[str, int] = {}
         self.routing_options: dict[str, RoutingOptions] = {}
         self.router_is_named: dict[str, bool] = {}
+        self.adapter_config: dict[str, LoRASwitchConfig] = {}  # the model's own, which says what trains when asked
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -156,6 +158,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         inference_mode: bool = False,
     ) -> None:
         """Add an adapter to this layer; with `is_router` also its router, without `is_routed` only its shared experts."""
+        self.adapter_config[adapter_name] = config
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = config.scale(lora_alpha, r)
@@ -206,10 +209,33 @@ class LoRASwitchLayer(BaseTunerLayer):
             router.reset_parameters()
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        frozen = self._frozen_experts()  # first: an error here leaves everything as it was
         super().set_adapter(adapter_names, *args, **kwargs)
+        for experts in frozen:
+            experts.requires_grad_(False)
         # One name is kept as a string: a list that all layers share is one that dynamo guards once for each of them.
         if isinstance(self._active_adapter, list) and len(self._active_adapter) == 1:
             self._active_adapter = self._active_adapter[0]
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        frozen = self._frozen_experts()
+        super().set_requires_grad(*args, **kwargs)
+        for experts in frozen:
+            experts.requires_grad_(False)
+
+    def _frozen_experts(self) -> list[nn.Module]:
+        """The experts of adapters that train nothing but their router: see `LoRASwitchConfig.trainable`."""
+        names = [name for name, config in self.adapter_config.items() if not config.experts_train]
+        return [experts[name] for experts in (self.loraswitch_A, self.loraswitch_B) for name in names if name in experts]
+
+    def trains(self, adapter: str) -> bool:
+        """Whether anything of `adapter` that this layer computes with asks for gradients: its experts here, and, if it is
+        routed, the router, wherever that is."""
+        modules = [self.loraswitch_A[adapter], self.loraswitch_B[adapter]]
+        router_layer = self.routing_state.router_layers.get(adapter) if self.num_experts[adapter] else None
+        if router_layer is not None:
+            modules.append(router_layer.loraswitch_router[adapter])
+        return any(module.weight.requires_grad for module in modules)
 
     def delete_adapter(self, adapter_name: str) -> None:
         left = sorted(set(self.routing_state.router_layers) - {adapter_name})
@@ -232,7 +258,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         """
         if not torch.compiler.is_compiling():
             frame.used.add(adapter)
-            if frame.training and self.loraswitch_A[adapter].weight.requires_grad:
+            if frame.training and adapter not in frame.trained and self.trains(adapter):
                 frame.trained.add(adapter)
         if self.num_experts[adapter] == 0:
             return self.shared_routing(adapter, frame, x)

@@ -140,7 +140,7 @@ class LoRASwitchModel(BaseTuner):
         if current_key not in self._plan.adapted:  # runs before the router: see LoRASwitchConfig.router_module
             return
         settings: dict[str, Any] = {
-            "config": config,
+            "config": self._injected or config,  # not PEFT's copy: what is changed in it later counts
             "r": self._plan.ranks.get(current_key, config.r),
             "lora_alpha": self._plan.alphas.get(current_key, config.lora_alpha),
             "is_router": current_key == self._plan.router,
