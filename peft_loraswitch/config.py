@@ -79,8 +79,8 @@ class LoRASwitchConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Whether the gates of the chosen (not of the shared) experts are rescaled to sum to 1. None (default) means "
-            "True for top_k > 1 and False for top_k = 1, where the rescaled gate is the constant 1 and the router gets no "
-            "gradient."
+            "True for top_k > 1 and False for top_k = 1. True with top_k = 1 is the hard gate: exactly 1, and in backward the "
+            "softmax that it stands for (a straight-through gradient), so that the router trains."
         },
     )
     router_module: str | None = field(
@@ -211,11 +211,6 @@ class LoRASwitchConfig(PeftConfig):
         if self.normalize_gates is None:
             self.normalize_gates = self.top_k > 1
         _require_bool("normalize_gates", self.normalize_gates)
-        if self.top_k == 1 and self.normalize_gates:
-            raise ValueError(
-                "normalize_gates=True with top_k=1 makes every gate the constant 1, so the router would get no gradient: "
-                "set normalize_gates=False (or leave it out), or top_k >= 2."
-            )
         if self.router_module is not None and (not isinstance(self.router_module, str) or not self.router_module):
             raise ValueError(
                 f"router_module={shown(self.router_module)} must be the name of an adapted linear, or None."

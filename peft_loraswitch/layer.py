@@ -226,7 +226,9 @@ class LoRASwitchLayer(BaseTunerLayer):
     def _frozen_experts(self) -> list[nn.Module]:
         """The experts of adapters that train nothing but their router: see `LoRASwitchConfig.trainable`."""
         names = [name for name, config in self.adapter_config.items() if not config.experts_train]
-        return [experts[name] for experts in (self.loraswitch_A, self.loraswitch_B) for name in names if name in experts]
+        return [
+            experts[name] for experts in (self.loraswitch_A, self.loraswitch_B) for name in names if name in experts
+        ]
 
     def trains(self, adapter: str) -> bool:
         """Whether anything of `adapter` that this layer computes with asks for gradients: its experts here, and, if it is

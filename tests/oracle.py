@@ -32,7 +32,11 @@ def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -
         heights = [math.inf if logit.isnan() else float(logit.detach()) for logit in logits]
         chosen = sorted(range(len(logits)), key=lambda e, heights=heights: -heights[e])[:top_k]  # a stable sort
         total = sum(probabilities[e] for e in chosen) if normalize else 1.0
-        decision.append([(e, probabilities[e] / total) for e in chosen])
+        if normalize and top_k == 1:  # the hard gate: 1 in value, the softmax in its gradient
+            probability = probabilities[chosen[0]]
+            decision.append([(chosen[0], 1.0 + (probability - probability.detach()))])
+        else:
+            decision.append([(e, probabilities[e] / total) for e in chosen])
     return decision
 
 

@@ -127,6 +127,10 @@ def decide(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Ten
     0.0 and -0.0 are equal. NaN and Inf count as the largest finite number, -Inf as the smallest. A token with NaN or Inf
     among its logits, or with nothing but -Inf, gets valid experts, and NaN for each of its gates, so that its outputs show it.
 
+    One expert with a normalised gate is the hard gate: exactly 1, so that a token gets what its expert computes and no fraction
+    of it. The router learns all the same: in backward the gate counts as the softmax that it stands for (a straight-through
+    gradient, arXiv 1308.3432), as it would with `normalize=False`.
+
     Args:
         logits: float32 [..., num_experts].
         normalize: rescale the gates, which are the experts' softmax, to sum 1.
@@ -143,7 +147,11 @@ def decide(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Ten
         best.append(heights.argmax(dim=-1, keepdim=True))
     experts = torch.cat(best, dim=-1)
     gates = torch.softmax(logits, dim=-1).gather(-1, experts)
-    return experts, gates / gates.sum(dim=-1, keepdim=True) if normalize else gates
+    if not normalize:
+        return experts, gates
+    if top_k == 1:  # not gates / gates: compilers divide by approximations on some devices, and its gradient is zero
+        return experts, 1.0 + (gates - gates.detach())
+    return experts, gates / gates.sum(dim=-1, keepdim=True)
 
 
 def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
