@@ -11,7 +11,7 @@ from .model import router_stats
 
 class RouterStatsCallback(TrainerCallback):
     """Adds `router/entropy`, `router/balance_loss`, `router/z_loss`, `router/dropped_experts` (their number) and
-    `router/load_<e>` (share of picks per expert) to what the Trainer logs, over the steps since the last log.
+    `router/load_<e>` (share of picks per expert; `router/base_share`, of the base expert) to what the Trainer logs, over the steps since the last log.
 
     Args:
         adapter_name: which adapter; may be left out if only one trains.
@@ -32,5 +32,7 @@ class RouterStatsCallback(TrainerCallback):
         entry["router/dropped_experts"] = len(stats["dropped_experts"])
         entry.update({f"router/load_{expert}": share for expert, share in enumerate(stats["load"])})
         logs.update(entry)
+        if "base_share" in stats:
+            entry["router/base_share"] = stats["base_share"]
         if state.log_history:  # Trainer appends a copy of the logs before callbacks see them
             state.log_history[-1].update(entry)

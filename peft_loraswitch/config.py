@@ -83,6 +83,14 @@ class LoRASwitchConfig(PeftConfig):
             "softmax that it stands for (a straight-through gradient), so that the router trains."
         },
     )
+    base_expert: bool = field(
+        default=False,
+        metadata={
+            "help": "One more choice for the router, without weights: the backbone as it is. Where a token chooses it, nothing is "
+            "added; with the hard gate (top_k = 1, normalize_gates = True) that token gets exactly the backbone. In the "
+            "router's losses it counts as one more expert."
+        },
+    )
     router_module: str | None = field(
         default=None,
         metadata={
@@ -211,6 +219,7 @@ class LoRASwitchConfig(PeftConfig):
         if self.normalize_gates is None:
             self.normalize_gates = self.top_k > 1
         _require_bool("normalize_gates", self.normalize_gates)
+        _require_bool("base_expert", self.base_expert)
         if self.router_module is not None and (not isinstance(self.router_module, str) or not self.router_module):
             raise ValueError(
                 f"router_module={shown(self.router_module)} must be the name of an adapted linear, or None."
@@ -351,6 +360,7 @@ class LoRASwitchConfig(PeftConfig):
             top_k=self.top_k,
             normalize_gates=bool(self.normalize_gates),
             num_shared_experts=self.num_shared_experts,
+            base_expert=self.base_expert,
             jitter=self.router_jitter,
             aux_loss_coef=self.router_aux_loss_coef,
             z_loss_coef=self.router_z_loss_coef,
@@ -370,7 +380,8 @@ class LoRASwitchConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved: names in order, so that the same adapter is always the same file."""
         settings = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-        for name, default in {"num_shared_experts": 0, "ensure_weight_tying": False, "trainable": "all"}.items():
+        defaults = {"num_shared_experts": 0, "base_expert": False, "ensure_weight_tying": False, "trainable": "all"}
+        for name, default in defaults.items():
             if settings[name] == default:  # so that versions before it still read adapters that do not use it
                 del settings[name]
         return settings

@@ -176,8 +176,8 @@ class LoRASwitchLayer(BaseTunerLayer):
         if is_router:
             self.routing_options[adapter_name] = config.routing_options()
             self.router_is_named[adapter_name] = config.router_module is not None
-            self.loraswitch_router[adapter_name] = Router(self.in_features, config.num_experts)
-            self.loraswitch_record[adapter_name] = RoutingRecord(config.num_experts)
+            self.loraswitch_router[adapter_name] = Router(self.in_features, config.routing_options().num_choices)
+            self.loraswitch_record[adapter_name] = RoutingRecord(config.num_experts, base_expert=config.base_expert)
             self.loraswitch_pending[adapter_name] = PendingBatches()
             self.routing_state.router_layers[adapter_name] = self
         for name in (*self.adapter_layer_names, "loraswitch_dropout"):

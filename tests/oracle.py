@@ -43,11 +43,12 @@ def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -
 def with_shared(decision: Decision, config: LoRASwitchConfig, routed: bool = True) -> Decision:
     """What a linear follows: each token's decision, then the shared experts, stacked after the routed ones, with gate
     1 / top_k.
-    A linear that is not `routed` (one before the router) has the shared ones only."""
+    The base expert, behind the routed ones, adds nothing. A linear that is not `routed` (one before the router) has the shared ones only."""
     first = config.num_experts if routed else 0
     gate = torch.ones((), dtype=torch.float64) / config.top_k
     shared = [(first + i, gate) for i in range(config.num_shared_experts)]
-    return [(choice if routed else []) + shared for choice in decision]
+    routed_ones = [[(e, g) for e, g in choice if e < config.num_experts] if routed else [] for choice in decision]
+    return [choice + shared for choice in routed_ones]
 
 
 def delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, decision: Decision, scaling: float) -> torch.Tensor:

@@ -382,6 +382,7 @@ STRINGS = {
     "auto_mapping": lambda text: {"base_model_class": text, "parent_library": "transformers.models"},
     "normalize_gates": lambda text: text,
     "trainable": lambda text: text,
+    "base_expert": lambda text: text,
     "peft_version": lambda text: text,
 }
 

@@ -56,6 +56,7 @@ def test_defaults():
         "router_z_loss_coef": 0.001,
         "router_jitter": 0.0,
         "trainable": "all",
+        "base_expert": False,
         "ensure_weight_tying": False,
     }
     assert config.peft_type == "LORASWITCH" and not config.is_prompt_learning
@@ -103,6 +104,7 @@ BAD = [
     *[{n: v} for n in ("router_aux_loss_coef", "router_z_loss_coef") for v in (-1e-9, "0", None, float("inf"), True)],
     {"top_k": 3, "num_experts": 2},
     *[{"normalize_gates": value} for value in (1, "yes", 0.5)],
+    *[{"base_expert": value} for value in (1, "yes", None)],
     *[{"trainable": value} for value in ("", "experts", None, True, ["router"])],
     *[{"use_rslora": value} for value in (1, "yes", None)],
     *[{"bias": value} for value in ("lora_only", "", None, True)],
@@ -210,6 +212,7 @@ def test_fields_of_lora_that_are_not_ours(name):
         {"num_experts": 2, "top_k": 2, "normalize_gates": False},
         {"top_k": 1, "normalize_gates": False},
         {"top_k": 1, "normalize_gates": True},
+        {"num_experts": 1, "top_k": 1, "base_expert": True, "num_shared_experts": 1},
         {
             "lora_alpha": 0.5,
             "lora_dropout": 0.99,

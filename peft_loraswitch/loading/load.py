@@ -316,7 +316,7 @@ def _check_same_meaning(progress: _Load, config: LoRASwitchConfig, saved: LoRASw
                 f"adapter_name, or call delete_adapter('{progress.adapter}') first."
             )
 
-    for field in ("num_experts", "num_shared_experts", "top_k", "normalize_gates"):
+    for field in ("num_experts", "num_shared_experts", "base_expert", "top_k", "normalize_gates"):
         compare(field, getattr(config, field), getattr(saved, field))
     compare("trainable_token_indices", _rows(config.trainable_token_indices), _rows(saved.trainable_token_indices))
     limit = TimeLimit()

@@ -15,7 +15,7 @@ from ..ordinary import OrdinaryParameters
 
 
 class Router(OrdinaryParameters):
-    """Linear router without bias. `weight` is [num_experts, in_features]; logits are computed in float32, whatever the
+    """Linear router without bias. `weight` is [num_experts, in_features] (choices, if there is a base expert); logits are computed in float32, whatever the
     dtype of the weight, of the input or of autocast (a bf16 softmax changes which experts win)."""
 
     def __init__(self, in_features: int, num_experts: int) -> None:

@@ -314,6 +314,8 @@ def _settings(config: dict[str, Any], shapes: dict[str, list[int]]) -> Iterator[
     if shared:
         alone = "; the adapted modules before the routing layer have these alone" if config.get("router_module") else ""
         yield "shared experts", f"{_number(shared)} more, used by every token{alone}"
+    if config.get("base_expert"):
+        yield "base expert", "a token may choose to be left as the base model has it"
     normalize = config.get("normalize_gates")
     if normalize is None:
         normalize = config.get("top_k") != 1
