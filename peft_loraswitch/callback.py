@@ -11,7 +11,8 @@ from .model import router_stats
 
 class RouterStatsCallback(TrainerCallback):
     """Adds `router/entropy`, `router/balance_loss`, `router/z_loss`, `router/dropped_experts` (their number) and
-    `router/load_<e>` (share of picks per expert; `router/base_share`, of the base expert) to what the Trainer logs, over the steps since the last log.
+    `router/load_<e>` (share of picks per expert; `router/base_share`, of the base expert) to what the Trainer logs, over the
+    steps since the last log.
 
     Args:
         adapter_name: which adapter; may be left out if only one trains.

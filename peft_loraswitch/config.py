@@ -86,8 +86,8 @@ class LoRASwitchConfig(PeftConfig):
     base_expert: bool = field(
         default=False,
         metadata={
-            "help": "One more choice for the router, without weights: the backbone as it is. Where a token chooses it, nothing is "
-            "added; with the hard gate (top_k = 1, normalize_gates = True) that token gets exactly the backbone. In the "
+            "help": "One more choice for the router, without weights: the backbone as it is. Where a token chooses it, nothing "
+            "is added; with the hard gate (top_k = 1, normalize_gates = True) that token gets exactly the backbone. In the "
             "router's losses it counts as one more expert."
         },
     )

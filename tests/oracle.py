@@ -42,8 +42,8 @@ def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -
 
 def with_shared(decision: Decision, config: LoRASwitchConfig, routed: bool = True) -> Decision:
     """What a linear follows: each token's decision, then the shared experts, stacked after the routed ones, with gate
-    1 / top_k.
-    The base expert, behind the routed ones, adds nothing. A linear that is not `routed` (one before the router) has the shared ones only."""
+    1 / top_k. The base expert, behind the routed ones, is left out: it adds nothing.
+    A linear that is not `routed` (one before the router) has the shared ones only."""
     first = config.num_experts if routed else 0
     gate = torch.ones((), dtype=torch.float64) / config.top_k
     shared = [(first + i, gate) for i in range(config.num_shared_experts)]

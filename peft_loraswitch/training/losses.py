@@ -1,7 +1,8 @@
 """Load-balance loss and z-loss. How they join a training objective: see `loss_joining.py` and `end_of_forward.py`.
 
 The losses are functions of the router's weight and of its (detached) input: they train the router, not the layers below.
-E counts the base expert, if there is one. With T real tokens (padding does not count), probabilities p = softmax(logits) and c_e = how often expert e was chosen:
+With T real tokens (padding does not count), E experts (a base expert is one of them), probabilities p = softmax(logits) and
+c_e = how often expert e was chosen:
 
     balance = E * sum_e (c_e / T) * mean_t p_te       Switch Transformer (arXiv 2101.03961), top-k form of Mixtral
     z       = mean_t logsumexp(logits_t)^2            ST-MoE (arXiv 2202.08906)
