@@ -205,6 +205,41 @@ def test_the_router_first_and_then_all(tmp_path):
     assert training(model) == {"default router"}
 
 
+def loaded_by_peft(folder: Path) -> nn.Module:
+    return PeftModel.from_pretrained(tiny_llama(), folder, is_trainable=True)
+
+
+def loaded_into_peft(folder: Path) -> nn.Module:
+    model = get_peft_model(tiny_llama(), switch_config(), adapter_name="first")
+    model.load_adapter(folder, "default", is_trainable=True)
+    return model
+
+
+def loaded_by_transformers(folder: Path) -> nn.Module:
+    model = tiny_llama()
+    model.load_adapter(str(folder), "default")
+    return model
+
+
+def loaded_auto(folder: Path) -> nn.Module:
+    import transformers
+
+    tiny_llama().save_pretrained(folder / "base")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder / "base")}))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("load", [loaded_by_peft, loaded_into_peft, loaded_by_transformers, loaded_auto])
+def test_the_word_counts_whoever_has_loaded_the_adapter(load, tmp_path):
+    adapted(tiny_llama()).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    for word, expected in (("router", {"default router"}), ("all", {"default A", "default B", "default router"})):
+        model.peft_config["default"].trainable = word
+        model.set_adapter("default")
+        assert training(model) == expected
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_print_trainable_parameters(shared, capsys):
     fields = {"num_shared_experts": 1, "router_module": "layers.1.self_attn.q_proj"} if shared else {}
