@@ -12,7 +12,8 @@ from .model import router_stats
 class RouterStatsCallback(TrainerCallback):
     """A Transformers `TrainerCallback` that adds routing statistics over the steps since the last log to what the Trainer logs:
     `router/entropy` (nats), `router/balance_loss` and `router/z_loss` (unweighted), `router/dropped_experts` (number of experts
-    that no token picked) and `router/load_<e>` (share of the picks that went to expert e; the shares sum to 1).
+    that no token picked) and `router/load_<e>` (share of the picks that went to expert e; with `router/base_share`, of the base
+    expert, the shares sum to 1).
 
     Args:
         adapter_name: which adapter; may be left out if only one trains.
@@ -36,5 +37,7 @@ class RouterStatsCallback(TrainerCallback):
         entry["router/dropped_experts"] = len(stats["dropped_experts"])
         entry.update({f"router/load_{expert}": share for expert, share in enumerate(stats["load"])})
         logs.update(entry)
+        if "base_share" in stats:
+            entry["router/base_share"] = stats["base_share"]
         if state.log_history:  # Trainer appends a copy of the logs before callbacks see them
             state.log_history[-1].update(entry)

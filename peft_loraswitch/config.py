@@ -19,6 +19,7 @@ from .routing.options import RoutingOptions
 from .saving.model_card import update_model_card
 from .saving.safe_save import BROKEN_OFF, UNFINISHED, save_config
 
+TRAINABLE_CHOICES = ("all", "router")
 BIAS_CHOICES = ("none", "all", "loraswitch_only")
 # Whether PEFT saves the biases of methods other than its own.
 SAVES_BIASES = Version(peft.__version__) >= Version("0.21.0.dev0")
@@ -87,8 +88,16 @@ class LoRASwitchConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Whether the gates of the chosen (not of the shared) experts are rescaled to sum to 1. None (default) means "
-            "True for top_k > 1 and False for top_k = 1, where the rescaled gate is the constant 1 and the router gets no "
-            "gradient."
+            "True for top_k > 1 and False for top_k = 1. True with top_k = 1 is the hard gate: exactly 1, and in backward the "
+            "softmax that it stands for (a straight-through gradient), so that the router trains."
+        },
+    )
+    base_expert: bool = field(
+        default=False,
+        metadata={
+            "help": "One more choice for the router, without weights: the backbone as it is. Where a token chooses it, nothing "
+            "is added; with the hard gate (top_k = 1, normalize_gates = True) that token gets exactly the backbone. In the "
+            "router's losses it counts as one more expert."
         },
     )
     router_module: str | None = field(
@@ -159,6 +168,14 @@ class LoRASwitchConfig(PeftConfig):
         default=0.0,
         metadata={"help": "In training the router's input is multiplied by noise from [1 - j, 1 + j]; j in [0, 1)."},
     )
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "Which weights of the adapter train: 'all', or 'router' alone, for experts that are good already. What bias, "
+            "modules_to_save and trainable_token_indices name trains either way. May be changed on a loaded adapter: "
+            "model.peft_config[name].trainable = 'all', then model.set_adapter(name) and a new optimizer."
+        },
+    )
     ensure_weight_tying: bool = field(
         default=False,
         metadata={
@@ -214,11 +231,7 @@ class LoRASwitchConfig(PeftConfig):
         if self.normalize_gates is None:
             self.normalize_gates = self.top_k > 1
         _require_bool("normalize_gates", self.normalize_gates)
-        if self.top_k == 1 and self.normalize_gates:
-            raise ValueError(
-                "normalize_gates=True with top_k=1 makes every gate the constant 1, so the router would get no gradient: "
-                "set normalize_gates=False (or leave it out), or top_k >= 2."
-            )
+        _require_bool("base_expert", self.base_expert)
         if self.router_module is not None and (not isinstance(self.router_module, str) or not self.router_module):
             raise ValueError(
                 f"router_module={shown(self.router_module)} must be the name of an adapted linear, or None."
@@ -226,6 +239,7 @@ class LoRASwitchConfig(PeftConfig):
         _require_float("router_jitter", self.router_jitter, low=0, high=1)
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             _require_float(name, getattr(self, name), low=0, high=MAX_COEFFICIENT)
+        _ = self.experts_train
 
     def _check_experts(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -358,16 +372,29 @@ class LoRASwitchConfig(PeftConfig):
             top_k=self.top_k,
             normalize_gates=bool(self.normalize_gates),
             num_shared_experts=self.num_shared_experts,
+            base_expert=self.base_expert,
             jitter=self.router_jitter,
             aux_loss_coef=self.router_aux_loss_coef,
             z_loss_coef=self.router_z_loss_coef,
         )
 
+    @property
+    def experts_train(self) -> bool:
+        """Whether the experts train with the router, by `trainable` as it is now.
+
+        Raises:
+            ValueError: `trainable` is none of its choices.
+        """
+        if not isinstance(self.trainable, str) or self.trainable not in TRAINABLE_CHOICES:
+            raise ValueError(f"trainable={shown(self.trainable)} is not one of {', '.join(TRAINABLE_CHOICES)}.")
+        return self.trainable == "all"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved: names in order, so that the same adapter is always the same file."""
         settings = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-        for name in ("num_shared_experts", "ensure_weight_tying", "expert_names"):
-            if not settings[name]:  # so that versions before it still read adapters that do not use it
+        defaults = {"num_shared_experts": 0, "base_expert": False, "ensure_weight_tying": False, "trainable": "all"}
+        for name, default in (*defaults.items(), ("expert_names", None)):
+            if settings[name] == default:  # so that versions before it still read adapters that do not use it
                 del settings[name]
         return settings
 

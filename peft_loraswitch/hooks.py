@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,6 +61,8 @@ class Hooks:
         self._blocks = checkpointed_blocks(root, set(layers))
         # to look for in the next forward that trains
         self._unused: UnusedLinears | None = UnusedLinears(root, layers)
+        self._layers: Sequence[Any] = layers
+        self._looked_at_experts = False
         self._handles += keep_off_fast_paths(root, set(layers))
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle
@@ -89,6 +92,9 @@ class Hooks:
                     block.wrap(self.state)
             if self._unused is not None and not torch.compiler.is_compiling():
                 self._look_for_unused(frame)
+            if not (self._looked_at_experts or torch.compiler.is_compiling()):
+                self._looked_at_experts = True
+                self._look_for_empty_experts()
         self.state.enter(frame)
         return frame
 
@@ -106,6 +112,25 @@ class Hooks:
                 self._unused = unused  # it saw a part of a forward: the next one says
 
         frame.at_close.append(end)
+
+    def _look_for_empty_experts(self) -> None:
+        """Warn, once, if a router is trained alone above experts whose B is zero everywhere, as that of a fresh adapter is."""
+        for adapter, router_layer in self.state.router_layers.items():
+            if adapter not in router_layer.active_adapters or router_layer.adapter_config[adapter].experts_train:
+                continue
+            weights = [layer.loraswitch_B[adapter].weight for layer in self._layers if adapter in layer.loraswitch_B]
+            if router_layer.trains(adapter) and all(map(_is_zero, weights)):
+                warnings.warn(
+                    f"The adapter '{adapter}' has trainable='router', but its experts add nothing (their B is zero), so the "
+                    "router gets no gradient through them: load or import experts first, or set trainable='all'.",
+                    stacklevel=2,
+                )
+
+
+def _is_zero(weight: torch.Tensor) -> bool:
+    """False where it cannot be seen from here: shards, the meta device."""
+    here = weight.numel() > 0 and weight.device.type != "meta" and not hasattr(weight, "full_tensor")
+    return here and not bool(weight.detach().any())
 
 
 def _owners(root: nn.Module, routed: set[nn.Module]) -> list[nn.Module]:

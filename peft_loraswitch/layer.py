@@ -98,6 +98,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         "scaling",
         "routing_options",
         "router_is_named",
+        "adapter_config",
         "loraswitch_dropout",
         "loraswitch_record",
         "loraswitch_pending",
@@ -130,6 +131,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.routing_options: dict[str, RoutingOptions] = {}
         self.router_is_named: dict[str, bool] = {}
+        self.adapter_config: dict[str, LoRASwitchConfig] = {}  # the model's own, which says what trains when asked
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -148,6 +150,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         inference_mode: bool = False,
     ) -> None:
         """Add an adapter to this layer; with `is_router` also its router, without `is_routed` only its shared experts."""
+        self.adapter_config[adapter_name] = config
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = config.scale(lora_alpha, r)
@@ -160,8 +163,10 @@ class LoRASwitchLayer(BaseTunerLayer):
         self.loraswitch_B[adapter_name] = ExpertsB(options.num_stacked, self.out_features, r)
         if is_router:
             self.router_is_named[adapter_name] = config.router_module is not None
-            self.loraswitch_router[adapter_name] = Router(self.in_features, options.num_experts)
-            self.loraswitch_record[adapter_name] = RoutingRecord(options.num_experts, expert_names=config.expert_names)
+            self.loraswitch_router[adapter_name] = Router(self.in_features, options.num_choices)
+            self.loraswitch_record[adapter_name] = RoutingRecord(
+                options.num_experts, expert_names=config.expert_names, base_expert=config.base_expert
+            )
             self.loraswitch_pending[adapter_name] = PendingBatches()
             self.routing_state.router_layers[adapter_name] = self
         for name in (*self.adapter_layer_names, "loraswitch_dropout"):
@@ -193,10 +198,37 @@ class LoRASwitchLayer(BaseTunerLayer):
             router.reset_parameters()
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        frozen = self._frozen_experts()  # first: an error here leaves everything as it was
         super().set_adapter(adapter_names, *args, **kwargs)
+        for experts in frozen:
+            experts.requires_grad_(False)
         # One name is kept as a string: a list that all layers share is one that dynamo guards once for each of them.
         if isinstance(self._active_adapter, list) and len(self._active_adapter) == 1:
             self._active_adapter = self._active_adapter[0]
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        frozen = self._frozen_experts()
+        super().set_requires_grad(*args, **kwargs)
+        for experts in frozen:
+            experts.requires_grad_(False)
+
+    def _frozen_experts(self) -> list[nn.Module]:
+        """The experts of adapters that train nothing but their router: see `LoRASwitchConfig.trainable`."""
+        names = [name for name, config in self.adapter_config.items() if not config.experts_train]
+        return [
+            experts[name] for experts in (self.loraswitch_A, self.loraswitch_B) for name in names if name in experts
+        ]
+
+    def trains(self, adapter: str) -> bool:
+        """Whether anything of `adapter` that this layer computes with asks for gradients: its experts here, and, if it is
+        routed, the router, wherever that is."""
+        modules = [self.loraswitch_A[adapter], self.loraswitch_B[adapter]]
+        router_layer = (
+            self.routing_state.router_layers.get(adapter) if self.routing_options[adapter].is_routed else None
+        )
+        if router_layer is not None:
+            modules.append(router_layer.loraswitch_router[adapter])
+        return any(module.weight.requires_grad for module in modules)
 
     def delete_adapter(self, adapter_name: str) -> None:
         left = sorted(set(self.routing_state.router_layers) - {adapter_name})
@@ -219,7 +251,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         """
         if not torch.compiler.is_compiling():
             frame.used.add(adapter)
-            if frame.training and self.loraswitch_A[adapter].weight.requires_grad:
+            if frame.training and adapter not in frame.trained and self.trains(adapter):
                 frame.trained.add(adapter)
         if not self.routing_options[adapter].is_routed:
             return self.shared_routing(adapter, frame, x)

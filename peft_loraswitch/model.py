@@ -144,7 +144,7 @@ class LoRASwitchModel(BaseTuner):
         if current_key not in self._plan.adapted:  # runs before the router: see LoRASwitchConfig.router_module
             return
         settings: dict[str, Any] = {
-            "config": config,
+            "config": self._injected or config,  # not PEFT's copy: what is changed in it later counts
             "r": self._plan.ranks.get(current_key, config.r),
             "lora_alpha": self._plan.alphas.get(current_key, config.lora_alpha),
             "is_router": current_key == self._plan.router,
@@ -350,7 +350,8 @@ def router_stats(model: nn.Module, adapter_name: str | None = None, reset: bool 
         dict: `tokens` (int); `load` (list of num_experts floats, share of the picks that went to each expert, sum 1);
         `entropy` (nats, of the router's softmax, mean over tokens; at most log(num_experts)); `dropped_experts` (indices
         of experts that no token picked); `balance_loss` and `z_loss` (unweighted); `expert_names` if the adapter has them, in
-            the order of `load`. Shared experts are not counted.
+        the order of `load`. Shared experts are not counted. A base expert counts as one more in entropy and losses, and has its
+        share of the picks in `base_share`, so that this and `load` have the sum 1.
 
     Raises:
         ValueError: the model has no LoRA-Switch adapter, or the name is unknown or ambiguous.
@@ -392,6 +393,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
                 layer.routing_options[adapter].num_experts,
                 layer.loraswitch_router[adapter].weight.device,
                 layer.loraswitch_record[adapter].expert_names,
+                layer.routing_options[adapter].base_expert,
             )
             for adapter, layer in state.router_layers.items()
         }

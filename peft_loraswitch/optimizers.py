@@ -105,7 +105,8 @@ def riemannian(
         if a.requires_grad and b.requires_grad:
             rules.append((a, functools.partial(_inverse_gram_times, b=b, reg=reg)))
             rules.append((b, functools.partial(_times_inverse_gram, a=a, reg=reg)))
-    if not rules:
+    routers = [router.weight for layer in layers for router in layer.loraswitch_router.values()]
+    if not rules and not any(weight.requires_grad for weight in routers):
         raise ValueError("create_riemannian_optimizer: the model has no adapter that trains. Set one active first.")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return _preconditioned(optimizer_cls, rules)(trainable, **options)

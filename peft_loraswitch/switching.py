@@ -100,7 +100,8 @@ def tell_wrappers(model: nn.Module, active: list[str], inference_mode: bool = Fa
 
 
 def _parameters(layer: LoRASwitchLayer, adapter_name: str) -> list[nn.Parameter]:
-    return list(layer.loraswitch_A[adapter_name].parameters()) if adapter_name in layer.loraswitch_A else []
+    parts = (layer.loraswitch_A, layer.loraswitch_router)  # the router also trains alone
+    return [parameter for part in parts if adapter_name in part for parameter in part[adapter_name].parameters()]
 
 
 def inherit_switched_off(model: nn.Module) -> None:

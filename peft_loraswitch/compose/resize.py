@@ -81,8 +81,9 @@ def add_expert(
     row = _row(linears, adapter, router_row)
     new = _new_experts(plain, linears, adapter)
     stacks = {name: _with(linears[name], adapter, expert) for name, expert in new.items()}
-    router = _router(linears, adapter)
-    _replace(model, config, changed, adapter, linears, stacks, torch.cat([router.weight.detach(), row[None]]))
+    rows, behind = _router(linears, adapter).weight.detach(), config.num_experts  # a base expert's row stays the last
+    rows = torch.cat([rows[:behind], row[None], rows[behind:]])
+    _replace(model, config, changed, adapter, linears, stacks, rows)
     return config.num_experts - 1
 
 
@@ -260,7 +261,9 @@ def _replace(
                 layer.scaling[adapter] = config.scale_of(name)
             if adapter in layer.loraswitch_router:
                 old += [_set_weight(layer.loraswitch_router[adapter], router_weight)]
-                record = RoutingRecord(config.num_experts, router_weight.device, config.expert_names)
+                record = RoutingRecord(
+                    config.num_experts, router_weight.device, config.expert_names, config.base_expert
+                )
                 layer.loraswitch_record[adapter] = record
                 layer.loraswitch_pending[adapter] = PendingBatches()
     _warn_of_holders(old)

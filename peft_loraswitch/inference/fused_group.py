@@ -114,7 +114,7 @@ class FusedGroup(nn.Module):
             return layer.routing_for(adapter, frame, x)
         router_layer = layer.router_layer(adapter)
         options = router_layer.routing_options[adapter]
-        if options.top_k > kernels.MAX_TOP_K or options.num_experts > kernels.MAX_EXPERTS:
+        if options.top_k > kernels.MAX_TOP_K or options.num_choices > kernels.MAX_EXPERTS:
             return layer.routing_for(adapter, frame, x)
         weight: Any = router_layer.loraswitch_router[adapter].weight
         if torch.is_grad_enabled() and weight.requires_grad:

@@ -31,7 +31,7 @@ OUR_KEY = re.compile(r"(?P<module>.+)\.loraswitch_(?P<part>A|B|router)\.weight")
 SHAPES = {
     "A": "[num_experts, r, in_features]",
     "B": "[num_experts, out_features, r]",
-    "router": "[num_experts, in_features]",
+    "router": "[num_experts, in_features]",  # one row more for the base expert
 }
 WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # where an adapter keeps the module that it stands in for
 
@@ -214,7 +214,7 @@ def expert_shapes(
         shapes[f"{PREFIX}{name}.loraswitch_A.weight"] = (experts, rank, in_features)
         shapes[f"{PREFIX}{name}.loraswitch_B.weight"] = (experts, out_features, rank)
         if name == router:
-            shapes[f"{PREFIX}{name}.loraswitch_router.weight"] = (config.num_experts, in_features)
+            shapes[f"{PREFIX}{name}.loraswitch_router.weight"] = (options.num_choices, in_features)
     return shapes
 
 
@@ -257,13 +257,14 @@ def _check_experts(
     if len(shape) != SHAPES[part].count(",") + 1:
         raise ValueError(f"{where}: wrong shape: '{key}' is {list(shape)}, not {SHAPES[part]}.")
     shared = 0 if part == "router" else config.num_shared_experts
-    sizes = {config.num_experts + shared}
+    sizes = {config.num_experts + (config.base_expert if part == "router" else shared)}
     if shared and config.router_module:
         sizes.add(shared)  # a linear before the router
     if shape[0] not in sizes:
         raise ValueError(
             f"{where} holds {shape[0]} experts ('{key}' is {list(shape)}), but the configuration (adapter_config.json) says "
-            f"num_experts={config.num_experts}{f', num_shared_experts={shared}' if shared else ''}: the two do not belong "
+            f"num_experts={config.num_experts}{f', num_shared_experts={shared}' if shared else ''}"
+            f"{', base_expert=True' if config.base_expert else ''}: the two do not belong "
             "together."
         )
     found = {"A": shape[1], "B": shape[-1], "router": rank}[part]

@@ -6,6 +6,10 @@ LoRA-Switch, arXiv 2405.17741: softmax, top-k.
 Shared experts (DeepSeekMoE, arXiv 2401.06066) are experts that every token uses, with the gate 1 / top_k: what even routing
 gives a chosen one, so that both kinds learn at the same pace. In a layer's stack they come after the routed ones, and in a
 `Routing` after the chosen ones, so that layers and kernels need not tell them apart.
+
+The base expert (a null expert, AdaMoE, arXiv 2406.13233) is the choice to add nothing. The router has a last logit for it, but
+no layer has weights: in a `Routing` its index is the first behind the layers' stack, and whoever looks up an expert there
+finds none. Of equal logits its is the last one.
 """
 
 from __future__ import annotations
@@ -33,12 +37,13 @@ class Routing:
 
     Attributes:
         experts: int64 [*token_shape, top_k + num_shared_experts], indices of the chosen experts, best first, then those of
-            the shared ones.
+            the shared ones. The base expert's is behind all of them: their number.
         gates: float32, same shape, their weights; those of the shared experts are 1 / top_k.
         dense_gates: float32 [*token_shape, num_experts + num_shared_experts], the gates scattered over all experts, 0
             where not chosen. This is what layers multiply with, and the one path by which gradients reach the router.
         router_input: [*token_shape, in_features], detached; what the balance losses are computed from. None outside of
             training, where nothing needs it.
+        has_base_expert: the base expert may be among `experts`.
         join_point: where the router's losses join, see `training/loss_joining.py`; None if they join elsewhere, or not.
     """
 
@@ -47,6 +52,7 @@ class Routing:
     dense_gates: torch.Tensor
     router_input: torch.Tensor | None = None
     join_point: JoinPoint | None = None
+    has_base_expert: bool = False
     _scaled: dict[tuple[float, torch.dtype], torch.Tensor] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
@@ -68,10 +74,13 @@ class Routing:
     def chosen(self) -> torch.Tensor | None:
         """bool [*token_shape, all experts]: which experts the token chose, also those whose gate is 0. None if every token
         chose all of them. Made once for all layers."""
-        if self.experts.shape[-1] == self.dense_gates.shape[-1]:
+        stacked = self.dense_gates.shape[-1]
+        if self.experts.shape[-1] == stacked and not self.has_base_expert:
             return None
         if self._chosen is None:
-            self._chosen = torch.zeros_like(self.dense_gates, dtype=torch.bool).scatter(-1, self.experts, True)
+            columns = stacked + self.has_base_expert  # the base expert's is cut off
+            chosen = self.dense_gates.new_zeros((*self.token_shape, columns), dtype=torch.bool)
+            self._chosen = chosen.scatter(-1, self.experts, True)[..., :stacked]
         return self._chosen
 
     def chosen_for(self, x: torch.Tensor, layer_name: str) -> torch.Tensor | None:
@@ -107,7 +116,10 @@ class Routing:
             return self
         if device not in self._elsewhere:
             self._elsewhere[device] = Routing(
-                self.experts.to(device), self.gates.to(device), self.dense_gates.to(device)
+                self.experts.to(device),
+                self.gates.to(device),
+                self.dense_gates.to(device),
+                has_base_expert=self.has_base_expert,
             )
         return self._elsewhere[device]
 
@@ -127,6 +139,10 @@ def decide(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Ten
     0.0 and -0.0 are equal. NaN and Inf count as the largest finite number, -Inf as the smallest. A token with NaN or Inf
     among its logits, or with nothing but -Inf, gets valid experts, and NaN for each of its gates, so that its outputs show it.
 
+    One expert with a normalised gate is the hard gate: exactly 1, so that a token gets what its expert computes and no fraction
+    of it. The router learns all the same: in backward the gate counts as the softmax that it stands for (a straight-through
+    gradient, arXiv 1308.3432), as it would with `normalize=False`.
+
     Args:
         logits: float32 [..., num_experts].
         normalize: rescale the gates, which are the experts' softmax, to sum 1.
@@ -143,14 +159,18 @@ def decide(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Ten
         best.append(heights.argmax(dim=-1, keepdim=True))
     experts = torch.cat(best, dim=-1)
     gates = torch.softmax(logits, dim=-1).gather(-1, experts)
-    return experts, gates / gates.sum(dim=-1, keepdim=True) if normalize else gates
+    if not normalize:
+        return experts, gates
+    if top_k == 1:  # not gates / gates: compilers divide by approximations on some devices, and its gradient is zero
+        return experts, 1.0 + (gates - gates.detach())
+    return experts, gates / gates.sum(dim=-1, keepdim=True)
 
 
 def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
     """`decide()` by these options, and the shared experts.
 
     Args:
-        logits: float32 [*token_shape, num_experts].
+        logits: float32 [*token_shape, options.num_choices].
     """
     experts, gates = decide(logits, options.top_k, options.normalize_gates)
     routing = routing_of(experts, gates, options)
@@ -159,9 +179,20 @@ def route(logits: torch.Tensor, options: RoutingOptions) -> Routing:
 
 
 def routing_of(experts: torch.Tensor, gates: torch.Tensor, options: RoutingOptions) -> Routing:
-    """The decision for these experts and gates, [*token_shape, top_k] each, and the shared experts."""
-    dense_gates = gates.new_zeros((*gates.shape[:-1], options.num_experts)).scatter(-1, experts, gates)
-    routing = Routing(experts=experts, gates=gates, dense_gates=dense_gates)
+    """The decision for these choices and gates, [*token_shape, top_k] each, and the shared experts.
+
+    Args:
+        experts: as `decide` returns them: with `options.base_expert`, `options.num_experts` is the base expert.
+    """
+    if options.base_expert:
+        # A token that could not be decided has NaN for its gates, and must show it: the base expert would hide it.
+        undecided = gates.isnan() & (experts == options.num_experts)
+        experts = experts.where(~undecided, 0)
+    dense_gates = gates.new_zeros((*gates.shape[:-1], options.num_choices)).scatter(-1, experts, gates)
+    if options.base_expert:
+        dense_gates = dense_gates[..., : options.num_experts]
+        experts = experts.where(experts < options.num_experts, options.num_stacked)
+    routing = Routing(experts=experts, gates=gates, dense_gates=dense_gates, has_base_expert=options.base_expert)
     if options.num_shared_experts == 0:
         return routing
     shared = shared_routing(options.num_shared_experts, options.top_k, routing.token_shape, routing.experts.device)
@@ -169,6 +200,7 @@ def routing_of(experts: torch.Tensor, gates: torch.Tensor, options: RoutingOptio
         experts=torch.cat([routing.experts, shared.experts + options.num_experts], dim=-1),
         gates=torch.cat([routing.gates, shared.gates], dim=-1),
         dense_gates=torch.cat([routing.dense_gates, shared.dense_gates], dim=-1),
+        has_base_expert=options.base_expert,
     )
 
 

@@ -60,7 +60,7 @@ class RoutingFrame:
         earlier: finished passes of the same forward, if an owner below the outermost runs several times (a model that
             encodes two sentences, one after the other): other tokens, so other decisions.
         shared: what linears follow that have shared experts only, by adapter name.
-        used: adapters that a layer asked for; `trained`: those of them whose experts train.
+        used: adapters that a layer asked for; `trained`: those of them whose experts or router train.
         relays: by adapter name; see `Relay`.
         paused: modules whose gradient checkpointing is off until the frame is closed.
         at_close: called when it is closed, with whether the forward has come to its end.

@@ -14,6 +14,7 @@ class RoutingOptions:
     top_k: int
     normalize_gates: bool
     num_shared_experts: int = 0
+    base_expert: bool = False
     jitter: float = 0.0
     aux_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
@@ -24,13 +25,18 @@ class RoutingOptions:
         return self.num_experts > 0
 
     @property
+    def num_choices(self) -> int:
+        """Logits for each token: one for each routed expert, and with `base_expert` a last one for "nothing"."""
+        return self.num_experts + self.base_expert
+
+    @property
     def num_stacked(self) -> int:
         """Experts in the stack: the routed ones, then the shared ones."""
         return self.num_experts + self.num_shared_experts
 
     @property
     def num_active(self) -> int:
-        """Experts that compute for a token."""
+        """Experts that compute for a token; the base expert is one that has nothing to compute."""
         return (self.top_k if self.is_routed else 0) + self.num_shared_experts
 
     def shared_only(self) -> RoutingOptions:

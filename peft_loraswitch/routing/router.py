@@ -15,12 +15,13 @@ from ..ordinary import OrdinaryParameters
 
 
 class Router(OrdinaryParameters):
-    """Linear router without bias. `weight` is [num_experts, in_features]; logits are computed in float32, whatever the
-    dtype of the weight, of the input or of autocast (a bf16 softmax changes which experts win)."""
+    """Linear router without bias. `weight` is [num_experts, in_features], with a last row for the base expert if there is one;
+    logits are computed in float32, whatever the dtype of the weight, of the input or of autocast (a bf16 softmax changes
+    which experts win)."""
 
-    def __init__(self, in_features: int, num_experts: int) -> None:
+    def __init__(self, in_features: int, num_choices: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
+        self.weight = nn.Parameter(torch.empty(num_choices, in_features))
 
     def reset_parameters(self) -> None:
         # Not zero: equal logits would send every token to the first k experts, and nothing would ever break the tie.

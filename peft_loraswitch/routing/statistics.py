@@ -55,14 +55,21 @@ class RoutingRecord(nn.Module):
     z: torch.Tensor
 
     def __init__(
-        self, num_experts: int, device: torch.device | None = None, expert_names: Sequence[str] | None = None
+        self,
+        num_experts: int,
+        device: torch.device | None = None,
+        expert_names: Sequence[str] | None = None,
+        base_expert: bool = False,
     ) -> None:
+        """`num_experts`: of the routed ones; with `base_expert` that is counted as well, last."""
         super().__init__()
         self.expert_names = None if expert_names is None else tuple(expert_names)
+        self.num_experts = num_experts
+        num_choices = num_experts + base_expert
         for name, size in (
             ("tokens", 1),
-            ("counts", num_experts),
-            ("probabilities", num_experts),
+            ("counts", num_choices),
+            ("probabilities", num_choices),
             ("entropy", 1),
             ("z", 1),
         ):
@@ -89,22 +96,25 @@ class RoutingRecord(nn.Module):
 
     def summary(self) -> dict[str, Any]:
         """tokens (int), load (E floats, sum 1), entropy of the router's softmax (nats, mean over tokens), dropped_experts
-        (indices never chosen), balance_loss and z_loss (unweighted), and expert_names if the experts have some. Waits for the
-        device."""
+        (indices never chosen), balance_loss and z_loss (unweighted), and expert_names if the experts have some; with a base
+        expert also its share of the picks, base_share, which makes up with load the sum of 1. Waits for the device."""
         tokens = max(float(self.tokens), 1.0)
         counts = self.counts.double().cpu()
         probabilities = self.probabilities.double().cpu() / tokens
         seen = float(self.tokens) > 0
         names = {} if self.expert_names is None else {"expert_names": list(self.expert_names)}
-        return {
+        shares = (counts / counts.sum().clamp(min=1)).tolist()
+        dropped = (counts[: self.num_experts] == 0).nonzero().flatten()
+        summary = {
             "tokens": int(self.tokens),
             **names,
-            "load": (counts / counts.sum().clamp(min=1)).tolist(),
+            "load": shares[: self.num_experts],
             "entropy": float(self.entropy) / tokens,
-            "dropped_experts": [int(e) for e in (counts == 0).nonzero().flatten()] if seen else [],
+            "dropped_experts": [int(e) for e in dropped] if seen else [],
             "balance_loss": float(len(counts) * (counts / tokens * probabilities).sum()),
             "z_loss": float(self.z) / tokens,
         }
+        return {**summary, "base_share": shares[-1]} if len(counts) > self.num_experts else summary
 
 
 class RoutingRecorder:

@@ -316,13 +316,15 @@ def _settings(config: dict[str, Any], shapes: dict[str, list[int]]) -> Iterator[
     if shared:
         alone = "; the adapted modules before the routing layer have these alone" if config.get("router_module") else ""
         yield "shared experts", f"{_number(shared)} more, used by every token{alone}"
+    if config.get("base_expert"):
+        yield "base expert", "a token may choose to be left as the base model has it"
     normalize = config.get("normalize_gates")
     if normalize is None:
         normalize = config.get("top_k") != 1
-    yield (
-        "experts per token (top-k)",
-        f"{_number(config.get('top_k'))}, gates {'' if normalize else 'not '}renormalised to sum 1",
-    )
+    gates = f"gates {'' if normalize else 'not '}renormalised to sum 1"
+    if normalize and config.get("top_k") == 1:
+        gates = "with gate 1"
+    yield "experts per token (top-k)", f"{_number(config.get('top_k'))}, {gates}"
     scale = "lora_alpha / sqrt(r)" if config.get("use_rslora") else "lora_alpha / r"
     yield "lora_alpha", f"{_number(config.get('lora_alpha'))} (scaled by {scale})"
     for name in ("rank_pattern", "alpha_pattern"):

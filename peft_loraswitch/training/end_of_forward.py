@@ -50,8 +50,10 @@ def _routed_tokens(
 ) -> RoutedTokens:
     assert routing.router_input is not None
     chosen = routing.experts[..., : options.top_k]  # without the shared experts, which nobody chose
+    if options.base_expert:
+        chosen = chosen.clamp(max=options.num_experts)  # its index is behind the shared ones' as well
     x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, chosen))
-    return RoutedTokens(x, experts, frame.real_tokens(adapter, routing), options.num_experts, weight)
+    return RoutedTokens(x, experts, frame.real_tokens(adapter, routing), options.num_choices, weight)
 
 
 def _join(

@@ -1,7 +1,8 @@
 """The router's losses: load balance and z-loss. `end_of_forward.py` and `loss_joining.py` add them to a training loss.
 
 The losses are functions of the router's weight and of its (detached) input: they train the router, not the layers below.
-With T real tokens (padding does not count), probabilities p = softmax(logits) and c_e = how often expert e was chosen:
+With T real tokens (padding does not count), E experts (a base expert is one of them), probabilities p = softmax(logits) and
+c_e = how often expert e was chosen:
 
     balance = E * sum_e (c_e / T) * mean_t p_te       Switch Transformer (arXiv 2101.03961), top-k form of Mixtral
     z       = mean_t logsumexp(logits_t)^2            ST-MoE (arXiv 2202.08906)
@@ -134,7 +135,7 @@ class Terms:
     def __init__(self, options: RoutingOptions, counts: torch.Tensor, tokens: torch.Tensor) -> None:
         tokens = tokens.clamp(min=1)  # no token, as where all is padding, gives 0 and not NaN
         self.load = counts / tokens  # [E], c_e / T
-        self.balance_coef = options.aux_loss_coef * options.num_experts / tokens
+        self.balance_coef = options.aux_loss_coef * options.num_choices / tokens
         self.z_coef = options.z_loss_coef / tokens
 
     def value(self, probabilities: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -175,7 +176,7 @@ def losses_of(
     # read without an instance: torch 2.11 cannot trace GradientState's __getattr__
     last = GradientState._shared_state.get("sync_gradients", True)
     if not last and not pending.allocated:
-        pending.allocate(options.num_experts, batches[0].x.shape[-1], batches[0].x.device)
+        pending.allocate(options.num_choices, batches[0].x.shape[-1], batches[0].x.device)
         pending.watch(weight)
     if pending.allocated and not torch.compiler.is_compiling():
         pending.forget_if_stale(weight)

@@ -157,8 +157,8 @@ with torch.no_grad():
 
 def run_fresh(code: str, *arguments: object) -> None:
     """Run Python code in a process of its own that finds the tests' helpers."""
-    tests = Path(__file__).resolve().parent.parent
-    paths = [str(tests), str(tests / "compose"), str(tests.parent)]
+    tests = Path(__file__).resolve().parents[1]
+    paths = [str(tests / "tools"), str(tests.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True

@@ -289,3 +289,41 @@ def test_train_the_new_one_and_export_it(folders, tmp_path):
         wanted = logits_of(model, tokens())
     torch.testing.assert_close(peft_logits(str(tmp_path / "new"), tiny_llama(), tokens()), wanted, **ROUNDING)
     assert json.loads((tmp_path / "new" / CONFIG).read_text())["peft_type"] == "LORA"
+
+
+def test_a_base_expert_stays_the_last_choice(folders):
+    """Its row of the router is behind those of the experts, whichever of them come and go."""
+    model = routed(folders, "a", "b", top_k=1, normalize_gates=True, base_expert=True)
+    router = router_layer(model).loraswitch_router
+    before = router["default"].weight.detach().clone()
+    row = torch.randn(before.shape[1])
+    assert add_expert(model, folders["big"], router_row=row) == 2
+    assert torch.equal(router["default"].weight, torch.cat([before[:2], row[None], before[2:]]))
+    with torch.no_grad():
+        router["default"].weight[3] += 100 * tokens_mean(model)
+        with model.disable_adapter():
+            backbone = model(tokens()).logits
+        with model.record_routing() as recorded:
+            chosen = model(tokens()).logits
+    summary = recorded.summary()
+    assert len(summary["load"]) == 3 and summary["expert_names"] == ["a", "b", "big"]
+    assert abs(sum(summary["load"]) + summary["base_share"] - 1) < 1e-6
+    if summary["base_share"] == 1:
+        assert torch.equal(chosen, backbone)
+    remove_expert(model, "a")
+    assert router["default"].weight.shape[0] == 3
+    with model.record_routing() as recorded:
+        model(tokens())
+    assert len(recorded.summary()["load"]) == 2
+
+
+def tokens_mean(model: PeftModel) -> torch.Tensor:
+    """The mean input of the router, so that a row along it wins."""
+    seen = []
+    handle = router_layer(model).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].flatten(0, 1).mean(0))
+    )
+    with torch.no_grad(), model.disable_adapter():
+        model(tokens())
+    handle.remove()
+    return seen[0]

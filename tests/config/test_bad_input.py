@@ -74,7 +74,7 @@ BAD_INJECTIONS = {
         "'model.embed_tokens' is a Embedding",
     ),
     "top_k raised later": (lambda: later(top_k=9), "new", "top_k=9 is larger than num_experts=4"),
-    "top_k lowered later": (lambda: later(top_k=1), "new", "normalize_gates=True with top_k=1"),
+    "top_k lowered later": (lambda: later(top_k=0), "new", "top_k=0"),
     "r lowered later": (lambda: later(r=0), "new", "r=0"),
     "layers_to_transform later": (lambda: later(layers_to_transform=[0]), "new", "layers_to_transform"),
     "empty name": (switch_config, "", "adapter_name=''"),

@@ -56,6 +56,8 @@ def test_defaults():
         "router_aux_loss_coef": 0.01,
         "router_z_loss_coef": 0.001,
         "router_jitter": 0.0,
+        "trainable": "all",
+        "base_expert": False,
         "ensure_weight_tying": False,
     }
     assert config.peft_type == "LORASWITCH" and not config.is_prompt_learning
@@ -102,8 +104,9 @@ BAD = [
     *[{name: v} for name in ("lora_dropout", "router_jitter") for v in (-0.1, 1, 1.0, "0", None, float("nan"), True)],
     *[{n: v} for n in ("router_aux_loss_coef", "router_z_loss_coef") for v in (-1e-9, "0", None, float("inf"), True)],
     {"top_k": 3, "num_experts": 2},
-    {"top_k": 1, "normalize_gates": True},
     *[{"normalize_gates": value} for value in (1, "yes", 0.5)],
+    *[{"base_expert": value} for value in (1, "yes", None)],
+    *[{"trainable": value} for value in ("", "experts", None, True, ["router"])],
     *[{"use_rslora": value} for value in (1, "yes", None)],
     *[{"bias": value} for value in ("lora_only", "", None, True)],
     *[{"init_weights": value} for value in (1, 0, "kaiming", None)],
@@ -209,6 +212,8 @@ def test_fields_of_lora_that_are_not_ours(name):
         {"r": 1, "num_experts": 1, "top_k": 1},
         {"num_experts": 2, "top_k": 2, "normalize_gates": False},
         {"top_k": 1, "normalize_gates": False},
+        {"top_k": 1, "normalize_gates": True},
+        {"num_experts": 1, "top_k": 1, "base_expert": True, "num_shared_experts": 1},
         {
             "lora_alpha": 0.5,
             "lora_dropout": 0.99,
@@ -216,7 +221,7 @@ def test_fields_of_lora_that_are_not_ours(name):
             "router_aux_loss_coef": 0,
             "router_z_loss_coef": 2,
         },
-        {"init_weights": "gaussian", "use_rslora": True},
+        {"init_weights": "gaussian", "use_rslora": True, "trainable": "router"},
         {"target_modules": ("q_proj", "v_proj"), "exclude_modules": {"lm_head"}},
         {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*\.0\..*"},
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": ["layers", "h"]},

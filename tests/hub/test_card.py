@@ -381,6 +381,8 @@ STRINGS = {
     "task_type": lambda text: text,
     "auto_mapping": lambda text: {"base_model_class": text, "parent_library": "transformers.models"},
     "normalize_gates": lambda text: text,
+    "trainable": lambda text: text,
+    "base_expert": lambda text: text,
     "peft_version": lambda text: text,
 }
 

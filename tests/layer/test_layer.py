@@ -63,6 +63,7 @@ CONFIGS = {
     "all-experts": {"num_experts": 5, "top_k": 5},
     "all-experts-raw-gates": {"num_experts": 5, "top_k": 5, "normalize_gates": False},
     "top1": {"top_k": 1},
+    "top1-hard-gate": {"top_k": 1, "normalize_gates": True},
     "top3-raw-gates": {"num_experts": 7, "top_k": 3, "normalize_gates": False, "r": 1},
     "rslora": {"use_rslora": True, "r": 5},
     "patterns": {"rank_pattern": {"down_proj": 5, "1.self_attn.q_proj": 1}, "alpha_pattern": {"v_proj": 1.5}},

@@ -32,18 +32,23 @@ def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -
         heights = [math.inf if logit.isnan() else float(logit.detach()) for logit in logits]
         chosen = sorted(range(len(logits)), key=lambda e, heights=heights: -heights[e])[:top_k]  # a stable sort
         total = sum(probabilities[e] for e in chosen) if normalize else 1.0
-        decision.append([(e, probabilities[e] / total) for e in chosen])
+        if normalize and top_k == 1:  # the hard gate: 1 in value, the softmax in its gradient
+            probability = probabilities[chosen[0]]
+            decision.append([(chosen[0], 1.0 + (probability - probability.detach()))])
+        else:
+            decision.append([(e, probabilities[e] / total) for e in chosen])
     return decision
 
 
 def with_shared(decision: Decision, config: LoRASwitchConfig, routed: bool = True) -> Decision:
     """What a linear follows: each token's decision, then the shared experts, stacked after the routed ones, with gate
-    1 / top_k.
+    1 / top_k. The base expert, behind the routed ones, is left out: it adds nothing.
     A linear that is not `routed` (one before the router) has the shared ones only."""
     first = config.num_experts if routed else 0
     gate = torch.ones((), dtype=torch.float64) / config.top_k
     shared = [(first + i, gate) for i in range(config.num_shared_experts)]
-    return [(choice if routed else []) + shared for choice in decision]
+    routed_ones = [[(e, g) for e, g in choice if e < config.num_experts] if routed else [] for choice in decision]
+    return [choice + shared for choice in routed_ones]
 
 
 def delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, decision: Decision, scaling: float) -> torch.Tensor:
