@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..config import LoRASwitchConfig, check_expert_names
-from ..inference.fuse import is_fused
 from ..layer import LoRASwitchLinear
 from ..loading.layout import backbone_of, some
 from ..loading.rollback import all_or_nothing
@@ -67,7 +66,7 @@ def add_expert(
     adapter, config = config_of(model, adapter_name)
     backbone = backbone_of(model)
     linears = adapted_linears(backbone, adapter)
-    _check_at_rest(backbone, linears)
+    _check_at_rest(linears)
     plain = None if lora is None else PlainLora(backbone, lora, hub or {})
     changed = copy.copy(config)
     changed.expert_names = _names_with(config, name, plain)
@@ -104,7 +103,7 @@ def remove_expert(model: nn.Module, expert: str | int, adapter_name: str | None 
     """
     adapter, config = config_of(model, adapter_name)
     linears = adapted_linears(backbone_of(model), adapter)
-    _check_at_rest(backbone_of(model), linears)
+    _check_at_rest(linears)
     index = index_of(config, expert)
     if config.num_experts == 1:
         raise ValueError(f"expert {expert!r} is the last of adapter '{adapter}': delete_adapter removes the adapter.")
@@ -129,9 +128,9 @@ def remove_expert(model: nn.Module, expert: str | int, adapter_name: str | None 
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_at_rest(backbone: nn.Module, linears: dict[str, LoRASwitchLinear]) -> None:
+def _check_at_rest(linears: dict[str, LoRASwitchLinear]) -> None:
     state = next(iter(linears.values())).routing_state
-    if is_fused(backbone):
+    if state.fused:
         raise RuntimeError("This model is fused: call unfuse() before experts come or go, and fuse it again.")
     if state.running_frame() is not None:
         raise RuntimeError("The model is in a forward: experts cannot come or go meanwhile.")
