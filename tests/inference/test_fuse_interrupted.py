@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -22,17 +23,19 @@ STRATEGIES = {"fused": ("fused", False), "merge": ("merge", False), "in place": 
 
 
 def interrupted_at(line: int, run: Callable[[], Any]) -> int:
-    """Runs it, with a KeyboardInterrupt before the `line`-th line of our own; returns how many there were (so far). The lines of
-    `with` are left out: on the way out, a tracer would interrupt where no signal does, before a lock is given back."""
+    """Runs it, with a KeyboardInterrupt before the `line`-th line of our own; returns how many there were (so far).
+
+    The lines of `with` and `try:` are left out: there a tracer would interrupt where no signal does, when a lock has been taken
+    and what gives it back is not yet, or no longer, in force.
+    """
     lines = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal lines
         if frame.f_code.co_filename not in FILES:
             return None
-        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(
-            "with "
-        ):
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        if event == "line" and not text.startswith(("with ", "try:")):
             lines += 1
             if lines == line:
                 raise KeyboardInterrupt
@@ -67,6 +70,14 @@ def logits(model: nn.Module, length: int = 1) -> torch.Tensor:
     return model(input_ids=tokens(1, length)).logits
 
 
+def check_no_lock_is_held(model: nn.Module) -> None:
+    """Another thread would wait for it for ever; this one would not."""
+    thread = threading.Thread(target=model.unfuse, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 def made() -> nn.Module:
     """float64 experts on float32 weights, so that there are casts; one module in training, so that there are flags to keep."""
     model = adapted(tiny_llama(num_hidden_layers=1), target_modules=["q_proj", "v_proj", "down_proj"])
@@ -82,8 +93,9 @@ def test_fusing(strategy):
     model = made()
     expected, before = logits(model), state_of(model)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    total = interrupted_at(-1, lambda: model.fuse_for_inference(*STRATEGIES[strategy]))
-    model.unfuse()
+    for _ in range(2):  # the first time in a process says some things that are said once
+        total = interrupted_at(-1, lambda: model.fuse_for_inference(*STRATEGIES[strategy]))
+        model.unfuse()
     assert total > 100
     for line in sorted({*range(1, 30), *range(30, total, max(1, total // 120)), *range(total - 10, total + 1)}):
         interrupted_at(line, lambda: model.fuse_for_inference(*STRATEGIES[strategy]))
@@ -91,6 +103,7 @@ def test_fusing(strategy):
             model.unfuse()
         assert not is_fused(model) and state_of(model) == before, f"line {line} of {total}"
         assert torch.equal(logits(model), expected)
+    check_no_lock_is_held(model)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     with model.fuse_for_inference(*STRATEGIES[strategy]):
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
@@ -120,4 +133,5 @@ def test_unfusing(strategy):
         assert state_of(model) == before, f"line {line} of {total}"
         assert torch.equal(logits(model), expected)
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    check_no_lock_is_held(model)
     assert total > 20 and still <= 4
