@@ -26,6 +26,7 @@ def check_wheel(*options: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_machine_without_nvcc_gets_a_pure_python_wheel_that_says_so(tmp_path):
     out = check_wheel("--no-nvcc", "--output", str(tmp_path))
     assert "py3-none-any.whl" in out and "installs into an empty environment and imports" in out

@@ -189,6 +189,7 @@ def test_one_graph_one_output_and_no_recompilation_from_token_to_token(device):
     assert "loraswitch.linear.default" in targets
 
 
+@pytest.mark.slow
 @devices
 @pytest.mark.parametrize("strategy", ["fused", "merge"])
 def test_inductor_gives_the_same_logits(strategy, device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -67,6 +68,14 @@ def logits(model: nn.Module, length: int = 1) -> torch.Tensor:
     return model(input_ids=tokens(1, length)).logits
 
 
+def check_no_lock_is_held(model: nn.Module) -> None:
+    """Another thread would wait for it for ever; this one would not."""
+    thread = threading.Thread(target=model.unfuse, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 def made() -> nn.Module:
     """float64 experts on float32 weights, so that there are casts; one module in training, so that there are flags to keep."""
     model = adapted(tiny_llama(num_hidden_layers=1), target_modules=["q_proj", "v_proj", "down_proj"])
@@ -121,4 +130,5 @@ def test_unfusing(strategy):
         assert state_of(model) == before, f"line {line} of {total}"
         assert torch.equal(logits(model), expected) and not changing._is_owned()
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    check_no_lock_is_held(model)
     assert total > 20 and still <= 4

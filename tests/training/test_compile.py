@@ -86,6 +86,7 @@ def test_each_layer_compiled_by_itself():
     assert actual[1:] == expected[1:]
 
 
+@pytest.mark.slow
 def test_accumulation_needs_one_graph_for_each_kind_of_micro_batch():
     """First ever (allocates), in between, last, first: what each does differs, and none recompiles for its number."""
     from accelerate.state import GradientState
@@ -282,6 +283,7 @@ def test_generate_with_a_static_cache_compiles_the_decode_step(sampling):
     assert outputs[0] and outputs[1] == outputs[0]
 
 
+@pytest.mark.slow
 def test_inductor():
     """The default backend, forward and backward; on two linears, because its C++ takes long to compile."""
     torch.manual_seed(0)
