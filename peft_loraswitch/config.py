@@ -184,7 +184,7 @@ class LoRASwitchConfig(PeftConfig):
         },
     )
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> LoRASwitchConfig:
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> LoRASwitchConfig:  # a file may have a field "cls"
         # PEFT drops config fields it does not know with a warning. A field of ours that is dropped changes the maths.
         if UNFINISHED in kwargs:
             raise ValueError(BROKEN_OFF)

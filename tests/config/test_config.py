@@ -260,7 +260,7 @@ def test_saved_names_are_in_order(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)
 
 
-@pytest.mark.parametrize("name", ["num_expert", "lora_r", "soft_routing"])
+@pytest.mark.parametrize("name", ["num_expert", "lora_r", "soft_routing", "cls", "self"])
 def test_unknown_fields(name, tmp_path):
     with pytest.raises(ValueError, match=rf"{name}.*spelling.*newer version.*pip install -U peft"):
         LoRASwitchConfig(**{name: 4})
