@@ -18,7 +18,19 @@ from torch import Tensor
 
 from .. import kernels
 
-library = torch.library.Library("loraswitch", "DEF")
+
+def _the_only_library() -> torch.library.Library:
+    """PyTorch lets a namespace be defined once in a process. After a re-import of this package (importlib.reload, a purged
+    sys.modules) the new ops take the place of the old ones."""
+    before = vars(torch.ops.loraswitch).get("defined_by")
+    if before is not None:
+        before._destroy()
+    made = torch.library.Library("loraswitch", "DEF")
+    torch.ops.loraswitch.defined_by = made  # type: ignore[attr-defined]
+    return made
+
+
+library = _the_only_library()
 library.define("route(Tensor x, Tensor router, int top_k, bool normalize) -> (Tensor, Tensor)")
 library.define(
     "linear(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, "

@@ -291,19 +291,19 @@ BAD_CONFIGS = {
     "truncated": (lambda folder: os.truncate(folder / CONFIG, 100), f"{CONFIG}: "),
     "empty": (lambda folder: os.truncate(folder / CONFIG, 0), f"{CONFIG}: "),
     "a list": (lambda folder: (folder / CONFIG).write_text("[1]"), f"{CONFIG} holds a JSON list"),
-    "nested": (lambda folder: (folder / CONFIG).write_text("[" * 99_999), f"{CONFIG} is not JSON"),
+    "nested": (lambda folder: (folder / CONFIG).write_text("[" * 99_999), f"{CONFIG} is not valid JSON"),
     "nested to its end": (
         lambda folder: (folder / CONFIG).write_text("[" * 99_999 + "]" * 99_999),
-        f"{CONFIG} is not JSON",
+        f"{CONFIG} is not valid JSON",
     ),
-    "nested objects": (lambda folder: (folder / CONFIG).write_text('{"a":' * 99_999), f"{CONFIG} is not JSON"),
-    "nested deeply": (nested_field("auto_mapping", 99_999), f"{CONFIG} is not JSON"),
+    "nested objects": (lambda folder: (folder / CONFIG).write_text('{"a":' * 99_999), f"{CONFIG} is not valid JSON"),
+    "nested deeply": (nested_field("auto_mapping", 99_999), f"{CONFIG} is not valid JSON"),
     **{
         f"a nested {name}": (nested_field(name, depth=400), name)
         for name in ("peft_type", "auto_mapping", "base_model_name_or_path", "rank_pattern", "target_modules", "other")
     },
-    "bytes": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"), f"{CONFIG} is not JSON"),
-    "digits": (lambda folder: (folder / CONFIG).write_text('{"r": ' + "9" * 9999 + "}"), f"{CONFIG} is not JSON"),
+    "bytes": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"), f"{CONFIG} is not valid JSON"),
+    "digits": (lambda folder: (folder / CONFIG).write_text('{"r": ' + "9" * 9999 + "}"), f"{CONFIG} is not valid JSON"),
     "backbone's name": (configure(base_model_name_or_path=["a"]), "base_model_name_or_path=.*must be a string"),
     "revision": (configure(revision=7), "revision=7 must be a string"),
     "auto_mapping": (configure(auto_mapping={"base_model_class": "LlamaForCausalLM"}), "auto_mapping=.*parent_library"),
