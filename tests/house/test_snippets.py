@@ -73,7 +73,8 @@ def test_configurations_alone_fit_a_model(snippet):
     "snippet", [each for each in SNIPPETS if each.page == "docs/api.md" and "you/" not in each.text], ids=str
 )
 def test_examples_of_the_api_page_run(snippet, capsys):
-    """(But for one that names repositories on the Hub.) Each by itself, as its docstring is read: with a model, a batch, and the package's names."""
+    """Each by itself (but for one that names repositories of the Hub), as its docstring is
+    read: with a model, a batch, and the package's names."""
     model: Any = adapted(tiny_llama()) if "get_peft_model" not in snippet.text else tiny_llama()
     batch = {"input_ids": padded([5, 4])["input_ids"], "max_new_tokens": 2, "pad_token_id": 0}
     names = {"model": model, "batch": batch, "record_routing": record_routing}
