@@ -19,8 +19,8 @@ from ..loading.layout import backbone_of
 from ..loading.weights_file import check_finite, read_config_file
 from ..peft_names import PREFIX
 from ..saving.safe_save import replace_both
+from ..targets.selection import module_names
 from .experts import adapted_linears, config_of, index_of
-from .lora_files import module_names
 from .stacks import rank_and_alpha, selection, used_rows
 
 

@@ -16,8 +16,9 @@ from ..layer import LoRASwitchLinear
 from ..loading.layout import backbone_of, some
 from ..loading.rollback import all_or_nothing
 from ..patterns import shown
+from ..targets.selection import module_names
 from .experts import adapted_linears
-from .lora_files import PlainLora, check_base, folded_b, module_names
+from .lora_files import PlainLora, check_base, folded_b
 from .stacks import common_scale, rank_and_alpha, selection
 
 # What the LoRAs decide, or what plain LoRAs have not.

@@ -39,7 +39,7 @@ from ..patterns import TimeLimit, shown
 from ..peft_names import NAME, PREFIX
 from ..saving.safe_save import UNFINISHED
 from ..targets.linears import is_supported_linear, refused
-from ..targets.selection import selects
+from ..targets.selection import module_names, selects
 from .stacks import folded
 
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B)\.weight")
@@ -252,12 +252,6 @@ def refuse_tensors(path: str, missing: Iterable[str], unknown: Iterable[str]) ->
         refuse(path, list(missing), list(unknown))
     except ValueError as error:
         raise ValueError(str(error).replace("the LoRA-Switch adapter", "the backbone as a LoRA")) from None
-
-
-def module_names(backbone: nn.Module) -> list[str]:
-    """Of all modules of the backbone, without what adapters have added."""
-    inside = tuple(name + "." for name, m in backbone.named_modules() if isinstance(m, BaseTunerLayer))
-    return [name for name, _ in backbone.named_modules() if name and not name.startswith(inside)]
 
 
 def _check_selection(path: str, backbone: nn.Module, settings: LoRASwitchConfig, pairs: dict[str, Any]) -> None:

@@ -180,14 +180,22 @@ def owner(key: str) -> str | None:
     return None
 
 
+def embeddings_of(model: Any, which: str) -> nn.Module | None:
+    """The "input" or "output" embeddings; None if the model cannot tell."""
+    try:
+        return getattr(model, f"get_{which}_embeddings")()
+    except (AttributeError, NotImplementedError):  # not a model of Transformers, or one without token embeddings
+        return None
+
+
+def without_wrapper(module: Any) -> Any:
+    """The module itself, without what PEFT puts around one that is trained in full or in part."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+
+
 def embedding_names(backbone: Any) -> list[str]:
     """Names of the input and output embeddings, of models that can tell."""
-    modules = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            modules.append(getattr(backbone, get)())
-        except (AttributeError, NotImplementedError):  # not a model of Transformers, or one without token embeddings
-            continue
+    modules = [embeddings_of(backbone, which) for which in ("input", "output")]
     return [name for name, module in backbone.named_modules() if any(module is m for m in modules)]
 
 

@@ -16,7 +16,7 @@ from ..loading.layout import LIST_AT_MOST
 from ..patterns import TimeLimit, shown
 from ..peft_names import PREFIX
 from .linears import is_supported_linear, left_out, refused
-from .selection import selects
+from .selection import module_names, selects
 from .streams import check_streams
 from .trained_in_full import check_trained_in_full, within_trained_in_full
 
@@ -48,8 +48,7 @@ def plan_injection(
     limit = TimeLimit()
     every_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
-    inside = tuple(name + "." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
-    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    names = module_names(model)
     if state_dict is not None:
         keys = {key.rsplit(".loraswitch_", 1)[0].removeprefix(PREFIX) for key in state_dict if ".loraswitch_" in key}
         names = [name for name in names if name in keys]

@@ -6,12 +6,19 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import _ExcludedModule
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
+from torch import nn
 
 from ..config import LoRASwitchConfig
 from ..patterns import BLOCK, TimeLimit
 
 ANY_BLOCK = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+
+
+def module_names(backbone: nn.Module) -> list[str]:
+    """Of all modules of the backbone, without what adapters have added."""
+    inside = tuple(name + "." for name, m in backbone.named_modules() if isinstance(m, BaseTunerLayer))
+    return [name for name, _ in backbone.named_modules() if name and not name.startswith(inside)]
 
 
 def selects(config: LoRASwitchConfig, name: str, limit: TimeLimit | None = None) -> bool | _ExcludedModule:

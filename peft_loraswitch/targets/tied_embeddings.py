@@ -17,22 +17,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, _
 from torch import nn
 
 from ..config import LoRASwitchConfig
-from ..loading.layout import plain_name
-
-
-def input_embeddings(model: Any) -> nn.Module | None:
-    """The module itself, without what PEFT puts around it; None if the model cannot tell."""
-    try:
-        module = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+from ..loading.layout import embeddings_of, plain_name, without_wrapper
 
 
 def tied_names(model: Any) -> list[str]:
     """Names of the modules that have the weight of the input embeddings, these first; empty if none is tied. They are the names
     that the modules have without adapters, which PEFT does not find where `modules_to_save` has wrapped the input embeddings."""
-    embeddings = input_embeddings(model)
+    embeddings = without_wrapper(embeddings_of(model, "input"))
     weight = getattr(embeddings, "weight", None)
     if weight is None or not BaseTuner.get_model_config(model).get("tie_word_embeddings", False):
         return []

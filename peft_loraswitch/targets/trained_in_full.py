@@ -23,7 +23,7 @@ from torch import nn
 
 from ..config import LoRASwitchConfig
 from ..layer import LoRASwitchLayer
-from ..loading.layout import owner, plain_name
+from ..loading.layout import owner, plain_name, without_wrapper
 from ..peft_names import PREFIX
 from .tied_embeddings import check_beside_others, tied_names, tokens_by_ending, trains_tokens_apart
 
@@ -106,13 +106,13 @@ def trained_shapes(model: nn.Module, config: LoRASwitchConfig) -> dict[str, tupl
         if not endings or not name.endswith(endings) or (outside and name.startswith(outside)):
             continue
         outside = f"{name}."
-        for key, tensor in _without_wrapper(module).state_dict(prefix=outside).items():
+        for key, tensor in without_wrapper(module).state_dict(prefix=outside).items():
             if owner(key) is None and isinstance(tensor, torch.Tensor):
                 shapes[plain_name(PREFIX + key)] = tuple(tensor.shape)
     apart = trains_tokens_apart(model, config)
     for ending, indices in tokens_by_ending(model, config).items():
         for name in (n for n in modules if n.endswith(ending) and (apart or n not in tied)):
-            weight = getattr(_without_wrapper(modules[name]), "weight", None)
+            weight = getattr(without_wrapper(modules[name]), "weight", None)
             if weight is not None:
                 key = plain_name(f"{PREFIX}{name}.{TOKENS}")
                 shapes.setdefault(key, (len(indices), *weight.shape[-1:]))
@@ -166,7 +166,7 @@ def _check_not_within(modules: dict[str, nn.Module], names: list[str]) -> None:
     outside = ""
     for name in names:  # depth first
         if outside and name.startswith(f"{outside}."):
-            if _without_wrapper(modules[name]).state_dict():
+            if without_wrapper(modules[name]).state_dict():
                 raise ValueError(
                     f"modules_to_save: '{name}' lies within '{outside}', which is trained in full as well: leave it out."
                 )
@@ -179,8 +179,4 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _rows(module: nn.Module) -> int:
-    return getattr(getattr(_without_wrapper(module), "weight", None), "shape", (sys.maxsize,))[0]
-
-
-def _without_wrapper(module: Any) -> nn.Module:
-    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+    return getattr(getattr(without_wrapper(module), "weight", None), "shape", (sys.maxsize,))[0]
