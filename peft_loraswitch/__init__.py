@@ -6,6 +6,7 @@ Importing this package is all it takes: PEFT, Transformers and TRL then know the
 from .callback import RouterStatsCallback
 from .compose.export import export_expert
 from .compose.import_loras import from_loras
+from .compose.initial_router import router_from_texts, router_from_weights
 from .compose.resize import add_expert, remove_expert
 from .config import LoRASwitchConfig
 from .integrations import install
@@ -23,6 +24,8 @@ __all__ = [
     "from_loras",
     "record_routing",
     "remove_expert",
+    "router_from_texts",
+    "router_from_weights",
     "router_stats",
 ]
 

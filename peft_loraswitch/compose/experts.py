@@ -11,6 +11,8 @@ from ..layer import LoRASwitchLinear
 from ..loading.layout import backbone_of
 from ..patterns import shown
 
+BASE = "base"  # what the base expert is called, unless an expert has this name
+
 
 def adapted_linears(backbone: nn.Module, adapter: str) -> dict[str, LoRASwitchLinear]:
     """The linears that `adapter` adapts, by full name, in the backbone's order."""
