@@ -12,6 +12,7 @@ from .config import LoRASwitchConfig
 from .integrations import install
 from .layer import LoRASwitchLinear
 from .model import LoRASwitchModel, record_routing, router_stats
+from .reporting.report import RoutingReport, routing_report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LoRASwitchLinear",
     "LoRASwitchModel",
     "RouterStatsCallback",
+    "RoutingReport",
     "add_expert",
     "export_expert",
     "from_loras",
@@ -27,6 +29,7 @@ __all__ = [
     "router_from_texts",
     "router_from_weights",
     "router_stats",
+    "routing_report",
 ]
 
 install(LoRASwitchConfig, LoRASwitchModel)

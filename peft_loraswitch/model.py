@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from .inference.fuse import fuse, fuse_new_layers, refresh_fused, unfuse
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear
 from .loading.load import check_experts_being_loaded, check_file_being_loaded, injecting, select_tensors
 from .mixed import check_batch_size, mixed_batch
+from .reporting.report import RoutingReport, routing_report
+from .router_inputs import AT_A_TIME
 from .routing.frame import RoutingState
 from .routing.statistics import RoutingRecord, RoutingRecorder, summary_of
 from .switching import (
@@ -226,6 +228,31 @@ class LoRASwitchModel(BaseTuner):
             RoutingRecorder: its `summary(adapter_name=None)` returns the dict of `router_stats()`, for these forwards alone.
         """
         return record_routing(self.model)
+
+    def routing_report(
+        self,
+        texts: str | Sequence[str],
+        tokenizer: Any = None,
+        adapter_name: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = AT_A_TIME,
+    ) -> RoutingReport:
+        """Have the model read texts, and tell which experts each token gets: see the function `routing_report`.
+
+        Args:
+            texts: a text or several.
+            tokenizer: of the backbone. None: the one that stands where the backbone was loaded from.
+            adapter_name: which adapter; may be left out if there is only one.
+            max_length: tokens of a text that are read. None: all.
+            batch_size: texts that are read at a time.
+
+        Returns:
+            RoutingReport: `print(report)`, `report.save("routes.html")`, and the numbers as attributes.
+
+        Raises:
+            ValueError: a text is empty, the adapter is unknown, ambiguous or not active, or there is no tokenizer.
+        """
+        return routing_report(self.model, texts, tokenizer, adapter_name, max_length, batch_size)
 
     # ------------------------------------------------------------------------------------- mixed batches
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .config import LoRASwitchConfig
 from .layer import LoRASwitchLinear
 from .patterns import shown
 from .routing.decision import Routing
@@ -44,7 +45,7 @@ class _Enough(Exception):
     """Breaks a forward off."""
 
 
-def tokenized(texts: Sequence[str], tokenizer: Any, max_length: int, whose: str = "texts") -> list[list[int]]:
+def tokenized(texts: Sequence[str], tokenizer: Any, max_length: int | None, whose: str = "texts") -> list[list[int]]:
     """The token ids of each text, at most `max_length`, with the tokenizer's special tokens.
 
     Raises:
@@ -125,6 +126,22 @@ def linears_of_one_input(backbone: nn.Module, adapter: str) -> dict[str, LoRASwi
         raise RuntimeError(_not_reached(backbone, adapter))
     names = {id(module): name for name, module in backbone.named_modules()}
     return {names[id(layer)]: layer for layer, x in seen if x is seen[0][1]}
+
+
+def decay_of(config: LoRASwitchConfig) -> float:
+    """How logits are averaged over the tokens before: 0, not at all."""
+    return float(getattr(config, "router_decay", 0.0) or 0.0)
+
+
+def averaged(x: Tensor, decay: float) -> Tensor:
+    """x [B, T, d] -> of each token the mean of the tokens up to it, one that is n tokens back with weight `decay ** n`."""
+    if decay == 0:
+        return x
+    back = torch.arange(x.shape[1], device=x.device)
+    back = (back[:, None] - back).to(x.dtype)  # [T, T]
+    weights = torch.where(back >= 0, torch.pow(decay, back.clamp(min=0)), 0.0)
+    weights = weights / weights.sum(1, keepdim=True)
+    return torch.matmul(weights, x)
 
 
 def _routed(backbone: nn.Module, adapter: str) -> list[LoRASwitchLinear]:

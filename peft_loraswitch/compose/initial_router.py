@@ -18,8 +18,17 @@ from ..config import LoRASwitchConfig
 from ..layer import LoRASwitchLinear
 from ..loading.layout import backbone_of
 from ..patterns import shown
-from ..router_inputs import AT_A_TIME, MAX_TOKENS, check_active, linears_of_one_input, read, tokenized
-from .experts import BASE, adapted_linears, config_of, index_of
+from ..router_inputs import (
+    AT_A_TIME,
+    MAX_TOKENS,
+    averaged,
+    check_active,
+    decay_of,
+    linears_of_one_input,
+    read,
+    tokenized,
+)
+from .experts import BASE, adapted_linears, choice_name, config_of, index_of
 from .linear_classifiers import Moments, discriminant_rows, regression_rows
 
 METHODS = ("discriminant", "centroid")
@@ -86,11 +95,11 @@ def router_from_texts(
     _check_positive("temperature", temperature)
     _check_length(max_length)
     sequences = _sequences(config, texts, tokenizer, max_length)
-    decay = _decay(config)
+    decay = decay_of(config)
     moments: dict[int, Moments] = {}
     averaged_within = []
     for index, found in sequences.items():
-        moments[index], of_averages = _moments(backbone, adapter, found, batch_size, decay, _name(config, index))
+        moments[index], of_averages = _moments(backbone, adapter, found, batch_size, decay, choice_name(config, index))
         averaged_within.append(of_averages.covariance)
     means = torch.stack([moment.mean for moment in moments.values()])
     within = torch.stack([moment.covariance for moment in moments.values()]).mean(0)
@@ -107,7 +116,7 @@ def router_from_texts(
         averages = torch.stack(averaged_within).mean(0)
         rows = rows * (((rows @ within) * rows).sum() / ((rows @ averages) * rows).sum())
     _write(router, dict(zip(moments, rows / temperature, strict=True)))
-    return {_name(config, index): moment.count for index, moment in moments.items()}
+    return {choice_name(config, index): moment.count for index, moment in moments.items()}
 
 
 def router_from_weights(
@@ -182,7 +191,7 @@ def router_from_weights(
             "router_from_texts, or train the router."
         )
     _write(router, dict(enumerate(rows / temperature)))
-    return {_name(config, index): float(share) for index, share in enumerate(shares)}
+    return {choice_name(config, index): float(share) for index, share in enumerate(shares)}
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -221,12 +230,6 @@ def _check_length(max_length: Any) -> None:
         raise ValueError(f"max_length={shown(max_length)} must be a positive whole number.")
 
 
-def _name(config: LoRASwitchConfig, index: int) -> str:
-    if index == config.num_experts:
-        return BASE
-    return config.expert_names[index] if config.expert_names is not None else f"expert_{index}"
-
-
 # -------------------------------------------------------------------------------------------------------------- texts
 
 
@@ -244,7 +247,7 @@ def _sequences(config: LoRASwitchConfig, texts: Any, tokenizer: Any, max_length:
         if index in found:
             raise ValueError(f"{whose} is expert {index}, which has texts under another key already.")
         found[index] = tokenized(value, tokenizer, max_length, whose)
-    missing = [_name(config, index) for index in range(config.num_experts) if index not in found]
+    missing = [choice_name(config, index) for index in range(config.num_experts) if index not in found]
     if missing:
         raise ValueError(f"texts has none for {', '.join(missing)}: every expert needs some.")
     if len(found) < 2:
@@ -263,21 +266,6 @@ def _moments(
         found = [Moments.of(each[real]) for each in ([x, averaged(x, decay)] if decay else [x])]
         totals = [old + new for old, new in zip(totals, found, strict=True)] if totals else found
     return totals[0], totals[-1]
-
-
-def _decay(config: LoRASwitchConfig) -> float:
-    return float(getattr(config, "router_decay", 0.0) or 0.0)
-
-
-def averaged(x: Tensor, decay: float) -> Tensor:
-    """x [B, T, d] -> of each token the mean of the tokens up to it, one that is n tokens back with weight `decay ** n`."""
-    if decay == 0:
-        return x
-    back = torch.arange(x.shape[1], device=x.device)
-    back = (back[:, None] - back).to(x.dtype)  # [T, T]
-    weights = torch.where(back >= 0, torch.pow(decay, back.clamp(min=0)), 0.0)
-    weights = weights / weights.sum(1, keepdim=True)
-    return torch.matmul(weights, x)
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -304,20 +292,20 @@ def _prototype(
     _, values, right = torch.linalg.svd(small, full_matrices=False)
     if not float(values[0]) > 0:
         raise ValueError(
-            f"Expert '{_name(config, index)}' adds nothing in {', '.join(layers)}, which read what the router reads: its weights "
-            "do not tell where it belongs. Use router_from_texts, or another router_module."
+            f"Expert '{choice_name(config, index)}' adds nothing in {', '.join(layers)}, which read what the router reads: its "
+            "weights do not tell where it belongs. Use router_from_texts, or another router_module."
         )
     return p @ (right[:directions].T * (values[:directions] / values[0]))
 
 
-def _references(backbone: nn.Module, texts: Any, tokenizer: Any, references: int) -> list[list[int]]:
+def _references(backbone: Any, texts: Any, tokenizer: Any, references: int) -> list[list[int]]:
     if texts is not None:
         if tokenizer is None:
             raise ValueError("tokenizer is missing: texts need one.")
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
             raise ValueError(f"texts={shown(texts)} must be a list of one or more texts.")
         return tokenized(texts, tokenizer, MAX_TOKENS)
-    embeddings: Any = backbone.get_input_embeddings() if hasattr(backbone, "get_input_embeddings") else None
+    embeddings = backbone.get_input_embeddings() if hasattr(backbone, "get_input_embeddings") else None
     size = getattr(embeddings, "num_embeddings", None)
     if size is None:
         raise ValueError(f"texts is missing: {type(backbone).__name__} has no table of token embeddings to go by.")

@@ -13,7 +13,7 @@ from torch import nn
 from helpers import adapted, router_layer, switch_layers, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5, tokens
 from loras import save_lora
 from peft_loraswitch import from_loras, router_from_texts, router_from_weights
-from peft_loraswitch.compose.initial_router import averaged
+from peft_loraswitch.router_inputs import averaged
 from trainer_tools import sentence, tokenizer
 from unchanged import unchanged
 
