@@ -137,11 +137,11 @@ def averaged(x: Tensor, decay: float) -> Tensor:
     """x [B, T, d] -> of each token the mean of the tokens up to it, one that is n tokens back with weight `decay ** n`."""
     if decay == 0:
         return x
-    back = torch.arange(x.shape[1], device=x.device)
-    back = (back[:, None] - back).to(x.dtype)  # [T, T]
-    weights = torch.where(back >= 0, torch.pow(decay, back.clamp(min=0)), 0.0)
-    weights = weights / weights.sum(1, keepdim=True)
-    return torch.matmul(weights, x)
+    total, weight, means = torch.zeros_like(x[:, 0]), 0.0, []
+    for token in x.unbind(1):
+        total, weight = total * decay + token, weight * decay + 1
+        means.append(total / weight)
+    return torch.stack(means, 1)
 
 
 def _routed(backbone: nn.Module, adapter: str) -> list[LoRASwitchLinear]:

@@ -27,7 +27,7 @@ h1 { font-size: 1.3rem; } h2 { font-size: 1rem; margin: 2rem 0 .3rem; }
 .n { display: none; font-size: .65em; vertical-align: super; color: var(--quiet); }
 #n:checked ~ section .n { display: inline; }
 .bar { display: flex; height: 1.1rem; border-radius: 4px; overflow: hidden; border: 1px solid var(--edge); }
-.bar span { background: rgb(var(--c)); border-bottom: 4px var(--l) var(--page); box-sizing: border-box; }
+.bar span { background: rgb(var(--c)); border-bottom: var(--w) var(--l) var(--page); box-sizing: border-box; }
 .sum { color: var(--quiet); font-size: .85rem; margin: .3rem 0; }
 """
 
@@ -70,7 +70,8 @@ probabilities and gates.</p>
 def _rule(index: int, is_base: bool) -> str:
     colour, line = place(index)
     red, green, blue = (128, 128, 128) if is_base else PALETTE[colour][0]
-    return f".e{index} {{ --c: {red}, {green}, {blue}; --l: {'solid' if is_base else LINES[line]}; }}"
+    style, width = (LINES[0], 0) if is_base or not line else (LINES[line], 4)  # of bars, only where a colour comes again
+    return f".e{index} {{ --c: {red}, {green}, {blue}; --l: {style}; --w: {width}px; }}"
 
 
 def _shares(names: Sequence[str], totals: Totals) -> str:
