@@ -16,6 +16,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from . import hooks, integrations
+from .adapted_layers import adapted_layers
 from .config import LoRASwitchConfig
 from .inference.fuse import fuse, fuse_new_layers, refresh_fused, unfuse
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear
@@ -29,7 +30,6 @@ from .switching import (
     NoConfigs,
     check_can_be_active,
     inherit_switched_off,
-    layers_of,
     remove_adapter,
     tell_wrappers,
 )
@@ -66,7 +66,7 @@ class LoRASwitchModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # here, because PEFT's constructor overwrites the configuration of the adapter that is there
-        if any(adapter_name in layer.loraswitch_A for layer in model.modules() if isinstance(layer, LoRASwitchLayer)):
+        if any(adapter_name in layer.loraswitch_A for layer in adapted_layers(model)):
             raise ValueError(
                 f"The adapter '{adapter_name}' exists already: delete it first, or give another adapter_name."
             )
@@ -110,7 +110,7 @@ class LoRASwitchModel(BaseTuner):
             check_file_being_loaded(model, config, adapter_name)
             state = routing_state(model)
             assert state is not None
-            hooks.connect(state, model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
+            hooks.connect(state, model, adapted_layers(model))
             fuse_new_layers(model)
             tell_wrappers(model, self.active_adapters, config.inference_mode)
             inherit_switched_off(model)
@@ -183,7 +183,7 @@ class LoRASwitchModel(BaseTuner):
             super().set_adapter(adapter_name, *args, **kwargs)
         else:  # PEFT's call after an injection, if every adapter that was there has been deleted
             self.active_adapter = []
-            for layer in layers_of(self.model):
+            for layer in adapted_layers(self.model):
                 layer.set_adapter([])
             tell_wrappers(self.model, [])
 
@@ -355,7 +355,7 @@ def _never_quantised_again() -> None:
 
 def routing_state(model: nn.Module) -> RoutingState | None:
     """The state that the adapted layers of `model` share, or None if it has none."""
-    return next((m.routing_state for m in model.modules() if isinstance(m, LoRASwitchLayer)), None)
+    return next((layer.routing_state for layer in adapted_layers(model)), None)
 
 
 def _require_state(model: nn.Module) -> RoutingState:

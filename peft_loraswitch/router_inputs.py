@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .adapted_layers import adapted_layers
 from .config import LoRASwitchConfig
 from .layer import LoRASwitchLinear
 from .patterns import shown
@@ -146,11 +147,9 @@ def averaged(x: Tensor, decay: float) -> Tensor:
 
 def _routed(backbone: nn.Module, adapter: str) -> list[LoRASwitchLinear]:
     return [
-        module
-        for module in backbone.modules()
-        if isinstance(module, LoRASwitchLinear)
-        and adapter in module.routing_options
-        and module.routing_options[adapter].is_routed
+        layer
+        for layer in adapted_layers(backbone)
+        if adapter in layer.routing_options and layer.routing_options[adapter].is_routed
     ]
 
 

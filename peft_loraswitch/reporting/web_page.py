@@ -70,7 +70,9 @@ probabilities and gates.</p>
 def _rule(index: int, is_base: bool) -> str:
     colour, line = place(index)
     red, green, blue = (128, 128, 128) if is_base else PALETTE[colour][0]
-    style, width = (LINES[0], 0) if is_base or not line else (LINES[line], 4)  # of bars, only where a colour comes again
+    style, width = (
+        (LINES[0], 0) if is_base or not line else (LINES[line], 4)
+    )  # of bars, only where a colour comes again
     return f".e{index} {{ --c: {red}, {green}, {blue}; --l: {style}; --w: {width}px; }}"
 
 
