@@ -57,12 +57,12 @@ def router_from_texts(
 
     The rows are relative to the mean of all experts' means, whose logit is 0. A router has no offset, which both methods want;
     the best linear approximation of a constant takes its place. Logits are log-odds, were the inputs normally distributed, and
-    experts count as equally frequent, however many texts each has. Where the configuration has logits averaged over the tokens
+    experts count as equally frequent, however many texts each has. With `router_decay`, which averages logits over the tokens
     before, the rows are the same but larger: averages vary less.
 
     A single token often does not tell where it belongs: with the default router, which sees the embedding alone, expect most of
-    them to be spread. What makes the difference is a router that sees more than one token: a deeper `router_module`, or logits
-    that are averaged over the tokens before.
+    them to be spread. What makes the difference is a router that sees more than one token, by `router_decay` or a deeper
+    `router_module`.
 
     Args:
         model: a model with LoRA-Switch adapters; the adapter must be active.

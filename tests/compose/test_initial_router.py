@@ -13,7 +13,7 @@ from torch import nn
 from helpers import adapted, router_layer, switch_layers, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5, tokens
 from loras import save_lora
 from peft_loraswitch import from_loras, router_from_texts, router_from_weights
-from peft_loraswitch.router_inputs import averaged
+from peft_loraswitch.router_inputs import averaged, read
 from trainer_tools import sentence, tokenizer
 from unchanged import unchanged
 
@@ -100,6 +100,40 @@ def test_text_finds_its_expert(method, least):
         assert recorded.summary()["load"][index] > least
         (x,) = inputs_of(model, [text])
         assert (x @ router(model).detach().double().numpy().T).mean(0).argmax() == index
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_the_discriminant_is_the_better_one(decay):
+    """On made-up domains: four kinds of text that use the same words with other frequencies, ten texts of each to learn from."""
+    words, kinds = 512, range(4)
+    model = made(tiny_llama(vocab_size=words, hidden_size=64), num_experts=4, expert_names=None)
+    model.peft_config["default"].router_decay = decay
+    right = {"centroid": 0.0, "discriminant": 0.0}
+    for seed in range(6):
+        rng = torch.Generator().manual_seed(seed)
+        liked = [torch.exp(0.7 * torch.randn(words, generator=rng)) / (torch.arange(words) + 5) for _ in kinds]
+
+        def text(kind: int, rng=rng, liked=liked) -> str:
+            return " ".join(map(str, torch.multinomial(liked[kind], 64, replacement=True, generator=rng).tolist()))
+
+        texts = {kind: [text(kind) for _ in range(10)] for kind in kinds}
+        others = [(kind, [int(word) for word in text(kind).split()]) for kind in kinds for _ in range(25)]
+        for method in right:
+            router_from_texts(model, Numbers(), texts, method=method)
+            best: list[torch.Tensor] = []
+            for batch in read(model.get_base_model(), "default", [ids for _, ids in others], 50):
+                best += averaged(batch.x @ router(model).detach().T, decay).argmax(-1)
+            hits = [(found == kind).double().mean() for found, (kind, _) in zip(best, others, strict=True)]
+            right[method] += float(torch.stack(hits).mean()) / 6
+    assert right["discriminant"] > right["centroid"] + 0.01, right
+    assert right["centroid"] > (0.6 if decay else 0.3), right
+
+
+class Numbers:
+    """A tokenizer of texts that are token ids."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [int(number) for number in text.split()]}
 
 
 def test_averaged_logits_make_the_rows_larger():
