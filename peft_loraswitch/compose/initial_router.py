@@ -330,5 +330,5 @@ def _write(router: Any, rows: dict[int, Tensor]) -> None:
         new[index] = row.to(weight.device, weight.dtype)
     if not torch.isfinite(new).all():
         raise ValueError(f"A row of the router would be beyond {weight.dtype}: raise the temperature.")
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # a write that is counted, in whatever mode
         weight.copy_(new)

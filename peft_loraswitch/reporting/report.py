@@ -20,9 +20,11 @@ from . import terminal, web_page
 from .routes import RoutedText, RoutedToken, Totals
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RoutingReport:
-    """What `routing_report` returns. `print(report)` shows it, in colours where the output is a terminal that has them.
+    """What `routing_report` returns. `print(report)` shows it, in colours where the output is a terminal that has them;
+    `report.terminal(colours=True)` is that text. `report.save("routes.html")` writes one web page, without scripts and with
+    nothing to load; `report.html()` is its text.
 
     Attributes:
         adapter: the name of the adapter.
@@ -50,6 +52,9 @@ class RoutingReport:
         before each run of tokens. None: with, if the standard output is a terminal and NO_COLOR is not set."""
         wanted = terminal.wants_colours() if colours is None else colours
         return terminal.rendered(self.names, self.has_base, self.texts, self.totals, wanted)
+
+    def __repr__(self) -> str:
+        return f"RoutingReport(adapter={self.adapter!r}, texts={len(self.texts)}, tokens={self.totals.tokens})"
 
     def __str__(self) -> str:
         return self.terminal()

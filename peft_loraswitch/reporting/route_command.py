@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
-from ..config import LoRASwitchConfig
 from ..loading.weights_file import find_file, read_config_file
 from ..patterns import shown
 from ..peft_names import NAME
@@ -104,7 +103,7 @@ def load(adapter: str, base_model: str | None, device: str | None) -> tuple[Peft
         ) from error
     backbone = _class_for(fields, config).from_pretrained(base, dtype="auto", **revision)
     backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = PeftModel.from_pretrained(backbone, adapter, config=LoRASwitchConfig.from_pretrained(adapter)).eval()
+    model = PeftModel.from_pretrained(backbone, adapter).eval()
     own = find_file(adapter, "tokenizer_config.json") is not None
     try:
         return model, AutoTokenizer.from_pretrained(adapter if own else base, **({} if own else revision))

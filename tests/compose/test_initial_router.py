@@ -221,6 +221,17 @@ def test_a_tokenizer_without_a_padding_token_does():
     torch.testing.assert_close(router(first), router(second), rtol=1e-4, atol=1e-5)
 
 
+def test_within_inference_mode():
+    """The router can be trained afterwards."""
+    model, other = made(), made()
+    with torch.inference_mode():
+        router_from_texts(model, TOKENIZER, TEXTS)
+    router_from_texts(other, TOKENIZER, TEXTS)
+    assert torch.equal(router(model), router(other)) and not router(model).is_inference()
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert router(model).grad.any()
+
+
 @contextlib.contextmanager
 def refused(model: nn.Module, error: type[Exception], match: str):
     with unchanged(model), pytest.raises(error, match=match):

@@ -13,6 +13,7 @@ from torch import nn
 
 import oracle
 from fusing import adapted as fusable
+from fusing import devices
 from helpers import adapted, router_layer, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5
 from peft_loraswitch import routing_report
 from peft_loraswitch.reporting.report import RoutingReport, pieces
@@ -62,6 +63,19 @@ def test_every_token_has_the_decision_of_the_reference(settings):
             assert token.probabilities == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
+def test_probabilities_are_of_averaged_logits_where_the_decision_is():
+    model = adapted(tiny_llama())
+    model.peft_config["default"].router_decay = 0.5
+    weight = router_layer(model).loraswitch_router["default"].weight.detach().double()
+    report = model.routing_report(TEXTS, TOKENIZER, batch_size=2)
+    for text, found in zip(TEXTS, report.texts, strict=True):
+        logits = router_inputs(model, text) @ weight.T
+        for t, token in enumerate(found.tokens):
+            weights = torch.tensor([0.5 ** (t - s) for s in range(t + 1)], dtype=torch.float64)
+            mean = (weights[:, None] * logits[: t + 1]).sum(0) / weights.sum()
+            assert token.probabilities == pytest.approx(mean.softmax(-1).tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("base_expert", [False, True])
 def test_sums_are_those_of_the_statistics(base_expert):
     model = adapted(tiny_llama(), base_expert=base_expert)
@@ -93,8 +107,9 @@ def test_other_backbones(backbone):
     assert len({token.experts for text in report.texts for token in text.tokens}) > 1
 
 
-def test_a_fused_model_tells_the_same():
-    model = fusable(tiny_llama())
+@devices
+def test_a_fused_model_tells_the_same(device):
+    model = fusable(tiny_llama(), device)
     expected = model.routing_report(TEXTS, TOKENIZER)
     model.fuse_for_inference("fused")
     found = model.routing_report(TEXTS, TOKENIZER)
@@ -298,6 +313,7 @@ def test_many_experts_have_colours_and_lines_that_differ():
     legend = a_report([["a"]], names).terminal(True).splitlines()[0]
     codes = re.findall(r"\x1b\[([\d;]+)m x\d+ ", legend)
     assert len(set(codes)) == len(codes) == 28
+    assert repr(a_report([["a"], ["b", "c"]], names)) == "RoutingReport(adapter='default', texts=2, tokens=3)"
     more = a_report([["a"]], [f"x{index}" for index in range(40)])
     assert ".e39 {" in more.html() and "x39" in more.terminal(True)
 
