@@ -51,9 +51,7 @@ class Hooks:
         layers: its adapted linears, in module order; `routed`: those with routed experts.
     """
 
-    def __init__(
-        self, state: RoutingState, root: nn.Module, layers: Sequence[Any], routed: set[nn.Module]
-    ) -> None:
+    def __init__(self, state: RoutingState, root: nn.Module, layers: Sequence[Any], routed: set[nn.Module]) -> None:
         self.state = state
         self._handles: list[Any] = []
         owners = _owners(root, routed)
@@ -166,7 +164,9 @@ class _OwnerHooks:
         is_tower = depth > 0 and isinstance(owner, PreTrainedModel)
         self.has_no_mask = self.mask_position is None and is_tower
         takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        self.has_no_cache = is_tower and not (takes_more or _PASTS & set(names))  # the encoder of an encoder-decoder model
+        self.has_no_cache = is_tower and not (
+            takes_more or _PASTS & set(names)
+        )  # the encoder of an encoder-decoder model
         self.positions = {name: i for i, name in enumerate(names)}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -183,7 +183,10 @@ class _OwnerHooks:
                 frame.attention_mask = mask
         elif self.has_no_mask:
             frame.attention_mask = None
-        if self.hooks.see_context:
+        if (
+            self.hooks.see_context and self.depth <= self.hooks.innermost_model
+        ):  # blocks within see what it made of these
+            frame.inputs.mask = frame.attention_mask
             self._see_inputs(frame.inputs, args, kwargs)
         if frame.num_items_in_batch is None:
             frame.num_items_in_batch = kwargs.get("num_items_in_batch", None)
@@ -232,7 +235,7 @@ class _OwnerHooks:
         frame = self.state.running_frame()
         if frame is not None and self.depth == self.hooks.innermost_model and self.hooks.see_context:
             if output is not None and frame.opened_at != SECOND_RUN:
-                frame.inputs.end(None if self.has_no_cache else output, frame.routings)
+                frame.inputs.end(None if self.has_no_cache else output)
         if frame is None or frame.opened_at != self.depth:
             # Nobody asks for the decision any more. torch 2.11 runs the hooks of the outermost module that it compiles outside
             # of the graph: what the frame still holds there becomes an output of the graph.
@@ -250,7 +253,7 @@ class _OwnerHooks:
 
 # Names of what holds a batch of tokens, the decoder's first, and of what holds past ones.
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "hidden_states", "pixel_values")
-_PASTS = {"past_key_values", "past_key_value", "layer_past", "cache_params", "mems", "past_states"}
+_PASTS = {"past_key_values", "past_key_value", "layer_past", "cache_params", "cache", "mems"}
 
 
 def _marks_tokens(mask: Any) -> bool:

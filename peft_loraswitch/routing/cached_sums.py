@@ -48,7 +48,7 @@ class DynamicSums(_Sums, DynamicLayer):
     """Of a cache that grows."""
 
     def __init__(self, adapter: str, decay: float) -> None:
-        DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]
+        DynamicLayer.__init__(self)
         self.adapter, self.decay, self.stale = adapter, decay, False
 
     def keep(self, sums: torch.Tensor) -> None:
@@ -65,7 +65,7 @@ class StaticSums(_Sums, StaticLayer):
     """Of a static cache: of the last token alone, at an address that stays."""
 
     def __init__(self, adapter: str, decay: float, max_cache_len: int) -> None:
-        StaticLayer.__init__(self, max_cache_len)  # type: ignore[no-untyped-call]
+        StaticLayer.__init__(self, max_cache_len)
         self.adapter, self.decay, self.stale = adapter, decay, False
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
 

@@ -26,18 +26,22 @@ class ForwardInputs:
     """What a router that sees context has to know of a forward.
 
     Attributes:
+        mask: the model's attention mask, in any form that models take, or None.
         position_ids: as they were passed, or None; batch: number of sequences (beams counted), or None if it was not seen.
         cache: of this forward, or None; if it is not a `Cache`, it is refused when somebody decides.
         cached: how many tokens it held when the forward began: a number, or a tensor for a static cache.
         previous: by adapter, the sums [batch, choices + 1] up to the forward's first token (for a block that runs again).
+        decided: adapters that have taken their decision in this forward.
         waiting: by adapter, (decay, sums) that the cache gets when the model has filled it.
     """
 
+    mask: Any = None
     position_ids: torch.Tensor | None = None
     batch: int | None = None
     cache: Any = None
     cached: Any = 0
     previous: dict[str, torch.Tensor] = field(default_factory=dict)
+    decided: set[str] = field(default_factory=set)
     waiting: dict[str, tuple[float, torch.Tensor]] = field(default_factory=dict)
 
     def see_cache(self, past: Any, adapters: set[str]) -> None:
@@ -58,11 +62,11 @@ class ForwardInputs:
 
     def for_second_run(self) -> ForwardInputs:
         """The same for a checkpointed block that runs again: the cache has gone on since, but not for it."""
-        return ForwardInputs(self.position_ids, self.batch, previous=self.previous)
+        return ForwardInputs(self.mask, self.position_ids, self.batch, previous=self.previous)
 
-    def end(self, output: Any, decided: Any) -> None:
-        """At the end of the model's forward: leave the sums in the cache, which now has the model's layers. Adapters that are not
-        among the `decided` have missed these tokens."""
+    def end(self, output: Any) -> None:
+        """At the end of the model's forward: leave the sums in the cache, which now has the model's layers. Adapters that have
+        not decided have missed these tokens."""
         cache = self.cache
         if cache is None and self.waiting:
             cache = cache_in(output)
@@ -70,7 +74,7 @@ class ForwardInputs:
             for adapter, (decay, sums) in self.waiting.items():
                 add_to(cache, adapter, decay, sums)
             for layer in sums_in(cache):
-                if layer.adapter not in decided and not layer.stale:
+                if layer.adapter not in self.decided and not layer.stale:
                     layer.stale = True
         self.waiting.clear()
 
@@ -79,7 +83,7 @@ class Context:
     """The tokens of a forward as sequences, for one adapter.
 
     Args:
-        inputs: of the forward; mask: its attention mask, in any form that models take, or None.
+        inputs: of the forward.
         shape: of the tokens that are routed, [batch, ..., tokens] or flattened.
         served: of a mixed batch, (number of tokens in all, indices of those that are routed), else None.
         decay, width: of the adapter; choices + 1.
@@ -90,30 +94,30 @@ class Context:
         length: tokens of each sequence.
 
     Raises:
-        ValueError: the cache holds tokens that this adapter has not seen, or is of a kind that cannot hold sums; the mask is of no
-            known kind; flattened tokens that cannot be told apart. Says what to do.
+        ValueError: the cache holds tokens that this adapter has not seen, or is of a kind that cannot hold sums; the mask is of
+            no known kind; flattened tokens that cannot be told apart. Says what to do.
     """
 
     def __init__(
-        self, inputs: ForwardInputs, mask: Any, adapter: str, decay: float, width: int, shape: torch.Size,
+        self, inputs: ForwardInputs, adapter: str, decay: float, width: int, shape: torch.Size,
         served: tuple[int, torch.Tensor] | None, device: torch.device,
     ) -> None:  # fmt: skip
         self.inputs, self.adapter, self.decay, self.shape = inputs, adapter, decay, shape
         total = shape.numel() if served is None else served[0]
-        self.batch = inputs.batch if len(shape) == 1 else shape[0]
-        if not self.batch or total % self.batch:
+        batch = inputs.batch if len(shape) == 1 else shape[0]
+        if not batch or total % batch:
             raise ValueError(
                 f"router_decay: {total} flattened tokens reach the router of adapter '{adapter}', and the model's inputs do not "
                 "say of which sequences they are: pass input_ids or inputs_embeds by name, [batch, tokens]."
             )
-        self.length = total // self.batch
+        self.batch, self.length = batch, total // batch
         self.rows = None if served is None else served[1][:: self.length] // self.length
         self.layer = self._layer(width)
         past: Any = 0 if self.layer is None else self.layer.get_seq_length()
         self.previous = self._previous(device)
-        real = _real(mask, self.batch, self.length, past, device)
+        real = _real(inputs.mask, self.batch, self.length, past, device)
         self.real = real if real is None or self.rows is None else real[self.rows]
-        self.numbers = self._numbers(mask, device)
+        self.numbers = self._numbers(device)
 
     def _layer(self, width: int) -> DynamicSums | StaticSums | None:
         cache, adapter = self.inputs.cache, self.adapter
@@ -168,10 +172,10 @@ class Context:
             self.inputs.previous[self.adapter] = previous.detach()
         return previous
 
-    def _numbers(self, mask: Any, device: torch.device) -> torch.Tensor | None:
+    def _numbers(self, device: torch.device) -> torch.Tensor | None:
         """Packing is told by positions alone, as in transformers: with a mask, or a past, a row is one sequence."""
         positions = self.inputs.position_ids
-        if positions is None or mask is not None or self.length == 1 or self.inputs.cached != 0:
+        if positions is None or self.inputs.mask is not None or self.length == 1 or self.inputs.cached != 0:
             return None
         if positions.dim() == 3:  # several axes; the first of four is that of text
             if positions.shape[0] != 4:
@@ -199,6 +203,7 @@ class Context:
 
     def keep(self, sums: torch.Tensor) -> None:
         """sums [batch, tokens, width] into the cache, at once or when the model has filled it."""
+        self.inputs.decided.add(self.adapter)
         if self.rows is not None:
             others = sums.new_full((self.batch, *sums.shape[1:]), float("nan"))
             sums = others.index_copy(0, self.rows, sums)
@@ -216,9 +221,9 @@ class Context:
 
 def _unseen(adapter: str) -> str:
     return (
-        f"The cache (past_key_values) holds tokens that the adapter '{adapter}' has not seen: it was off, or another adapter, another "
-        "setting of it or another model computed them. With router_decay its router needs all of them. Pass a new cache and the "
-        "whole text, or go on with what filled the cache."
+        f"The cache (past_key_values) holds tokens that the adapter '{adapter}' has not seen: it was off, or another adapter, "
+        "another setting of it or another model computed them. With router_decay its router needs all of them. Pass a new "
+        "cache and the whole text, or go on with what filled the cache."
     )
 
 
@@ -232,8 +237,8 @@ def _real(mask: Any, batch: int, length: int, past: Any, device: torch.device) -
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 3, 4) or mask.shape[0] not in (1, batch):
         what = f"of shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"router_decay: the attention mask is {what}, which does not say which of the {batch} x {length} tokens are padding: pass "
-            "one of shape [batch, tokens]."
+            f"router_decay: the attention mask is {what}, which does not say which of the {batch} x {length} tokens are "
+            "padding: pass one of shape [batch, tokens]."
         )
     if mask.dim() == 2:
         keys = mask != 0
@@ -249,8 +254,8 @@ def _real(mask: Any, batch: int, length: int, past: Any, device: torch.device) -
             first = min(past, first)
     if not isinstance(first, torch.Tensor) and first < 0:
         raise ValueError(
-            f"router_decay: the attention mask covers {keys.shape[1]} tokens, and the forward has {length}: pass one of shape [batch, "
-            "tokens], past ones included."
+            f"router_decay: the attention mask covers {keys.shape[1]} tokens, and the forward has {length}: pass one of "
+            "shape [batch, tokens], past ones included."
         )
     if isinstance(first, torch.Tensor):
         columns = torch.arange(length, device=first.device) + first

@@ -76,7 +76,7 @@ class RoutingFrame:
         self.adapter_names = adapter_names
         self.routings: dict[str, Routing] = {}
         self.shared: dict[str, Routing] = {}
-        self.attention_mask: Any = None
+        self.attention_mask: torch.Tensor | None = None
         self.inputs = ForwardInputs()
         self.num_items_in_batch: Any = None
         self.earlier: tuple[RoutingFrame, ...] = ()
@@ -145,9 +145,7 @@ class RoutingFrame:
     ) -> Context:
         """The tokens [*token_shape] of this forward as sequences, for an adapter with `router_decay`."""
         served = None if self.adapter_names is None else self.served_rows(adapter, token_shape.numel())
-        return Context(
-            self.inputs, self.attention_mask, adapter, decay, choices + 1, token_shape, served, device
-        )
+        return Context(self.inputs, adapter, decay, choices + 1, token_shape, served, device)
 
     def real_tokens(self, adapter: str, routing: Routing) -> torch.Tensor:
         """float32 [T, 1]: 1 for real tokens, 0 for padding. Without a mask (packed, padding-free) all tokens are real."""
