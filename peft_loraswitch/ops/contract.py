@@ -240,6 +240,7 @@ def _delta_fake(
 
 
 for _name, _fake in (
-    ("route", _route_fake), ("route_context", _route_context_fake), ("linear", _linear_fake), ("expand", _expand_fake), ("delta", _delta_fake), ("merge", check_merge)
+    ("route", _route_fake), ("route_context", _route_context_fake), ("linear", _linear_fake), ("expand", _expand_fake),
+    ("delta", _delta_fake), ("merge", check_merge),
 ):  # fmt: skip
     torch.library.register_fake(f"loraswitch::{_name}", _fake, lib=library)

@@ -118,6 +118,7 @@ def _merge_cuda(
 
 
 for _name, _function in (
-    ("route", _route_cuda), ("route_context", _route_context_cuda), ("linear", _linear_cuda), ("expand", _expand_cuda), ("delta", _delta_cuda), ("merge", _merge_cuda)
+    ("route", _route_cuda), ("route_context", _route_context_cuda), ("linear", _linear_cuda), ("expand", _expand_cuda),
+    ("delta", _delta_cuda), ("merge", _merge_cuda),
 ):  # fmt: skip
     library.impl(_name, _function, "CUDA")

@@ -114,7 +114,7 @@ def merge_pytorch(
 
 
 for _name, _function in (
-    ("route", route_pytorch), ("route_context", route_context_pytorch), ("linear", linear_pytorch), ("expand", expand_pytorch), ("delta", delta_pytorch),
-    ("merge", merge_pytorch),
+    ("route", route_pytorch), ("route_context", route_context_pytorch), ("linear", linear_pytorch),
+    ("expand", expand_pytorch), ("delta", delta_pytorch), ("merge", merge_pytorch),
 ):  # fmt: skip
     library.impl(_name, _function, "CPU")

@@ -1,4 +1,4 @@
-"""The router's kernel with context, on a GPU: against the float64 oracle, odd sizes, every dtype, poisoned outputs, graph replay."""
+"""The router's kernel with context, on a GPU: the float64 oracle, odd sizes, every dtype, poisoned outputs, graph replay."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) ->
 def route_context(
     x, router, previous, decay, top_k, normalize, real=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [T, in], router [E, in], previous [T, E + 1], real bool [T] or None -> experts [T, k], gates [T, k] and sums [T, E + 1] in
-    float64. The logits are read off as inputs of a router that is the identity."""
+    """x [T, in], router [E, in], previous [T, E + 1], real bool [T] or None -> experts [T, k], gates [T, k] and sums
+    [T, E + 1] in float64. The mean is routed as the input of a router that is the identity."""
     logits = x.double() @ router.double().T
     one = torch.ones_like(logits[:, :1])
     own = torch.cat([logits, one], 1)
