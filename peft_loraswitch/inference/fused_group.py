@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .. import kernels, ops
 from ..layer import LoRASwitchLinear
-from ..routing.decision import Routing, routing_of
+from ..routing.decision import Routing, decide, routing_of
 from ..routing.frame import RoutingFrame, current
+from ..routing.router import router_logits
 from .capabilities import BaseFacts, within_limits
 from .eager_launch import DirectGroup
 from .live_linear import LiveLinear, fingerprint_of
@@ -119,7 +120,19 @@ class FusedGroup(nn.Module):
         weight: Any = router_layer.loraswitch_router[adapter].weight
         if torch.is_grad_enabled() and weight.requires_grad:
             return layer.routing_for(adapter, frame, x)
-        experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
+        if options.decay:
+            context = frame.context(adapter, options.decay, options.num_choices, x.shape[:-1], x.device)
+            if context.length == 1 and context.previous is not None:
+                real = None if context.real is None else context.real.flatten()
+                experts, gates, sums = ops.route_context(
+                    x, weight, context.previous, options.decay, options.top_k, options.normalize_gates, real
+                )
+                context.keep(sums.unsqueeze(1))
+            else:
+                logits = context.logits(router_logits(x, weight))
+                experts, gates = decide(logits, options.top_k, options.normalize_gates)
+        else:
+            experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
         routing = routing_of(experts, gates, options)
         if not torch.compiler.is_compiling():
             frame.used.add(adapter)
