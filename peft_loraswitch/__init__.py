@@ -5,6 +5,7 @@ Importing this package is all it takes: PEFT, Transformers and TRL then know the
 
 from .callback import RouterStatsCallback
 from .compose.export import export_expert
+from .compose.given_experts import use_experts
 from .compose.import_loras import from_loras
 from .compose.resize import add_expert, remove_expert
 from .config import LoRASwitchConfig
@@ -24,6 +25,7 @@ __all__ = [
     "record_routing",
     "remove_expert",
     "router_stats",
+    "use_experts",
 ]
 
 install(LoRASwitchConfig, LoRASwitchModel)

@@ -82,7 +82,7 @@ class Hooks:
     def open_frame(self, opened_at: int, training: bool, previous: RoutingFrame | None) -> RoutingFrame:
         """A frame for a forward that begins, of the owner at depth `opened_at`, within that of `previous`."""
         frame = RoutingFrame(training, self.state.adapter_names)
-        frame.opened_at, frame.previous = opened_at, previous
+        frame.opened_at, frame.previous, frame.given = opened_at, previous, self.state.given
         if training:
             # at each forward, because gradient_checkpointing_enable() may come at any time
             for block in self._blocks:

@@ -30,6 +30,7 @@ from .config import LoRASwitchConfig
 from .ordinary import OrdinaryParameters
 from .routing.decision import Routing, route, shared_routing
 from .routing.frame import NO_ADAPTER, OUTSIDE, Relay, RoutingFrame, RoutingState
+from .routing.given import GivenExperts, given_routing
 from .routing.options import RoutingOptions
 from .routing.router import Router, jitter
 from .routing.statistics import RoutingRecord
@@ -259,7 +260,11 @@ class LoRASwitchLayer(BaseTunerLayer):
         if routing is None:
             if frame.opened_at == OUTSIDE:
                 raise RuntimeError(_outside_of_a_forward(self.name))
-            routing = self.router_layer(adapter).decide(adapter, frame, x, self.name)
+            given = frame.given.get(adapter)
+            if given is None:
+                routing = self.router_layer(adapter).decide(adapter, frame, x, self.name)
+            else:
+                routing = self.router_layer(adapter).follow(adapter, frame, x, given)
             frame.routings[adapter] = routing
         return routing
 
@@ -313,6 +318,22 @@ class LoRASwitchLayer(BaseTunerLayer):
             elif routing.dense_gates.requires_grad:
                 routing.dense_gates.register_hook(relay.join)
                 join_at_decision(routing, router.weight)
+        return routing
+
+    def follow(self, adapter: str, frame: RoutingFrame, x: torch.Tensor, given: GivenExperts) -> Routing:
+        """The decision of this forward where the experts are given; the router is not asked.
+
+        Args:
+            x: [..., in_features], of the layer that is reached first.
+
+        Raises:
+            ValueError: they are those of another batch.
+        """
+        if frame.adapter_names is not None and given.choices.dim():
+            raise ValueError("experts are given per sample, and so are adapters (adapter_names): use one of the two.")
+        routing = given_routing(given.of_tokens(x, frame.training), self.routing_options[adapter])
+        if frame.training or self.routing_state.recorders:
+            routing.router_input = x.detach()  # for the statistics
         return routing
 
     # ------------------------------------------------------------------------------------------------- merging

@@ -44,6 +44,7 @@ class Routing:
         router_input: [*token_shape, in_features], detached; what the balance losses are computed from. None outside of
             training, where nothing needs it.
         has_base_expert: the base expert may be among `experts`.
+        is_given: no router took it; it has the one chosen expert first (see `routing/given.py`).
         join_point: where the router's losses join, see `training/loss_joining.py`; None if they join elsewhere, or not.
     """
 
@@ -53,6 +54,7 @@ class Routing:
     router_input: torch.Tensor | None = None
     join_point: JoinPoint | None = None
     has_base_expert: bool = False
+    is_given: bool = False
     _scaled: dict[tuple[float, torch.dtype], torch.Tensor] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
@@ -120,6 +122,7 @@ class Routing:
                 self.gates.to(device),
                 self.dense_gates.to(device),
                 has_base_expert=self.has_base_expert,
+                is_given=self.is_given,
             )
         return self._elsewhere[device]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from .decision import Routing
+from .given import GivenExperts
 from .statistics import RoutingRecorder
 
 NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter on this sample"
 # What `RoutingFrame.opened_at` holds instead of an owner's depth:
 SECOND_RUN = -1  # in a checkpointed block's second run
 OUTSIDE = -2  # outside of any forward, where nothing may be decided
+NOTHING_GIVEN: Mapping[str, GivenExperts] = {}
 
 
 class Relay:
@@ -56,6 +58,7 @@ class RoutingFrame:
         attention_mask: the forward's mask, if it had one: which tokens are real (for losses and statistics only).
         num_items_in_batch: what the trainer passed, see `training/end_of_forward.py`.
         adapter_names: adapter of each sample (mixed batches), or None.
+        given: by adapter name, the experts that tokens are told to use instead of asking the router.
         training: whether a loss may follow: model in train mode and gradients enabled when the frame was opened.
         earlier: finished passes of the same forward, if an owner below the outermost runs several times (a model that
             encodes two sentences, one after the other): other tokens, so other decisions.
@@ -72,6 +75,7 @@ class RoutingFrame:
         self.previous: RoutingFrame | None = None
         self._callers: dict[int, FrameType] = {}  # by depth, the Python frame from which the owner's forward is called
         self.adapter_names = adapter_names
+        self.given: Mapping[str, GivenExperts] = NOTHING_GIVEN
         self.routings: dict[str, Routing] = {}
         self.shared: dict[str, Routing] = {}
         self.attention_mask: torch.Tensor | None = None
@@ -92,6 +96,7 @@ class RoutingFrame:
     def continues(self, earlier: RoutingFrame, depth: int) -> None:
         """This frame is of another pass, of the owner at `depth`, of the forward that `earlier` is of."""
         self.num_items_in_batch, self.at_close = earlier.num_items_in_batch, earlier.at_close
+        self.given = earlier.given
         self.earlier, self.paused = (*earlier.earlier, earlier), [*earlier.paused, *self.paused]
         self._callers = {outer: caller for outer, caller in earlier._callers.items() if outer < depth}
 
@@ -157,11 +162,12 @@ class RoutingFrame:
 
 
 class _ThreadState(threading.local):
-    """Per thread (threading.local runs __init__ in each): the frame of the forward in flight, names for mixed batches."""
+    """Per thread (threading.local runs __init__ in each): the frame of the forward in flight, names for mixed batches, given experts."""
 
     def __init__(self) -> None:
         self.frame: RoutingFrame | None = None
         self.adapter_names: Sequence[str] | None = None
+        self.given: Mapping[str, GivenExperts] = NOTHING_GIVEN
 
 
 class _Current(threading.local):
@@ -257,6 +263,21 @@ class RoutingState:
             yield
         finally:
             self._local.adapter_names = previous
+
+    @property
+    def given(self) -> Mapping[str, GivenExperts]:
+        """The experts that forwards of this thread are told to use, by adapter name."""
+        return self._local.given
+
+    @contextmanager
+    def given_experts(self, given: Mapping[str, GivenExperts]) -> Iterator[None]:
+        """Within it, forwards of this thread use the `given` experts, besides those that are given already."""
+        previous = self._local.given
+        self._local.given = {**previous, **given}
+        try:
+            yield
+        finally:
+            self._local.given = previous
 
     @contextmanager
     def within(self, frame: RoutingFrame) -> Iterator[None]:
