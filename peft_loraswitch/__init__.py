@@ -7,6 +7,7 @@ from .callback import RouterStatsCallback
 from .compose.export import export_expert
 from .compose.given_experts import use_experts
 from .compose.import_loras import from_loras
+from .compose.one_pass import ExpertCollator, ExpertLoss
 from .compose.resize import add_expert, remove_expert
 from .config import LoRASwitchConfig
 from .integrations import install
@@ -15,6 +16,8 @@ from .model import LoRASwitchModel, record_routing, router_stats
 
 __version__ = "0.1.0"
 __all__ = [
+    "ExpertCollator",
+    "ExpertLoss",
     "LoRASwitchConfig",
     "LoRASwitchLinear",
     "LoRASwitchModel",

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .compose.given_experts import experts_of_batch
 from .layer import LoRASwitchLinear
+from .mixed import check_given
 from .routing.frame import SECOND_RUN, RoutingFrame, RoutingState, traced
 from .targets.unused_linears import UnusedLinears, keep_off_fast_paths
 from .training.end_of_forward import finish_forward
@@ -145,6 +147,9 @@ def _owners(root: nn.Module, routed: set[nn.Module]) -> list[nn.Module]:
     return owners
 
 
+EXPERTS = "experts"  # the argument of a forward that says which expert each sample is for
+
+
 class _OwnerHooks:
     """The two hooks of one owner, at `depth` owners below the outermost (bound methods: `copy.deepcopy` rebinds them)."""
 
@@ -153,13 +158,20 @@ class _OwnerHooks:
         self.depth = depth
         names = list(inspect.signature(owner.forward).parameters)
         self.mask_position = names.index("attention_mask") if "attention_mask" in names else None
+        self.takes_experts = depth == 0 and EXPERTS not in names
         # a tower without a mask of its own, inside a model whose mask is that of another stream (CLIP's text)
         self.has_no_mask = self.mask_position is None and depth > 0 and isinstance(owner, PreTrainedModel)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        experts = kwargs.pop(EXPERTS, None) if self.takes_experts else None
         frame = self._frame()
         if frame is None:
             return
+        if experts is not None:
+            given = experts_of_batch(self.state, experts)
+            for each in given.values():
+                check_given(each, args, kwargs)
+            self.state.give_with_batch(frame, given)
         if not traced():
             frame.called_from(self.depth, sys._getframe(1))
         if self.mask_position is not None:

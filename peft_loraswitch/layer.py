@@ -331,7 +331,13 @@ class LoRASwitchLayer(BaseTunerLayer):
         """
         if frame.adapter_names is not None and given.choices.dim():
             raise ValueError("experts are given per sample, and so are adapters (adapter_names): use one of the two.")
-        routing = given_routing(given.of_tokens(x, frame.training), self.routing_options[adapter])
+        options = self.routing_options[adapter]
+        routing = given_routing(given.of_tokens(x, frame.training), options)
+        samples = given.of_samples()
+        if (
+            samples is not None and options.num_stacked == options.num_experts == options.num_choices
+        ):  # no shared experts, no base expert
+            routing.samples = samples.to(x.device, non_blocking=True)
         if frame.training or self.routing_state.recorders:
             routing.router_input = x.detach()  # for the statistics
         return routing
@@ -409,9 +415,23 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
             return self._forward_mixed(x, result, frame)
         for adapter in self.active_adapters:
             if adapter in self.loraswitch_A:
-                hidden = self.gated_hidden(adapter, x, self.routing_for(adapter, frame, x))
+                routing = self.routing_for(adapter, frame, x)
+                if routing.samples is not None and x.dim() == 3 and x.shape[0] == len(routing.samples):
+                    result = result + self.one_each(adapter, x, routing).to(result.dtype)
+                    continue
+                hidden = self.gated_hidden(adapter, x, routing)
                 result = self.loraswitch_B[adapter](hidden, result)
         return result
+
+    def one_each(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """s * B[e] A[e] x with each sample's own expert e alone, x [samples, sequence, in_features] -> [..., out_features]: the
+        work of one expert a token, where the wide product of `gated_hidden` does that of all."""
+        assert routing.samples is not None
+        routing.dense_gates_for(x, self.name)  # the tokens that were routed, or an error
+        samples = routing.samples.to(x.device)
+        a, b = (experts[adapter].weight.index_select(0, samples) for experts in (self.loraswitch_A, self.loraswitch_B))
+        inputs: Any = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), a.dtype)
+        return torch.bmm(torch.bmm(inputs, a.transpose(1, 2)) * self.scaling[adapter], b.transpose(1, 2))
 
     def gated_hidden(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """s * g_te A[e] x for every expert e, 0 where e was not chosen: x [..., in_features] -> [..., E, r]."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import LoRASwitchConfig
 from ..loading.layout import backbone_of
+from ..routing.frame import RoutingState
 from ..routing.given import GivenExperts
 from .experts import adapted_linears, config_of, index_of
 
@@ -42,6 +43,7 @@ def use_experts(model: nn.Module, experts: Given, adapter_name: str | None = Non
     """
     adapter, config = config_of(model, adapter_name)
     choices = expert_indices(config, experts)
+    _check_range(config, choices)
     linear = next(
         layer for layer in adapted_linears(backbone_of(model), adapter).values() if adapter in layer.loraswitch_router
     )
@@ -62,15 +64,39 @@ def expert_indices(config: LoRASwitchConfig, experts: Given) -> torch.Tensor:
                 f"experts is a tensor {tuple(experts.shape)} of {experts.dtype}; it must hold whole numbers, one per sample "
                 "[samples] or per token [samples, sequence]."
             )
-        last = config.num_experts - (not config.base_expert)
-        if experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) <= last:
-            raise ValueError(
-                f"experts holds indices from {int(experts.min())} to {int(experts.max())}; the adapter has 0 to {last}."
-            )
         return experts.long()
-    if isinstance(experts, (str, int)):
+    if isinstance(experts, str | int):
         return torch.tensor(choice_of(config, experts))
     return torch.tensor([choice_of(config, expert) for expert in experts], dtype=torch.int64)
+
+
+def _check_range(config: LoRASwitchConfig, choices: torch.Tensor) -> None:
+    last = config.num_experts - (not config.base_expert)
+    if choices.numel() and not 0 <= int(choices.min()) <= int(choices.max()) <= last:
+        raise ValueError(
+            f"experts holds indices from {int(choices.min())} to {int(choices.max())}; the adapter has 0 to {last}."
+        )
+
+
+def experts_of_batch(state: RoutingState, experts: Given) -> dict[str, GivenExperts]:
+    """`experts` as they come with a batch, model(..., experts=...), for the active adapter; none if no adapter is active. A
+    tensor on a GPU is not looked at, which would wait for the device.
+
+    Raises:
+        ValueError: several adapters are active, or there is no such expert.
+    """
+    layers = {a: layer for a, layer in state.router_layers.items() if a in layer.active_adapters}
+    if any(layer.disable_adapters for layer in layers.values()):
+        return {}
+    if len(layers) > 1:
+        raise ValueError(f"experts is given, but the adapters {', '.join(layers)} are active: set one of them active.")
+    given = {}
+    for adapter, layer in layers.items():
+        choices = expert_indices(layer.adapter_config[adapter], experts)
+        if choices.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_range(layer.adapter_config[adapter], choices)
+        given[adapter] = GivenExperts(choices)
+    return given
 
 
 def choice_of(config: LoRASwitchConfig, expert: str | int) -> int:

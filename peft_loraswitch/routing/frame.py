@@ -162,12 +162,14 @@ class RoutingFrame:
 
 
 class _ThreadState(threading.local):
-    """Per thread (threading.local runs __init__ in each): the frame of the forward in flight, names for mixed batches, given experts."""
+    """Per thread (threading.local runs __init__ in each): the frame of the forward in flight, names for mixed batches, given
+    experts, and those of the last forward that got them with its batch."""
 
     def __init__(self) -> None:
         self.frame: RoutingFrame | None = None
         self.adapter_names: Sequence[str] | None = None
         self.given: Mapping[str, GivenExperts] = NOTHING_GIVEN
+        self.last_given: Mapping[str, GivenExperts] = NOTHING_GIVEN
 
 
 class _Current(threading.local):
@@ -268,6 +270,16 @@ class RoutingState:
     def given(self) -> Mapping[str, GivenExperts]:
         """The experts that forwards of this thread are told to use, by adapter name."""
         return self._local.given
+
+    @property
+    def last_given(self) -> Mapping[str, GivenExperts]:
+        """The experts that this thread's last forward used which got them with its batch."""
+        return self._local.last_given
+
+    def give_with_batch(self, frame: RoutingFrame, given: Mapping[str, GivenExperts]) -> None:
+        """Have the forward of `frame` use the `given` experts, which came with its batch."""
+        frame.given = {**frame.given, **given}
+        self._local.last_given = given
 
     @contextmanager
     def given_experts(self, given: Mapping[str, GivenExperts]) -> Iterator[None]:
