@@ -31,6 +31,7 @@ from .ordinary import OrdinaryParameters
 from .routing.context import Context
 from .routing.decision import Routing, route, shared_routing
 from .routing.frame import NO_ADAPTER, OUTSIDE, Relay, RoutingFrame, RoutingState
+from .routing.given import GivenExperts, given_routing
 from .routing.options import RoutingOptions
 from .routing.router import Router, full_precision, jitter
 from .routing.statistics import RoutingRecord
@@ -260,7 +261,11 @@ class LoRASwitchLayer(BaseTunerLayer):
         if routing is None:
             if frame.opened_at == OUTSIDE:
                 raise RuntimeError(_outside_of_a_forward(self.name))
-            routing = self.router_layer(adapter).decide(adapter, frame, x, self.name)
+            given = frame.given.get(adapter)
+            if given is None:
+                routing = self.router_layer(adapter).decide(adapter, frame, x, self.name)
+            else:
+                routing = self.router_layer(adapter).follow(adapter, frame, x, given)
             frame.routings[adapter] = routing
         return routing
 
@@ -336,6 +341,28 @@ class LoRASwitchLayer(BaseTunerLayer):
         with torch.no_grad(), full_precision(x.device):
             return context.mean(x.detach())
 
+    def follow(self, adapter: str, frame: RoutingFrame, x: torch.Tensor, given: GivenExperts) -> Routing:
+        """The decision of this forward where the experts are given; the router is not asked.
+
+        Args:
+            x: [..., in_features], of the layer that is reached first.
+
+        Raises:
+            ValueError: they are those of another batch.
+        """
+        if frame.adapter_names is not None and given.choices.dim():
+            raise ValueError("experts are given per sample, and so are adapters (adapter_names): use one of the two.")
+        options = self.routing_options[adapter]
+        routing = given_routing(given.of_tokens(x, frame.training), options)
+        samples = given.of_samples()
+        if (
+            samples is not None and options.num_stacked == options.num_experts == options.num_choices
+        ):  # no shared experts, no base expert
+            routing.samples = samples.to(x.device, non_blocking=True)
+        if frame.training or self.routing_state.recorders:
+            routing.router_input = x.detach()  # for the statistics
+        return routing
+
     # ------------------------------------------------------------------------------------------------- merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -409,9 +436,23 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
             return self._forward_mixed(x, result, frame)
         for adapter in self.active_adapters:
             if adapter in self.loraswitch_A:
-                hidden = self.gated_hidden(adapter, x, self.routing_for(adapter, frame, x))
+                routing = self.routing_for(adapter, frame, x)
+                if routing.samples is not None and x.dim() == 3 and x.shape[0] == len(routing.samples):
+                    result = result + self.one_each(adapter, x, routing).to(result.dtype)
+                    continue
+                hidden = self.gated_hidden(adapter, x, routing)
                 result = self.loraswitch_B[adapter](hidden, result)
         return result
+
+    def one_each(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """s * B[e] A[e] x with each sample's own expert e alone, x [samples, sequence, in_features] -> [..., out_features]: the
+        work of one expert a token, where the wide product of `gated_hidden` does that of all."""
+        assert routing.samples is not None
+        routing.dense_gates_for(x, self.name)  # the tokens that were routed, or an error
+        samples = routing.samples.to(x.device)
+        a, b = (experts[adapter].weight.index_select(0, samples) for experts in (self.loraswitch_A, self.loraswitch_B))
+        inputs: Any = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), a.dtype)
+        return torch.bmm(torch.bmm(inputs, a.transpose(1, 2)) * self.scaling[adapter], b.transpose(1, 2))
 
     def gated_hidden(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """s * g_te A[e] x for every expert e, 0 where e was not chosen: x [..., in_features] -> [..., E, r]."""

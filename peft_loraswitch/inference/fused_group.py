@@ -111,7 +111,7 @@ class FusedGroup(nn.Module):
     def _decide(self, layer: LoRASwitchLinear, x: Tensor, frame: RoutingFrame) -> Routing:
         """The decision of this forward: one launch on a GPU, the unfused way elsewhere or when it is being recorded."""
         state, adapter = layer.routing_state, self.adapter
-        if not self.kernels or frame.training or state.recorders:
+        if not self.kernels or frame.training or state.recorders or frame.given:
             return layer.routing_for(adapter, frame, x)
         router_layer = layer.router_layer(adapter)
         options = router_layer.routing_options[adapter]

@@ -87,6 +87,7 @@ class _Block:
     def __init__(self, state: RoutingState, frame: RoutingFrame, function: Callable[..., Any]) -> None:
         self.state, self.function = state, function
         self.training, self.adapter_names, self.relays = frame.training, frame.adapter_names, frame.relays
+        self.given = frame.given
         self.routings_before = dict(frame.routings)
         self.inputs = frame.inputs.for_second_run()
         self.used: set[str] | None = None  # adapters that the first run used; None: it has not run yet
@@ -113,7 +114,7 @@ class _Block:
 
     def _run_again(self, *args: Any, **kwargs: Any) -> Any:
         again = RoutingFrame(self.training, self.adapter_names)
-        again.opened_at, again.relays = SECOND_RUN, self.relays
+        again.opened_at, again.relays, again.given = SECOND_RUN, self.relays, self.given
         again.inputs = self.inputs
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing
