@@ -27,6 +27,7 @@ from torch import nn
 
 from ..routing.decision import Routing
 from ..routing.frame import SECOND_RUN, RoutingFrame, RoutingState
+from .fast_linears import shared_inputs_of
 
 
 class CheckpointedBlock:
@@ -88,6 +89,7 @@ class _Block:
         self.state, self.function = state, function
         self.training, self.adapter_names, self.relays = frame.training, frame.adapter_names, frame.relays
         self.routings_before = dict(frame.routings)
+        self.inputs = shared_inputs_of(state, frame).again()
         self.used: set[str] | None = None  # adapters that the first run used; None: it has not run yet
         self.reentrant = False
 
@@ -113,6 +115,7 @@ class _Block:
     def _run_again(self, *args: Any, **kwargs: Any) -> Any:
         again = RoutingFrame(self.training, self.adapter_names)
         again.opened_at, again.relays = SECOND_RUN, self.relays
+        again.shared_inputs = self.inputs.again()
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing
         used, finished = self.used or set(), False
