@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,18 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FRESH = ("Linear4bit", "Linear8bitLt")
 Groups = dict[int, tuple[Any, ...]]  # by the id of the first linear of each: the others
 _said: set[str] = set()
+_plain = 0
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within it, linears train in the layer's own form, to compare with."""
+    global _plain
+    _plain += 1
+    try:
+        yield
+    finally:
+        _plain -= 1
 
 
 class KnownGroups:
@@ -85,7 +99,9 @@ class SharedInputs:
         """`layer` does not see what its group sees: later forwards compute it by itself."""
         if self.known is None or self.state.training_groups is not self.known:
             return
-        groups = {first: tuple(one for one in others if one is not layer) for first, others in self.known.groups.items()}
+        groups = {
+            first: tuple(one for one in others if one is not layer) for first, others in self.known.groups.items()
+        }
         self.state.training_groups = KnownGroups(groups, self.known.seen)
 
     def end(self, finished: bool) -> None:
@@ -109,6 +125,8 @@ def shared_inputs_of(state: RoutingState, frame: RoutingFrame) -> SharedInputs:
 def forward(layer: Any, x: Tensor, frame: RoutingFrame) -> Tensor | None:
     """The output [..., out] of the adapted linear `layer` for x [..., in], in a forward that trains; None where its own form
     must be run."""
+    if _plain:
+        return None
     if frame.adapter_names is not None:
         return _no("a batch has an adapter for each sample (adapter_names)")
     inputs = shared_inputs_of(layer.routing_state, frame)

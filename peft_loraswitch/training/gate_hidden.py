@@ -54,7 +54,7 @@ def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, columns: tuple[Co
     """
     if gate_kernels.usable(hidden):
         return gate_kernels.gate(hidden, gates, chosen, runs(columns))
-    parts = [_gate(h, gates, chosen, first) for h, first, _ in _each_run(hidden, columns)]
+    parts = [_gate(h, gates, chosen, first, count) for h, first, count in _each_run(hidden, columns)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -91,8 +91,8 @@ def _each_run(each: Tensor, columns: tuple[Columns, ...]) -> list[tuple[Tensor, 
     ]
 
 
-def _gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, first: Columns) -> Tensor:
-    parts = hidden.reshape(hidden.shape[0], -1, first.experts, first.rank)
+def _gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, first: Columns, count: int) -> Tensor:
+    parts = hidden.reshape(hidden.shape[0], count, first.experts, first.rank)
     factors = (gates * first.scaling).to(hidden.dtype)[:, None, :, None]
     if chosen is None:
         return (parts * factors).view(hidden.shape)

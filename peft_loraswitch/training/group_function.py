@@ -94,8 +94,14 @@ class _Group(torch.autograd.Function):
                 outputs = []
                 for part, up, weight, bias in zip(parts, wide_b, base, biases, strict=True):
                     matrix = _matrix(weight, spec)
-                    y = part @ up.t() if bias is None else torch.addmm(bias.to(spec.dtype), part, up.t())
-                    outputs.append(y.addmm_(rows, matrix).view(*x.shape[:-1], matrix.shape[1]))
+                    y = rows.new_empty((*x.shape[:-1], matrix.shape[1]))  # no view: a model may write to it
+                    y_rows = y.view(rows.shape[0], matrix.shape[1])
+                    if bias is None:
+                        torch.mm(part, up.t(), out=y_rows)
+                    else:
+                        torch.addmm(bias.to(spec.dtype), part, up.t(), out=y_rows)
+                    y_rows.addmm_(rows, matrix)
+                    outputs.append(y)
         _, x_needed, gates_needed, _, *needed = ctx.needs_input_grad
         a_trains, b_trains = any(needed[:n]), any(needed[n : 2 * n])
         keep_hidden = b_trains or gates_needed
@@ -223,11 +229,14 @@ def _added(ctx: Any, results: Sequence[Tensor], parts: list[Tensor], wide_b: lis
         if result.dtype != spec.dtype:
             outputs.append(result + (part @ up.t()).to(result.dtype).view(result.shape))
         elif in_place and result.is_contiguous():
-            result.view(-1, result.shape[-1]).addmm_(part, up.t())
+            result.view(part.shape[0], result.shape[-1]).addmm_(part, up.t())
             outputs.append(result)
             dirty.append(result)
         else:
-            outputs.append(torch.addmm(result.reshape(part.shape[0], -1), part, up.t()).view(result.shape))
+            y = torch.empty_like(result, memory_format=torch.contiguous_format)
+            rows = result.reshape(part.shape[0], result.shape[-1])
+            torch.addmm(rows, part, up.t(), out=y.view(rows.shape))
+            outputs.append(y)
     ctx.mark_dirty(*dirty)
     return outputs
 
