@@ -154,10 +154,14 @@ def measure(model: LlamaForCausalLM, row: Row, mode: str, args: argparse.Namespa
     trained = [p for p in target.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=args.device == "cuda") if trained else None
     called = torch.compile(target) if mode == "compiled" else target
+    embed = model.get_input_embeddings()
 
     def step() -> torch.Tensor:
+        inputs = {"input_ids": ids}
+        if mode == "compiled":  # which knows no hook that has the embedding ask for a gradient
+            inputs = {"inputs_embeds": embed(ids).requires_grad_()}
         with torch.autocast(args.device, torch.bfloat16):
-            loss = called(input_ids=ids, labels=ids).loss
+            loss = called(**inputs, labels=ids, use_cache=False).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -323,6 +327,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model = None
             gc.collect()
             model, four_bits = backbone(args, mode == "4bit"), mode == "4bit"
+        model.disable_input_require_grads()
+        if mode != "compiled":
             model.enable_input_require_grads()
         floor: dict[str, Any] | None = None
         for name in args.rows or ROWS[mode]:
