@@ -1,8 +1,9 @@
 """When an adapted linear trains by `group_function.py`, and with which others: those that receive the very same tensor.
 
-Which these are is learned in the first forward that trains, by looking at the tensors; a forward keeps what it knew when it
-began, because a checkpointed block has to run again as it ran before. The first linear of a group computes all of it and leaves
-the others' outputs for them. If one of them then sees another tensor, it computes for itself, and leaves the group.
+Which these are is learned in the first forward that trains, by looking at the tensors; that forward goes by the usual names, so
+that for most models it has the same bits as those after it. A forward keeps what it knew when it began, because a checkpointed
+block has to run again as it ran before. The first linear of a group computes all of it and leaves the others' outputs for them.
+If one of them then sees another tensor, it computes for itself, and leaves the group.
 
 Where this path does not apply, the layer's own form runs, with one line of log for each reason.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..routing.frame import RoutingFrame, RoutingState
 from .gate_hidden import Columns
-from .group_function import Spec, run
+from .group_function import Spec, autocast_dtype, run
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -33,6 +34,14 @@ logger = logging.getLogger(__name__)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Modules of bitsandbytes whose forward returns a tensor that nobody else holds.
 FRESH = ("Linear4bit", "Linear8bitLt")
+# Linears of one module that receive one tensor in most models, in the order they run.
+USUAL = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
 Groups = dict[int, tuple[Any, ...]]  # by the id of the first linear of each: the others
 _said: set[str] = set()
 _plain = 0
@@ -56,15 +65,33 @@ class KnownGroups:
         self.groups, self.seen = groups, seen
 
 
+def usual_groups(layers: Iterable[Any]) -> KnownGroups:
+    """By names alone."""
+    places = {name: (number, place) for number, names in enumerate(USUAL) for place, name in enumerate(names)}
+    siblings: dict[tuple[str, int], list[tuple[int, Any]]] = {}
+    seen = []
+    for layer in layers:
+        parent, _, name = layer.name.rpartition(".")
+        seen.append(id(layer))
+        if name in places:
+            number, place = places[name]
+            siblings.setdefault((parent, number), []).append((place, layer))
+    groups: Groups = {}
+    for found in siblings.values():
+        first, *others = (layer for _, layer in sorted(found, key=lambda pair: pair[0]))
+        groups[id(first)] = tuple(others)
+    return KnownGroups(groups, frozenset(seen))
+
+
 class SharedInputs:
     """Of one forward: the groups that it goes by, the outputs that wait for their linears, and what it learns.
 
     Attributes:
-        known: groups of an earlier forward, or None if there has been none.
+        known: groups of an earlier forward, or by names.
         learning: whether what this one shows is noted down.
     """
 
-    def __init__(self, state: RoutingState, known: KnownGroups | None, learning: bool) -> None:
+    def __init__(self, state: RoutingState, known: KnownGroups, learning: bool) -> None:
         self.state, self.known, self.learning = state, known, learning
         self.waiting: dict[int, tuple[Tensor, int, Tensor]] = {}  # by linear: input, its version, output
         self._last: tuple[Any, int, list[Any]] | None = None  # the newest input (weakly), its version, who received it
@@ -76,13 +103,13 @@ class SharedInputs:
         return SharedInputs(self.state, self.known, False)
 
     def others(self, layer: Any) -> tuple[Any, ...]:
-        return () if self.known is None else self.known.groups.get(id(layer), ())
+        return self.known.groups.get(id(layer), ())
 
     def look(self, layer: Any, x: Tensor) -> None:
         """Note down that `layer` receives x."""
-        if self.known is not None and id(layer) not in self.known.seen:
-            self.forget()  # linears that have come since: the next forward learns anew
         if not self.learning:
+            if id(layer) not in self.known.seen and self.state.training_groups is self.known:
+                self.state.training_groups = None  # linears have come since: the next forward learns anew
             return
         self._calls[id(layer)] = self._calls.get(id(layer), 0) + 1
         if self._last is not None and self._last[0]() is x and self._last[1] == x._version:
@@ -91,20 +118,22 @@ class SharedInputs:
         self._last = (weakref.ref(x), x._version, [layer])
         self._runs.append(self._last[2])
 
-    def forget(self) -> None:
-        if self.state.training_groups is self.known:
-            self.state.training_groups = None
-
-    def drop(self, layer: Any) -> None:
-        """`layer` does not see what its group sees: later forwards compute it by itself."""
-        if self.known is None or self.state.training_groups is not self.known:
+    def drop(self, *layers: int) -> None:
+        """The linears of these ids do not see what their group sees: later forwards compute each by itself."""
+        known = self.state.training_groups
+        if known is None or self.learning:
             return
-        groups = {
-            first: tuple(one for one in others if one is not layer) for first, others in self.known.groups.items()
-        }
-        self.state.training_groups = KnownGroups(groups, self.known.seen)
+        groups = {first: tuple(o for o in others if id(o) not in layers) for first, others in known.groups.items()}
+        self.state.training_groups = KnownGroups(groups, known.seen)
+
+    def drop_waiting(self) -> None:
+        if self.waiting:
+            self.drop(*self.waiting)
+            self.waiting.clear()
 
     def end(self, finished: bool) -> None:
+        if finished:
+            self.drop_waiting()
         self.waiting.clear()
         self._last = None
         if finished and self.learning and self._runs:
@@ -117,7 +146,8 @@ def shared_inputs_of(state: RoutingState, frame: RoutingFrame) -> SharedInputs:
     """That of `frame`, made now if it has none."""
     if frame.shared_inputs is None:
         known = state.training_groups
-        frame.shared_inputs = SharedInputs(state, known, known is None)
+        layers = () if state.hooks is None else state.hooks.layers
+        frame.shared_inputs = SharedInputs(state, known or usual_groups(layers), known is None)
         frame.at_close.append(frame.shared_inputs.end)
     return frame.shared_inputs
 
@@ -131,18 +161,17 @@ def forward(layer: Any, x: Tensor, frame: RoutingFrame) -> Tensor | None:
         return _no("a batch has an adapter for each sample (adapter_names)")
     inputs = shared_inputs_of(layer.routing_state, frame)
     waiting = inputs.waiting.pop(id(layer), None)
+    inputs.look(layer, x)
     if waiting is not None:
         if waiting[0] is x and waiting[1] == x._version:
             return waiting[2]
-        inputs.drop(layer)
-    inputs.look(layer, x)
+        inputs.drop(id(layer))
     adapters = _adapters(layer)
     dtype = _dtype(layer, x, adapters)
     if dtype is None or not adapters:
         return None
     layers = [layer, *(one for one in inputs.others(layer) if _fits(one, layer, x, adapters, dtype))]
-    if inputs.waiting:  # of a group that was not asked for all of its outputs
-        inputs.waiting.clear()
+    inputs.drop_waiting()  # of a group that was not asked for all of its outputs
     own = all(_computable(one.base_layer, x, dtype) for one in layers)
     alike = own and all(type(one.base_layer) is type(layer.base_layer) for one in layers)
     results = None if alike else [one.base_layer(x) for one in layers]
@@ -197,9 +226,7 @@ def _dtype(layer: Any, x: Tensor, adapters: list[str]) -> torch.dtype | None:
         return _no("a transform of torch.func is at work")
     if nn.modules.module._has_any_global_hook():
         return _no("there are hooks on all modules")
-    dtype: torch.dtype | None = None
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
     for adapter in adapters:
         experts = (layer.loraswitch_A[adapter], layer.loraswitch_B[adapter])
         if not isinstance(layer.loraswitch_dropout[adapter], nn.Identity) and layer.training:
@@ -212,7 +239,7 @@ def _dtype(layer: Any, x: Tensor, adapters: list[str]) -> torch.dtype | None:
             dtype = wanted.pop()
     if dtype is None or dtype not in FLOATS or torch.float64 in (dtype, x.dtype) and x.dtype != dtype:
         return _no("dtypes are mixed in a way that this path does not know")
-    if not torch.is_autocast_enabled(x.device.type) and dtype != x.dtype:
+    if dtype != x.dtype and autocast_dtype(x) is None:
         return _no("experts and activations have different dtypes, without autocast")
     if not layer.cast_input_dtype_enabled:
         return _no("the casting of inputs is switched off")
@@ -222,8 +249,7 @@ def _dtype(layer: Any, x: Tensor, adapters: list[str]) -> torch.dtype | None:
 def _fits(one: Any, first: Any, x: Tensor, adapters: list[str], dtype: torch.dtype) -> bool:
     """Whether the linear `one` can be computed together with `first`."""
     return (
-        not one._forward_pre_hooks
-        and "forward" not in vars(one)
+        "forward" not in vars(one)
         and one.disable_adapters == first.disable_adapters
         and _adapters(one) == adapters
         and all(one.routing_options[each].is_routed == first.routing_options[each].is_routed for each in adapters)
@@ -246,7 +272,7 @@ def _computable(base: Any, x: Tensor, dtype: torch.dtype) -> bool:
             continue
         if not _ordinary(each, x) or each.requires_grad or each.dtype not in FLOATS:
             return False
-        if each.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if each.dtype != dtype and autocast_dtype(x) is None:
             return False
     return True
 

@@ -176,9 +176,17 @@ def product(left: Tensor, right: Tensor, wanted: torch.dtype) -> Tensor:
     return left @ right
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What products are cast to on the device of x; None: they are not."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def _as_written(x: Tensor) -> Any:
     """No autocast: the dtypes are decided already."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x) is not None:
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
