@@ -7,7 +7,8 @@ counts is the number of launches.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +19,34 @@ try:
 except ImportError:  # no GPU build of PyTorch
     triton = None
 
-if TYPE_CHECKING:
-    Run = tuple[Any, int]
-
+logger = logging.getLogger(__name__)
+Run = tuple[Any, int]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = 32  # of one program
-INTERPRETED = False  # Triton's interpreter, for tests: kernels on CPU tensors
+_compiles: dict[torch.device, bool] = {}
 
 
 def usable(hidden: Tensor) -> bool:
     """Whether the kernels take this hidden."""
-    if triton is None or hidden.dtype not in FLOATS or hidden.numel() == 0 or torch.compiler.is_compiling():
+    if triton is None or not hidden.is_cuda or hidden.dtype not in FLOATS or hidden.numel() == 0:
         return False
-    return hidden.is_cuda or INTERPRETED
+    if hidden.device not in _compiles:
+        _compiles[hidden.device] = _compile(hidden.device)
+    return _compiles[hidden.device]
+
+
+def _compile(device: torch.device) -> bool:
+    """Whether Triton can compile for this device: it wants a C compiler on the machine."""
+    probe = torch.ones(1, 1, device=device)
+    try:
+        with _on(probe):
+            _gate_kernel[(1, 1)](
+                probe, probe, probe, probe, 1, 1, 1, 1, 1.0, LINEARS=1, RANK=1, WIDTH=1, TILE=TOKENS, MASKED=False
+            )
+        return True
+    except Exception as error:
+        logger.warning(f"LoRA-Switch: gates are applied by PyTorch operations, because Triton fails: {error}")
+        return False
 
 
 if triton is not None:
@@ -147,4 +163,4 @@ def _bytes(chosen: Tensor | None, instead: Tensor) -> Tensor:
 
 def _on(hidden: Tensor) -> Any:
     """Triton launches on the current device, whatever device the tensors are on."""
-    return torch.cuda.device(hidden.device) if hidden.is_cuda else torch.no_grad()
+    return torch.cuda.device(hidden.device)

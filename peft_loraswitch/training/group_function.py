@@ -310,8 +310,10 @@ def _backward_to_differentiate(ctx: Any, d_outputs: tuple[Tensor | None, ...]) -
             "autocast, and with experts that train."
         )
     with torch.enable_grad(), _as_written(x):
-        outputs = [_dense(spec, i, x, gates, chosen, a[i], b[i], base) for i in range(n)]
-        inputs = [x, gates, *a, *b]
+        # Views, because the gates may have been computed from x, and those paths are not this function's.
+        inputs = [each.view_as(each) for each in (x, gates, *a, *b)]
+        x, gates, *experts = inputs
+        outputs = [_dense(spec, i, x, gates, chosen, experts[i], experts[n + i], base) for i in range(n)]
         wanted = [ctx.needs_input_grad[i] for i in (1, 2, *range(4, 4 + 2 * n))]
         pairs = [(y, d) for y, d in zip(outputs, d_outputs, strict=True) if d is not None]
         gradients = iter(
