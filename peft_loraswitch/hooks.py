@@ -50,7 +50,7 @@ class Hooks:
 
     Args:
         root: the backbone.
-        layers: its adapted linears, in module order; `routed`: those with routed experts.
+        layers: its adapted linears, in module order (kept as an attribute); `routed`: those with routed experts.
     """
 
     def __init__(self, state: RoutingState, root: nn.Module, layers: Sequence[Any], routed: set[nn.Module]) -> None:
@@ -69,7 +69,7 @@ class Hooks:
         self._blocks = checkpointed_blocks(root, set(layers))
         # to look for in the next forward that trains
         self._unused: UnusedLinears | None = UnusedLinears(root, layers)
-        self._layers: Sequence[Any] = layers
+        self.layers: Sequence[Any] = layers
         self._looked_at_experts = False
         self._handles += keep_off_fast_paths(root, set(layers))
 
@@ -126,7 +126,7 @@ class Hooks:
         for adapter, router_layer in self.state.router_layers.items():
             if adapter not in router_layer.active_adapters or router_layer.adapter_config[adapter].experts_train:
                 continue
-            weights = [layer.loraswitch_B[adapter].weight for layer in self._layers if adapter in layer.loraswitch_B]
+            weights = [layer.loraswitch_B[adapter].weight for layer in self.layers if adapter in layer.loraswitch_B]
             if router_layer.trains(adapter) and all(map(_is_zero, weights)):
                 warnings.warn(
                     f"The adapter '{adapter}' has trainable='router', but its experts add nothing (their B is zero), so the "

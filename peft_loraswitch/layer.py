@@ -35,6 +35,7 @@ from .routing.given import GivenExperts, given_routing
 from .routing.options import RoutingOptions
 from .routing.router import Router, full_precision, jitter
 from .routing.statistics import RoutingRecord
+from .training import fast_linears
 from .training.loss_joining import join_at_decision
 from .training.losses import PendingBatches
 
@@ -428,6 +429,11 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features], in the dtype that the base layer returns."""
+        if not (self.disable_adapters or args or kwargs or torch.compiler.is_compiling()):
+            frame = self.routing_state.frame_or_outside()
+            faster = fast_linears.forward(self, x, frame) if frame.training else None
+            if faster is not None:
+                return faster
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result

@@ -67,6 +67,7 @@ class RoutingFrame:
         shared: what linears follow that have shared experts only, by adapter name.
         used: adapters that a layer asked for; `trained`: those of them whose experts or router train.
         relays: by adapter name; see `Relay`.
+        shared_inputs: which linears are trained together, see `training/fast_linears.py`.
         paused: modules whose gradient checkpointing is off until the frame is closed.
         at_close: called when it is closed, with whether the forward has come to its end.
         previous: the frame of the forward within which this one runs (a hook that calls the model again), or None.
@@ -90,6 +91,7 @@ class RoutingFrame:
         self.paused: list[nn.Module] = []
         self.at_close: list[Callable[[bool], None]] = []
         self.relays: dict[str, Relay] = {}
+        self.shared_inputs: Any = None
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
 
     def called_from(self, depth: int, caller: FrameType) -> None:
@@ -222,6 +224,7 @@ class RoutingState:
         router_layers: the layer that holds the router, by adapter name.
         recorders: of the `record_routing()` blocks in progress.
         hooks: what `hooks.connect` has put on the backbone, or None.
+        training_groups: linears that receive the same tensor, once a forward that trained has shown them.
     """
 
     def __init__(self) -> None:
@@ -231,9 +234,10 @@ class RoutingState:
         self.router_layers: dict[str, Any] = {}
         self.recorders: list[RoutingRecorder] = []
         self.hooks: Any = None
+        self.training_groups: Any = None
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: everything but the frames in flight
-        return {**self.__dict__, "_local": None, "recorders": []}
+        return {**self.__dict__, "_local": None, "recorders": [], "training_groups": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _local=_ThreadState())

@@ -27,6 +27,7 @@ from torch import nn
 
 from ..routing.decision import Routing
 from ..routing.frame import SECOND_RUN, RoutingFrame, RoutingState
+from .fast_linears import shared_inputs_of
 
 
 class CheckpointedBlock:
@@ -90,6 +91,7 @@ class _Block:
         self.given = frame.given
         self.routings_before = dict(frame.routings)
         self.inputs = frame.inputs.for_second_run()
+        self.shared_inputs = shared_inputs_of(state, frame).again()
         self.used: set[str] | None = None  # adapters that the first run used; None: it has not run yet
         self.reentrant = False
 
@@ -115,7 +117,7 @@ class _Block:
     def _run_again(self, *args: Any, **kwargs: Any) -> Any:
         again = RoutingFrame(self.training, self.adapter_names)
         again.opened_at, again.relays, again.given = SECOND_RUN, self.relays, self.given
-        again.inputs = self.inputs
+        again.inputs, again.shared_inputs = self.inputs, self.shared_inputs.again()
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing
         used, finished = self.used or set(), False
