@@ -63,7 +63,7 @@ def check_equal(model: Any, models: list[Any]) -> None:
                     wanted["default"].weight,
                     rtol=1e-3,
                     atol=2e-5,
-                    msg=lambda m: f"{name}, {e}: {m}",
+                    msg=lambda m, at=(name, e): f"{at}: {m}",
                 )
 
 
