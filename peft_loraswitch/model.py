@@ -116,6 +116,8 @@ class LoRASwitchModel(BaseTuner):
     def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
         with torch.inference_mode(False):  # as above
             super()._cast_adapter_dtype(*args, **kwargs)
+        for layer in layers_of(self.model):
+            layer.tie_to_stack()
 
     def _check_target_module_exists(self, config: LoRASwitchConfig, key: str) -> Any:
         return selects(self._injected or config, key)

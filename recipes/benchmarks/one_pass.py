@@ -31,7 +31,13 @@ from peft_loraswitch import LoRASwitchConfig, LoRASwitchLinear
 from peft_loraswitch.compose.one_pass import expert_losses
 from recipes.checkout import ROOT, versions
 
-SMALL = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 LLAMA_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,
