@@ -30,20 +30,10 @@ class ExpertCollator:
         adapter_name: which adapter; may be left out if there is only one.
 
     Raises:
-        ValueError: no such adapter; in a call: a sample without the column, or an unknown expert.
+        ValueError: no such adapter; in a call: a sample without the column (a trainer needs remove_unused_columns=False), or an
+            unknown expert.
 
-    Example:
-        ```py
-        loss = ExpertLoss(model, max_grad_norm=1.0)
-        Trainer(
-            model=model,
-            args=TrainingArguments("out", remove_unused_columns=False, max_grad_norm=0.0),
-            train_dataset=dataset,  # with a column "expert"
-            data_collator=ExpertCollator(collator, model),
-            compute_loss_func=loss,
-            callbacks=[loss],
-        ).train()
-        ```
+    docs/training.md shows it in a trainer.
     """
 
     def __init__(
