@@ -124,7 +124,10 @@ class Hooks:
     def _look_for_empty_experts(self) -> None:
         """Warn, once, if a router is trained alone above experts whose B is zero everywhere, as that of a fresh adapter is."""
         for adapter, router_layer in self.state.router_layers.items():
-            if adapter not in router_layer.active_adapters or router_layer.adapter_config[adapter].experts_train:
+            if (
+                adapter not in router_layer.active_adapters
+                or router_layer.adapter_config[adapter].trainable != "router"
+            ):
                 continue
             weights = [layer.loraswitch_B[adapter].weight for layer in self.layers if adapter in layer.loraswitch_B]
             if router_layer.trains(adapter) and all(map(_is_zero, weights)):

@@ -118,6 +118,8 @@ class LoRASwitchModel(BaseTuner):
     def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
         with torch.inference_mode(False):  # as above
             super()._cast_adapter_dtype(*args, **kwargs)
+        for layer in adapted_layers(self.model):
+            layer.tie_to_stack()
 
     def _check_target_module_exists(self, config: LoRASwitchConfig, key: str) -> Any:
         return selects(self._injected or config, key)

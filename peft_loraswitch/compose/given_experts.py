@@ -37,8 +37,10 @@ def use_experts(model: nn.Module, experts: Given, adapter_name: str | None = Non
 
     Example:
         ```py
-        with use_experts(model, ["law", "code"]):
-            model.generate(**tokenizer([about_law, about_code], padding=True, return_tensors="pt"))
+        from peft_loraswitch import use_experts
+
+        with use_experts(model, [2, 0]):  # of a batch of two; or their names
+            model.generate(**batch)
         ```
     """
     adapter, config = config_of(model, adapter_name)

@@ -30,20 +30,10 @@ class ExpertCollator:
         adapter_name: which adapter; may be left out if there is only one.
 
     Raises:
-        ValueError: no such adapter; in a call: a sample without the column, or an unknown expert.
+        ValueError: no such adapter; in a call: a sample without the column (a trainer needs remove_unused_columns=False), or an
+            unknown expert.
 
-    Example:
-        ```py
-        loss = ExpertLoss(model, max_grad_norm=1.0)
-        Trainer(
-            model=model,
-            args=TrainingArguments("out", remove_unused_columns=False, max_grad_norm=0.0),
-            train_dataset=dataset,  # with a column "expert"
-            data_collator=ExpertCollator(collator, model),
-            compute_loss_func=loss,
-            callbacks=[loss],
-        ).train()
-        ```
+    docs/training.md shows it in a trainer.
     """
 
     def __init__(
@@ -150,16 +140,16 @@ class ExpertLoss(TrainerCallback):
         Returns:
             float32 [num_experts + num_shared_experts], the norms before. (Linears before the router have the shared ones only.)
         """
-        weights = [each[self.adapter].weight for one in self.layers for each in (one.loraswitch_A, one.loraswitch_B)]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        stacked = max(weight.shape[0] for weight in weights)
-        squares = torch.zeros(stacked, device=weights[0].device)
-        for gradient in gradients:
-            squares[stacked - len(gradient) :] += gradient.float().flatten(1).square().sum(1).to(squares.device)
+        experts = [each[self.adapter] for one in self.layers for each in (one.loraswitch_A, one.loraswitch_B)]
+        stacked = max(len(one.weight) for one in experts)
+        gradients = [(stacked - len(one.weight) + first, grad) for one in experts for first, grad in one.gradients()]
+        squares = torch.zeros(stacked, device=experts[0].weight.device)
+        for first, gradient in gradients:
+            squares[first : first + len(gradient)] += gradient.float().flatten(1).square().sum(1).to(squares.device)
         norms = squares.sqrt()
         factors = (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            own = factors[stacked - len(gradient) :].to(gradient.device, gradient.dtype)
+        for first, gradient in gradients:
+            own = factors[first : first + len(gradient)].to(gradient.device, gradient.dtype)
             gradient.mul_(own.view(-1, *[1] * (gradient.dim() - 1)))
         return norms
 

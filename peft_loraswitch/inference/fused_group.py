@@ -77,7 +77,8 @@ class FusedGroup(nn.Module):
     def trains(self) -> bool:
         """Whether anything that the ops read asks for gradients, which they do not have."""
         for one in self.live:
-            own = [experts[self.adapter].weight for experts in (one.layer.loraswitch_A, one.layer.loraswitch_B)]
+            pair = (one.layer.loraswitch_A, one.layer.loraswitch_B)
+            own = [weight for experts in pair for weight in experts[self.adapter].parameters()]
             if any(
                 tensor is not None and tensor.requires_grad for tensor in (*own, one.base["weight"], one.base["bias"])
             ):

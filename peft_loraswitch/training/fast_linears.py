@@ -198,8 +198,8 @@ def _with_adapter(
     for one in layers:
         routing = one.routing_for(adapter, frame, x)
     gates, chosen = routing.dense_gates_for(x, layers[0].name), routing.chosen_for(x, layers[0].name)
-    a = [one.loraswitch_A[adapter].weight for one in layers]
-    b = [one.loraswitch_B[adapter].weight for one in layers]
+    a = [one.loraswitch_A[adapter].whole() for one in layers]
+    b = [one.loraswitch_B[adapter].whole() for one in layers]
     columns, start = [], 0
     for one, weight in zip(layers, a, strict=True):
         columns.append(Columns(start, weight.shape[0], weight.shape[1], float(one.scaling[adapter])))
