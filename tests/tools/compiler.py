@@ -25,7 +25,7 @@ def setup_with_nvcc() -> Any:
 
 
 def setup_with_fresh_library() -> Any:
-    """As above; the test is skipped, too, where the library is missing or older than csrc/: no test starts minutes of compiling."""
+    """As above; also skipped where the library is missing or older than csrc/: no test starts minutes of compiling."""
     setup = setup_with_nvcc()
     library = setup.ROOT / "peft_loraswitch" / setup.LIBRARY
     if not setup.is_current(library, setup.find_nvcc()[1]):
