@@ -35,6 +35,7 @@ assert not any(name.split(".")[0] == "peft_loraswitch" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_peft_alone_computes_the_same(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     save_file({"ids": tokens()}, tmp_path / "ids")

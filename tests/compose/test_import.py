@@ -133,6 +133,7 @@ def test_beside_an_adapter_that_is_there(folders):
         torch.testing.assert_close(logits_of(model, tokens()), wanted, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_compiled(folders):
     """Also when experts come and go afterwards."""
     model = from_loras(tiny_llama(), folders[:3])
@@ -166,6 +167,7 @@ def run_fresh(code: str, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_in_a_fresh_process(folders, tmp_path):
     model = from_loras(tiny_llama(), folders)
     model.save_pretrained(tmp_path / "adapter")

@@ -468,6 +468,7 @@ def test_trainer(checkpointing, tmp_path):
     assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == 1
 
 
+@pytest.mark.slow
 def test_resuming_from_a_checkpoint(tmp_path):
     """Four steps at once are two, a new process' model, and two more; the experts stay."""
     options = {"optim": "adamw_torch", "learning_rate": 0.1}

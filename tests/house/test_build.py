@@ -260,6 +260,7 @@ def test_what_is_not_is_built_again(tree, home, change):
 # -------------------------------------------------------------------------------------------------- never half a library
 
 
+@pytest.mark.slow
 def test_builds_killed_at_many_moments(tree, home):
     """SIGKILL for the whole group, compiler and all; then what is there is whole and of these sources, or is not there."""
     write_nvcc(home, chunks=20, pause=0.01)
@@ -371,6 +372,7 @@ def test_what_is_no_library_of_ours(loading, tmp_path):
     assert "does not load" in reason() and "reinstall" in reason()
 
 
+@pytest.mark.slow
 def test_python_m_peft_loraswitch_says_what_is_wrong_with_a_broken_library(tree):
     (tree / "peft_loraswitch" / "libloraswitch.so").write_bytes(b"\x7fELF" + bytes(1000))
     said = subprocess.run(

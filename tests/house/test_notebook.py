@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from paths import ROOT
@@ -11,6 +12,7 @@ from paths import ROOT
 NOTEBOOK = ROOT / "docs" / "first_adapter.ipynb"
 
 
+@pytest.mark.slow
 def test_runs(tmp_path, monkeypatch):
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     monkeypatch.chdir(tmp_path)  # it writes into ./outputs

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from compiler import setup_with_nvcc
+from compiler import setup_with_fresh_library
 from paths import ROOT
 
 
@@ -34,7 +34,7 @@ def test_a_machine_without_nvcc_gets_a_pure_python_wheel_that_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_the_wheel_with_kernels(tmp_path):
-    setup_with_nvcc()
+    setup_with_fresh_library()
     out = check_wheel("--output", str(tmp_path))
     assert "py3-none-manylinux_2_" in out and "imports, and its library loads" in out
     assert "sm_80+sm_86+sm_89+sm_90a+sm_100+sm_120+compute_90" in out

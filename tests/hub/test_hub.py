@@ -276,6 +276,7 @@ def card_on(hub: HubServer, repo_id: str, revision: str = "main") -> ModelCard:
     return ModelCard(hub.files(repo_id, revision)["README.md"].decode())
 
 
+@pytest.mark.slow
 def test_what_is_pushed(steps, pushed):
     weights = {"adapter_config.json", "adapter_model.safetensors"}
     files = steps.hub.files("alice/adapter")
@@ -288,11 +289,13 @@ def test_what_is_pushed(steps, pushed):
     assert set(steps.hub.files("alice/native")) >= weights | {"README.md"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter default v2", "adapter math v2", "native"])
 def test_the_adapter_changes_the_logits(pushed, name):
     assert not torch.equal(pushed[name], pushed["base"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["base", "adapter default v1", "adapter default v2", "adapter math v1", "adapter math v2", "native"],
@@ -301,32 +304,38 @@ def test_fresh_process_computes_equal_logits(pushed, loaded, name):
     assert torch.equal(loaded[name], pushed[name])
 
 
+@pytest.mark.slow
 def test_second_push_is_what_loads_by_default(pushed, loaded):
     assert not torch.equal(pushed["adapter default v1"], pushed["adapter default v2"])
     for name in ("AutoPeft latest", "transformers latest", "low memory"):
         assert torch.equal(loaded[name], pushed["adapter default v2"]), name
 
 
+@pytest.mark.slow
 def test_native_transformers_adapter_loads_through_peft(pushed, loaded):
     assert torch.equal(loaded["native by PEFT"], pushed["native"])
 
 
+@pytest.mark.slow
 def test_config_of_each_adapter(loaded):
     assert loaded["config"] == {"class": "LoRASwitchConfig", "k": 2, "E": 4, "r": 2}
     assert loaded["config math"] == {"class": "LoRASwitchConfig", "k": 1, "E": 5, "r": 3}
 
 
+@pytest.mark.slow
 def test_private_repository_needs_the_token(pushed, loaded):
     # PEFT turns every failed download of the configuration into this message.
     assert loaded["secret without token"] == "ValueError: Can't find 'adapter_config.json' at 'alice/secret'"
     assert torch.equal(loaded["secret"], pushed["adapter default v2"])
 
 
+@pytest.mark.slow
 def test_missing_revision_and_missing_adapter(loaded):
     for name in ("no such revision", "no such adapter"):
         assert loaded[name] == "ValueError: Can't find 'adapter_config.json' at 'alice/adapter'"
 
 
+@pytest.mark.slow
 def test_without_import_peft_says_key_error_and_the_card_says_why(steps, read_cards):
     assert set(read_cards["without import"]) == {"PeftModel", "PeftConfig", "AutoPeftModel", "transformers"}
     assert set(read_cards["without import"].values()) == {"KeyError: 'LORASWITCH'"}
@@ -334,17 +343,20 @@ def test_without_import_peft_says_key_error_and_the_card_says_why(steps, read_ca
     assert "without `import peft_loraswitch`" in text and "`KeyError: 'LORASWITCH'`" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", ["adapter", "local", "secret"])
 def test_snippet_of_the_card_loads_both_adapters(pushed, read_cards, card):
     for name in ("default", "math"):
         assert torch.equal(read_cards[card][name], pushed[f"adapter {name} v2"])
 
 
+@pytest.mark.slow
 def test_snippet_of_a_classifier_knows_the_number_of_labels(pushed, read_cards):
     assert pushed["classifier"].shape == (2, 3)
     assert torch.equal(read_cards["classifier"]["default"], pushed["classifier"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("repo_id", "pipeline"),
     [("adapter", "text-generation"), ("native", "text-generation"), ("classifier", "text-classification")],
@@ -355,6 +367,7 @@ def test_card_metadata_on_the_hub(steps, pushed, repo_id, pipeline):
     assert set(data.tags) >= OURS | {"base_model:adapter:alice/base"}
 
 
+@pytest.mark.slow
 def test_edits_made_on_the_hub_survive_the_next_push(steps, pushed):
     card = card_on(steps.hub, "alice/adapter")
     assert card.data.license == "apache-2.0" and "Written by hand." in card.text
@@ -362,12 +375,14 @@ def test_edits_made_on_the_hub_survive_the_next_push(steps, pushed):
     assert "Written by hand." not in card_on(steps.hub, "alice/adapter", "v1").text
 
 
+@pytest.mark.slow
 def test_card_names_the_repository_it_is_in(steps, pushed):
     assert 'adapter = "alice/adapter"' in card_on(steps.hub, "alice/adapter").text
     secret = card_on(steps.hub, "alice/secret", "next").text
     assert 'from_pretrained(base, adapter, revision="next")' in secret
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "tags", "own_text"), [
     ("plain", set(), "### Training hyperparameters"),
     ("sft", {"trl", "sft"}, "It has been trained using [TRL]"),

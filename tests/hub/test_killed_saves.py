@@ -145,6 +145,7 @@ def test_killed_at_every_file_operation(route: str, tmp_path):
     assert 0 < counts["refused"] <= 0.2 * counts.total(), counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["peft", "transformers"])
 def test_killed_at_any_time(route: str, tmp_path):
     chance = random.Random(0)

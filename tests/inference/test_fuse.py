@@ -150,6 +150,7 @@ def test_assisted_decoding(device):
         assert torch.equal(model.generate(input_ids=ids(1, 4, device), **options), expected)
 
 
+@pytest.mark.slow
 @devices
 def test_one_graph_one_output_and_no_recompilation_from_token_to_token(device):
     from transformers import StaticCache

@@ -226,6 +226,7 @@ def test_experts_on_the_meta_device_are_seen_when_they_are_loaded(tmp_path):
     assert close(logits(other), expected)
 
 
+@pytest.mark.slow
 def test_a_load_that_fails_late_leaves_compiled_code_with_the_old_weights(tmp_path, monkeypatch):
     from peft import PeftModel, peft_model
 

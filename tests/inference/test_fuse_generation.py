@@ -54,6 +54,7 @@ def generate(model: Any, prompt: torch.Tensor, **settings: Any) -> torch.Tensor:
     return model.generate(input_ids=prompt, **settings)
 
 
+@pytest.mark.slow
 @devices
 @pytest.mark.parametrize("router", [None, "layers.1.self_attn.q_proj"])
 def test_continuous_batching(router: str | None, device: str, monkeypatch: pytest.MonkeyPatch):

@@ -17,9 +17,14 @@ from helpers import adapted, randomize_adapter, switch_config, tiny_llama, token
 pytestmark = pytest.mark.compat
 MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad}
 STRATEGIES = {"fused": ("fused", False), "merge": ("merge", False), "in place": ("merge", True)}
-modes = pytest.mark.parametrize("made, fused, run", list(itertools.product(MODES, repeat=3)))
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Made and fused in the same mode, and in different ones. Strategies take turns, so that each meets both modes in both places.
+MADE_AND_FUSED = (
+    [("inference", "inference"), ("no_grad", "no_grad")],
+    [("inference", "no_grad"), ("no_grad", "inference")],
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,17 @@ def alike(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     )
 
 
-@modes
-@strategies
-@pytest.mark.parametrize("dtype", DTYPES)
+def servers() -> list[tuple[str, str, str, str, str]]:
+    """Every strategy with every three modes, in one of the two dtypes: each dtype meets each strategy, and each two modes."""
+    found = []
+    for index, strategy in enumerate(STRATEGIES):
+        for three in itertools.product(MODES, repeat=3):
+            dtype = list(DTYPES)[(index + three.count("inference")) % 2]
+            found.append((*three, strategy, dtype))
+    return found
+
+
+@pytest.mark.parametrize("made, fused, run, strategy, dtype", servers())
 def test_a_server(made, fused, run, strategy, dtype, folders):
     """Each step in its mode; the reference does the same under no_grad and is never fused."""
     reference = PeftModel.from_pretrained(tiny_llama().to(DTYPES[dtype]), folders[0])
@@ -113,8 +126,10 @@ def test_saved_and_generated(fused, strategy, folders, tmp_path):
     assert torch.equal(logits(again, "no_grad"), logits(reference, "no_grad"))
 
 
-@pytest.mark.parametrize("made, fused", list(itertools.product(MODES, repeat=2)))
-@strategies
+@pytest.mark.parametrize(
+    "made, fused, strategy",
+    [(made, fused, strategy) for index, strategy in enumerate(STRATEGIES) for made, fused in MADE_AND_FUSED[index % 2]],
+)
 def test_compiled(made, fused, strategy, folders):
     """One compiled model called in both modes, in both orders; changed in between."""
     torch._dynamo.reset()

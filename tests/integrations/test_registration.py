@@ -204,6 +204,7 @@ def load_in_worker(folder: str, queue: multiprocessing.Queue) -> None:
         queue.put((model.peft_config["default"].peft_type, model(tokens()).logits.numpy()))
 
 
+@pytest.mark.slow
 def test_spawned_worker(tmp_path):
     """A process that starts from nothing, and gets the configuration by pickle as data loaders and launchers do."""
     model = adapted(tiny_llama())

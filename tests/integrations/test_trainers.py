@@ -79,6 +79,7 @@ def test_losses_reach_the_router_once(tmp_path, batch, accumulation):
     torch.testing.assert_close(joined - plain, expected, rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch, accumulation", [(4, 2), (1, 8)])
 def test_accumulation_equals_one_large_batch(tmp_path, batch, accumulation):
     """Every adapter weight, over two steps."""

@@ -216,6 +216,7 @@ def test_a_batch_of_several_adapters():
         assert_equal(run(), expected)
 
 
+@pytest.mark.slow
 def test_compiled(fresh_compiler):
     model = adapted(tiny_llama(num_hidden_layers=1), target_modules=["q_proj", "down_proj"])
     batch = padded([7, 7])
@@ -421,6 +422,7 @@ def test_fused_without_kernels(shared, hooked, dtype):
             assert_equal(evaluated(model, **batch), e)
 
 
+@pytest.mark.slow
 def test_fused_and_compiled(fresh_compiler):
     model = adapted(tiny_llama(num_hidden_layers=1), num_experts=24, target_modules=["q_proj", "k_proj", "down_proj"])
     model.requires_grad_(False)

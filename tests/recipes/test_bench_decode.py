@@ -115,6 +115,7 @@ def test_a_reference_that_dies_takes_nobody_with_it(run):
     ]
 
 
+@pytest.mark.slow
 def test_the_limit_ends_the_run_and_what_is_ready_is_measured(run):
     start = time.monotonic()
     done = run([job("backbone"), job("fused", fake.NEVER_READY), job("fused", 8)], limit=10)
@@ -236,6 +237,7 @@ def test_a_model_filled_with_shared_tensors_is_the_same_model():
         models.fill(models.empty_backbone(tied, "meta"), {})
 
 
+@pytest.mark.slow
 def test_samples_can_be_taken_for_ever(tmp_path):
     """A reference is sampled with each of its partners: more steps in all than its cache has room for."""
     it = dataclasses.replace(job("fused", 4, ("graph", "prefill")), shape=dataclasses.replace(SHAPE, layers=1))

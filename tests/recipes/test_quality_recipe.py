@@ -181,6 +181,7 @@ def test_gates_are_recorded_as_they_act() -> None:
 # --------------------------------------------------------------------------------------------------- the methods
 
 
+@pytest.mark.slow
 def test_equal_parameters() -> None:
     """Methods that are compared as equals train the same number of parameters to one percent, at the published size."""
     with torch.device("meta"):
@@ -353,6 +354,7 @@ def test_every_method_sees_the_same_rows_in_equal_shares() -> None:
     assert torch.equal(rows.labels[first : first + size], rows.tokens[first : first + size])
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_repeats_itself() -> None:
     settings = SMOKE.with_changes(steps=12, rows=4)
     losses = []

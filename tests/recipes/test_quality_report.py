@@ -192,6 +192,7 @@ def test_files_that_do_not_belong_together_are_refused(damage: Any, message: str
 # ------------------------------------------------------------------------------------------------------------- merging
 
 
+@pytest.mark.slow
 def test_two_families_become_one_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     one = written(tmp_path / "one.csv", made_up("routers", "combined"))
     two = made_up("baselines", "paper", seeds=(0, 1))
@@ -370,6 +371,7 @@ def test_parts_without_figures_are_left_out(folder: Path, tmp_path: Path) -> Non
     assert report.differences(folder) == []
 
 
+@pytest.mark.slow
 def test_check_tells_what_differs(folder: Path, tmp_path: Path) -> None:
     report.main([str(written(tmp_path / "one.csv", made_up())), "--folder", str(folder)])
     report.main(["--check", "--folder", str(folder)])
@@ -389,6 +391,7 @@ def test_check_tells_what_differs(folder: Path, tmp_path: Path) -> None:
         report.main(["--folder", str(folder)])
 
 
+@pytest.mark.slow
 def test_reasons_stand_beside_their_variant(folder: Path, tmp_path: Path) -> None:
     (folder / "reasons.json").write_text(json.dumps({OTHER: "Because."}))
     report.main([str(written(tmp_path / "one.csv", made_up())), "--folder", str(folder)])
@@ -494,6 +497,7 @@ def test_the_readmes_adapter_block_is_one() -> None:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Started from elsewhere, into a folder without a README; its errors are one line."""
     folder = tmp_path / "new"

@@ -22,3 +22,14 @@ def setup_with_nvcc() -> Any:
     except setup.NoKernels as reason:
         pytest.skip(f"nothing to compile the kernels with: {reason}")
     return setup
+
+
+def setup_with_fresh_library() -> Any:
+    """As above; also skipped where the library is missing or older than csrc/: no test starts minutes of compiling."""
+    setup = setup_with_nvcc()
+    library = setup.ROOT / "peft_loraswitch" / setup.LIBRARY
+    if not setup.is_current(library, setup.find_nvcc()[1]):
+        pytest.skip(
+            f"{library.name} is not built from csrc/ as it is now; `python setup.py build_kernels` makes it, in minutes"
+        )
+    return setup

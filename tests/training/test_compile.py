@@ -58,6 +58,7 @@ def test_graphs_and_outputs_equal_those_of_lora(run):
     assert actual == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [run_eval, run_training])
 def test_graphs_of_gpt2(run):
     expected, actual = graphs_of(run, tiny_gpt2)
@@ -72,6 +73,7 @@ def test_no_graph_breaks(training):
     assert (report.graph_count, report.graph_break_count) == (1, 0)
 
 
+@pytest.mark.slow
 def test_each_layer_compiled_by_itself():
     """Regional compilation: as many graphs; only the layer that decides has more outputs, the decision."""
 
@@ -118,6 +120,7 @@ def test_training_equals_eager(name):
     same_training(plain, compiled(model, "aot_eager"), model, [padded([7, 5], seed=seed) for seed in range(2)])
 
 
+@pytest.mark.slow
 def test_checkpointed_training_equals_eager_and_is_checkpointed():
     plain = switch(tiny_llama(num_hidden_layers=3), router_module="layers.1.self_attn.q_proj").train()
     model = checkpointing(copy.deepcopy(plain))
@@ -142,6 +145,7 @@ def test_checkpointed_training_of_single_layers_equals_eager():
     same_training(plain, model, model, [padded([7, 5], seed=seed) for seed in range(2)], use_cache=False)
 
 
+@pytest.mark.slow
 def test_eager_and_compiled_forwards_take_turns():
     plain = switch(two_layers()).train()
     model = checkpointing(copy.deepcopy(plain))
@@ -154,6 +158,7 @@ def test_eager_and_compiled_forwards_take_turns():
         torch.testing.assert_close(adapter_gradients(model)[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_batch():
     """Two micro-batches, compiled, give the router the gradient of both in one batch."""
     from accelerate.state import GradientState
@@ -185,6 +190,7 @@ def without_head(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # where the model's outputs are made outside of the graph, labels are none of its business
     "prepare, labels", [(whole, True), (whole, False), (by_layer, True), (without_head, True)]
 )
@@ -216,6 +222,7 @@ def test_every_output_brings_the_losses(prepare, labels):
             torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
 
 
+@pytest.mark.slow
 def test_switching_adapters_after_compilation():
     model = switch(one_layer())
     torch.manual_seed(5)

@@ -110,6 +110,7 @@ def test_ddp_and_fsdp2(tmp_path):
 DEEP_TARGETS = ["q_proj", "k_proj", "down_proj"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("run", ["run_eval", "run_training", "run_checkpointed"])
 def test_graphs_and_outputs_equal_those_of_lora(run):
@@ -125,6 +126,7 @@ def test_graphs_and_outputs_equal_those_of_lora(run):
     assert found[0] and found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_training_equals_eager(checkpointing):
