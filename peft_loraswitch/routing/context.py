@@ -53,8 +53,8 @@ class ForwardInputs:
             return
         try:
             length = past.get_seq_length()
-        except ValueError:  # a cache of states without lengths
-            length = None
+        except ValueError:  # a cache of states without lengths (Mamba), until sums are in it, whose length counts
+            length = None if past.has_previous_state() else 0
         if isinstance(length, torch.Tensor):  # it is written in place as soon as the first block has run
             known = {layer.adapter for layer in sums_in(past)}
             length = None if adapters <= known else length.clone()
