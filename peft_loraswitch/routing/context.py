@@ -52,9 +52,9 @@ class ForwardInputs:
         if not past.layers:
             return
         try:
-            length = past.get_seq_length()
-        except ValueError:  # a cache of states without lengths
-            length = None
+            length: Any = past.get_seq_length()
+        except ValueError:  # a cache of states without lengths (Mamba), until sums are in it, whose length counts
+            length = None if past.has_previous_state() else 0
         if isinstance(length, torch.Tensor):  # it is written in place as soon as the first block has run
             known = {layer.adapter for layer in sums_in(past)}
             length = None if adapters <= known else length.clone()

@@ -342,6 +342,8 @@ def _settings(config: dict[str, Any], shapes: dict[str, list[int]]) -> Iterator[
     else:
         chosen = config.get("router_module")
         yield "routing layer", _code(chosen) if chosen else "the first adapted linear that runs"
+    if config.get("router_decay"):
+        yield "context of the router", f"the tokens so far, each weighted by {_number(config['router_decay'])}^distance"
     adapted = sum(".loraswitch_A." in name for name in shapes)
     if adapted:
         size = sum(math.prod(shape) for shape in shapes.values())

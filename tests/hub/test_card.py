@@ -453,3 +453,11 @@ def test_what_is_no_configuration_does_not_stop_a_save(content, tmp_path):
         path.write_text(content)
     config().save_pretrained(tmp_path)
     assert "8, of rank 8" in section_of(tmp_path)
+
+
+def test_the_card_says_how_much_context_the_router_sees(tmp_path):
+    for decay, said in ((0.9, "the tokens so far, each weighted by 0.9^distance"), (0.0, None)):
+        config(router_decay=decay).save_pretrained(tmp_path / str(decay))
+        save_weights(tmp_path / str(decay), **{})
+        update_model_card(str(tmp_path / str(decay)), config(router_decay=decay).to_dict())
+        assert settings_of(section_of(tmp_path / str(decay))).get("context of the router") == said

@@ -161,3 +161,28 @@ def test_generate_with_compiled_static_steps(dtype):
         with torch.no_grad():
             full = plain(input_ids=found.sequences, use_cache=False).logits[:, 8:-1]
         assert close(torch.stack(found.logits, 1), full.float(), 1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_step_is_one_graph_with_one_call_of_the_op(monkeypatch):
+    monkeypatch.undo()  # what is compiled here decides by ops without help
+    plain = adapted(tiny_llama(num_hidden_layers=1), router_decay=DECAY)
+    fused = copy.deepcopy(plain)
+    fused.fuse_for_inference(strategy="fused")
+    tokens, past, graphs = ids(2, 9, "cpu"), StaticCache(plain.config, 16), []
+
+    def backend(graph, inputs):
+        graphs.append(sum("route_context" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    with torch.no_grad():
+        expected = plain(input_ids=tokens, use_cache=False).logits
+        found = [fused(input_ids=tokens[:, :4], past_key_values=past).logits]
+        for module in fused.modules():
+            if getattr(module, "fused_group", None) is not None:
+                module.fused_group.kernels = True
+        step = torch.compile(fused, fullgraph=True, backend=backend)
+        found += [step(input_ids=tokens[:, t : t + 1], past_key_values=past).logits for t in range(4, 9)]
+    assert graphs == [1]
+    assert close(torch.cat(found, 1), expected)

@@ -278,3 +278,22 @@ def test_one_cache_after_another_in_one_forward_each(model):
         past.reset()
         found, _ = in_parts(model, tokens(2, 6), [4, 1, 1], past)
         torch.testing.assert_close(found, full(model, tokens(2, 6)), **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_cache_of_states_without_lengths(fresh):
+    torch.manual_seed(0)
+    config = tf.MambaConfig(
+        vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.2, pad_token_id=0
+    )
+    model = adapted(tf.MambaForCausalLM(config).eval(), router_decay=DECAY, target_modules=["in_proj"])
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        past = DynamicCache(config=config) if fresh else None
+        out = model(input_ids=ids[:, :4], cache_params=past, use_cache=True)
+        found = [out.logits]
+        for t in range(4, 7):
+            out = model(input_ids=ids[:, t : t + 1], cache_params=out.cache_params, use_cache=True)
+            found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, **CLOSE)
