@@ -161,9 +161,8 @@ class RoutingFrame:
         rows = self.served_rows(adapter, tokens)
         total = tokens if rows is None else rows[0]
         if isinstance(mask, torch.Tensor):
-            if mask.dim() == 4:  # [batch, heads, queries, keys], bool or additive: real if anyone may attend to it
-                allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-                mask = allowed[:, 0].any(-2)
+            if mask.dim() == 4:
+                mask = _keys_in_use(mask, total // max(mask.shape[0], 1))
             if mask.dim() == 2 and mask.shape[0] > 0:
                 per_sample = total // mask.shape[0]
                 mask = mask[:, mask.shape[1] - per_sample :]  # cached decoding: the mask covers the past too
@@ -171,6 +170,17 @@ class RoutingFrame:
                     real = mask.reshape(-1, 1).to(device=device, dtype=torch.float32)
                     return real if rows is None else real[rows[1]]
         return torch.ones((tokens, 1), dtype=torch.float32, device=device)
+
+
+def _keys_in_use(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """From an attention's own mask [batch, heads, queries, keys], bool or additive: bool [batch, length], which of the newest
+    `length` keys anyone may attend to. A static cache has places behind them that nobody attends to yet."""
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    keys = allowed[:, 0].any(-2)
+    places = torch.arange(keys.shape[1], device=keys.device)
+    first = ((places + 1) * keys).amax() - length if keys.numel() else places.new_zeros(())
+    chosen = first.clamp(min=0) + torch.arange(min(length, keys.shape[1]), device=keys.device)
+    return keys.index_select(1, chosen)
 
 
 class _ThreadState(threading.local):

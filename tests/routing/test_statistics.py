@@ -111,3 +111,15 @@ def test_statistics_of_training_and_of_a_recording_are_apart():
     model(input_ids=tokens(1, 6))
     assert (outer.summary()["tokens"], inner.summary()["tokens"]) == (12, 4)
     assert model.router_stats()["tokens"] == 14  # training forwards only
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}])
+def test_padding_is_not_counted_whatever_the_cache(cache):
+    """A static cache brings a mask over places that hold no token yet."""
+    model = adapted(tiny_llama()).eval()
+    ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 5, **cache}
+    with record_routing(model) as recorded, torch.no_grad():
+        model.generate(input_ids=ids, attention_mask=mask, **options)
+    assert recorded.summary()["tokens"] == 4 + 7 + 2 * 4
