@@ -19,7 +19,7 @@ from peft_loraswitch import LoRASwitchConfig, LoRASwitchModel
 
 PAGE = Path(__file__).resolve().parent / "api.md"
 # What users call on the model that `get_peft_model` returns; PEFT passes these calls on to the tuner.
-MODEL_METHODS = ("fuse_for_inference", "unfuse", "refresh_fused", "router_stats", "record_routing")
+MODEL_METHODS = ("fuse_for_inference", "unfuse", "refresh_fused", "router_stats", "record_routing", "routing_report")
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example")
 
 

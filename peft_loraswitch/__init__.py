@@ -6,11 +6,13 @@ Importing this package is all it takes: PEFT, Transformers and TRL then know the
 from .callback import RouterStatsCallback
 from .compose.export import export_expert
 from .compose.import_loras import from_loras
+from .compose.initial_router import router_from_texts, router_from_weights
 from .compose.resize import add_expert, remove_expert
 from .config import LoRASwitchConfig
 from .integrations import install
 from .layer import LoRASwitchLinear
 from .model import LoRASwitchModel, record_routing, router_stats
+from .reporting.report import RoutingReport, routing_report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,12 +20,16 @@ __all__ = [
     "LoRASwitchLinear",
     "LoRASwitchModel",
     "RouterStatsCallback",
+    "RoutingReport",
     "add_expert",
     "export_expert",
     "from_loras",
     "record_routing",
     "remove_expert",
+    "router_from_texts",
+    "router_from_weights",
     "router_stats",
+    "routing_report",
 ]
 
 install(LoRASwitchConfig, LoRASwitchModel)

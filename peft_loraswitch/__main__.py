@@ -1,7 +1,11 @@
-"""`python -m peft_loraswitch`: versions, GPU, driver, library, and why the kernels are or are not used."""
+"""`python -m peft_loraswitch`: versions, GPU, driver, library, and why the kernels are or are not used.
+
+`python -m peft_loraswitch route ADAPTER --text "..."`: which expert each token of a text gets.
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
 from ctypes import byref, c_int
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__, kernels
+from .reporting import route_command
 
 
 def _version(package: str) -> str:
@@ -29,7 +34,7 @@ def _driver() -> str:
 
 
 def report() -> str:
-    """What `main` prints."""
+    """What `main` prints if it is asked for nothing else."""
     lines = [
         f"peft_loraswitch {__version__}, Python {platform.python_version()}, {platform.platform()}",
         ", ".join([f"torch {torch.__version__}", *map(_version, ("peft", "transformers", "accelerate", "trl"))]),
@@ -53,9 +58,19 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "python -m peft_loraswitch", description="Without a command: versions and kernels."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    route = commands.add_parser("route", help="show which expert each token of a text gets")
+    route_command.add_arguments(route)
+    arguments = parser.parse_args()
+    if arguments.command == "route":
+        return route_command.run(arguments)
     print(report())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -168,6 +168,14 @@ class LoRASwitchConfig(PeftConfig):
         default=0.0,
         metadata={"help": "In training the router's input is multiplied by noise from [1 - j, 1 + j]; j in [0, 1)."},
     )
+    router_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "How much context the router sees, d in [0, 1]: the logits of token t are the mean of the router's logits of "
+            "the real tokens i <= t of its sequence, weighted by d^(t - i). 0 (default): the token alone; 1: all tokens so far "
+            "alike. About 1 / (1 - d) tokens count."
+        },
+    )
     trainable: str = field(
         default="all",
         metadata={
@@ -237,6 +245,7 @@ class LoRASwitchConfig(PeftConfig):
                 f"router_module={shown(self.router_module)} must be the name of an adapted linear, or None."
             )
         _require_float("router_jitter", self.router_jitter, low=0, high=1)
+        _require_float("router_decay", self.router_decay, low=0, high=1, high_open=False)
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             _require_float(name, getattr(self, name), low=0, high=MAX_COEFFICIENT)
         _ = self.experts_train
@@ -374,6 +383,7 @@ class LoRASwitchConfig(PeftConfig):
             num_shared_experts=self.num_shared_experts,
             base_expert=self.base_expert,
             jitter=self.router_jitter,
+            decay=self.router_decay,
             aux_loss_coef=self.router_aux_loss_coef,
             z_loss_coef=self.router_z_loss_coef,
         )
@@ -393,7 +403,7 @@ class LoRASwitchConfig(PeftConfig):
         """The fields, as they are saved: names in order, so that the same adapter is always the same file."""
         settings = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
         defaults = {"num_shared_experts": 0, "base_expert": False, "ensure_weight_tying": False, "trainable": "all"}
-        for name, default in (*defaults.items(), ("expert_names", None)):
+        for name, default in (*defaults.items(), ("expert_names", None), ("router_decay", 0.0)):
             if settings[name] == default:  # so that versions before it still read adapters that do not use it
                 del settings[name]
         return settings
@@ -440,11 +450,13 @@ def _require_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name}={shown(value)} must be True or False.")
 
 
-def _require_float(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
+def _require_float(
+    name: str, value: Any, low: float, high: float, low_open: bool = False, high_open: bool = True
+) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not ok or not (low < value < high if low_open else low <= value < high):
-        bracket = "(" if low_open else "["
-        raise ValueError(f"{name}={shown(value)} must be a number in {bracket}{low}, {high:.10g}).")
+    if not ok or not (low <= value <= high) or (low_open and value == low) or (high_open and value == high):
+        brackets = "(" if low_open else "[", ")" if high_open else "]"
+        raise ValueError(f"{name}={shown(value)} must be a number in {brackets[0]}{low}, {high:.10g}{brackets[1]}.")
 
 
 def _require_names(name: str, value: Any) -> None:

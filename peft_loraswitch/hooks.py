@@ -18,6 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .layer import LoRASwitchLinear
+from .routing.cached_sums import own_cache
+from .routing.context import ForwardInputs
 from .routing.frame import SECOND_RUN, RoutingFrame, RoutingState, traced
 from .targets.unused_linears import UnusedLinears, keep_off_fast_paths
 from .training.end_of_forward import finish_forward
@@ -49,12 +51,16 @@ class Hooks:
         layers: its adapted linears, in module order; `routed`: those with routed experts.
     """
 
-    def __init__(
-        self, state: RoutingState, root: nn.Module, layers: Sequence[nn.Module], routed: set[nn.Module]
-    ) -> None:
+    def __init__(self, state: RoutingState, root: nn.Module, layers: Sequence[Any], routed: set[nn.Module]) -> None:
         self.state = state
         self._handles: list[Any] = []
-        for depth, owner in enumerate(_owners(root, routed)):
+        owners = _owners(root, routed)
+        models = [depth for depth, owner in enumerate(owners) if isinstance(owner, PreTrainedModel)]
+        self.innermost_model = max(models, default=0)
+        self.see_context = {
+            name for layer in layers for name, options in layer.routing_options.items() if options.decay
+        }
+        for depth, owner in enumerate(owners):
             hook = _OwnerHooks(self, owner, depth)
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
@@ -151,10 +157,17 @@ class _OwnerHooks:
     def __init__(self, hooks: Hooks, owner: nn.Module, depth: int) -> None:
         self.hooks, self.state = hooks, hooks.state
         self.depth = depth
-        names = list(inspect.signature(owner.forward).parameters)
+        parameters = inspect.signature(owner.forward).parameters
+        names = list(parameters)
         self.mask_position = names.index("attention_mask") if "attention_mask" in names else None
         # a tower without a mask of its own, inside a model whose mask is that of another stream (CLIP's text)
-        self.has_no_mask = self.mask_position is None and depth > 0 and isinstance(owner, PreTrainedModel)
+        is_tower = depth > 0 and isinstance(owner, PreTrainedModel)
+        self.has_no_mask = self.mask_position is None and is_tower
+        takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        self.has_no_cache = is_tower and not (
+            takes_more or _PASTS & set(names)
+        )  # the encoder of an encoder-decoder model
+        self.positions = {name: i for i, name in enumerate(names)}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         frame = self._frame()
@@ -170,8 +183,36 @@ class _OwnerHooks:
                 frame.attention_mask = mask
         elif self.has_no_mask:
             frame.attention_mask = None
+        if (
+            self.hooks.see_context and self.depth <= self.hooks.innermost_model
+        ):  # blocks within see what it made of these
+            frame.inputs.mask = frame.attention_mask
+            self._see_inputs(frame.inputs, args, kwargs)
         if frame.num_items_in_batch is None:
             frame.num_items_in_batch = kwargs.get("num_items_in_batch", None)
+
+    def _see_inputs(self, inputs: ForwardInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What routers that see context need. The innermost owner knows best."""
+
+        def passed(names: Iterable[str]) -> Any:
+            for name in names:
+                position = self.positions.get(name, len(args))
+                value = args[position] if position < len(args) else kwargs.get(name)
+                if value is not None:
+                    return value
+            return None
+
+        tokens = passed(_TOKENS)
+        if isinstance(tokens, torch.Tensor):
+            inputs.batch = tokens.shape[0]
+        positions = passed(("position_ids",))
+        if isinstance(positions, torch.Tensor):
+            inputs.position_ids = positions
+        past = own_cache(passed(sorted(_PASTS)))
+        if past is not None:
+            inputs.see_cache(past, self.hooks.see_context)
+        elif self.has_no_cache:
+            inputs.see_cache(None, self.hooks.see_context)
 
     def _frame(self) -> RoutingFrame | None:
         """The frame that this forward of the owner belongs to; None in a checkpointed block's second run."""
@@ -192,6 +233,9 @@ class _OwnerHooks:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         frame = self.state.running_frame()
+        if frame is not None and self.depth == self.hooks.innermost_model and self.hooks.see_context:
+            if output is not None and frame.opened_at != SECOND_RUN:
+                frame.inputs.end(None if self.has_no_cache else output)
         if frame is None or frame.opened_at != self.depth:
             # Nobody asks for the decision any more. torch 2.11 runs the hooks of the outermost module that it compiles outside
             # of the graph: what the frame still holds there becomes an output of the graph.
@@ -205,6 +249,11 @@ class _OwnerHooks:
         if frame.training or self.state.recorders:
             return finish_forward(self.state, frame, output)
         return None
+
+
+# Names of what holds a batch of tokens, the decoder's first, and of what holds past ones.
+_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "hidden_states", "pixel_values")
+_PASTS = {"past_key_values", "past_key_value", "layer_past", "cache_params", "cache", "mems"}
 
 
 def _marks_tokens(mask: Any) -> bool:

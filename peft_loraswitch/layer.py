@@ -28,10 +28,11 @@ from torch import nn
 
 from .config import LoRASwitchConfig
 from .ordinary import OrdinaryParameters
+from .routing.context import Context
 from .routing.decision import Routing, route, shared_routing
 from .routing.frame import NO_ADAPTER, OUTSIDE, Relay, RoutingFrame, RoutingState
 from .routing.options import RoutingOptions
-from .routing.router import Router, jitter
+from .routing.router import Router, full_precision, jitter
 from .routing.statistics import RoutingRecord
 from .training.loss_joining import join_at_decision
 from .training.losses import PendingBatches
@@ -301,11 +302,20 @@ class LoRASwitchLayer(BaseTunerLayer):
         recording = frame.training or len(self.routing_state.recorders) > 0
         routed = jitter(x, options.jitter) if options.jitter and self.training else x
         logits = router(routed)
+        context = None
+        if options.decay:
+            context = frame.context(adapter, options.decay, options.num_choices, logits.shape[:-1], logits.device)
+            logits = context.logits(logits)
         if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(logits).all():
-            raise ValueError(_broken_logits(adapter, asked_by, routed, router.weight))
+            why = None if context is None else context.broken_past()
+            raise ValueError(why or _broken_logits(adapter, asked_by, routed, router.weight))
         routing = route(logits, options)
         if recording:
             routing.router_input = routed.detach()
+            if context is not None:
+                routing.logits = logits.detach()
+                if frame.training:
+                    routing.router_input = self._mean_input(adapter, context, routed)
         if frame.training and router.weight.requires_grad and not torch.compiler.is_compiling():
             relay = frame.relays.setdefault(adapter, Relay())
             if not torch.is_grad_enabled():  # the first, gradient-free run of a reentrant checkpoint
@@ -314,6 +324,17 @@ class LoRASwitchLayer(BaseTunerLayer):
                 routing.dense_gates.register_hook(relay.join)
                 join_at_decision(routing, router.weight)
         return routing
+
+    def _mean_input(self, adapter: str, context: Context, x: torch.Tensor) -> torch.Tensor:
+        """What the router has seen of each token and its context, detached: the input of the router's losses."""
+        options = self.routing_options[adapter]
+        if context.previous is not None and (options.aux_loss_coef or options.z_loss_coef):
+            raise ValueError(
+                f"The adapter '{adapter}' has router_decay, and the router's losses need the inputs of all tokens, which a cache "
+                "does not hold: train without past_key_values, or set router_aux_loss_coef and router_z_loss_coef to 0."
+            )
+        with torch.no_grad(), full_precision(x.device):
+            return context.mean(x.detach())
 
     # ------------------------------------------------------------------------------------------------- merging
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,18 +16,20 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from . import hooks, integrations
+from .adapted_layers import adapted_layers
 from .config import LoRASwitchConfig
 from .inference.fuse import fuse, fuse_new_layers, refresh_fused, unfuse
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear
 from .loading.load import check_experts_being_loaded, check_file_being_loaded, injecting, select_tensors
 from .mixed import check_batch_size, mixed_batch
+from .reporting.report import RoutingReport, routing_report
+from .router_inputs import AT_A_TIME
 from .routing.frame import RoutingState
 from .routing.statistics import RoutingRecord, RoutingRecorder, summary_of
 from .switching import (
     NoConfigs,
     check_can_be_active,
     inherit_switched_off,
-    layers_of,
     remove_adapter,
     tell_wrappers,
 )
@@ -64,7 +66,7 @@ class LoRASwitchModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # here, because PEFT's constructor overwrites the configuration of the adapter that is there
-        if any(adapter_name in layer.loraswitch_A for layer in model.modules() if isinstance(layer, LoRASwitchLayer)):
+        if any(adapter_name in layer.loraswitch_A for layer in adapted_layers(model)):
             raise ValueError(
                 f"The adapter '{adapter_name}' exists already: delete it first, or give another adapter_name."
             )
@@ -108,7 +110,7 @@ class LoRASwitchModel(BaseTuner):
             check_file_being_loaded(model, config, adapter_name)
             state = routing_state(model)
             assert state is not None
-            hooks.connect(state, model, [module for module in model.modules() if isinstance(module, LoRASwitchLinear)])
+            hooks.connect(state, model, adapted_layers(model))
             fuse_new_layers(model)
             tell_wrappers(model, self.active_adapters, config.inference_mode)
             inherit_switched_off(model)
@@ -181,7 +183,7 @@ class LoRASwitchModel(BaseTuner):
             super().set_adapter(adapter_name, *args, **kwargs)
         else:  # PEFT's call after an injection, if every adapter that was there has been deleted
             self.active_adapter = []
-            for layer in layers_of(self.model):
+            for layer in adapted_layers(self.model):
                 layer.set_adapter([])
             tell_wrappers(self.model, [])
 
@@ -226,6 +228,31 @@ class LoRASwitchModel(BaseTuner):
             RoutingRecorder: its `summary(adapter_name=None)` returns the dict of `router_stats()`, for these forwards alone.
         """
         return record_routing(self.model)
+
+    def routing_report(
+        self,
+        texts: str | Sequence[str],
+        tokenizer: Any = None,
+        adapter_name: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = AT_A_TIME,
+    ) -> RoutingReport:
+        """Have the model read texts, and tell which experts each token gets: see the function `routing_report`.
+
+        Args:
+            texts: a text or several.
+            tokenizer: of the backbone. None: the one that stands where the backbone was loaded from.
+            adapter_name: which adapter; may be left out if there is only one.
+            max_length: tokens of a text that are read. None: all.
+            batch_size: texts that are read at a time.
+
+        Returns:
+            RoutingReport: `print(report)`, `report.save("routes.html")`, and the numbers as attributes.
+
+        Raises:
+            ValueError: a text is empty, the adapter is unknown, ambiguous or not active, or there is no tokenizer.
+        """
+        return routing_report(self.model, texts, tokenizer, adapter_name, max_length, batch_size)
 
     # ------------------------------------------------------------------------------------- mixed batches
 
@@ -328,7 +355,7 @@ def _never_quantised_again() -> None:
 
 def routing_state(model: nn.Module) -> RoutingState | None:
     """The state that the adapted layers of `model` share, or None if it has none."""
-    return next((m.routing_state for m in model.modules() if isinstance(m, LoRASwitchLayer)), None)
+    return next((layer.routing_state for layer in adapted_layers(model)), None)
 
 
 def _require_state(model: nn.Module) -> RoutingState:

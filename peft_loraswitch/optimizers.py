@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import peft
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .adapted_layers import adapted_layers
 from .layer import LoRASwitchLayer
 
 Rule = Callable[[Tensor], Tensor]  # from the gradient of a parameter to what the optimizer gets in its place
@@ -28,7 +29,7 @@ Rule = Callable[[Tensor], Tensor]  # from the gradient of a parameter to what th
 
 def loraplus(
     original: Callable[..., Any],
-    layers: list[LoRASwitchLayer],
+    layers: Sequence[LoRASwitchLayer],
     model: nn.Module,
     optimizer_cls: Any,
     lr: float,
@@ -57,7 +58,7 @@ def loraplus(
 
 def lorafa(
     original: Callable[..., Any],
-    layers: list[LoRASwitchLayer],
+    layers: Sequence[LoRASwitchLayer],
     model: nn.Module,
     r: int,
     lora_alpha: float,
@@ -84,7 +85,7 @@ def lorafa(
 
 def riemannian(
     original: Callable[..., Any],
-    layers: list[LoRASwitchLayer],
+    layers: Sequence[LoRASwitchLayer],
     model: nn.Module,
     optimizer_cls: Any,
     reg: float = 1e-2,
@@ -187,5 +188,5 @@ def run_helper(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opti
         return original(*args, **kwargs)
     arguments = dict(bound.arguments)
     arguments |= arguments.pop("kwargs", {})
-    layers = [module for module in arguments["model"].modules() if isinstance(module, LoRASwitchLayer)]
+    layers = adapted_layers(arguments["model"])
     return OURS[name](original, layers, **arguments) if layers else original(*args, **kwargs)

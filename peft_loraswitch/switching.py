@@ -17,12 +17,9 @@ from peft.tuners.tuners_utils import set_adapter as set_adapter_everywhere
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .adapted_layers import adapted_layers
 from .layer import LoRASwitchLayer
 from .peft_names import NAME
-
-
-def layers_of(model: nn.Module) -> list[LoRASwitchLayer]:
-    return [module for module in model.modules() if isinstance(module, LoRASwitchLayer)]
 
 
 def _wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
@@ -61,7 +58,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> list[str]:
     Those that were active beside it stay. If it was the only one, the first of the others (by name) is active in its place,
     and trains if the deleted one did.
     """
-    layers = layers_of(model)
+    layers = adapted_layers(model)
     before = list(layers[0].active_adapters) if layers else []
     trained = any(p.requires_grad for layer in layers for p in _parameters(layer, adapter_name))
     for layer in layers:
@@ -138,7 +135,7 @@ def _only_ours(model: nn.Module) -> bool:
 def active_in_transformers(original: Callable[..., Any], model: Any) -> list[str]:
     """In place of Transformers' `model.active_adapters()`."""
     # Transformers asks the first module of PEFT's that it finds, which may be an embedding with trainable tokens
-    return list(layers_of(model)[0].active_adapters) if _only_ours(model) else original(model)
+    return list(adapted_layers(model)[0].active_adapters) if _only_ours(model) else original(model)
 
 
 def set_in_transformers(original: Callable[..., Any], model: Any, adapter_name: str | list[str]) -> None:

@@ -11,6 +11,8 @@ from ..layer import LoRASwitchLinear
 from ..loading.layout import backbone_of
 from ..patterns import shown
 
+BASE = "base"  # what the base expert is called, unless an expert has this name
+
 
 def adapted_linears(backbone: nn.Module, adapter: str) -> dict[str, LoRASwitchLinear]:
     """The linears that `adapter` adapts, by full name, in the backbone's order."""
@@ -54,3 +56,10 @@ def index_of(config: LoRASwitchConfig, expert: str | int) -> int:
     raise ValueError(
         f"expert {shown(expert)} is unknown: the adapter has {known}indices 0 to {config.num_experts - 1}."
     )
+
+
+def choice_name(config: LoRASwitchConfig, index: int) -> str:
+    """The name of a choice of the router, by its row: an expert, or behind them all the base expert."""
+    if index == config.num_experts:
+        return BASE
+    return config.expert_names[index] if config.expert_names is not None else f"expert_{index}"

@@ -22,7 +22,6 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from ..config import LoRASwitchConfig
-from ..layer import quantization_backend
 from ..loading.layout import refuse, some
 from ..loading.load import renaming
 from ..loading.weights_file import (
@@ -277,8 +276,7 @@ def _matrices(
     path: str, name: str, module: nn.Module, pair: dict[str, Any], settings: LoRASwitchConfig, limit: TimeLimit
 ) -> Matrices:
     base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    backend = None if is_supported_linear(base) else quantization_backend(base)
-    if not is_supported_linear(base) and (backend is None or backend.layer_type != "linear"):
+    if not is_supported_linear(base):
         raise ValueError(f"{path}: it adapts '{name}', a {type(base).__name__}; an expert adapts linears.")
     in_features, out_features = _get_in_out_features(base)
     rank = settings.rank_of(name, limit)

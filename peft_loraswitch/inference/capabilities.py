@@ -41,10 +41,6 @@ class BaseFacts:
     few_tokens: int
 
 
-def adapted_layers(model: nn.Module) -> list[LoRASwitchLinear]:
-    return [module for module in model.modules() if isinstance(module, LoRASwitchLinear)]
-
-
 def base_of(layer: LoRASwitchLinear) -> Any:
     return layer.get_base_layer()
 

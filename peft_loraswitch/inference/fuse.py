@@ -17,9 +17,10 @@ from typing import Literal
 from torch import nn
 
 from .. import kernels
+from ..adapted_layers import adapted_layers
 from ..layer import LoRASwitchLinear
 from ..routing.frame import _keys
-from .capabilities import adapted_layers, base_of, device_of, facts_of
+from .capabilities import base_of, device_of, facts_of
 from .fused_layer import (
     FusedFollower,
     FusedLeader,

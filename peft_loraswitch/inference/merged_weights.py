@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels, ops
+from ..adapted_layers import adapted_layers
 from ..layer import LoRASwitchLinear
 from ..ordinary import ordinary
 from ..routing.decision import Routing
 from ..routing.frame import RoutingFrame
-from .capabilities import adapted_layers, base_of, facts_of, within_limits
+from .capabilities import base_of, facts_of, within_limits
 from .counted_writes import count_writes
 from .fingerprint import Fingerprint
 

@@ -44,6 +44,8 @@ class Routing:
         router_input: [*token_shape, in_features], detached; what the balance losses are computed from. None outside of
             training, where nothing needs it.
         has_base_expert: the base expert may be among `experts`.
+        logits: float32 [*token_shape, choices], detached, if they are not what the router makes of `router_input` alone (a
+            context that begins in a cache); else None.
         join_point: where the router's losses join, see `training/loss_joining.py`; None if they join elsewhere, or not.
     """
 
@@ -51,6 +53,7 @@ class Routing:
     gates: torch.Tensor
     dense_gates: torch.Tensor
     router_input: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     join_point: JoinPoint | None = None
     has_base_expert: bool = False
     _scaled: dict[tuple[float, torch.dtype], torch.Tensor] = field(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .context import Context, ForwardInputs
 from .decision import Routing
 from .statistics import RoutingRecorder
 
@@ -54,6 +55,7 @@ class RoutingFrame:
     Attributes:
         routings: the decisions taken so far, by adapter name.
         attention_mask: the forward's mask, if it had one: which tokens are real (for losses and statistics only).
+        inputs: what routers that see context have to know of the forward.
         num_items_in_batch: what the trainer passed, see `training/end_of_forward.py`.
         adapter_names: adapter of each sample (mixed batches), or None.
         training: whether a loss may follow: model in train mode and gradients enabled when the frame was opened.
@@ -75,6 +77,7 @@ class RoutingFrame:
         self.routings: dict[str, Routing] = {}
         self.shared: dict[str, Routing] = {}
         self.attention_mask: torch.Tensor | None = None
+        self.inputs = ForwardInputs()
         self.num_items_in_batch: Any = None
         self.earlier: tuple[RoutingFrame, ...] = ()
         self.opened_at = self.deepest = 0  # which owner opened it, which is the innermost entered since
@@ -136,6 +139,13 @@ class RoutingFrame:
             first = torch.tensor(chosen, dtype=torch.int64, device=device) * each
             self._rows[key] = (first.unsqueeze(-1) + torch.arange(each, device=device)).flatten()
         return self._rows[key]
+
+    def context(
+        self, adapter: str, decay: float, choices: int, token_shape: torch.Size, device: torch.device
+    ) -> Context:
+        """The tokens [*token_shape] of this forward as sequences, for an adapter with `router_decay`."""
+        served = None if self.adapter_names is None else self.served_rows(adapter, token_shape.numel())
+        return Context(self.inputs, adapter, decay, choices + 1, token_shape, served, device)
 
     def real_tokens(self, adapter: str, routing: Routing) -> torch.Tensor:
         """float32 [T, 1]: 1 for real tokens, 0 for padding. Without a mask (packed, padding-free) all tokens are real."""

@@ -16,6 +16,7 @@ class RoutingOptions:
     num_shared_experts: int = 0
     base_expert: bool = False
     jitter: float = 0.0
+    decay: float = 0.0
     aux_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
 

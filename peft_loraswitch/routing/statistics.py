@@ -25,14 +25,16 @@ class RoutedTokens:
     real: torch.Tensor
     num_experts: InitVar[int]
     weight: InitVar[torch.Tensor]  # the router's
+    logits: InitVar[torch.Tensor | None] = None  # [T, E]; None: the router's of x
     probabilities: torch.Tensor = field(init=False)  # [T, E]
     logsumexp: torch.Tensor = field(init=False)  # [T]
     sums: tuple[torch.Tensor, ...] = field(
         init=False
     )  # over real tokens: their number, counts [E], probabilities [E], z
 
-    def __post_init__(self, num_experts: int, weight: torch.Tensor) -> None:
-        logits = router_logits(self.x, weight)
+    def __post_init__(self, num_experts: int, weight: torch.Tensor, logits: torch.Tensor | None) -> None:
+        if logits is None:
+            logits = router_logits(self.x, weight)
         self.probabilities, self.logsumexp = logits.softmax(-1), logits.logsumexp(-1)
         chosen = self.real.expand(-1, self.experts.shape[-1]).flatten()
         counts = torch.zeros(num_experts, dtype=torch.float32, device=self.x.device)

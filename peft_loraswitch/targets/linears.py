@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from ..layer import quantization_backend
 
 # Linears of an encoder that see one vector per sequence.
 POOLER = re.compile(r"(^|\.)\w*pooler(\.|$)")
@@ -46,9 +47,12 @@ READS_WEIGHTS_OF = {
 PLAIN_SUBCLASSES = ("FalconLinear",)
 
 
-def is_supported_linear(module: nn.Module) -> bool:
-    """Plain linears and GPT-2's Conv1D; quantised ones are PEFT's to resolve."""
-    return isinstance(module, (torch.nn.Linear, Conv1D))
+def is_supported_linear(base: nn.Module) -> bool:
+    """Plain linears, GPT-2's Conv1D, and quantised linears that PEFT resolves. `base`: without adapters on it."""
+    if isinstance(base, (nn.Linear, Conv1D)):
+        return True
+    backend = quantization_backend(base)
+    return backend is not None and bool(backend.layer_type == "linear")
 
 
 def left_out(model: nn.Module, names: Sequence[str]) -> dict[str, str]:

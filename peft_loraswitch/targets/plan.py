@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import nn
 
 from ..config import LoRASwitchConfig
-from ..layer import LoRASwitchLayer, quantization_backend
+from ..layer import LoRASwitchLayer
 from ..loading.layout import LIST_AT_MOST
 from ..patterns import TimeLimit, shown
 from ..peft_names import PREFIX
@@ -79,8 +79,7 @@ def plan_injection(
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(module, BaseTunerLayer) and not isinstance(module, LoRASwitchLayer):
             raise ValueError(f"target_modules: '{name}' already carries another PEFT method ({type(module).__name__}).")
-        backend = None if is_supported_linear(base) else quantization_backend(base)
-        if not is_supported_linear(base) and (backend is None or backend.layer_type != "linear"):
+        if not is_supported_linear(base):
             raise ValueError(
                 f"target_modules: '{name}' is a {type(base).__name__}; LoRA-Switch adapts linears (nn.Linear, Conv1D and "
                 "quantised linears). Leave it out, or add it to exclude_modules."

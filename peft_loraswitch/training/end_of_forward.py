@@ -53,7 +53,8 @@ def _routed_tokens(
     if options.base_expert:
         chosen = chosen.clamp(max=options.num_experts)  # its index is behind the shared ones' as well
     x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, chosen))
-    return RoutedTokens(x, experts, frame.real_tokens(adapter, routing), options.num_choices, weight)
+    logits = None if routing.logits is None else routing.logits.reshape(-1, options.num_choices)
+    return RoutedTokens(x, experts, frame.real_tokens(adapter, routing), options.num_choices, weight, logits)
 
 
 def _join(

@@ -88,6 +88,7 @@ class _Block:
         self.state, self.function = state, function
         self.training, self.adapter_names, self.relays = frame.training, frame.adapter_names, frame.relays
         self.routings_before = dict(frame.routings)
+        self.inputs = frame.inputs.for_second_run()
         self.used: set[str] | None = None  # adapters that the first run used; None: it has not run yet
         self.reentrant = False
 
@@ -113,6 +114,7 @@ class _Block:
     def _run_again(self, *args: Any, **kwargs: Any) -> Any:
         again = RoutingFrame(self.training, self.adapter_names)
         again.opened_at, again.relays = SECOND_RUN, self.relays
+        again.inputs = self.inputs
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing
         used, finished = self.used or set(), False

@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from helpers import adapted, padded, switch_layers, tiny_llama
 from paths import ROOT
 from peft_loraswitch import LoRASwitchConfig, record_routing
+from trainer_tools import tokenizer
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
@@ -72,12 +73,13 @@ def test_configurations_alone_fit_a_model(snippet):
 @pytest.mark.parametrize(
     "snippet", [each for each in SNIPPETS if each.page == "docs/api.md" and "you/" not in each.text], ids=str
 )
-def test_examples_of_the_api_page_run(snippet, capsys):
+def test_examples_of_the_api_page_run(snippet, capsys, tmp_path, monkeypatch):
     """Each by itself (but for one that names repositories of the Hub), as its docstring is
     read: with a model, a batch, and the package's names."""
     model: Any = adapted(tiny_llama()) if "get_peft_model" not in snippet.text else tiny_llama()
     batch = {"input_ids": padded([5, 4])["input_ids"], "max_new_tokens": 2, "pad_token_id": 0}
-    names = {"model": model, "batch": batch, "record_routing": record_routing}
+    monkeypatch.chdir(tmp_path)
+    names = {"model": model, "batch": batch, "record_routing": record_routing, "tokenizer": tokenizer()}
     snippet.run(names)
     if "print" in snippet.text:
         assert capsys.readouterr().out.strip()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from fusing import adapted, close, gradients, ids, logits, trainable
-from helpers import tiny_llama
+from changes_of_weights import CHANGES, hook_on_base_layer, layer_in_training, made, weight_put_into_a_dictionary
+from fusing import close, gradients, ids, logits, trainable
 from peft_loraswitch import kernels
 from peft_loraswitch.inference.fuse import adapted_layers
 from peft_loraswitch.routing.decision import Routing
@@ -123,10 +123,6 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def made(**settings: Any) -> nn.Module:
-    return adapted(tiny_llama(attention_bias=True), **settings)
-
-
 def test_the_same_logits_by_four_calls_a_block(library):
     model = made(rank_pattern={"k_proj": 4}, alpha_pattern={"v_proj": 50})
     batches = [ids(1, 1, "cpu"), ids(2, 3, "cpu"), ids(1, 1, "cpu", seed=4)]
@@ -187,89 +183,6 @@ def test_many_tokens_at_an_odd_address_take_products_of_the_library(library):
     assert group(x[1:].view(60, -1), routing) is None
 
 
-@torch.no_grad()
-def moved(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone() * 1.1
-
-
-@torch.no_grad()
-def assigned(model: nn.Module) -> None:
-    state = {name: value * 1.1 for name, value in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-
-
-@torch.no_grad()
-def in_place(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.mul_(1.1)
-
-
-def another_parameter(model: nn.Module) -> None:
-    layer = model.base_model.model.model.layers[1].self_attn.v_proj
-    layer.loraswitch_B["default"].weight = nn.Parameter(torch.randn_like(layer.loraswitch_B["default"].weight))
-
-
-def another_base_layer(model: nn.Module) -> None:
-    layer = model.base_model.model.model.layers[1].mlp.up_proj
-    layer.base_layer = copy.deepcopy(layer.base_layer)
-    layer.base_layer.weight.data.mul_(2)
-
-
-def another_kind_of_base_layer(model: nn.Module) -> None:
-    class Doubled(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
-
-    layer = model.base_model.model.model.layers[1].mlp.up_proj
-    doubled = Doubled(layer.in_features, layer.out_features, bias=False)
-    doubled.load_state_dict(layer.base_layer.state_dict())
-    layer.base_layer = doubled
-
-
-def hook_on_base_layer(model: nn.Module) -> None:
-    model.base_model.model.model.layers[1].self_attn.v_proj.base_layer.register_forward_hook(lambda m, a, out: out * 2)
-
-
-def another_scaling(model: nn.Module) -> None:
-    model.base_model.model.model.layers[0].self_attn.v_proj.scaling["default"] *= 3
-
-
-def another_dictionary_of_scalings(model: nn.Module) -> None:
-    """As `peft.helpers.rescale_adapter_scale` does with layers of LoRA."""
-    layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    layer.scaling = {name: value * 3 for name, value in layer.scaling.items()}
-
-
-def first_bias_of_a_layer(model: nn.Module) -> None:
-    layer = model.base_model.model.model.layers[1].mlp.up_proj.base_layer
-    assert layer.bias is None
-    layer.bias = nn.Parameter(torch.ones(layer.out_features))
-
-
-def one_layer_disabled(model: nn.Module) -> None:
-    model.base_model.model.model.layers[0].self_attn.v_proj.enable_adapters(False)
-
-
-def first_of_a_group_disabled(model: nn.Module) -> None:
-    model.base_model.model.model.layers[0].mlp.gate_proj.enable_adapters(False)
-
-
-def adapter_taken_off_one_layer(model: nn.Module) -> None:
-    model.base_model.model.model.layers[0].self_attn.v_proj.delete_adapter("default")
-
-
-def layer_in_training(model: nn.Module) -> None:
-    model.base_model.model.model.layers[0].mlp.up_proj.train()
-
-
-CHANGES = [
-    moved, assigned, in_place, another_parameter, another_base_layer, another_kind_of_base_layer, hook_on_base_layer,
-    another_scaling, another_dictionary_of_scalings, first_bias_of_a_layer, one_layer_disabled, first_of_a_group_disabled,
-    adapter_taken_off_one_layer, layer_in_training,
-]  # fmt: skip
-
-
 def weights_streamed(model: nn.Module) -> None:
     """As something does that keeps weights elsewhere and brings those of a block when it is about to run."""
     block = model.base_model.model.model.layers[1]
@@ -287,12 +200,6 @@ def weights_streamed(model: nn.Module) -> None:
 
     block.register_forward_pre_hook(bring)
     block.register_forward_hook(take_away)
-
-
-def weight_put_into_a_dictionary(model: nn.Module) -> None:
-    """As accelerate places weights. No method is told, so compiled code does not see it before the next eager forward."""
-    experts = model.base_model.model.model.layers[1].self_attn.v_proj.loraswitch_A["default"]
-    experts._parameters["weight"] = nn.Parameter(torch.randn_like(experts.weight))
 
 
 @pytest.mark.parametrize("change", [*CHANGES, weight_put_into_a_dictionary, weights_streamed])

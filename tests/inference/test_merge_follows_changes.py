@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusing import close, ids, logits
-from test_direct import (
+from changes_of_weights import (
     CHANGES,
     another_base_layer,
     another_kind_of_base_layer,
@@ -21,6 +20,7 @@ from test_direct import (
     moved,
     weight_put_into_a_dictionary,
 )
+from fusing import close, ids, logits
 
 REPLACED = [moved, another_base_layer, another_kind_of_base_layer]  # weights of the backbone
 

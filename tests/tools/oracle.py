@@ -40,6 +40,19 @@ def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -
     return decision
 
 
+def in_context(x: torch.Tensor, decay: float, real: torch.Tensor | None = None) -> torch.Tensor:
+    """What a router with `router_decay` sees, float64: of each token of x [batch, tokens, in] the mean of the real tokens up
+    to it (`real` [batch, tokens]), weighted by decay^distance; the token itself if there is none."""
+    x = x.double()
+    rows = []
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            weights = [decay ** (t - i) * float(1 if real is None else real[b, i]) for i in range(t + 1)]
+            total = sum(weights)
+            rows.append(x[b, t] if total == 0 else sum(w * x[b, i] for i, w in enumerate(weights) if w) / total)
+    return torch.stack(rows).view_as(x)
+
+
 def with_shared(decision: Decision, config: LoRASwitchConfig, routed: bool = True) -> Decision:
     """What a linear follows: each token's decision, then the shared experts, stacked after the routed ones, with gate
     1 / top_k. The base expert, behind the routed ones, is left out: it adds nothing.
@@ -92,11 +105,16 @@ class OracleLinear(nn.Module):
         self.B = nn.Parameter(layer.loraswitch_B[adapter].weight.detach().double())
         self.router: nn.Parameter | None = None
         self.config, self.decision, self.routed = config, decision, routed
+        self.real: torch.Tensor | None = None
         self.scaling = scaling_of(config, name, self.A.shape[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.routed and not self.decision:
-            self.decision[:] = decide(x, self.router, self.config.top_k, self.config.normalize_gates)
+            if self.config.router_decay:
+                x_seen = in_context(x, self.config.router_decay, self.real)
+            else:
+                x_seen = x
+            self.decision[:] = decide(x_seen, self.router, self.config.top_k, self.config.normalize_gates)
         decision = self.decision if self.routed else [[] for _ in range(x.shape[:-1].numel())]
         choice = with_shared(decision, self.config, self.routed)
         return base_output(self.base, x) + delta(x, self.A, self.B, choice, self.scaling)
@@ -130,6 +148,8 @@ class Oracle:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.decision.clear()
+        for layer in self.layers.values():
+            layer.real = kwargs.get("attention_mask")
         return self.backbone(*args, **kwargs)
 
     def gradients(self) -> dict[str, torch.Tensor]:

@@ -1,0 +1,265 @@
+"""Routing by context: with `router_decay`, the logits of a token are a weighted mean of those of the tokens up to it.
+
+    logits_t = sum_i w_i z_i / sum_i w_i,    w_i = router_decay^(t - i) for the real tokens i <= t of t's sequence
+
+z are the router's own logits. The router is linear, so this is the router on the decayed mean of its inputs. It still runs where
+it ran, so every block can be adapted, and every token has one decision. A forward that goes on with a cache takes the sums up to
+there from the cache, and leaves its own (`cached_sums.py`).
+
+`ForwardInputs` is what the owner hooks have seen of a forward; `Context` is one adapter's use of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from .cached_sums import DynamicSums, StaticSums, add_to, cache_in, sums_in, sums_of
+from .decayed_sums import decayed_sums, mean_of, sequence_numbers, weighted
+
+
+@dataclass
+class ForwardInputs:
+    """What a router that sees context has to know of a forward.
+
+    Attributes:
+        mask: the model's attention mask, in any form that models take, or None.
+        position_ids: as they were passed, or None; batch: number of sequences (beams counted), or None if it was not seen.
+        cache: of this forward, or None; if it is not a `Cache`, it is refused when somebody decides.
+        cached: how many tokens it held when the forward began: a number, or a tensor for a static cache.
+        previous: by adapter, the sums [batch, choices + 1] up to the forward's first token (for a block that runs again).
+        decided: adapters that have taken their decision in this forward.
+        waiting: by adapter, (decay, sums) that the cache gets when the model has filled it.
+    """
+
+    mask: Any = None
+    position_ids: torch.Tensor | None = None
+    batch: int | None = None
+    cache: Any = None
+    cached: Any = 0
+    previous: dict[str, torch.Tensor] = field(default_factory=dict)
+    decided: set[str] = field(default_factory=set)
+    waiting: dict[str, tuple[float, torch.Tensor]] = field(default_factory=dict)
+
+    def see_cache(self, past: Any, adapters: set[str]) -> None:
+        """The forward has been called with `past` (None: without one); `adapters` are those that see context."""
+        self.cache, self.cached = past, 0
+        if not isinstance(past, Cache):
+            return
+        if not past.layers:
+            return
+        try:
+            length = past.get_seq_length()
+        except ValueError:  # a cache of states without lengths
+            length = None
+        if isinstance(length, torch.Tensor):  # it is written in place as soon as the first block has run
+            known = {layer.adapter for layer in sums_in(past)}
+            length = None if adapters <= known else length.clone()
+        self.cached = length
+
+    def for_second_run(self) -> ForwardInputs:
+        """The same for a checkpointed block that runs again: the cache has gone on since, but not for it."""
+        return ForwardInputs(self.mask, self.position_ids, self.batch, previous=self.previous)
+
+    def end(self, output: Any) -> None:
+        """At the end of the model's forward: leave the sums in the cache, which now has the model's layers. Adapters that have
+        not decided have missed these tokens."""
+        cache = self.cache
+        if cache is None and self.waiting:
+            cache = cache_in(output)
+        if isinstance(cache, Cache):
+            for adapter, (decay, sums) in self.waiting.items():
+                add_to(cache, adapter, decay, sums)
+            for layer in sums_in(cache):
+                if layer.adapter not in self.decided and not layer.stale:
+                    layer.stale = True
+        self.waiting.clear()
+
+
+class Context:
+    """The tokens of a forward as sequences, for one adapter.
+
+    Args:
+        inputs: of the forward.
+        shape: of the tokens that are routed, [batch, ..., tokens] or flattened.
+        served: of a mixed batch, (number of tokens in all, indices of those that are routed), else None.
+        decay, width: of the adapter; choices + 1.
+
+    Attributes:
+        previous: the sums [batch, width] up to here, or None.
+        real: bool [batch, tokens], or None if all are.
+        length: tokens of each sequence.
+
+    Raises:
+        ValueError: the cache holds tokens that this adapter has not seen, or is of a kind that cannot hold sums; the mask is of
+            no known kind; flattened tokens that cannot be told apart. Says what to do.
+    """
+
+    def __init__(
+        self, inputs: ForwardInputs, adapter: str, decay: float, width: int, shape: torch.Size,
+        served: tuple[int, torch.Tensor] | None, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.inputs, self.adapter, self.decay, self.shape = inputs, adapter, decay, shape
+        total = shape.numel() if served is None else served[0]
+        batch = inputs.batch if len(shape) == 1 else shape[0]
+        if not batch or total % batch:
+            raise ValueError(
+                f"router_decay: {total} flattened tokens reach the router of adapter '{adapter}', and the model's inputs do not "
+                "say of which sequences they are: pass input_ids or inputs_embeds by name, [batch, tokens]."
+            )
+        self.batch, self.length = batch, total // batch
+        self.rows = None if served is None else served[1][:: self.length] // self.length
+        self.layer = self._layer(width)
+        past: Any = 0 if self.layer is None else self.layer.get_seq_length()
+        self.previous = self._previous(device)
+        real = _real(inputs.mask, self.batch, self.length, past, device)
+        self.real = real if real is None or self.rows is None else real[self.rows]
+        self.numbers = self._numbers(device)
+
+    def _layer(self, width: int) -> DynamicSums | StaticSums | None:
+        cache, adapter = self.inputs.cache, self.adapter
+        if cache is None:
+            return None
+        if not isinstance(cache, Cache):
+            raise ValueError(
+                f"The adapter '{adapter}' has router_decay, and cannot go on with past tokens in a {type(cache).__name__}: it "
+                "keeps its sums in a transformers Cache. Pass past_key_values=DynamicCache(config=model.config), or "
+                "use_cache=False."
+            )
+        if getattr(cache, "offloading", False):
+            raise ValueError(
+                f"The adapter '{adapter}' has router_decay, which an offloaded cache cannot keep the sums of: use "
+                "cache_implementation='dynamic' or 'static'."
+            )
+        layer, cached = sums_of(cache, adapter), self.inputs.cached
+        if cached is None and layer is None:
+            raise ValueError(
+                f"The adapter '{adapter}' has router_decay, and this {type(cache).__name__} does not say how many tokens it "
+                "holds: pass a new cache, or use_cache=False."
+            )
+        if layer is None:
+            if isinstance(cached, int) and cached == 0:
+                return None
+            if torch.compiler.is_compiling() or int(cached) > 0:
+                raise ValueError(_unseen(adapter))
+            return None
+        other = isinstance(layer, DynamicSums) and isinstance(cached, int) and layer.get_seq_length() != cached
+        wrong = layer.decay != self.decay or (layer.keys is not None and layer.keys.shape[-1] != width)
+        if layer.stale or other or wrong:
+            raise ValueError(_unseen(adapter))
+        return layer
+
+    def _previous(self, device: torch.device) -> torch.Tensor | None:
+        if self.layer is None:
+            return self.inputs.previous.get(self.adapter)
+        previous = self.layer.last()
+        if previous is None:
+            return None
+        if previous.device != device:
+            previous = previous.to(device)
+        if isinstance(self.layer, StaticSums):  # which is written before the decision has been used
+            previous = previous.clone()
+        if previous.shape[0] != self.batch:
+            raise ValueError(
+                f"The cache holds {previous.shape[0]} sequences, and the forward {self.batch}: pass the cache of this batch."
+            )
+        if self.rows is not None:
+            previous = previous[self.rows]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.inputs.previous[self.adapter] = previous.detach()
+        return previous
+
+    def _numbers(self, device: torch.device) -> torch.Tensor | None:
+        """Packing is told by positions alone, as in transformers: with a mask, or a past, a row is one sequence."""
+        positions = self.inputs.position_ids
+        if positions is None or self.inputs.mask is not None or self.length == 1 or self.inputs.cached != 0:
+            return None
+        if positions.dim() == 3:  # several axes; the first of four is that of text
+            if positions.shape[0] != 4:
+                return None
+            positions = positions[0]
+        if positions.dim() != 2 or positions.shape[1] != self.length or positions.shape[0] not in (1, self.batch):
+            return None
+        numbers = sequence_numbers(positions.to(device)).expand(self.batch, -1)
+        return numbers if self.rows is None else numbers[self.rows]
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """float32, the decayed mean of values [*shape, n] over the tokens of this forward and those cached as zeros."""
+        return self._mean(values, None)[0]
+
+    def logits(self, own: torch.Tensor) -> torch.Tensor:
+        """The logits by context of the router's own [*shape, choices]. Leaves the sums for the cache: call it once."""
+        mean, sums = self._mean(own, self.previous)
+        self.keep(sums)
+        return mean
+
+    def _mean(self, values: torch.Tensor, previous: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        grid = values.reshape(-1, self.length, values.shape[-1])
+        sums = decayed_sums(weighted(grid, self.real), self.decay, self.numbers, previous)
+        return mean_of(sums, grid).view(values.shape), sums
+
+    def keep(self, sums: torch.Tensor) -> None:
+        """sums [batch, tokens, width] into the cache, at once or when the model has filled it."""
+        self.inputs.decided.add(self.adapter)
+        if self.rows is not None:
+            others = sums.new_full((self.batch, *sums.shape[1:]), float("nan"))
+            sums = others.index_copy(0, self.rows, sums)
+        if self.layer is None:
+            self.inputs.waiting[self.adapter] = (self.decay, sums)
+        else:
+            self.layer.keep(sums)
+
+    def broken_past(self) -> str | None:
+        """Why the logits cannot be finite, if it is the cache."""
+        if self.previous is None or torch.isfinite(self.previous).all():
+            return None
+        return _unseen(self.adapter)
+
+
+def _unseen(adapter: str) -> str:
+    return (
+        f"The cache (past_key_values) holds tokens that the adapter '{adapter}' has not seen: it was off, or another adapter, "
+        "another setting of it or another model computed them. With router_decay its router needs all of them. Pass a new "
+        "cache and the whole text, or go on with what filled the cache."
+    )
+
+
+def _real(mask: Any, batch: int, length: int, past: Any, device: torch.device) -> torch.Tensor | None:
+    """bool [batch, length]: which of the forward's tokens are real, after `past` cached ones; None: all."""
+    if isinstance(mask, dict):  # one for each kind of attention
+        masks = [mask.get("full_attention"), *mask.values()]
+        mask = next((each for each in masks if each is not None), None)
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 3, 4) or mask.shape[0] not in (1, batch):
+        what = f"of shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"router_decay: the attention mask is {what}, which does not say which of the {batch} x {length} tokens are "
+            "padding: pass one of shape [batch, tokens]."
+        )
+    if mask.dim() == 2:
+        keys = mask != 0
+        first: Any = keys.shape[1] - length
+    else:  # [batch, heads, queries, keys], bool or additive: a key is real if any query may attend to it
+        allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+        keys = (allowed if mask.dim() == 3 else allowed[:, 0]).any(-2)
+        # of a static cache all places are there, of a sliding window those at the end
+        first = keys.shape[1] - length
+        if isinstance(past, torch.Tensor):
+            first = past.clamp(max=first)
+        else:
+            first = min(past, first)
+    if not isinstance(first, torch.Tensor) and first < 0:
+        raise ValueError(
+            f"router_decay: the attention mask covers {keys.shape[1]} tokens, and the forward has {length}: pass one of "
+            "shape [batch, tokens], past ones included."
+        )
+    if isinstance(first, torch.Tensor):
+        columns = torch.arange(length, device=first.device) + first
+        keys = keys.to(first.device).index_select(1, columns)
+    else:
+        keys = keys[:, first : first + length]
+    return keys.to(device).expand(batch, -1)

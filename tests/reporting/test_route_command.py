@@ -1,0 +1,124 @@
+"""`python -m peft_loraswitch route`, in a process of its own, with a tiny model in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import adapted, tiny_llama
+from paths import ROOT
+from peft_loraswitch.reporting.route_command import load
+from trainer_tools import tokenizer
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """base/ with a tokenizer, and adapter/ for it."""
+    made = tmp_path_factory.mktemp("route")
+    tiny_llama().save_pretrained(made / "base")
+    tokenizer().save_pretrained(made / "base")
+    save_adapter(made / "adapter", str(made / "base"), task_type="CAUSAL_LM")
+    return made
+
+
+def save_adapter(path: Path, base: str | None, **settings) -> None:
+    model = adapted(tiny_llama(), expert_names=["maths", "code", "law", "art"], **settings)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(path)
+
+
+def route(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "peft_loraswitch", "route", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_prints_and_writes_a_page(folder, tmp_path):
+    (tmp_path / "text.txt").write_text("w9 w10\nw11", encoding="utf-8")
+    done = route(
+        folder / "adapter", "--text", "w3 w4", "--text", "w5", "--file", tmp_path / "text.txt", "--html", tmp_path / "r.html",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model, its_tokenizer = load(str(folder / "adapter"), None, "cpu")
+    report = model.routing_report(["w3 w4", "w5", "w9 w10\nw11"], its_tokenizer)
+    assert done.stdout == report.terminal(False) + "\n"
+    assert (tmp_path / "r.html").read_text(encoding="utf-8") == report.html()
+
+
+def test_without_a_command_it_tells_of_the_kernels():
+    from peft_loraswitch.__main__ import report
+
+    command = [sys.executable, "-m", "peft_loraswitch"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == report() + "\n"
+
+
+def test_an_error_is_one_line(folder):
+    done = route(folder / "no_such_adapter", "--text", "w3")
+    assert done.returncode == 2 and not done.stdout
+    assert "error: " in done.stderr and "no_such_adapter" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """The command in this process: (status, what it says)."""
+    from peft_loraswitch import __main__
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["peft_loraswitch", "route", *map(str, arguments)])
+        status = __main__.main()
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return call
+
+
+def test_what_is_missing_is_named(folder, tmp_path, run):
+    adapter = folder / "adapter"
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\xff")
+    (tmp_path / "nothing").mkdir()
+    for arguments, match in [
+        ((adapter,), "there is nothing to route: give --text or --file"),
+        ((adapter, "--text", ""), "--text is empty"),
+        ((adapter, "--file", tmp_path / "empty.txt"), "empty.txt is empty"),
+        ((adapter, "--file", tmp_path / "latin.txt"), "latin.txt is not UTF-8"),
+        ((adapter, "--file", tmp_path / "no.txt"), "no.txt"),
+        ((tmp_path / "nothing", "--text", "w3"), "nothing is no adapter: there is no adapter_config.json"),
+        ((adapter, "--text", "w3", "--base-model", tmp_path / "nothing"), "--base-model names another place"),
+        ((adapter, "--text", "w3", "--device", "gpu9"), "--device gpu9 is none"),
+        ((adapter, "--text", "w3", "--max-length", 0), "max_length=0"),
+        ((adapter, "--text", "w3", "--html", tmp_path / "no" / "r.html"), "r.html"),
+    ]:
+        status, said = run(*arguments)
+        assert status == 2 and match in said, (arguments, said)
+
+
+def test_adapters_that_do_not_fit_are_named(folder, tmp_path, run):
+    save_adapter(tmp_path / "nameless", None)
+    status, said = run(tmp_path / "nameless", "--text", "w3")
+    assert status == 2 and "base_model_name_or_path is empty: give --base-model" in said
+    for base in (folder / "base",):
+        assert run(tmp_path / "nameless", "--text", "w3", "--base-model", base)[0] == 0
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    status, said = run(tmp_path / "lora", "--text", "w3")
+    assert status == 2 and "peft_type='LORA' is not LORASWITCH" in said
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    status, said = run(folder / "adapter", "--text", "w3", "--base-model", tmp_path / "bare")
+    assert status == 2 and "There is no tokenizer at" in said
+
+
+def test_the_adapters_own_tokenizer_comes_first(folder, tmp_path, run):
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    save_adapter(tmp_path / "adapter", str(tmp_path / "bare"))
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    status, said = run(tmp_path / "adapter", "--text", "w3 w4")
+    assert status == 0 and "2 tokens" in said
