@@ -30,7 +30,7 @@ from recipes.compose import domains
 from recipes.compose.lab import BEGUN, COLUMNS, read_items, say
 from recipes.compose.settings import SIZES
 
-COST_SECONDS = 45.0  # kept at the end for the times, which are taken alone
+COST_SECONDS = 25.0  # kept at the end for the times, which are taken alone
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     for folder in ("claims", "done", "failed", "rows", "notes", "loras", "one_lora", "routers", "random"):
         shutil.rmtree(out / folder, ignore_errors=True)
-    (out / "items.pickle").unlink(missing_ok=True)
+    for name in ("items.pickle", "alone"):
+        (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     if args.smoke:
         from recipes.compose.smoke import make
@@ -52,17 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.processes:
             processes = [_start(args, out, size, number) for number in range(args.gpus * args.processes)]
+            processes.append(_start(args, out, size, None))
         _write_items(args, out, size)
         if processes:
-            _wait(processes, args.limit - COST_SECONDS)
-            subprocess.run(
-                _command(args, out, size, "cost", args.limit), env=_environment(0), check=False,
-                timeout=max(20.0, args.limit - (time.time() - BEGUN)),
-            )  # fmt: skip
+            *workers, last = processes
+            _wait(workers, args.limit - COST_SECONDS)
+            (out / "alone").touch()
+            _wait([last], args.limit)
         else:
             _work_here(args, out, size)
-    except subprocess.TimeoutExpired:
-        say("the times took longer than the limit")
     finally:
         _stop(processes)
         collect(out, args.results or (out if args.smoke else ROOT / "recipes" / "results"), args, size)
@@ -75,7 +74,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="work folder, begun anew (default: outputs/compose/run)")
     parser.add_argument("--results", type=Path, help="folder of compose.csv and compose.json (default: recipes/results)")
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--processes", type=int, help="on each GPU (default: 4; 0: this one alone, as with --smoke)")
+    parser.add_argument("--processes", type=int, help="on each GPU (default: 5; 0: this one alone, as with --smoke)")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing begins any more")
     parser.add_argument("--commit", help="of the clone, where git is not at hand")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and made-up items, on a CPU")
@@ -86,7 +85,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.base is None and not args.smoke:
         parser.error("--base is missing (or --smoke)")
     if args.processes is None:
-        args.processes = 0 if args.smoke else 4
+        args.processes = 0 if args.smoke else 5
     return args
 
 
@@ -110,9 +109,10 @@ def _environment(gpu: int) -> dict[str, str]:
     )  # fmt: skip
 
 
-def _start(args: argparse.Namespace, out: Path, size: str, number: int) -> subprocess.Popen[bytes]:
-    gpu = number % args.gpus
-    name = f"gpu{gpu}-{number // args.gpus}"
+def _start(args: argparse.Namespace, out: Path, size: str, number: int | None) -> subprocess.Popen[bytes]:
+    """number: of a process that takes up tasks; None: the one that takes times when the others have ended."""
+    gpu = 0 if number is None else number % args.gpus
+    name = "cost" if number is None else f"gpu{gpu}-{number // args.gpus}"
     limit = args.limit - COST_SECONDS
     return subprocess.Popen(_command(args, out, size, name, limit), env=_environment(gpu), start_new_session=True)
 
@@ -141,6 +141,8 @@ def _worker(args: argparse.Namespace, out: Path) -> None:
     lab = open_lab(args.base, args.size, out, args.worker)
     say(f"{args.worker}: ready")
     if args.worker == "cost":
+        while not (out / "alone").exists():  # until all others have ended
+            time.sleep(0.1)
         cost(lab)
     else:
         work(lab, args.limit, args.only)

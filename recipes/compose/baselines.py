@@ -12,7 +12,7 @@ from peft import PeftModel
 from recipes.checkout import ROOT
 from recipes.compose import domains, experts
 from recipes.compose.experts import Bench, Job
-from recipes.compose.lab import Lab, batches, say
+from recipes.compose.lab import Lab, balanced_batches, say
 from recipes.compose.mixed_training import train_stacked
 from recipes.compose.routed_lora import RoutedLora
 from recipes.compose.scoring import losses, score
@@ -65,8 +65,8 @@ def confusion(lab: Lab, seed: int) -> None:
 def one_lora_flat(lab: Lab, stack: StackedLora, seed: int, rate: float, names: tuple[str, ...]) -> torch.Tensor:
     """As many steps and items of each domain as each expert had, all domains in each step."""
     settings = lab.settings
-    items = [example for name in names for example in lab.data[name]["train"]]
-    steps = batches(items, settings.expert_rows * len(names), settings.expert_steps, seed)
+    rows = settings.expert_rows * len(names)
+    steps = balanced_batches(lab.sets("train", 10**9, names), rows, settings.expert_steps, seed)
     return train_stacked(lab, stack, stack.fresh([1000 * seed + 8]), [rate], steps)
 
 
@@ -118,7 +118,7 @@ def new_lora(lab: Lab, rank_factor: int) -> None:
     for seed in settings.seeds:
         rates = list(settings.lora_rates) if seed == settings.seeds[0] else [settings.lora_rates[best]]
         flat = stack.fresh([1000 * seed + 9] * len(rates))
-        steps = batches(lab.mixed(), settings.mixed_rows, settings.mixed_steps, seed)
+        steps = lab.mixed_batches(seed)
         flat = train_stacked(lab, stack, flat, rates, steps)
         if len(rates) > 1:
 
@@ -189,7 +189,7 @@ def soups(lab: Lab, seed: int) -> None:
     if best is not None:
         rates = [rates[best]]
     values = torch.full((len(rates), len(routed.linears), routed.experts), 1 / routed.experts, device=lab.device)
-    steps = batches(lab.mixed(), settings.mixed_rows, settings.mixed_steps, seed)
+    steps = lab.mixed_batches(seed)
     train_stacked(lab, routed, values, rates, steps, use=routed.use_coefficients)
 
     def take(index: int) -> tuple[Any, None]:

@@ -68,17 +68,30 @@ def cost(lab: Lab) -> None:
         lab.rows(method, "cost", seed, {"all": found})
         say(f"{lab.worker}: {method}: {({k: round(v, 2) for k, v in found.items()})}")
 
-    keep("merged_or_base", times(lab, lab.plain))
-    lora = PeftModel.from_pretrained(lab.model(), lab.loras(seed)[0], autocast_adapter_dtype=False).eval()
-    keep("one_lora_unmerged", times(lab, lora.get_base_model()))
-    for decay in (0.0, 0.98):
-        ours = Ours(lab, seed, decay)
-        keep(f"ours_decay_{decay:g}_unfused", times(lab, ours.backbone))
+    def lora() -> None:
+        model = PeftModel.from_pretrained(lab.model(), lab.loras(seed)[0], autocast_adapter_dtype=False).eval()
+        keep("one_lora_unmerged", times(lab, model.get_base_model()))
+
+    def ours(decay: float) -> None:
+        routed = Ours(lab, seed, decay)
         if torch.cuda.is_available():
-            ours.peft.fuse_for_inference()
-            keep(f"ours_decay_{decay:g}_fused", times(lab, ours.backbone))
-        del ours
+            routed.peft.fuse_for_inference()
+            keep(f"ours_decay_{decay:g}_fused", times(lab, routed.backbone))
+            routed.peft.unfuse()
+        keep(f"ours_decay_{decay:g}_unfused", times(lab, routed.backbone))
+
+    parts: dict[str, Callable[[], None]] = {
+        "base": lambda: keep("merged_or_base", times(lab, lab.plain)),
+        "lora": lora,
+        "ours, decay 0.98": lambda: ours(0.98),
+        "ours, decay 0": lambda: ours(0.0),
+        "arrow": lambda: keep("arrow_top1", times(lab, peft_routers.arrow_model(lab, seed, 1).get_base_model())),
+        "xlora": lambda: keep("xlora", xlora_times(lab, peft_routers.xlora_model(lab, seed).eval())),
+    }
+    for name, part in parts.items():
+        try:
+            part()
+        except Exception as error:  # one that does not run must not take the others with it
+            lab.note("times_failed", {name: f"{type(error).__name__}: {error}"[:400]})
+            say(f"{lab.worker}: times of {name}: {error}")
         free()
-    keep("arrow_top1", times(lab, peft_routers.arrow_model(lab, seed, 1).get_base_model()))
-    free()
-    keep("xlora", xlora_times(lab, peft_routers.xlora_model(lab, seed).eval()))

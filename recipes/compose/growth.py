@@ -11,7 +11,7 @@ from peft_loraswitch import add_expert, remove_expert
 from recipes import corpora
 from recipes.compose import domains
 from recipes.compose.baselines import one_lora_best, one_lora_flat
-from recipes.compose.lab import Lab, batches, free
+from recipes.compose.lab import Lab, free
 from recipes.compose.routers import Ours
 from recipes.compose.scoring import Sets
 
@@ -99,7 +99,7 @@ def trained(lab: Lab, seed: int) -> None:
     best = lab.chosen(f"trained_decay_{DECAY:g}") or 0
     with _Clock() as clock:
         grow(ours)
-        steps = batches(lab.mixed(NINE), lab.settings.mixed_rows, lab.settings.mixed_steps, seed)
+        steps = lab.mixed_batches(seed, NINE)
         ours.go_on(lab.settings.router_rates[best], steps)
     lab.measure("trained_after", "growth", seed, ours.backbone, ours.parameters, sets=_nine(lab))
     _general(lab, "trained_after", "growth", seed, ours.backbone, clock.seconds)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import csv
 import gc
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from recipes.compose.base_model import check_tokenizer
 from recipes.compose.scoring import Scores, Sets, losses, mean, score
 from recipes.compose.settings import Settings
 from recipes.compose.stacked_lora import StackedLora
-from recipes.compose.text_batches import Example, by_length, examples
+from recipes.compose.text_batches import Example, examples
 
 COLUMNS = ("method", "kind", "seed", "domain", "metric", "value", "trainable_params")
 Splits = dict[str, Sets]  # domain -> split -> items
@@ -60,8 +61,10 @@ class Lab:
     def test(self, names: Sequence[str] = domains.EIGHT) -> Sets:
         return self.sets("test", self.settings.test_items, names)
 
-    def mixed(self, names: Sequence[str] = domains.EIGHT) -> list[Example]:
-        return [example for name in names for example in self.data[name]["mixed"]]
+    def mixed_batches(self, seed: int, names: Sequence[str] = domains.EIGHT) -> list[list[Example]]:
+        """What routers, coefficients and new LoRAs are trained on."""
+        settings = self.settings
+        return balanced_batches(self.sets("mixed", 10**9, names), settings.mixed_rows, settings.mixed_steps, seed)
 
     # ------------------------------------------------------------------------------------------------- LoRAs on disk
 
@@ -126,10 +129,20 @@ class Lab:
             file.write(json.dumps({key: value}) + "\n")
 
 
-def batches(items: list[Example], rows: int, steps: int, seed: int) -> list[list[Example]]:
-    """The training batches of `seed`: whoever asks with the same arguments gets the same."""
-    stream = by_length(len(items), rows, list(map(len, items)), torch.Generator().manual_seed(seed))
-    return [[items[index] for index in next(stream)] for _ in range(steps)]
+def balanced_batches(sets: Sets, rows: int, steps: int, seed: int) -> list[list[Example]]:
+    """Training batches with equally many items of each domain (as nearly as `rows` allows), shortest first, so that they can be cut
+    into pieces of similar length. Whoever asks with the same arguments gets the same."""
+    generator = torch.Generator().manual_seed(seed)
+    streams = [_endless(items, generator) for items in sets.values()]
+    turn = itertools.cycle(streams)
+    return [sorted((next(next(turn)) for _ in range(rows)), key=len) for _ in range(steps)]
+
+
+def _endless(items: list[Example], generator: torch.Generator) -> Iterator[Example]:
+    """Epoch after epoch, each in an order of its own."""
+    while True:
+        for index in torch.randperm(len(items), generator=generator).tolist():
+            yield items[index]
 
 
 def say(text: str) -> None:

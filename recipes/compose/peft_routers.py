@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import ArrowConfig, XLoraConfig, create_arrow_model, get_peft_model
 
-from recipes.compose.lab import Lab, batches, say
+from recipes.compose.lab import Lab, say
 from recipes.compose.mixed_training import train_parameters
 from recipes.compose.scoring import Sets, by_answer_length
 from recipes.compose.text_batches import Example, padded, right
@@ -56,10 +56,10 @@ def _at_answers(model: Any, lab: Lab, chosen: list[Example]) -> tuple[torch.Tens
 def xlora(lab: Lab, seed: int) -> None:
     """Training in half batches, because logits are made for all answers; measured on fewer items, because there is no KV cache."""
     settings = lab.settings
-    rates, method = settings.router_rates, "xlora"
+    rates, method = settings.xlora_rates, "xlora"
     best = lab.chosen(method)
     sets = lab.sets("test", settings.xlora_items)
-    steps = batches(lab.mixed(), settings.mixed_rows, settings.mixed_steps, seed)
+    steps = lab.mixed_batches(seed)
     models, found, count = [], [], 0
     for rate in rates if best is None else (rates[best],):
         torch.manual_seed(seed)

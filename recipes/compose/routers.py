@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft_loraswitch import from_loras, router_from_texts, router_from_weights
 from peft_loraswitch.router_inputs import averaged, read
 from recipes.compose import domains
-from recipes.compose.lab import Lab, batches
+from recipes.compose.lab import Lab
 from recipes.compose.mixed_training import loss_of, train_parameters
 from recipes.compose.text_batches import Example
 
@@ -69,12 +69,13 @@ class Ours:
     def from_weights(self) -> dict[str, float]:
         return router_from_weights(self.peft)
 
-    def trained(self, rate: float, seed: int) -> None:
-        """On the loss of the mixed items' answers alone, from a fresh router."""
-        settings, lab = self.lab.settings, self.lab
+    def trained(self, rate: float, seed: int, start: torch.Tensor | None) -> None:
+        """On the loss of the mixed items' answers alone, from these rows, or from fresh ones."""
         torch.manual_seed(seed)
         self.router.reset_parameters()
-        self.go_on(rate, batches(lab.mixed(self.names), settings.mixed_rows, settings.mixed_steps, seed))
+        if start is not None:
+            self.set_rows(start)
+        self.go_on(rate, self.lab.mixed_batches(seed, self.names))
 
     def go_on(self, rate: float, steps: list[list[Example]]) -> None:
         self.peft.train()
@@ -187,16 +188,26 @@ def labels(lab: Lab, seed: int, decay: float) -> None:
     _measure(ours, method, "g", seed)
 
 
-def trained(lab: Lab, seed: int, decay: float, top_k: int = 1, random: bool = False) -> None:
-    """trainable="router" on the mixed items. With top_k = 2 the gates of the two add to 1. random: (f), the experts are noise of the
-    same norms."""
-    method = f"trained_{shown(decay)}" + ("_top2" if top_k == 2 else "") + ("_random_experts" if random else "")
+def trained(
+    lab: Lab, seed: int, decay: float, top_k: int = 1, start: str = "fresh"
+) -> None:
+    """trainable="router" on the mixed items. With top_k = 2 the gates of the two add to 1.
+
+    start: the router is fresh, or "texts": from texts; "random": it is fresh, and the experts are noise of the same norms (f).
+    """
+    random = start == "random"
+    ending = {"fresh": "", "texts": "_from_texts", "random": "_random_experts"}[start]
+    method = f"trained_{shown(decay)}" + ("_top2" if top_k == 2 else "") + ending
     ours = Ours(lab, seed, decay, top_k, folders=random_loras(lab, seed) if random else None)
     rates = lab.settings.router_rates
     best = lab.chosen(method)
+    begin = None
+    if start == "texts":
+        ours.from_texts()
+        begin = ours.router.weight.detach().clone()
     sets = []
     for rate in rates if best is None else (rates[best],):
-        ours.trained(rate, seed)
+        ours.trained(rate, seed, begin)
         sets.append(ours.router.weight.detach().clone())
 
     def take(index: int) -> tuple[Any, None]:

@@ -48,7 +48,7 @@ def all_tasks(settings: Settings) -> list[Task]:
     return tasks
 
 
-CORE = 13  # of a seed's tasks: first for all seeds
+CORE = 14  # of a seed's tasks: first for all seeds
 
 
 def _of_seed(settings: Settings, seed: int, first: int) -> list[Task]:
@@ -75,7 +75,8 @@ def _of_seed(settings: Settings, seed: int, first: int) -> list[Task]:
         task("labels-per-prompt", decisions.per_prompt, how="labels"),
         task("texts-per-prompt", decisions.per_prompt, how="texts"),
         task("trained-0", routers.trained, tuned=True, decay=0.0),
-        task("random", routers.trained, tuned=True, decay=0.98, random=True),
+        task("trained-texts", routers.trained, tuned=True, decay=0.98, start="texts"),
+        task("random", routers.trained, tuned=True, decay=0.98, start="random"),
         task("labels-1", routers.labels, tuned=True, decay=1.0),
         # less important from here on
         task("labels-0", routers.labels, tuned=True, decay=0.0),
