@@ -74,6 +74,7 @@ def cost(lab: Lab) -> None:
 
     def ours(decay: float) -> None:
         routed = Ours(lab, seed, decay)
+        routed.router.to(lab.plain.dtype)  # as from_loras made it
         if torch.cuda.is_available():
             routed.peft.fuse_for_inference()
             keep(f"ours_decay_{decay:g}_fused", times(lab, routed.backbone))
