@@ -3,8 +3,8 @@
     python -m recipes.compose --base /tmp/compose-base --gpus 2 --limit 330
     python -m recipes.compose --smoke          # CPU, about a minute: every part, with a tiny random model
 
-Rows go to <results>/compose.csv as `method, kind, seed, domain, metric, value, trainable_params`, everything else to compose.json.
-What the limit leaves out stands there too.
+Rows go to <results>/compose.csv (`method, kind, seed, domain, metric, value, trainable_params`), everything else to compose.json, what
+the limit leaves out included.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", help="folder of the base model (recipes.compose.base_model) or Hub name")
     parser.add_argument("--data", type=Path, default=domains.DEFAULT, help="what recipes.compose.domains wrote")
     parser.add_argument("--out", type=Path, help="work folder, begun anew (default: outputs/compose/run)")
-    parser.add_argument("--results", type=Path, help="folder of compose.csv and compose.json (default: recipes/results)")
+    parser.add_argument(
+        "--results", type=Path, help="folder of compose.csv and compose.json (default: recipes/results)"
+    )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--processes", type=int, help="on each GPU (default: 5; 0: this one alone, as with --smoke)")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing begins any more")
@@ -211,7 +213,8 @@ def header(out: Path, args: argparse.Namespace, size: str) -> dict[str, Any]:
 
 
 NOT_MEASURED = [
-    "A deeper router_module in the adapter itself: from_loras refuses it for LoRAs that adapt the blocks below it. deep_previous and "
+    "A deeper router_module in the adapter itself: from_loras refuses it for LoRAs that adapt the blocks below it. "
+    "deep_previous and "
     "deep_per_prompt are computed from the base's hidden states, with given routes.",
 ]
 

@@ -36,7 +36,7 @@ def base(lab: Lab) -> None:
 
 
 def oracle(lab: Lab, seed: int) -> None:
-    """The right LoRA for each item: every domain's items with its own LoRA. And all LoRAs on ARC and OpenBookQA, which are alike."""
+    """The right LoRA for each item: every domain's items with its own LoRA."""
     stack = lab.stack()
     flat = lab.flat(stack, seed)
     scores = {}
@@ -44,7 +44,7 @@ def oracle(lab: Lab, seed: int) -> None:
         stack.use(row[None])
         scores |= score(stack.model, lab.tokenizer, {name: items}, lab.settings)
     lab.rows("oracle", "b", seed, scores, stack.size * len(flat))
-    say(f"{lab.worker}: oracle, seed {seed}: {({n: round(s['exact_match'], 3) for n, s in scores.items()})}")
+    say(f"{lab.worker}: oracle, seed {seed}: { ({n: round(s['exact_match'], 3) for n, s in scores.items()}) }")
 
 
 def confusion(lab: Lab, seed: int) -> None:

@@ -66,7 +66,7 @@ def cost(lab: Lab) -> None:
 
     def keep(method: str, found: dict[str, float]) -> None:
         lab.rows(method, "cost", seed, {"all": found})
-        say(f"{lab.worker}: {method}: {({k: round(v, 2) for k, v in found.items()})}")
+        say(f"{lab.worker}: {method}: { ({k: round(v, 2) for k, v in found.items()}) }")
 
     def lora() -> None:
         model = PeftModel.from_pretrained(lab.model(), lab.loras(seed)[0], autocast_adapter_dtype=False).eval()

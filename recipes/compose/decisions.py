@@ -1,4 +1,4 @@
-"""Decisions that are given to the experts: one for a whole prompt, those of a router further up, and wrong ones for the first tokens.
+"""Decisions that are given to the experts: one for a whole prompt, a deeper router's, and wrong ones for the first tokens.
 
 All by `RoutedLora`, which computes what the adapter computes. Also text that switches domains in its middle.
 """
@@ -75,7 +75,7 @@ def prompt_table(ours: Ours, rows: torch.Tensor, sets: Sets) -> Table:
 
 @torch.no_grad()
 def deep_inputs(lab: Lab, items: list[Example], block: int) -> list[torch.Tensor]:
-    """Hidden states of the base before block `block`, at each token of the prompts, each of mean square 1 (as a norm makes it)."""
+    """Hidden states of the base before block `block` at each token of the prompts, of mean square 1 (as a norm makes them)."""
     placed: list[torch.Tensor] = [torch.empty(0)] * len(items)
     order = sorted(range(len(items)), key=lambda index: len(items[index].prompt))
     for begin in range(0, len(order), 128):
@@ -90,8 +90,8 @@ def deep_inputs(lab: Lab, items: list[Example], block: int) -> list[torch.Tensor
 
 
 def deep(lab: Lab, seed: int) -> None:
-    """A router on the base's hidden states further up, trained on the domains' labels. `deep_previous`: each token follows what the
-    token before it has made the router decide, so that all blocks can follow it (the first token follows no expert).
+    """A router on the base's hidden states further up, trained on the domains' labels. `deep_previous`: each token follows what
+    the token before it has made the router decide, so that all blocks can follow it (the first token follows no expert).
     `deep_per_prompt`: the mean of the logits over the prompt decides once. In both, answers follow the prompt's last decision."""
     settings = lab.settings
     items = [e for name in domains.EIGHT for e in lab.data[name]["mixed"][: settings.mixed_items]]
@@ -130,8 +130,8 @@ def deep(lab: Lab, seed: int) -> None:
 
 
 def first_tokens(lab: Lab, seed: int, how: str) -> None:
-    """What is lost when the first n tokens of a prompt follow no expert (`base`), or another domain's (`wrong`), and all later ones
-    the right one: what early, uncertain decisions leave in the KV cache."""
+    """What is lost when the first n tokens of a prompt follow no expert (`base`), or another domain's (`wrong`), and all later
+    ones the right one: what early, uncertain decisions leave in the KV cache."""
     routed, sets = open_routed(lab, seed), lab.test()
     for count in FIRST_TOKENS:
 
@@ -141,7 +141,13 @@ def first_tokens(lab: Lab, seed: int, how: str) -> None:
             return one_hot(choices)
 
         lab.measure(
-            f"first_{count}_{how}", "diagnostic", seed, routed.model, 0, GivenRoutes(routed, table_of(sets, gates)), sets
+            f"first_{count}_{how}",
+            "diagnostic",
+            seed,
+            routed.model,
+            0,
+            GivenRoutes(routed, table_of(sets, gates)),
+            sets,
         )
 
 
@@ -173,7 +179,7 @@ def switch_scores(
     lab: Lab, method: str, kind: str, seed: int, model: Any,
     routes_of: Callable[[list[list[int]], list[tuple[int, int, int]]], GivenRoutes] | None = None,
 ) -> None:  # fmt: skip
-    """`second_right`: the right answer to the first item is in the text. `both_right`: the model has answered the first item itself.
+    """`second_right`: the right answer to the first item is in the text. `both_right`: the model has answered it itself.
 
     routes_of: gives the routes for prompts, each with (domain of the first item, of the second, where the second begins).
     """
@@ -208,7 +214,7 @@ def switch_scores(
         "both_right": sum(a and b for a, b in zip(first_right, in_turn, strict=True)) / len(found),
     }
     lab.rows(method, kind, seed, {"switch": scores})
-    say(f"{lab.worker}: switch, {method}, seed {seed}: {({k: round(v, 3) for k, v in scores.items()})}")
+    say(f"{lab.worker}: switch, {method}, seed {seed}: { ({k: round(v, 3) for k, v in scores.items()}) }")
 
 
 def switch(lab: Lab, seed: int) -> None:

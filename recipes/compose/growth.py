@@ -92,7 +92,7 @@ def routed(lab: Lab, seed: int) -> None:
 
 
 def trained(lab: Lab, seed: int) -> None:
-    """The trained router gets a row for the ninth domain (from its fresh small one), and all rows go on training on nine domains."""
+    """The trained router gets a row for the ninth domain, small and random, and all rows go on training on nine domains."""
     ours = Ours(lab, seed, DECAY)
     weight = torch.load(lab.out / "routers" / f"trained_decay_{DECAY:g}_seed{seed}.pt")
     ours.set_rows(weight)
@@ -122,7 +122,9 @@ def one_lora(lab: Lab, seed: int) -> None:
     """(a), as it is and trained anew with nine domains."""
     stack = lab.stack(lab.settings.rank * len(domains.EIGHT))
     stack.use(stack.load([lab.out / "one_lora" / f"seed{seed}"]))
-    lab.measure("one_lora_before", "growth", seed, stack.model, stack.size, sets={domains.NINTH: _nine(lab)[domains.NINTH]})
+    lab.measure(
+        "one_lora_before", "growth", seed, stack.model, stack.size, sets={domains.NINTH: _nine(lab)[domains.NINTH]}
+    )
     _general(lab, "one_lora_before", "growth", seed, stack.model)
     rate = lab.settings.lora_rates[one_lora_best(lab)]
     free()

@@ -80,8 +80,8 @@ class Lab:
     # ---------------------------------------------------------------------------------------------------- measuring
 
     def tuned(self, candidates: Sequence[Any], use: Callable[[Any], tuple[Any, Any]], name: str, seed: int) -> Any:
-        """The candidate with the lowest mean loss over the domains' validation splits. `use` takes one up and returns the
-        model to measure, and its given routes or None. What was found stands in the header."""
+        """The candidate with the lowest mean loss over the domains' validation splits. `use` takes one up and returns
+        the model to measure, and its given routes or None. What was found stands in the header."""
         found = []
         for candidate in candidates:
             model, routes = use(candidate)
@@ -106,7 +106,9 @@ class Lab:
     ) -> Scores:  # fmt: skip
         scores = score(model, self.tokenizer, sets or self.test(), self.settings, routes)
         self.rows(method, kind, seed, scores, parameters)
-        say(f"{self.worker}: {method}, seed {seed}: exact match {mean(scores, 'exact_match'):.3f}, loss {mean(scores, 'loss'):.3f}")
+        say(
+            f"{self.worker}: {method}, seed {seed}: exact match {mean(scores, 'exact_match'):.3f}, loss {mean(scores, 'loss'):.3f}"
+        )
         return scores
 
     # ------------------------------------------------------------------------------------------------------- writing
@@ -172,7 +174,8 @@ def read_items(base: str, data: Path, settings: Settings) -> Splits:
         return [e for e in made if len(e) <= settings.longest and len(e.answer) <= settings.longest_answer]
 
     return {
-        name: {split: fitting(items) for split, items in found[name].items()} for name in (*domains.EIGHT, domains.NINTH)
+        name: {split: fitting(items) for split, items in found[name].items()}
+        for name in (*domains.EIGHT, domains.NINTH)
     }
 
 

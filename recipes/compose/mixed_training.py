@@ -1,4 +1,4 @@
-"""Training on all domains together, for everything that learns there: a LoRA, coefficients, a router. Same batches, same schedule."""
+"""Training on all domains together: a LoRA, coefficients, a router, all with the same batches and schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from recipes.compose.experts import schedule
-from recipes.compose.lab import Lab, batches
+from recipes.compose.lab import Lab
 from recipes.compose.stacked_lora import StackedAdamW
 from recipes.compose.text_batches import Example, answer_losses, batch_of
 

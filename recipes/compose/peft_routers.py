@@ -51,13 +51,15 @@ def _at_answers(model: Any, lab: Lab, chosen: list[Example]) -> tuple[torch.Tens
     longest = max(len(e.answer) for e in chosen)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1)
-    places = [(row, longest - len(e.answer) + i, token) for row, e in enumerate(chosen) for i, token in enumerate(e.answer)]
+    places = [
+        (row, longest - len(e.answer) + i, token) for row, e in enumerate(chosen) for i, token in enumerate(e.answer)
+    ]
     rows, columns, targets = torch.tensor(places, device=lab.device).T
     return torch.nn.functional.cross_entropy(out.logits[rows, columns].float(), targets, reduction="none"), rows
 
 
 def xlora(lab: Lab, seed: int) -> None:
-    """Training in half batches, because logits are made for all answers; measured on fewer items, because there is no KV cache."""
+    """Measured on fewer items than the others, because there is no KV cache."""
     settings = lab.settings
     rates, method = settings.xlora_rates, "xlora"
     best = lab.chosen(method)
@@ -72,7 +74,9 @@ def xlora(lab: Lab, seed: int) -> None:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.to(lab.plain.dtype)
         count = sum(p.numel() for p in parameters)
-        train_parameters(lab, parameters, rate, steps, lambda m, chosen: _at_answers(m, lab, chosen)[0].mean(), model.train())
+        train_parameters(
+            lab, parameters, rate, steps, lambda m, chosen: _at_answers(m, lab, chosen)[0].mean(), model.train()
+        )
         model.eval()
         models.append(model)
         if best is None:
@@ -89,7 +93,7 @@ def xlora(lab: Lab, seed: int) -> None:
             good = [right(text, e.text) for text, e in zip(texts, sets[name], strict=True)]
             scores[name]["exact_match"] = sum(good) / len(good)
     lab.rows(method, "d", seed, scores, count)
-    say(f"{lab.worker}: xlora, seed {seed}: {({n: s for n, s in scores.items()})}")
+    say(f"{lab.worker}: xlora, seed {seed}: {scores}")
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """From recipes/results/compose.csv to the table in the root README, all tables in recipes/compose/README.md, and the picture.
 
-    python -m recipes.compose.report            # writes both documents and recipes/results/compose.png
-    python -m recipes.compose.report --check    # only compares
+python -m recipes.compose.report            # writes both documents and recipes/results/compose.png
+python -m recipes.compose.report --check    # only compares
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def group_of(key: Key) -> str:
     if method.startswith("merge_"):
         return "merges"
     for group in SHORT:
-        if method == group or method.startswith((group + "_decay", group + "_top", group + "_per", "new_lora_" if group == "new_lora" else group + "_decay")):
+        if method == group or method.startswith(
+            (group + "_decay", group + "_top", group + "_per", "new_lora_" if group == "new_lora" else group + "_decay")
+        ):
             return group
     return ""
 
@@ -130,7 +132,9 @@ def line(table: Table, key: Key) -> str:
     loss = means(table, key, "loss")
     count = table.parameters[key]
     # The experts are trained each on its own domain: nothing is trained on all of them.
-    trained = "" if key.kind in ("base", "b", "h") or key.method.startswith("merge_") else f"{count:,}" if count else "0"
+    trained = (
+        "" if key.kind in ("base", "b", "h") or key.method.startswith("merge_") else f"{count:,}" if count else "0"
+    )
     if key.method.startswith(("texts", "weights", "arrow")):
         trained = "0"
     mark = "**" if key.kind == "g" else ""
@@ -164,7 +168,13 @@ def caption(table: Table) -> str:
 
 
 def section(table: Table) -> str:
-    text = [caption(table).replace("; of several variants the best is shown", ""), "", *HEAD, *(line(table, k) for k in rows(table)), ""]
+    text = [
+        caption(table).replace("; of several variants the best is shown", ""),
+        "",
+        *HEAD,
+        *(line(table, k) for k in rows(table)),
+        "",
+    ]
     text += ["![Exact match of every method](../results/compose.png)", ""]
     for title, part in (
         ("Where routers are right", accuracy(table)), ("First tokens that follow another expert", first(table)),
@@ -191,7 +201,10 @@ def accuracy(table: Table) -> list[str]:
     if not found:
         return []
     heads = [column.replace("token_", "token ") for column in columns]
-    head = ["| % of tokens that choose the right expert | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
+    head = [
+        "| % of tokens that choose the right expert | " + " | ".join(heads) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     return [*head, *(text for _, text in sorted(found))]
 
 
@@ -199,7 +212,9 @@ def first(table: Table) -> list[str]:
     found = []
     for how in ("base", "wrong"):
         counts = sorted(
-            int(key.method.split("_")[1]) for key in table.values if key.method.startswith("first_") and key.method.endswith(how)
+            int(key.method.split("_")[1])
+            for key in table.values
+            if key.method.startswith("first_") and key.method.endswith(how)
         )
         cells = [shown(means(table, Key(f"first_{count}_{how}", "diagnostic"))) for count in counts]
         if cells:
@@ -208,7 +223,10 @@ def first(table: Table) -> list[str]:
     if not found:
         return []
     counts = found[0][0]
-    head = ["| the first n tokens follow | " + " | ".join(f"n = {n}" for n in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    head = [
+        "| the first n tokens follow | " + " | ".join(f"n = {n}" for n in counts) + " |",
+        "|---" * (len(counts) + 1) + "|",
+    ]
     return [*head, *(text for columns, text in found if columns == counts)]
 
 
@@ -216,7 +234,9 @@ def switch(table: Table) -> list[str]:
     metrics = {"first_right": "first", "second_right": "second, first answer given", "second_right_in_turn": "second, after its own answer",
                "both_right": "both in turn"}  # fmt: skip
     lines = [
-        f"| {name_of(key.method)} | " + " | ".join(shown(means(table, key, metric, ["switch"])) for metric in metrics) + " |"
+        f"| {name_of(key.method)} | "
+        + " | ".join(shown(means(table, key, metric, ["switch"])) for metric in metrics)
+        + " |"
         for key in table.values
         if "both_right" in table.values[key]
     ]
@@ -238,7 +258,9 @@ def growth(table: Table) -> list[str]:
     lines = []
     for method, label in GROWTH.items():
         key = Key(method, "growth")
-        eight = means(table, key, names=[n for n in domains.EIGHT if method != "labels_removed" or n != domains.EIGHT[4]])
+        eight = means(
+            table, key, names=[n for n in domains.EIGHT if method != "labels_removed" or n != domains.EIGHT[4]]
+        )
         if method == "one_lora_before":
             eight = means(table, Key("one_lora", "a"))
         ninth = means(table, key, names=[domains.NINTH])
@@ -264,15 +286,24 @@ def cost(table: Table) -> list[str]:
         if key.kind == "cost":
             cells = [f"{v[0]:.2f}" if (v := means(table, key, m, ["all"])) else "" for m in ("decode_ms", "prefill_ms")]
             lines.append(f"| `{key.method}` | " + " | ".join(cells) + " |")
-    return ["| eager, batch 1 | decode step, ms | prefill of 2,048 tokens, ms |", "|---" * 3 + "|", *lines] if lines else []
+    return (
+        ["| eager, batch 1 | decode step, ms | prefill of 2,048 tokens, ms |", "|---" * 3 + "|", *lines]
+        if lines
+        else []
+    )
 
 
 def notes(table: Table) -> list[str]:
     head = table.header
     text = [f"- Not measured: {note}" for note in head.get("not_measured", [])]
     if head.get("left_out"):
-        text.append(f"- Left out, for lack of time or because it failed: {', '.join(f'`{name}`' for name in head['left_out'])}.")
-    text += [f"- `{name}` failed: {error}" for name, error in {**head.get("failed", {}), **head.get("times_failed", {})}.items()]
+        text.append(
+            f"- Left out, for lack of time or because it failed: {', '.join(f'`{name}`' for name in head['left_out'])}."
+        )
+    text += [
+        f"- `{name}` failed: {error}"
+        for name, error in {**head.get("failed", {}), **head.get("times_failed", {})}.items()
+    ]
     return text
 
 
@@ -292,7 +323,9 @@ def draw(table: Table, path: Path) -> None:
     for place, key in enumerate(keys):
         values = [100 * value for value in means(table, key)]
         mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-        axes.barh(place, mean, xerr=spread, color=colors.get(key.kind, "#bbbbbb"), height=0.7, error_kw={"linewidth": 1})
+        axes.barh(
+            place, mean, xerr=spread, color=colors.get(key.kind, "#bbbbbb"), height=0.7, error_kw={"linewidth": 1}
+        )
         axes.plot(values, [place] * len(values), ".", color="black", markersize=3)
         axes.text(max([mean + spread, *values]) + 0.7, place, f"{mean:.1f}", va="center", fontsize=8)
     axes.set_yticks(range(len(keys)), [f"({k.kind}) {name_of(k.method)}".replace("`", "") for k in keys], fontsize=8)

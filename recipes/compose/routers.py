@@ -1,4 +1,4 @@
-"""(g) Ours: `from_loras(..., top_k=1, normalize_gates=True)` with routers that come about in different ways; and (f), random experts."""
+"""(g) Ours: `from_loras(..., top_k=1, normalize_gates=True)` with routers of several origins; and (f), random experts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ class Ours:
         owners = [i for i, n in enumerate(self.names) for _ in lab.data[n]["mixed"][: lab.settings.mixed_items]]
         inputs = self.inputs(items)
         rows = [torch.zeros_like(self.router.weight, requires_grad=True) for _ in rates]
-        optimizers = [torch.optim.AdamW([row], lr=rate, weight_decay=0.0) for row, rate in zip(rows, rates, strict=True)]
+        optimizers = [
+            torch.optim.AdamW([row], lr=rate, weight_decay=0.0) for row, rate in zip(rows, rates, strict=True)
+        ]
         generator = torch.Generator().manual_seed(self.seed)
         for step in range(LABEL_STEPS):
             chosen = torch.randperm(len(items), generator=generator)[:LABEL_TEXTS].tolist()
@@ -188,9 +190,7 @@ def labels(lab: Lab, seed: int, decay: float) -> None:
     _measure(ours, method, "g", seed)
 
 
-def trained(
-    lab: Lab, seed: int, decay: float, top_k: int = 1, start: str = "fresh"
-) -> None:
+def trained(lab: Lab, seed: int, decay: float, top_k: int = 1, start: str = "fresh") -> None:
     """trainable="router" on the mixed items. With top_k = 2 the gates of the two add to 1.
 
     start: the router is fresh, or "texts": from texts; "random": it is fresh, and the experts are noise of the same norms (f).

@@ -39,7 +39,12 @@ def losses(model: Any, tokenizer: Any, sets: Sets, routes: GivenRoutes | None = 
 
 
 def answers(
-    model: Any, tokenizer: Any, prompts: list[list[int]], longest: int, settings: Settings, routes: GivenRoutes | None = None
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    longest: int,
+    settings: Settings,
+    routes: GivenRoutes | None = None,
 ) -> list[list[int]]:
     """Greedy answers, in the prompts' order."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -62,13 +67,13 @@ def by_answer_length(sets: Sets, settings: Settings) -> list[tuple[int, list[str
     longest = {name: max(len(example.answer) for example in items) for name, items in sets.items()}
     groups: dict[int, list[str]] = {}
     for name, length in longest.items():
-        groups.setdefault(next((i for i, limit in enumerate(LENGTHS) if length <= limit), len(LENGTHS)), []).append(name)
+        groups.setdefault(next((i for i, limit in enumerate(LENGTHS) if length <= limit), len(LENGTHS)), []).append(
+            name
+        )
     return [(min(settings.new_tokens, max(longest[n] for n in names)), names) for _, names in sorted(groups.items())]
 
 
-def score(
-    model: Any, tokenizer: Any, sets: Sets, settings: Settings, routes: GivenRoutes | None = None
-) -> Scores:
+def score(model: Any, tokenizer: Any, sets: Sets, settings: Settings, routes: GivenRoutes | None = None) -> Scores:
     """`exact_match` and `loss` of each domain."""
     found = {name: {"loss": loss} for name, loss in losses(model, tokenizer, sets, routes).items()}
     for longest, names in by_answer_length(sets, settings):

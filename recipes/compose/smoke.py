@@ -1,4 +1,4 @@
-"""A tiny random model, a tokenizer and made-up items of all nine domains: enough to run every part, too little to learn anything."""
+"""A tiny random model, a tokenizer and made-up items of all nine domains: enough to run every part, too little to learn."""
 
 from __future__ import annotations
 

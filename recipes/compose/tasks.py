@@ -1,4 +1,4 @@
-"""Everything there is to measure, most important first, and what each part needs. Whatever is ready may run beside whatever else."""
+"""Everything there is to measure, most important first, and what each part needs. What is ready may run beside anything."""
 
 from __future__ import annotations
 

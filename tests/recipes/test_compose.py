@@ -20,7 +20,7 @@ from recipes.compose.routed_lora import RoutedLora
 from recipes.compose.routers import Ours
 from recipes.compose.scoring import answers, by_answer_length, losses
 from recipes.compose.settings import SMOKE
-from recipes.compose.stacked_lora import StackedAdamW, StackedLora
+from recipes.compose.stacked_lora import StackedAdamW
 from recipes.compose.text_batches import Example, answer_losses, batch_of, right
 
 
@@ -122,7 +122,9 @@ def test_given_routes_are_what_the_adapter_computes(lab: Lab) -> None:
     for expert in (0, 5):
         rows = torch.zeros_like(ours.router.weight)
         x = torch.cat(ours.inputs([e for items in sets.values() for e in items]))
-        direction = torch.linalg.lstsq(x, torch.ones(len(x), 1)).solution[:, 0]  # x @ direction is about 1 for all tokens
+        direction = torch.linalg.lstsq(x, torch.ones(len(x), 1)).solution[
+            :, 0
+        ]  # x @ direction is about 1 for all tokens
         rows[expert] = direction
         ours.set_rows(rows)
         table = table_of(sets, lambda index, e, expert=expert: one_hot(torch.full((len(e.prompt),), expert)))
