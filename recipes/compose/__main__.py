@@ -3,8 +3,8 @@
     python -m recipes.compose --base /tmp/compose-base --gpus 2 --limit 330
     python -m recipes.compose --smoke          # CPU, about a minute: every part, with a tiny random model
 
-Rows go to <results>/compose.csv (`method, kind, seed, domain, metric, value, trainable_params`), everything else to compose.json, what
-the limit leaves out included.
+Rows go to <results>/compose.csv (`method, kind, seed, domain, metric, value, trainable_params`), all else to compose.json,
+what the limit leaves out included.
 """
 
 from __future__ import annotations

@@ -80,8 +80,12 @@ class Lab:
     # ---------------------------------------------------------------------------------------------------- measuring
 
     def tuned(self, candidates: Sequence[Any], use: Callable[[Any], tuple[Any, Any]], name: str, seed: int) -> Any:
-        """The candidate with the lowest mean loss over the domains' validation splits. `use` takes one up and returns
-        the model to measure, and its given routes or None. What was found stands in the header."""
+        """The candidate with the lowest mean loss over the domains' validation splits.
+
+        Args:
+            use: takes a candidate up, and returns the model to measure, and its given routes or None.
+            name: under which the header has what was found.
+        """
         found = []
         for candidate in candidates:
             model, routes = use(candidate)
@@ -106,9 +110,8 @@ class Lab:
     ) -> Scores:  # fmt: skip
         scores = score(model, self.tokenizer, sets or self.test(), self.settings, routes)
         self.rows(method, kind, seed, scores, parameters)
-        say(
-            f"{self.worker}: {method}, seed {seed}: exact match {mean(scores, 'exact_match'):.3f}, loss {mean(scores, 'loss'):.3f}"
-        )
+        found = f"exact match {mean(scores, 'exact_match'):.3f}, loss {mean(scores, 'loss'):.3f}"
+        say(f"{self.worker}: {method}, seed {seed}: {found}")
         return scores
 
     # ------------------------------------------------------------------------------------------------------- writing
@@ -132,8 +135,8 @@ class Lab:
 
 
 def balanced_batches(sets: Sets, rows: int, steps: int, seed: int) -> list[list[Example]]:
-    """Training batches with equally many items of each domain (as nearly as `rows` allows), shortest first, so that they can be cut
-    into pieces of similar length. Whoever asks with the same arguments gets the same."""
+    """Training batches with equally many items of each domain (as nearly as `rows` allows), shortest first, so that they can be
+    cut into pieces of similar length. Whoever asks with the same arguments gets the same."""
     generator = torch.Generator().manual_seed(seed)
     streams = [_endless(items, generator) for items in sets.values()]
     turn = itertools.cycle(streams)

@@ -50,6 +50,7 @@ WAYS = {
 SHORT = ("base", "uniform", "merges", "lora_soups_cat", "new_lora", "arrow", "xlora", "random", "weights", "texts", "trained",
          "labels", "one_lora", "oracle")  # fmt: skip
 EM = "exact_match"
+BEST = "; of several variants the best is shown"
 
 
 class Key(NamedTuple):
@@ -83,8 +84,11 @@ def name_of(method: str) -> str:
     way, _, rest = method.partition("_decay_")
     decay, _, ending = rest.partition("_")
     what = {
-        "": "", "top2": ", soft gates of two experts", "from_texts": ", begun from texts", "random_experts": ", above random experts",
-    }  # fmt: skip
+        "": "",
+        "top2": ", soft gates of two experts",
+        "from_texts": ", begun from texts",
+        "random_experts": ", above random experts",
+    }
     context = ", token alone" if decay == "0" else f", `router_decay={decay}`"
     return WAYS.get(way, way) + context + what.get(ending, f", {ending}")
 
@@ -111,18 +115,13 @@ def rows(table: Table) -> list[Key]:
 
 
 def group_of(key: Key) -> str:
-    """Which line of the short table a method stands for."""
+    """Which line of the short table a method stands for; "" for none."""
     method = key.method
     if method.endswith("random_experts"):
         return "random"
     if method.startswith("merge_"):
         return "merges"
-    for group in SHORT:
-        if method == group or method.startswith(
-            (group + "_decay", group + "_top", group + "_per", "new_lora_" if group == "new_lora" else group + "_decay")
-        ):
-            return group
-    return ""
+    return next((group for group in SHORT if method == group or method.startswith(group + "_")), "")
 
 
 def line(table: Table, key: Key) -> str:
@@ -156,11 +155,11 @@ def summary(table: Table) -> str:
 
 def caption(table: Table) -> str:
     head = table.header
-    seeds = len(head["settings"]["seeds"])
+    settings = head["settings"]
     return (
-        f"Mean exact match over eight domains ({', '.join(domains.EIGHT)}), {head['settings']['test_items']} held-out items each, "
-        f"± standard deviation of {seeds} seeds. {head['base']}, E = 8 LoRAs of rank {head['settings']['rank']}, {head['hardware']} "
-        "([`compose.csv`](PATH/compose.csv), made by `python -m recipes.compose`). (g) is ours; of several variants the best is shown."
+        f"Mean exact match over eight domains ({', '.join(domains.EIGHT)}), {settings['test_items']} held-out items each, "
+        f"± standard deviation of {len(settings['seeds'])} seeds. {head['base']}, E = 8 LoRAs of rank {settings['rank']}, "
+        f"{head['hardware']} ([`compose.csv`](PATH/compose.csv), made by `python -m recipes.compose`). (g) is ours{BEST}."
     )
 
 
@@ -169,7 +168,7 @@ def caption(table: Table) -> str:
 
 def section(table: Table) -> str:
     text = [
-        caption(table).replace("; of several variants the best is shown", ""),
+        caption(table).replace(BEST, ""),
         "",
         *HEAD,
         *(line(table, k) for k in rows(table)),
@@ -177,9 +176,12 @@ def section(table: Table) -> str:
     ]
     text += ["![Exact match of every method](../results/compose.png)", ""]
     for title, part in (
-        ("Where routers are right", accuracy(table)), ("First tokens that follow another expert", first(table)),
-        ("Text that switches domains", switch(table)), ("A ninth domain, and one expert less", growth(table)), ("Time", cost(table)),
-    ):  # fmt: skip
+        ("Where routers are right", accuracy(table)),
+        ("First tokens that follow another expert", first(table)),
+        ("Text that switches domains", switch(table)),
+        ("A ninth domain, and one expert less", growth(table)),
+        ("Time", cost(table)),
+    ):
         if part:
             text += [f"### {title}", "", *part, ""]
     text += notes(table)
@@ -231,8 +233,12 @@ def first(table: Table) -> list[str]:
 
 
 def switch(table: Table) -> list[str]:
-    metrics = {"first_right": "first", "second_right": "second, first answer given", "second_right_in_turn": "second, after its own answer",
-               "both_right": "both in turn"}  # fmt: skip
+    metrics = {
+        "first_right": "first",
+        "second_right": "second, first answer given",
+        "second_right_in_turn": "second, after its own answer",
+        "both_right": "both in turn",
+    }
     lines = [
         f"| {name_of(key.method)} | "
         + " | ".join(shown(means(table, key, metric, ["switch"])) for metric in metrics)
