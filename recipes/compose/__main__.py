@@ -30,7 +30,7 @@ from recipes.compose import domains
 from recipes.compose.lab import BEGUN, COLUMNS, read_items, say
 from recipes.compose.settings import SIZES
 
-COST_SECONDS = 25.0  # kept at the end for the times, which are taken alone
+COST_SECONDS = 30.0  # kept at the end for the times, which are taken alone
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +76,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--results", type=Path, help="folder of compose.csv and compose.json (default: recipes/results)"
     )
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--processes", type=int, help="on each GPU (default: 5; 0: this one alone, as with --smoke)")
+    parser.add_argument("--processes", type=int, help="on each GPU (default: 6; 0: this one alone, as with --smoke)")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing begins any more")
     parser.add_argument("--commit", help="of the clone, where git is not at hand")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and made-up items, on a CPU")
@@ -87,7 +87,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.base is None and not args.smoke:
         parser.error("--base is missing (or --smoke)")
     if args.processes is None:
-        args.processes = 0 if args.smoke else 5
+        args.processes = 0 if args.smoke else 6
     return args
 
 

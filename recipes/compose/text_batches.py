@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 POOL = 8  # batches that are sorted by length together
-POSITIONS_AT_ONCE = 1024  # rows of logits, each as long as the vocabulary
+POSITIONS_AT_ONCE = 512  # rows of logits, each as long as the vocabulary
 
 
 @dataclass(frozen=True)
