@@ -1,6 +1,8 @@
-// Router: experts, gates = top_k(softmax(x router^T)), one launch for all tokens.
+// Router: experts, gates = top_k(softmax(x router^T)), one launch for all tokens. With context (ls_router_context), the next token
+// of each of as many sequences: the softmax is that of the decayed mean of the logits so far, and the sums go on.
 //
 //   x [tokens, in]   router [E, in]   experts int64 [tokens, top_k]   gates float32 [tokens, top_k]
+//   with context also: previous, sums float32 [tokens, E + 1] (the last column is the sum of the weights)   real bool [tokens]
 //   dtypes of x and router: float32, float16, bfloat16, independently; logits, softmax and gates are float32
 //   grid: a block of 8 warps for each token; a warp computes the logits of every eighth expert, warp 0 the softmax and top-k
 //   shared memory: 256 logits
@@ -21,7 +23,14 @@ struct RouterParams {
   int64_t *experts;
   float *gates;
   int in_features, num_experts, top_k, normalize;
+  const float *previous; // the rest with context only
+  float *sums;
+  const uint8_t *real;   // NULL: all are
+  float decay;
 };
+
+// A sum of weights below it has no real token near enough to count; a real token has its own weight, 1.
+constexpr float kNoRealToken = 1e-30f;
 
 template <class E> __device__ __forceinline__ float4 load4(const E *p) {
   if constexpr (sizeof(E) == 4) {
@@ -33,7 +42,7 @@ template <class E> __device__ __forceinline__ float4 load4(const E *p) {
   }
 }
 
-template <class X, class R, int VEC> __global__ void __launch_bounds__(kThreads) router_kernel(const __grid_constant__ RouterParams p) {
+template <class X, class R, int VEC, bool CONTEXT> __global__ void __launch_bounds__(kThreads) router_kernel(const __grid_constant__ RouterParams p) {
   __shared__ float logits[LS_MAX_EXPERTS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t token = blockIdx.x;
@@ -53,7 +62,20 @@ template <class X, class R, int VEC> __global__ void __launch_bounds__(kThreads)
       for (int i = lane; i < p.in_features; i += 32) sum += to_float(x[i]) * to_float(row[i]);
     }
     sum = warp_sum(sum);
-    if (lane == 0) logits[e] = sum;
+    if constexpr (CONTEXT) {
+      const int64_t width = p.num_experts + 1;
+      const float *previous = p.previous + token * width;
+      const bool real = !p.real || p.real[token];
+      const float weights = p.decay * previous[p.num_experts] + (real ? 1.f : 0.f);
+      const float decayed = p.decay * previous[e] + (real ? sum : 0.f);
+      if (lane == 0) {
+        p.sums[token * width + e] = decayed;
+        if (e == 0) p.sums[token * width + p.num_experts] = weights;
+        logits[e] = weights <= kNoRealToken ? sum : decayed / weights;  // NaN weights stay NaN: rows without a past of their own
+      }
+    } else {
+      if (lane == 0) logits[e] = sum;
+    }
   }
   __syncthreads();
   if (warp != 0) return;
@@ -108,7 +130,8 @@ template <class X, class R, int VEC> __global__ void __launch_bounds__(kThreads)
 
 template <class X, class R> int launch_router(const RouterParams &p, int tokens, int device, void *stream) {
   bool vector = p.in_features % 4 == 0 && aligned16(p.x) && aligned16(p.router);
-  auto kernel = vector ? router_kernel<X, R, 4> : router_kernel<X, R, 1>;
+  auto kernel = p.sums ? (vector ? router_kernel<X, R, 4, true> : router_kernel<X, R, 1, true>)
+                       : (vector ? router_kernel<X, R, 4, false> : router_kernel<X, R, 1, false>);
   return launch<RouterParams>(kernel, dim3(tokens), dim3(kThreads), p, stream, may_overlap(kernel, device));
 }
 
@@ -121,24 +144,38 @@ template <class X> int dispatch_router(const RouterParams &p, int router_dtype, 
   return LS_ERROR_ARGUMENT;
 }
 
+int route(const RouterParams &p, int32_t tokens, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream) {
+  if (tokens < 0 || p.in_features < 1 || p.num_experts < 1 || p.num_experts > LS_MAX_EXPERTS || p.top_k < 1 ||
+      p.top_k > LS_MAX_TOP_K || p.top_k > p.num_experts)
+    return LS_ERROR_ARGUMENT;
+  if (tokens == 0) return 0;
+  if (!p.x || !p.router || !p.experts || !p.gates) return LS_ERROR_POINTER;
+  DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return guard.error;
+  switch (x_dtype) {
+    case LS_FLOAT32: return dispatch_router<float>(p, router_dtype, tokens, device, stream);
+    case LS_FLOAT16: return dispatch_router<fp16>(p, router_dtype, tokens, device, stream);
+    case LS_BFLOAT16: return dispatch_router<bf16>(p, router_dtype, tokens, device, stream);
+  }
+  return LS_ERROR_ARGUMENT;
+}
+
 }  // namespace
 }  // namespace ls
 
 LS_EXPORT int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens, int32_t in_features,
                         int32_t num_experts, int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype, int32_t device,
                         void *stream) {
-  if (tokens < 0 || in_features < 1 || num_experts < 1 || num_experts > LS_MAX_EXPERTS || top_k < 1 || top_k > LS_MAX_TOP_K ||
-      top_k > num_experts)
-    return LS_ERROR_ARGUMENT;
-  if (tokens == 0) return 0;
-  if (!x || !router || !experts || !gates) return LS_ERROR_POINTER;
-  ls::DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return guard.error;
-  ls::RouterParams p{x, router, experts, gates, in_features, num_experts, top_k, normalize};
-  switch (x_dtype) {
-    case LS_FLOAT32: return ls::dispatch_router<float>(p, router_dtype, tokens, device, stream);
-    case LS_FLOAT16: return ls::dispatch_router<ls::fp16>(p, router_dtype, tokens, device, stream);
-    case LS_BFLOAT16: return ls::dispatch_router<ls::bf16>(p, router_dtype, tokens, device, stream);
-  }
-  return LS_ERROR_ARGUMENT;
+  ls::RouterParams p{x, router, experts, gates, in_features, num_experts, top_k, normalize, nullptr, nullptr, nullptr, 0.f};
+  return ls::route(p, tokens, x_dtype, router_dtype, device, stream);
+}
+
+LS_EXPORT int ls_router_context(const void *x, const void *router, const float *previous, const uint8_t *real, int64_t *experts,
+                                float *gates, float *sums, float decay, int32_t tokens, int32_t in_features, int32_t num_experts,
+                                int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype, int32_t device,
+                                void *stream) {
+  if (!(decay >= 0.f && decay <= 1.f)) return LS_ERROR_ARGUMENT;
+  if (tokens > 0 && (!previous || !sums)) return LS_ERROR_POINTER;
+  ls::RouterParams p{x, router, experts, gates, in_features, num_experts, top_k, normalize, previous, sums, real, decay};
+  return ls::route(p, tokens, x_dtype, router_dtype, device, stream);
 }

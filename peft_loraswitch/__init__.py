@@ -5,8 +5,10 @@ Importing this package is all it takes: PEFT, Transformers and TRL then know the
 
 from .callback import RouterStatsCallback
 from .compose.export import export_expert
+from .compose.given_experts import use_experts
 from .compose.import_loras import from_loras
 from .compose.initial_router import router_from_texts, router_from_weights
+from .compose.one_pass import ExpertCollator, ExpertLoss
 from .compose.resize import add_expert, remove_expert
 from .config import LoRASwitchConfig
 from .integrations import install
@@ -16,6 +18,8 @@ from .reporting.report import RoutingReport, routing_report
 
 __version__ = "0.1.0"
 __all__ = [
+    "ExpertCollator",
+    "ExpertLoss",
     "LoRASwitchConfig",
     "LoRASwitchLinear",
     "LoRASwitchModel",
@@ -30,6 +34,7 @@ __all__ = [
     "router_from_weights",
     "router_stats",
     "routing_report",
+    "use_experts",
 ]
 
 install(LoRASwitchConfig, LoRASwitchModel)

@@ -176,10 +176,11 @@ class LoRASwitchConfig(PeftConfig):
             "alike. About 1 / (1 - d) tokens count."
         },
     )
-    trainable: str = field(
+    trainable: str | list[str] | list[int] = field(
         default="all",
         metadata={
-            "help": "Which weights of the adapter train: 'all', or 'router' alone, for experts that are good already. What bias, "
+            "help": "Which weights of the adapter train: 'all'; 'router' alone, for experts that are good already; or a list of "
+            "experts, by name or index: those alone, all else stays the same to the bit. What bias, "
             "modules_to_save and trainable_token_indices name trains either way. May be changed on a loaded adapter: "
             "model.peft_config[name].trainable = 'all', then model.set_adapter(name) and a new optimizer."
         },
@@ -248,7 +249,7 @@ class LoRASwitchConfig(PeftConfig):
         _require_float("router_decay", self.router_decay, low=0, high=1, high_open=False)
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             _require_float(name, getattr(self, name), low=0, high=MAX_COEFFICIENT)
-        _ = self.experts_train
+        _ = self.trained_experts
 
     def _check_experts(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -389,15 +390,26 @@ class LoRASwitchConfig(PeftConfig):
         )
 
     @property
-    def experts_train(self) -> bool:
-        """Whether the experts train with the router, by `trainable` as it is now.
+    def trained_experts(self) -> list[int] | None:
+        """The experts that train, by `trainable` as it is now: None for all and the router, [] for the router alone, else the
+        indices of those that train without it.
 
         Raises:
             ValueError: `trainable` is none of its choices.
         """
-        if not isinstance(self.trainable, str) or self.trainable not in TRAINABLE_CHOICES:
-            raise ValueError(f"trainable={shown(self.trainable)} is not one of {', '.join(TRAINABLE_CHOICES)}.")
-        return self.trainable == "all"
+        if isinstance(self.trainable, str) and self.trainable in TRAINABLE_CHOICES:
+            return None if self.trainable == "all" else []
+        names = self.expert_names or []
+        experts: list[Any] = self.trainable if isinstance(self.trainable, list) else []
+        indices = [names.index(expert) if isinstance(expert, str) and expert in names else expert for expert in experts]
+        known = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < self.num_experts for i in indices)
+        if not indices or not known or len(set(indices)) < len(indices):
+            by_name = f"the names {', '.join(names)} and " if names else ""
+            raise ValueError(
+                f"trainable={shown(self.trainable)} is not one of {', '.join(TRAINABLE_CHOICES)}, nor a list of experts, each "
+                f"once: {by_name}indices 0 to {self.num_experts - 1}."
+            )
+        return sorted(indices)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved: names in order, so that the same adapter is always the same file."""

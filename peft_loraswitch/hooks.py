@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .compose.given_experts import experts_of_batch
 from .layer import LoRASwitchLinear
+from .mixed import check_given
 from .routing.cached_sums import own_cache
 from .routing.context import ForwardInputs
 from .routing.frame import SECOND_RUN, RoutingFrame, RoutingState, traced
@@ -48,7 +50,7 @@ class Hooks:
 
     Args:
         root: the backbone.
-        layers: its adapted linears, in module order; `routed`: those with routed experts.
+        layers: its adapted linears, in module order (kept as an attribute); `routed`: those with routed experts.
     """
 
     def __init__(self, state: RoutingState, root: nn.Module, layers: Sequence[Any], routed: set[nn.Module]) -> None:
@@ -67,7 +69,7 @@ class Hooks:
         self._blocks = checkpointed_blocks(root, set(layers))
         # to look for in the next forward that trains
         self._unused: UnusedLinears | None = UnusedLinears(root, layers)
-        self._layers: Sequence[Any] = layers
+        self.layers: Sequence[Any] = layers
         self._looked_at_experts = False
         self._handles += keep_off_fast_paths(root, set(layers))
 
@@ -88,7 +90,7 @@ class Hooks:
     def open_frame(self, opened_at: int, training: bool, previous: RoutingFrame | None) -> RoutingFrame:
         """A frame for a forward that begins, of the owner at depth `opened_at`, within that of `previous`."""
         frame = RoutingFrame(training, self.state.adapter_names)
-        frame.opened_at, frame.previous = opened_at, previous
+        frame.opened_at, frame.previous, frame.given = opened_at, previous, self.state.given
         if training:
             # at each forward, because gradient_checkpointing_enable() may come at any time
             for block in self._blocks:
@@ -122,9 +124,12 @@ class Hooks:
     def _look_for_empty_experts(self) -> None:
         """Warn, once, if a router is trained alone above experts whose B is zero everywhere, as that of a fresh adapter is."""
         for adapter, router_layer in self.state.router_layers.items():
-            if adapter not in router_layer.active_adapters or router_layer.adapter_config[adapter].experts_train:
+            if (
+                adapter not in router_layer.active_adapters
+                or router_layer.adapter_config[adapter].trainable != "router"
+            ):
                 continue
-            weights = [layer.loraswitch_B[adapter].weight for layer in self._layers if adapter in layer.loraswitch_B]
+            weights = [layer.loraswitch_B[adapter].weight for layer in self.layers if adapter in layer.loraswitch_B]
             if router_layer.trains(adapter) and all(map(_is_zero, weights)):
                 warnings.warn(
                     f"The adapter '{adapter}' has trainable='router', but its experts add nothing (their B is zero), so the "
@@ -151,6 +156,9 @@ def _owners(root: nn.Module, routed: set[nn.Module]) -> list[nn.Module]:
     return owners
 
 
+EXPERTS = "experts"  # the argument of a forward that says which expert each sample is for
+
+
 class _OwnerHooks:
     """The two hooks of one owner, at `depth` owners below the outermost (bound methods: `copy.deepcopy` rebinds them)."""
 
@@ -160,6 +168,7 @@ class _OwnerHooks:
         parameters = inspect.signature(owner.forward).parameters
         names = list(parameters)
         self.mask_position = names.index("attention_mask") if "attention_mask" in names else None
+        self.takes_experts = depth == 0 and EXPERTS not in names
         # a tower without a mask of its own, inside a model whose mask is that of another stream (CLIP's text)
         is_tower = depth > 0 and isinstance(owner, PreTrainedModel)
         self.has_no_mask = self.mask_position is None and is_tower
@@ -170,9 +179,15 @@ class _OwnerHooks:
         self.positions = {name: i for i, name in enumerate(names)}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        experts = kwargs.pop(EXPERTS, None) if self.takes_experts else None
         frame = self._frame()
         if frame is None:
             return
+        if experts is not None:
+            given = experts_of_batch(self.state, experts)
+            for each in given.values():
+                check_given(each, args, kwargs)
+            self.state.give_with_batch(frame, given)
         if not traced():
             frame.called_from(self.depth, sys._getframe(1))
         if self.mask_position is not None:

@@ -18,75 +18,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from .config import LoRASwitchConfig
-from .ordinary import OrdinaryParameters
+from .experts import ExpertsA, ExpertsB
 from .routing.context import Context
 from .routing.decision import Routing, route, shared_routing
 from .routing.frame import NO_ADAPTER, OUTSIDE, Relay, RoutingFrame, RoutingState
+from .routing.given import GivenExperts, given_routing
 from .routing.options import RoutingOptions
 from .routing.router import Router, full_precision, jitter
 from .routing.statistics import RoutingRecord
+from .training import fast_linears
 from .training.loss_joining import join_at_decision
 from .training.losses import PendingBatches
-
-
-class Experts(OrdinaryParameters):
-    """The weights of all experts of one linear, stacked.
-
-    Attributes:
-        replaced: called when `weight` has become another parameter; a fused layer, which keeps hold of it, wants to know.
-    """
-
-    replaced: Callable[[], None] | None = None
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # `layer.weight = ...` calls this, too
-        super().register_parameter(name, param)
-        if self.replaced is not None:
-            self.replaced()
-
-
-class ExpertsA(Experts):
-    """Down-projections of all experts. `weight` [num_experts, r, in_features]."""
-
-    def __init__(self, num_experts: int, r: int, in_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, r, in_features))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> hidden [..., num_experts, r]"""
-        num_experts, r, _ = self.weight.shape
-        hidden: torch.Tensor = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (num_experts, r))
-        return hidden
-
-
-class ExpertsB(Experts):
-    """Up-projections of all experts. `weight` [num_experts, out_features, r]."""
-
-    def __init__(self, num_experts: int, out_features: int, r: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, r))
-
-    def forward(self, hidden: torch.Tensor, result: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [..., num_experts, r] -> sum over experts of B[e] hidden[e]: [..., out_features]; with `result`, of that
-        shape, their sum in the dtype of `result`."""
-        hidden, wide = hidden.flatten(-2), self.weight.transpose(1, 2).flatten(0, 1)  # [..., E * r] and [E * r, out]
-        if result is None:
-            return hidden @ wide
-        if result.dtype != hidden.dtype:  # float32 experts on a bf16 backbone
-            return result + (hidden @ wide).to(result.dtype)
-        # A product that starts from `result` saves a pass over it, a third of the adapter's time on a CPU. Out of place:
-        # a quantised base layer may return a view.
-        return torch.addmm(result.reshape(-1, wide.shape[1]), hidden.reshape(-1, wide.shape[0]), wide).view(
-            result.shape
-        )
 
 
 class LoRASwitchLayer(BaseTunerLayer):
@@ -199,26 +148,41 @@ class LoRASwitchLayer(BaseTunerLayer):
             router.reset_parameters()
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
-        frozen = self._frozen_experts()  # first: an error here leaves everything as it was
+        trained = self._trained_experts()  # first: an error here leaves everything as it was
         super().set_adapter(adapter_names, *args, **kwargs)
-        for experts in frozen:
-            experts.requires_grad_(False)
+        self._train_only(trained)
         # One name is kept as a string: a list that all layers share is one that dynamo guards once for each of them.
         if isinstance(self._active_adapter, list) and len(self._active_adapter) == 1:
             self._active_adapter = self._active_adapter[0]
 
     def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
-        frozen = self._frozen_experts()
+        trained = self._trained_experts()
         super().set_requires_grad(*args, **kwargs)
-        for experts in frozen:
-            experts.requires_grad_(False)
+        self._train_only(trained)
 
-    def _frozen_experts(self) -> list[nn.Module]:
-        """The experts of adapters that train nothing but their router: see `LoRASwitchConfig.trainable`."""
-        names = [name for name, config in self.adapter_config.items() if not config.experts_train]
-        return [
-            experts[name] for experts in (self.loraswitch_A, self.loraswitch_B) for name in names if name in experts
-        ]
+    def _trained_experts(self) -> dict[str, list[int] | None]:
+        """By adapter, the experts that train; None: all of them do. See `LoRASwitchConfig.trainable`."""
+        return {
+            name: config.trained_experts for name, config in self.adapter_config.items() if name in self.loraswitch_A
+        }
+
+    def _train_only(self, trained: dict[str, list[int] | None]) -> None:
+        """Freeze what does not train of the adapters that PEFT has made trainable."""
+        for name, indices in trained.items():
+            routed = self.routing_options[name].is_routed
+            for experts in (self.loraswitch_A[name], self.loraswitch_B[name]):
+                experts.train_alone(indices if routed or indices is None else [])
+            if indices and name in self.loraswitch_router:
+                self.loraswitch_router[name].requires_grad_(False)
+
+    def tie_to_stack(self) -> None:
+        """After something has cast every parameter for itself: see `Experts.tie_to_stack`."""
+        for experts in (*self.loraswitch_A.values(), *self.loraswitch_B.values()):
+            experts.tie_to_stack()
+
+    def take_up_trainable(self, adapter: str) -> None:
+        """After experts have come or gone, see `compose/resize.py`."""
+        self._train_only({adapter: self.adapter_config[adapter].trained_experts})
 
     def trains(self, adapter: str) -> bool:
         """Whether anything of `adapter` that this layer computes with asks for gradients: its experts here, and, if it is
@@ -229,7 +193,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         )
         if router_layer is not None:
             modules.append(router_layer.loraswitch_router[adapter])
-        return any(module.weight.requires_grad for module in modules)
+        return any(weight.requires_grad for module in modules for weight in module.parameters())
 
     def delete_adapter(self, adapter_name: str) -> None:
         left = sorted(set(self.routing_state.router_layers) - {adapter_name})
@@ -260,7 +224,11 @@ class LoRASwitchLayer(BaseTunerLayer):
         if routing is None:
             if frame.opened_at == OUTSIDE:
                 raise RuntimeError(_outside_of_a_forward(self.name))
-            routing = self.router_layer(adapter).decide(adapter, frame, x, self.name)
+            given = frame.given.get(adapter)
+            if given is None:
+                routing = self.router_layer(adapter).decide(adapter, frame, x, self.name)
+            else:
+                routing = self.router_layer(adapter).follow(adapter, frame, x, given)
             frame.routings[adapter] = routing
         return routing
 
@@ -336,6 +304,28 @@ class LoRASwitchLayer(BaseTunerLayer):
         with torch.no_grad(), full_precision(x.device):
             return context.mean(x.detach())
 
+    def follow(self, adapter: str, frame: RoutingFrame, x: torch.Tensor, given: GivenExperts) -> Routing:
+        """The decision of this forward where the experts are given; the router is not asked.
+
+        Args:
+            x: [..., in_features], of the layer that is reached first.
+
+        Raises:
+            ValueError: they are those of another batch.
+        """
+        if frame.adapter_names is not None and given.choices.dim():
+            raise ValueError("experts are given per sample, and so are adapters (adapter_names): use one of the two.")
+        options = self.routing_options[adapter]
+        routing = given_routing(given.of_tokens(x, frame.training), options)
+        samples = given.of_samples()
+        if (
+            samples is not None and options.num_stacked == options.num_experts == options.num_choices
+        ):  # no shared experts, no base expert
+            routing.samples = samples.to(x.device, non_blocking=True)
+        if frame.training or self.routing_state.recorders:
+            routing.router_input = x.detach()  # for the statistics
+        return routing
+
     # ------------------------------------------------------------------------------------------------- merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -401,6 +391,11 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features], in the dtype that the base layer returns."""
+        if not (self.disable_adapters or args or kwargs or torch.compiler.is_compiling()):
+            frame = self.routing_state.frame_or_outside()
+            faster = fast_linears.forward(self, x, frame) if frame.training else None
+            if faster is not None:
+                return faster
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
@@ -409,9 +404,23 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
             return self._forward_mixed(x, result, frame)
         for adapter in self.active_adapters:
             if adapter in self.loraswitch_A:
-                hidden = self.gated_hidden(adapter, x, self.routing_for(adapter, frame, x))
+                routing = self.routing_for(adapter, frame, x)
+                if routing.samples is not None and x.dim() == 3 and x.shape[0] == len(routing.samples):
+                    result = result + self.one_each(adapter, x, routing).to(result.dtype)
+                    continue
+                hidden = self.gated_hidden(adapter, x, routing)
                 result = self.loraswitch_B[adapter](hidden, result)
         return result
+
+    def one_each(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """s * B[e] A[e] x with each sample's own expert e alone, x [samples, sequence, in_features] -> [..., out_features]: the
+        work of one expert a token, where the wide product of `gated_hidden` does that of all."""
+        assert routing.samples is not None
+        routing.dense_gates_for(x, self.name)  # the tokens that were routed, or an error
+        samples = routing.samples.to(x.device)
+        a, b = (experts[adapter].whole().index_select(0, samples) for experts in (self.loraswitch_A, self.loraswitch_B))
+        inputs: Any = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), a.dtype)
+        return torch.bmm(torch.bmm(inputs, a.transpose(1, 2)) * self.scaling[adapter], b.transpose(1, 2))
 
     def gated_hidden(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """s * g_te A[e] x for every expert e, 0 where e was not chosen: x [..., in_features] -> [..., E, r]."""

@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .routing.frame import NO_ADAPTER, RoutingState
+from .routing.given import GivenExperts
 
 
 @contextmanager
@@ -65,12 +66,24 @@ def _hook(module: nn.Module, state: RoutingState) -> None:
 
 def check_batch_size(names: Sequence[str], inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
     """One name per sample, if the arguments show the batch size. (Within generate, beams multiply it.)"""
+    samples = _batch_size(inputs, named)
+    if samples is not None and samples != len(names):
+        raise ValueError(
+            f"adapter_names has {len(names)} entries, but the batch has {samples} samples: give one name per sample."
+        )
+
+
+def check_given(given: GivenExperts, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """The same for experts that are given per sample."""
+    samples = _batch_size(inputs, named)
+    if samples is not None:
+        given.check_batch_size(samples)
+
+
+def _batch_size(inputs: tuple[Any, ...], named: dict[str, Any]) -> int | None:
     candidates = (*inputs[:1], named.get("input_ids"), named.get("inputs"), named.get("inputs_embeds"))
     tensors = [value for value in candidates if isinstance(value, torch.Tensor) and value.dim() > 1]
-    if tensors and tensors[0].shape[0] != len(names):
-        raise ValueError(
-            f"adapter_names has {len(names)} entries, but the batch has {tensors[0].shape[0]} samples: give one name per sample."
-        )
+    return tensors[0].shape[0] if tensors else None
 
 
 class _PerSample:

@@ -21,7 +21,7 @@ from .config import LoRASwitchConfig
 from .inference.fuse import fuse, fuse_new_layers, refresh_fused, unfuse
 from .layer import CANNOT_MERGE, LoRASwitchLayer, LoRASwitchLinear
 from .loading.load import check_experts_being_loaded, check_file_being_loaded, injecting, select_tensors
-from .mixed import check_batch_size, mixed_batch
+from .mixed import check_batch_size, check_given, mixed_batch
 from .reporting.report import RoutingReport, routing_report
 from .router_inputs import AT_A_TIME
 from .routing.frame import RoutingState
@@ -118,6 +118,8 @@ class LoRASwitchModel(BaseTuner):
     def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
         with torch.inference_mode(False):  # as above
             super()._cast_adapter_dtype(*args, **kwargs)
+        for layer in adapted_layers(self.model):
+            layer.tie_to_stack()
 
     def _check_target_module_exists(self, config: LoRASwitchConfig, key: str) -> Any:
         return selects(self._injected or config, key)
@@ -260,6 +262,10 @@ class LoRASwitchModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's hook around forward and generate: takes `adapter_names`, one adapter per sample of the batch."""
         adapter_names = kwargs.pop("adapter_names", None)
+        state = routing_state(self.model)
+        if state is not None:
+            for given in state.given.values():
+                check_given(given, args, kwargs)
         if adapter_names is None:
             yield
             return

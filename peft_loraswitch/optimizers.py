@@ -36,7 +36,7 @@ def loraplus(
     **options: Any,
 ) -> Optimizer:
     """LoRA+ (arXiv 2402.12354): the learning rate of B is `loraplus_lr_ratio` times that of all else: A and the router."""
-    experts_b = {id(b) for _, _, _, b in _pairs(layers)}
+    experts_b = {id(p) for layer in layers for b in layer.loraswitch_B.values() for p in b.parameters()}
     fast_lr = lr * options["loraplus_lr_ratio"]
 
     def with_b_among_the_fast(groups: list[dict[str, Any]], **kwargs: Any) -> Optimizer:
@@ -74,6 +74,7 @@ def lorafa(
     configs = getattr(model, "peft_config", {}).values()
     if use_rslora is not None and any(bool(config.use_rslora) != use_rslora for config in configs):
         raise ValueError(f"use_rslora={use_rslora} is not what the adapter's configuration says: leave it out.")
+    _refuse_alone("create_lorafa_optimizer", layers)
     rules: list[tuple[nn.Parameter, Rule]] = []
     for layer, adapter, a, b in _pairs(layers):
         a.requires_grad_(False)
@@ -101,6 +102,7 @@ def riemannian(
             f"{optimizer_cls.__name__} needs a closure that computes the loss again (as LBFGS does), which is not supported here:"
             " choose another optimizer_cls."
         )
+    _refuse_alone("create_riemannian_optimizer", layers)
     rules: list[tuple[nn.Parameter, Rule]] = []
     for _, _, a, b in _pairs(layers):
         if a.requires_grad and b.requires_grad:
@@ -128,6 +130,11 @@ def _pairs(layers: Iterable[LoRASwitchLayer]) -> Iterable[tuple[LoRASwitchLayer,
     for layer in layers:
         for adapter in layer.loraswitch_A:
             yield layer, adapter, layer.loraswitch_A[adapter].weight, layer.loraswitch_B[adapter].weight
+
+
+def _refuse_alone(helper: str, layers: Iterable[LoRASwitchLayer]) -> None:
+    if any(experts.own() for layer in layers for experts in layer.loraswitch_A.values()):
+        raise ValueError(f"{helper} takes whole stacks of experts: set trainable='all', not a list of experts.")
 
 
 def _preconditioned(optimizer_cls: Any, rules: list[tuple[nn.Parameter, Rule]]) -> Any:

@@ -24,7 +24,7 @@ def ordinary(tensor: Tensor) -> Tensor:
 
 def make_ordinary(module: nn.Module) -> None:
     """Have the parameters of `module` itself be ordinary tensors."""
-    for name, parameter in module._parameters.items():
+    for name, parameter in list(module._parameters.items()):
         if parameter is not None and parameter.is_inference():
             module.register_parameter(name, parameter)  # which `OrdinaryParameters` takes as an ordinary one
 

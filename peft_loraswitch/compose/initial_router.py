@@ -47,13 +47,13 @@ def router_from_texts(
 ) -> dict[str, int]:
     """Set the router of an adapter from a few example texts of each expert, without training.
 
-    The model reads the texts up to the router (with the default router that is an embedding and a norm, so thousands of texts
-    take seconds), and the router becomes the linear classifier of what it sees there:
+    The model reads the texts up to the router (with the default router that is an embedding and a norm, so that it costs
+    little), and the router becomes the linear classifier of what it sees there:
 
     - "discriminant": Fisher's linear discriminant. Experts are told apart by features in which their texts differ by more than
       tokens of one expert differ among themselves.
-    - "centroid": the expert with the nearest mean wins, all features counting alike. As in LORAUTER (arXiv 2601.21795), which
-      does so for whole prompts with a sentence encoder; PHATGOOSE (arXiv 2402.05859) trains a gate for each expert instead.
+    - "centroid": the expert with the nearest mean wins, all features counting alike. LORAUTER (arXiv 2601.21795) does
+      something like it for whole prompts, in a text encoder; PHATGOOSE (arXiv 2402.05859) trains a gate for each expert instead.
 
     The rows are relative to the mean of all experts' means, whose logit is 0. A router has no offset, which both methods want;
     the best linear approximation of a constant takes its place. Logits are log-odds, were the inputs normally distributed, and

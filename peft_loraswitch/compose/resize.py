@@ -116,6 +116,7 @@ def remove_expert(model: nn.Module, expert: str | int, adapter_name: str | None 
     if config.expert_names is not None:
         changed.expert_names = [name for i, name in enumerate(config.expert_names) if i != index]
     changed.num_experts -= 1
+    changed.trainable = _trainable_without(config, index)
     stacks = {
         name: _without(layer, adapter, index)
         for name, layer in linears.items()
@@ -151,6 +152,21 @@ def _names_with(config: LoRASwitchConfig, name: str | None, lora: PlainLora | No
     if new in names:
         raise ValueError(f"name={new!r} is the name of another expert: choose another one.")
     return [*names, str(new)]
+
+
+def _trainable_without(config: LoRASwitchConfig, index: int) -> Any:
+    """`trainable` where the expert has gone."""
+    if isinstance(config.trainable, str):
+        return config.trainable
+    names = config.expert_names or []
+    left = [
+        expert for expert in config.trainable if expert != index and not (expert in names and names[index] == expert)
+    ]
+    if not left:
+        raise ValueError(
+            f"expert {index} is the one that trains (trainable={config.trainable}): change trainable first."
+        )
+    return [expert - (expert > index) if isinstance(expert, int) else expert for expert in left]
 
 
 def _check_linears(lora: PlainLora, linears: dict[str, LoRASwitchLinear], adapter: str) -> None:
@@ -265,6 +281,7 @@ def _replace(
                 )
                 layer.loraswitch_record[adapter] = record
                 layer.loraswitch_pending[adapter] = PendingBatches()
+            layer.take_up_trainable(adapter)
     _warn_of_holders(old)
 
 

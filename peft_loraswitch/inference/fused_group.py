@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .. import kernels, ops
 from ..layer import LoRASwitchLinear
-from ..routing.decision import Routing, routing_of
+from ..routing.decision import Routing, decide, routing_of
 from ..routing.frame import RoutingFrame, current
+from ..routing.router import router_logits
 from .capabilities import BaseFacts, within_limits
 from .eager_launch import DirectGroup
 from .live_linear import LiveLinear, fingerprint_of
@@ -76,7 +77,8 @@ class FusedGroup(nn.Module):
     def trains(self) -> bool:
         """Whether anything that the ops read asks for gradients, which they do not have."""
         for one in self.live:
-            own = [experts[self.adapter].weight for experts in (one.layer.loraswitch_A, one.layer.loraswitch_B)]
+            pair = (one.layer.loraswitch_A, one.layer.loraswitch_B)
+            own = [weight for experts in pair for weight in experts[self.adapter].parameters()]
             if any(
                 tensor is not None and tensor.requires_grad for tensor in (*own, one.base["weight"], one.base["bias"])
             ):
@@ -110,7 +112,7 @@ class FusedGroup(nn.Module):
     def _decide(self, layer: LoRASwitchLinear, x: Tensor, frame: RoutingFrame) -> Routing:
         """The decision of this forward: one launch on a GPU, the unfused way elsewhere or when it is being recorded."""
         state, adapter = layer.routing_state, self.adapter
-        if not self.kernels or frame.training or state.recorders:
+        if not self.kernels or frame.training or state.recorders or frame.given:
             return layer.routing_for(adapter, frame, x)
         router_layer = layer.router_layer(adapter)
         options = router_layer.routing_options[adapter]
@@ -119,7 +121,19 @@ class FusedGroup(nn.Module):
         weight: Any = router_layer.loraswitch_router[adapter].weight
         if torch.is_grad_enabled() and weight.requires_grad:
             return layer.routing_for(adapter, frame, x)
-        experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
+        if options.decay:
+            context = frame.context(adapter, options.decay, options.num_choices, x.shape[:-1], x.device)
+            if context.length == 1 and context.previous is not None:
+                real = None if context.real is None else context.real.flatten()
+                experts, gates, sums = ops.route_context(
+                    x, weight, context.previous, options.decay, options.top_k, options.normalize_gates, real
+                )
+                context.keep(sums.unsqueeze(1))
+            else:
+                logits = context.logits(router_logits(x, weight))
+                experts, gates = decide(logits, options.top_k, options.normalize_gates)
+        else:
+            experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
         routing = routing_of(experts, gates, options)
         if not torch.compiler.is_compiling():
             frame.used.add(adapter)

@@ -30,6 +30,7 @@ from .calls import (
     expand,
     expansion,
     router,
+    router_context,
     warn_if_generic,
     widen,
 )  # fmt: skip
@@ -66,6 +67,7 @@ __all__ = [
     "library",
     "log_once",
     "router",
+    "router_context",
     "warn_if_generic",
     "why_not",
     "widen",

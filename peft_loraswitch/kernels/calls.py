@@ -38,6 +38,25 @@ def router(x: torch.Tensor, weight: torch.Tensor, top_k: int, normalize: bool) -
     return experts, gates
 
 
+def router_context(
+    x: torch.Tensor, weight: torch.Tensor, previous: torch.Tensor, decay: float, top_k: int, normalize: bool,
+    real: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x [T, in], weight [E, in], previous float32 [T, E + 1], real bool [T] or None, contiguous -> experts int64 [T, top_k],
+    gates float32 [T, top_k], sums float32 [T, E + 1]."""
+    tokens, num_experts, device = x.shape[0], weight.shape[0], x.get_device()
+    experts = torch.empty((tokens, top_k), dtype=torch.int64, device=x.device)
+    gates = torch.empty((tokens, top_k), dtype=torch.float32, device=x.device)
+    sums = torch.empty_like(previous)
+    code = library().ls_router_context(
+        x.data_ptr(), weight.data_ptr(), previous.data_ptr(), None if real is None else real.data_ptr(),
+        experts.data_ptr(), gates.data_ptr(), sums.data_ptr(), decay, tokens, x.shape[1], num_experts, top_k,
+        int(normalize), DTYPES[x.dtype], DTYPES[weight.dtype], device, stream_of(device),
+    )  # fmt: skip
+    check(code, "ls_router_context")
+    return experts, gates, sums
+
+
 class PackedGroup:
     """A group of linears as the kernels take it, packed once; a call fills in only what changes from token to token.
 

@@ -12,6 +12,7 @@ from .cuda import drop_merge_tables, merge_table
 from .dense_products import all_hidden, dense_linear, gated, group_hidden, wide
 
 route = torch.ops.loraswitch.route.default
+route_context = torch.ops.loraswitch.route_context.default
 linear = torch.ops.loraswitch.linear.default
 expand = torch.ops.loraswitch.expand.default
 delta = torch.ops.loraswitch.delta.default
@@ -30,5 +31,6 @@ __all__ = [
     "merge",
     "merge_table",
     "route",
+    "route_context",
     "wide",
 ]

@@ -1,6 +1,7 @@
 """The contract of every op: schema, what it checks, and its fake (shapes and dtypes of the results, for compilers).
 
     route   x, router                                   -> experts, gates
+    route_context  x, router, sums so far, decay        -> experts, gates by context, and the sums with x (`router_decay`)
     linear  x, experts, gates, a group of linears       -> their outputs, experts included
     expand  all experts' hidden, a group of linears     -> what their chosen experts add, plus the biases (many tokens)
     delta   base, x, experts, gates, one linear's experts -> base plus what the experts add
@@ -32,6 +33,10 @@ def _the_only_library() -> torch.library.Library:
 
 library = _the_only_library()
 library.define("route(Tensor x, Tensor router, int top_k, bool normalize) -> (Tensor, Tensor)")
+library.define(
+    "route_context(Tensor x, Tensor router, Tensor previous, float decay, int top_k, bool normalize, Tensor? real=None) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 library.define(
     "linear(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, "
     "float[] scalings, bool transposed=False) -> Tensor[]"
@@ -66,6 +71,22 @@ def check_route(x: Tensor, router: Tensor, top_k: int) -> None:
     _require(
         x.dtype in FLOATS and router.dtype in FLOATS, f"route: {x.dtype} and {router.dtype} must be float32 or 16-bit"
     )
+
+
+def check_route_context(
+    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, real: Tensor | None
+) -> None:
+    check_route(x, router, top_k)
+    width, tokens = router.shape[0] + 1, x.shape[:-1].numel()
+    _require(
+        previous.dtype == torch.float32 and previous.shape == (tokens, width),
+        f"route_context: previous must be float32 [{tokens}, {width}], not {previous.dtype} {list(previous.shape)}",
+    )
+    _require(0 <= decay <= 1, f"route_context: decay={decay} must be between 0 and 1")
+    fits = real is None or (real.dtype == torch.bool and real.shape == (tokens,))
+    _require(fits, f"route_context: real must be bool [{tokens}]")
+    devices = {t.device for t in (x, router, previous, *([] if real is None else [real]))}
+    _require(len(devices) == 1, f"route_context: tensors are on several devices: {devices}")
 
 
 def _check_experts(op: str, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -187,6 +208,14 @@ def _route_fake(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.float32)
 
 
+def _route_context_fake(
+    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_route_context(x, router, previous, decay, top_k, real)
+    experts, gates = _route_fake(x, router, top_k, normalize)
+    return experts, gates, previous.new_empty(previous.shape)
+
+
 def _linear_fake(
     x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
@@ -211,6 +240,7 @@ def _delta_fake(
 
 
 for _name, _fake in (
-    ("route", _route_fake), ("linear", _linear_fake), ("expand", _expand_fake), ("delta", _delta_fake), ("merge", check_merge)
+    ("route", _route_fake), ("route_context", _route_context_fake), ("linear", _linear_fake), ("expand", _expand_fake),
+    ("delta", _delta_fake), ("merge", check_merge),
 ):  # fmt: skip
     torch.library.register_fake(f"loraswitch::{_name}", _fake, lib=library)

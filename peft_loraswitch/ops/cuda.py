@@ -8,8 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from .. import kernels
-from .contract import check_delta, check_expand, check_linear, check_merge, check_route, library
-from .pytorch import delta_pytorch, expand_pytorch, linear_pytorch, merge_pytorch, route_pytorch
+from .contract import check_delta, check_expand, check_linear, check_merge, check_route, check_route_context, library
+from .pytorch import (
+    delta_pytorch,
+    expand_pytorch,
+    linear_pytorch,
+    merge_pytorch,
+    route_context_pytorch,
+    route_pytorch,
+)
 
 
 def _usable(*tensors: Tensor) -> bool:
@@ -23,6 +30,20 @@ def _route_cuda(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     experts, gates = kernels.router(tokens, router.contiguous(), top_k, normalize)
     return experts.view(*x.shape[:-1], top_k), gates.view(*x.shape[:-1], top_k)
+
+
+def _route_context_cuda(
+    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not kernels.available(x.get_device()):
+        return route_context_pytorch(x, router, previous, decay, top_k, normalize, real)
+    check_route_context(x, router, previous, decay, top_k, real)
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    experts, gates, sums = kernels.router_context(
+        tokens, router.contiguous(), previous.contiguous(), decay, top_k, normalize,
+        None if real is None else real.contiguous(),
+    )  # fmt: skip
+    return experts.view(*x.shape[:-1], top_k), gates.view(*x.shape[:-1], top_k), sums
 
 
 def _linear_cuda(
@@ -97,6 +118,7 @@ def _merge_cuda(
 
 
 for _name, _function in (
-    ("route", _route_cuda), ("linear", _linear_cuda), ("expand", _expand_cuda), ("delta", _delta_cuda), ("merge", _merge_cuda)
+    ("route", _route_cuda), ("route_context", _route_context_cuda), ("linear", _linear_cuda), ("expand", _expand_cuda),
+    ("delta", _delta_cuda), ("merge", _merge_cuda),
 ):  # fmt: skip
     library.impl(_name, _function, "CUDA")

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..routing.decayed_sums import decayed_sums, mean_of, weighted
 from ..routing.decision import decide
-from .contract import check_delta, check_expand, check_linear, check_merge, check_route, library
+from .contract import check_delta, check_expand, check_linear, check_merge, check_route, check_route_context, library
 from .dense_products import all_hidden, dense, gated, wide
 
 
@@ -41,6 +42,18 @@ def route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tup
     check_route(x, router, top_k)
     with torch.autocast(device_type=x.device.type, enabled=False):
         return decide(F.linear(x.float(), router.float()), top_k, normalize)
+
+
+def route_context_pytorch(
+    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_route_context(x, router, previous, decay, top_k, real)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        own = F.linear(x.float(), router.float())
+        grid = own.reshape(-1, 1, own.shape[-1])
+        sums = decayed_sums(weighted(grid, None if real is None else real.unsqueeze(-1)), decay, previous=previous)
+        experts, gates = decide(mean_of(sums, grid).view(own.shape), top_k, normalize)
+    return experts, gates, sums.squeeze(1)
 
 
 def linear_pytorch(
@@ -101,7 +114,7 @@ def merge_pytorch(
 
 
 for _name, _function in (
-    ("route", route_pytorch), ("linear", linear_pytorch), ("expand", expand_pytorch), ("delta", delta_pytorch),
-    ("merge", merge_pytorch),
+    ("route", route_pytorch), ("route_context", route_context_pytorch), ("linear", linear_pytorch),
+    ("expand", expand_pytorch), ("delta", delta_pytorch), ("merge", merge_pytorch),
 ):  # fmt: skip
     library.impl(_name, _function, "CPU")

@@ -160,7 +160,7 @@ class Context:
             return None
         if previous.device != device:
             previous = previous.to(device)
-        if isinstance(self.layer, StaticSums):  # which is written before the decision has been used
+        if isinstance(self.layer, StaticSums) and not torch.compiler.is_compiling():  # it is written in place
             previous = previous.clone()
         if previous.shape[0] != self.batch:
             raise ValueError(

@@ -46,6 +46,8 @@ class Routing:
         has_base_expert: the base expert may be among `experts`.
         logits: float32 [*token_shape, choices], detached, if they are not what the router makes of `router_input` alone (a
             context that begins in a cache); else None.
+        is_given: no router took it; it has the one chosen expert first (see `routing/given.py`).
+        samples: int64 [samples]: all that a token of this sample uses is this expert, with gate 1. None if it is not so.
         join_point: where the router's losses join, see `training/loss_joining.py`; None if they join elsewhere, or not.
     """
 
@@ -56,6 +58,8 @@ class Routing:
     logits: torch.Tensor | None = None
     join_point: JoinPoint | None = None
     has_base_expert: bool = False
+    is_given: bool = False
+    samples: torch.Tensor | None = None
     _scaled: dict[tuple[float, torch.dtype], torch.Tensor] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
@@ -123,6 +127,8 @@ class Routing:
                 self.gates.to(device),
                 self.dense_gates.to(device),
                 has_base_expert=self.has_base_expert,
+                is_given=self.is_given,
+                samples=None if self.samples is None else self.samples.to(device),
             )
         return self._elsewhere[device]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -20,12 +20,14 @@ from torch import nn
 
 from .context import Context, ForwardInputs
 from .decision import Routing
+from .given import GivenExperts
 from .statistics import RoutingRecorder
 
 NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter on this sample"
 # What `RoutingFrame.opened_at` holds instead of an owner's depth:
 SECOND_RUN = -1  # in a checkpointed block's second run
 OUTSIDE = -2  # outside of any forward, where nothing may be decided
+NOTHING_GIVEN: Mapping[str, GivenExperts] = {}
 
 
 class Relay:
@@ -58,12 +60,14 @@ class RoutingFrame:
         inputs: what routers that see context have to know of the forward.
         num_items_in_batch: what the trainer passed, see `training/end_of_forward.py`.
         adapter_names: adapter of each sample (mixed batches), or None.
+        given: by adapter name, the experts that tokens are told to use instead of asking the router.
         training: whether a loss may follow: model in train mode and gradients enabled when the frame was opened.
         earlier: finished passes of the same forward, if an owner below the outermost runs several times (a model that
             encodes two sentences, one after the other): other tokens, so other decisions.
         shared: what linears follow that have shared experts only, by adapter name.
         used: adapters that a layer asked for; `trained`: those of them whose experts or router train.
         relays: by adapter name; see `Relay`.
+        shared_inputs: which linears are trained together, see `training/fast_linears.py`.
         paused: modules whose gradient checkpointing is off until the frame is closed.
         at_close: called when it is closed, with whether the forward has come to its end.
         previous: the frame of the forward within which this one runs (a hook that calls the model again), or None.
@@ -74,6 +78,7 @@ class RoutingFrame:
         self.previous: RoutingFrame | None = None
         self._callers: dict[int, FrameType] = {}  # by depth, the Python frame from which the owner's forward is called
         self.adapter_names = adapter_names
+        self.given: Mapping[str, GivenExperts] = NOTHING_GIVEN
         self.routings: dict[str, Routing] = {}
         self.shared: dict[str, Routing] = {}
         self.attention_mask: torch.Tensor | None = None
@@ -86,6 +91,7 @@ class RoutingFrame:
         self.paused: list[nn.Module] = []
         self.at_close: list[Callable[[bool], None]] = []
         self.relays: dict[str, Relay] = {}
+        self.shared_inputs: Any = None
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
 
     def called_from(self, depth: int, caller: FrameType) -> None:
@@ -95,6 +101,7 @@ class RoutingFrame:
     def continues(self, earlier: RoutingFrame, depth: int) -> None:
         """This frame is of another pass, of the owner at `depth`, of the forward that `earlier` is of."""
         self.num_items_in_batch, self.at_close = earlier.num_items_in_batch, earlier.at_close
+        self.given = earlier.given
         self.earlier, self.paused = (*earlier.earlier, earlier), [*earlier.paused, *self.paused]
         self._callers = {outer: caller for outer, caller in earlier._callers.items() if outer < depth}
 
@@ -167,11 +174,14 @@ class RoutingFrame:
 
 
 class _ThreadState(threading.local):
-    """Per thread (threading.local runs __init__ in each): the frame of the forward in flight, names for mixed batches."""
+    """Per thread (threading.local runs __init__ in each): the frame of the forward in flight, names for mixed batches, given
+    experts, and those of the last forward that got them with its batch."""
 
     def __init__(self) -> None:
         self.frame: RoutingFrame | None = None
         self.adapter_names: Sequence[str] | None = None
+        self.given: Mapping[str, GivenExperts] = NOTHING_GIVEN
+        self.last_given: Mapping[str, GivenExperts] = NOTHING_GIVEN
 
 
 class _Current(threading.local):
@@ -214,6 +224,7 @@ class RoutingState:
         router_layers: the layer that holds the router, by adapter name.
         recorders: of the `record_routing()` blocks in progress.
         hooks: what `hooks.connect` has put on the backbone, or None.
+        training_groups: linears that receive the same tensor, once a forward that trained has shown them.
     """
 
     def __init__(self) -> None:
@@ -223,9 +234,10 @@ class RoutingState:
         self.router_layers: dict[str, Any] = {}
         self.recorders: list[RoutingRecorder] = []
         self.hooks: Any = None
+        self.training_groups: Any = None
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: everything but the frames in flight
-        return {**self.__dict__, "_local": None, "recorders": []}
+        return {**self.__dict__, "_local": None, "recorders": [], "training_groups": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _local=_ThreadState())
@@ -267,6 +279,31 @@ class RoutingState:
             yield
         finally:
             self._local.adapter_names = previous
+
+    @property
+    def given(self) -> Mapping[str, GivenExperts]:
+        """The experts that forwards of this thread are told to use, by adapter name."""
+        return self._local.given
+
+    @property
+    def last_given(self) -> Mapping[str, GivenExperts]:
+        """The experts that this thread's last forward used which got them with its batch."""
+        return self._local.last_given
+
+    def give_with_batch(self, frame: RoutingFrame, given: Mapping[str, GivenExperts]) -> None:
+        """Have the forward of `frame` use the `given` experts, which came with its batch."""
+        frame.given = {**frame.given, **given}
+        self._local.last_given = given
+
+    @contextmanager
+    def given_experts(self, given: Mapping[str, GivenExperts]) -> Iterator[None]:
+        """Within it, forwards of this thread use the `given` experts, besides those that are given already."""
+        previous = self._local.given
+        self._local.given = {**previous, **given}
+        try:
+            yield
+        finally:
+            self._local.given = previous
 
     @contextmanager
     def within(self, frame: RoutingFrame) -> Iterator[None]:

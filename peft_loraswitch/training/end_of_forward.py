@@ -37,7 +37,13 @@ def finish_forward(state: RoutingState, frame: RoutingFrame, output: Any) -> Any
             for record in records:
                 for batch in batches:
                     record.add(batch)
-            if frame.training and router.weight.requires_grad and (options.aux_loss_coef or options.z_loss_coef):
+            asked = not all(routing.is_given for _, routing in routed)
+            if (
+                asked
+                and frame.training
+                and router.weight.requires_grad
+                and (options.aux_loss_coef or options.z_loss_coef)
+            ):
                 losses = losses_of(router_layer.loraswitch_pending[adapter], router.weight, options, batches)
         if losses is not None:
             points = [routing.join_point for _, routing in routed]
@@ -49,7 +55,8 @@ def _routed_tokens(
     frame: RoutingFrame, adapter: str, routing: Routing, weight: torch.Tensor, options: RoutingOptions
 ) -> RoutedTokens:
     assert routing.router_input is not None
-    chosen = routing.experts[..., : options.top_k]  # without the shared experts, which nobody chose
+    picks = 1 if routing.is_given else options.top_k
+    chosen = routing.experts[..., :picks]  # without the shared experts, which nobody chose
     if options.base_expert:
         chosen = chosen.clamp(max=options.num_experts)  # its index is behind the shared ones' as well
     x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, chosen))

@@ -27,6 +27,7 @@ from torch import nn
 
 from ..routing.decision import Routing
 from ..routing.frame import SECOND_RUN, RoutingFrame, RoutingState
+from .fast_linears import shared_inputs_of
 
 
 class CheckpointedBlock:
@@ -87,8 +88,10 @@ class _Block:
     def __init__(self, state: RoutingState, frame: RoutingFrame, function: Callable[..., Any]) -> None:
         self.state, self.function = state, function
         self.training, self.adapter_names, self.relays = frame.training, frame.adapter_names, frame.relays
+        self.given = frame.given
         self.routings_before = dict(frame.routings)
         self.inputs = frame.inputs.for_second_run()
+        self.shared_inputs = shared_inputs_of(state, frame).again()
         self.used: set[str] | None = None  # adapters that the first run used; None: it has not run yet
         self.reentrant = False
 
@@ -113,8 +116,8 @@ class _Block:
 
     def _run_again(self, *args: Any, **kwargs: Any) -> Any:
         again = RoutingFrame(self.training, self.adapter_names)
-        again.opened_at, again.relays = SECOND_RUN, self.relays
-        again.inputs = self.inputs
+        again.opened_at, again.relays, again.given = SECOND_RUN, self.relays, self.given
+        again.inputs, again.shared_inputs = self.inputs, self.shared_inputs.again()
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing
         used, finished = self.used or set(), False

@@ -3,6 +3,8 @@
     python -m recipes.benchmarks.train                  # some minutes; into recipes/results/train_cpu.json
     python -m recipes.benchmarks.train --hidden 2048    # another size
 
+On a GPU the same command runs `train_gpu.py` (with --cpu: this one).
+
 Training step: forward, backward and AdamW, of LoRA-Switch with E experts of rank r and of PEFT's LoRA with rank E * r on
 the same linears: the same number of adapter weights. Forward: 512 tokens without gradients, against the unadapted backbone.
 
@@ -31,6 +33,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_loraswitch import LoRASwitchConfig, __version__
+from recipes.benchmarks import train_gpu
 from recipes.checkout import ROOT, git
 
 BARS = {"training_step": 1.10, "forward": 1.25}
@@ -241,4 +244,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    if torch.cuda.is_available() and "--cpu" not in sys.argv:
+        train_gpu.main(sys.argv[1:])
+    else:
+        main([word for word in sys.argv[1:] if word != "--cpu"])

@@ -131,6 +131,56 @@ def test_route_against_the_oracle(device, normalize, shape):
     assert torch.allclose(gates.view(-1, 3).double(), expected, rtol=1e-5, atol=1e-7)
 
 
+def context_arguments(device="cpu", dtype=torch.float32, shape=(6,), experts=9, real=True):
+    tokens = int(torch.tensor(shape).prod())
+    x, router = torch.randn(*shape, 32, device=device).to(dtype), torch.randn(experts, 32, device=device)
+    previous = torch.randn(tokens, experts + 1, device=device)
+    previous[:, -1] = torch.rand(tokens, device=device) * 4
+    previous[0] = 0
+    mask = torch.rand(tokens, device=device) < 0.5 if real else None
+    if real:
+        mask[0] = False  # no real token at all: its own logits
+    return x, router, previous, 0.8, 3, True, mask
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (6,), (2, 1, 3)])
+def test_route_context_against_the_oracle(device, dtype, shape, real):
+    arguments = context_arguments(device, dtype, shape, real=real)
+    experts, gates, sums = ops.route_context(*arguments)
+    x, *rest = arguments
+    expected_ids, expected, expected_sums = oracle.route_context(x.reshape(-1, 32), *rest)
+    assert experts.shape == gates.shape == (*shape, 3) and sums.shape == arguments[2].shape
+    assert torch.equal(experts.view(-1, 3), expected_ids)
+    assert torch.allclose(gates.view(-1, 3).double(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(sums.double(), expected_sums, rtol=1e-5, atol=1e-5)
+
+
+@devices
+def test_route_context_keeps_a_broken_past_visible(device):
+    x, router, previous, *rest = context_arguments(device, real=False)
+    previous[2] = float("nan")  # another adapter's row of a mixed batch
+    experts, gates, sums = ops.route_context(x, router, previous, *rest[:-1])
+    assert ((experts >= 0) & (experts < 9)).all()
+    assert gates.isnan().any(-1).tolist() == sums.isnan().any(-1).tolist() == [row == 2 for row in range(6)]
+
+
+def test_route_context_refuses():
+    x, router, previous, decay, top_k, normalize, real = context_arguments()
+    for arguments, message in (
+        ((x, router, previous[:, :-1], decay, top_k, normalize), r"previous must be float32 \[6, 10\]"),
+        ((x, router, previous.double(), decay, top_k, normalize), "previous must be float32"),
+        ((x, router, previous, 1.5, top_k, normalize), "decay=1.5"),
+        ((x, router, previous, decay, 10, normalize), "top_k=10"),
+        ((x, router, previous, decay, top_k, normalize, real[:3]), r"real must be bool \[6\]"),
+        ((x, router, previous, decay, top_k, normalize, real.float()), "real must be bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.route_context(*arguments)
+
+
 @devices
 @dtypes
 @pytest.mark.parametrize("transposed", [False, True])
@@ -176,6 +226,7 @@ def test_opcheck(device, tokens):
     torch.library.opcheck(ops.delta, delta_arguments(g))
     torch.library.opcheck(ops.expand, expand_arguments(g))
     torch.library.opcheck(ops.route, (g["x"], torch.randn(5, 24, device=device), 2, True))
+    torch.library.opcheck(ops.route_context, context_arguments(device))
     torch.library.opcheck(ops.merge, merge_arguments(g))
 
 

@@ -187,6 +187,16 @@ def adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if "loraswitch_" in n and p.grad is not None}
 
 
+def gradients_with_and_without_checkpointing(model: Any, reentrant: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a padded batch's loss: `adapter_gradients` of a copy of `model`, and of one with gradient checkpointing."""
+    plain, checked = (copy.deepcopy(model).train() for _ in range(2))
+    checked.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checked.enable_input_require_grads()
+    for each in (plain, checked):
+        each(**padded([7, 5])).loss.backward()
+    return adapter_gradients(plain), adapter_gradients(checked)
+
+
 def router_layer(model: nn.Module, adapter: str = "default") -> LoRASwitchLinear:
     """The adapted linear that holds the router of `adapter`."""
     return next(layer for layer in switch_layers(model).values() if adapter in layer.loraswitch_router)

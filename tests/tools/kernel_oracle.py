@@ -29,6 +29,20 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) ->
     return experts, gates / gates.sum(-1, keepdim=True) if normalize else gates
 
 
+def route_context(
+    x, router, previous, decay, top_k, normalize, real=None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, in], router [E, in], previous [T, E + 1], real bool [T] or None -> experts [T, k], gates [T, k] and sums
+    [T, E + 1] in float64. The mean is routed as the input of a router that is the identity."""
+    logits = x.double() @ router.double().T
+    one = torch.ones_like(logits[:, :1])
+    own = torch.cat([logits, one], 1)
+    sums = decay * previous.double() + (own if real is None else own.where(real.unsqueeze(1), 0.0))
+    some = sums[:, -1:] != 0
+    mean = (sums[:, :-1] / sums[:, -1:].where(some, 1.0)).where(some, logits)
+    return *route(mean, torch.eye(router.shape[0], device=x.device), top_k, normalize), sums
+
+
 def gate_of(expert: int, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """[T, 1] in float64: of an expert that is there twice both, of one that is not 0, whatever other gates are."""
     return gates.double().where(experts == expert, 0.0).sum(-1, keepdim=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from recipes.benchmarks.decode.plan import NUM_EXPERTS, TARGETS, TOP_K, Job
+from recipes.benchmarks.decode.plan import FUSED, NUM_EXPERTS, TARGETS, Job, top_k_of
 
 
 def empty_backbone(job: Job, device: str) -> Any:
@@ -66,9 +66,11 @@ def adapt(model: Any, job: Job, device: str) -> tuple[Any, float]:
     if job.method != "backbone":
         config: Any = LoraConfig(r=job.rank, target_modules=TARGETS, init_lora_weights=False)
         if job.method != "lora":
+            composed = {"normalize_gates": True, "base_expert": True, "router_decay": 1.0}
             config = LoRASwitchConfig(
-                r=max(job.rank, 1), num_experts=NUM_EXPERTS, top_k=TOP_K, target_modules=TARGETS, init_weights=False
-            )
+                r=max(job.rank, 1), num_experts=NUM_EXPERTS, top_k=top_k_of(job.method), target_modules=TARGETS,
+                init_weights=False, **(composed if job.method == "imported" else {}),
+            )  # fmt: skip
         with torch.device(device):
             model = get_peft_model(model, config, autocast_adapter_dtype=False)
     model = model.eval().requires_grad_(False)
@@ -78,7 +80,12 @@ def adapt(model: Any, job: Job, device: str) -> tuple[Any, float]:
                 a, b = module.loraswitch_A["default"], module.loraswitch_B["default"]
                 a.weight = torch.nn.Parameter(a.weight[:, :0].contiguous(), requires_grad=False)
                 b.weight = torch.nn.Parameter(b.weight[:, :, :0].contiguous(), requires_grad=False)
-    if job.method not in ("kernels", "fused", "merge"):
+    if job.method == "imported":  # every second LoRA has half the rank, and zeros behind
+        for module in model.modules():
+            if hasattr(module, "loraswitch_A"):
+                module.loraswitch_A["default"].weight.data[::2, job.rank // 2 :] = 0
+                module.loraswitch_B["default"].weight.data[::2, :, job.rank // 2 :] = 0
+    if job.method not in ("kernels", "merge", *FUSED):
         return model, 0.0
     synchronize(device)
     start = time.perf_counter()

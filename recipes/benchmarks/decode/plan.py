@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 NUM_EXPERTS, TOP_K = 8, 2
+FUSED = ("fused", "imported")  # methods that go through fuse_for_inference(), and read chosen experts only
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT, CACHE, PREFILL = 16, 512, 2048
 
@@ -63,6 +64,7 @@ METHODS = {
     "merge": "merge (the paper's method)",
     "kernels": "our kernels, no adapter",
     "fused": "fused",
+    "imported": "fused, experts of LoRAs, router with context",
 }
 MODES = ("compiled", "static", "eager", "prefill", "graph")
 
@@ -84,6 +86,8 @@ BASELINES: tuple[Entry, ...] = (
     ("lora", 16, ("compiled:1", "eager")),
     ("kernels", 0, ("compiled:1", "prefill")),
 )
+# An adapter as `from_loras` makes it: LoRAs of ranks 4 and 8, a hard gate, a base expert, a router that sees context.
+COMPOSED: tuple[Entry, ...] = (("imported", 8, ("compiled:1", "prefill")), ("imported", 8, ("static",)))
 LINE: tuple[Entry, ...] = (
     ("backbone", 0, ("compiled:1", "prefill", "eager")),
     ("fused", 8, ("compiled:1", "prefill", "eager")),
@@ -97,6 +101,7 @@ COMPILE_SECONDS = {
     "backbone": 1.15,
     "kernels": 1.4,
     "fused": 1.4,
+    "imported": 1.4,
     "merge": 0.0,
     "lora": 1.6,
     "torch": 2.2,
@@ -140,6 +145,10 @@ class Job:
         return self.shape.elements() * 2 / 2**30
 
 
+def top_k_of(method: str) -> int:
+    return 1 if method == "imported" else TOP_K
+
+
 def batch_of(mode: str) -> int:
     return int(mode.partition(":")[2] or 1)
 
@@ -178,7 +187,7 @@ def plan(
 
     others = [model for model in models if model not in (FIRST, "qwen3-0.6b")]
     if FIRST in models:
-        add(FIRST, CORE + BASELINES)
+        add(FIRST, CORE + COMPOSED + BASELINES)
     if ceilings:
         linears = dict.fromkeys(shapes[model].linears for model in models if shapes[model].linears)
         parts = ("copy", *(f"linears:{name}" for name in linears))

@@ -22,7 +22,7 @@ from typing import Any
 from recipes.benchmarks.decode.device_lock import DeviceLock
 from recipes.benchmarks.decode.loops import LENGTHS, LOOP_STEPS, Loop, captured_loop, compiled_loop, generated
 from recipes.benchmarks.decode.models import adapt, empty_backbone, fill, synchronize, tensors_of
-from recipes.benchmarks.decode.plan import NUM_EXPERTS, PREFILL, TOP_K, Job, batch_of, kind_of
+from recipes.benchmarks.decode.plan import FUSED, NUM_EXPERTS, PREFILL, Job, batch_of, kind_of, top_k_of
 from recipes.benchmarks.decode.profiling import profile_forwards
 from recipes.benchmarks.quiet_processor import QuietProcessor
 
@@ -172,7 +172,8 @@ class Worker:
         tokens = PREFILL if mode == "prefill" else batch_of(mode)
         read = sum(sizes.values()) - experts - (0 if self.job.shape.tied else embedding)
         # plain PyTorch multiplies with all experts; merging reads the chosen ones and reads and writes the weights
-        read += experts * (min(1.0, TOP_K * tokens / NUM_EXPERTS) if self.job.method in ("fused", "merge") else 1)
+        chosen = min(1.0, top_k_of(self.job.method) * tokens / NUM_EXPERTS)
+        read += experts * (chosen if self.job.method in (*FUSED, "merge") else 1)
         adapted = 2 * self.job.shape.linear_elements()
         read += 2 * adapted if self.job.method == "merge" else 0
         return {

@@ -1,0 +1,99 @@
+"""What the gates do to the hidden of a group of linears, forward and backward: the one elementwise step of the fused path.
+
+    gated[t, i, e, :]  = s_i * g[t, e] * hidden[t, i, e, :]                     0 where token t did not choose e
+    d_hidden           = s_i * g[t, e] * d_gated[t, i, e, :]                    0 there as well
+    d_g[t, e]          = sum over i and r of s_i * d_gated * hidden             0 there as well
+
+for token t, linear i of the group and expert e. In columns, the linears stand side by side, in each its experts, in each of
+those its r. Zero by `chosen` and not by the gate: 0 * Inf is NaN.
+
+On a GPU with Triton it is one launch each way (`gate_kernels.py`), which computes in float32; elsewhere these PyTorch
+operations, which multiply in the dtype of the hidden and sum in float32 (float64 if that is the hidden's).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import gate_kernels
+
+
+class Columns(NamedTuple):
+    """The columns of one linear in the hidden of its group."""
+
+    start: int
+    experts: int
+    rank: int
+    scaling: float
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.experts * self.rank
+
+
+def runs(columns: tuple[Columns, ...]) -> list[tuple[Columns, int]]:
+    """Linears alike that stand side by side: the first of them, and how many."""
+    found: list[tuple[Columns, int]] = []
+    for one in columns:
+        if found and one[1:] == found[-1][0][1:]:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((one, 1))
+    return found
+
+
+def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, columns: tuple[Columns, ...]) -> Tensor:
+    """hidden [T, N] -> gated [T, N], of its dtype.
+
+    Args:
+        gates: float32 [T, E]; chosen: bool [T, E], or None: all are.
+        columns: of each linear; together they are the N.
+    """
+    if gate_kernels.usable(hidden):
+        return gate_kernels.gate(hidden, gates, chosen, runs(columns))
+    parts = [_gate(h, gates, chosen, first, count) for h, first, count in _each_run(hidden, columns)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def gate_backward(
+    d_gated: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    chosen: Tensor | None,
+    columns: tuple[Columns, ...],
+    want_gates: bool,
+    want_gated: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(d_hidden [T, N], d_gates float32 [T, E] if wanted, and `gate()` again if wanted), from d_gated [T, N]."""
+    if gate_kernels.usable(hidden):
+        return gate_kernels.gate_backward(d_gated, hidden, gates, chosen, runs(columns), want_gates, want_gated)
+    d_hidden = gate(d_gated, gates, chosen, columns)
+    gated = gate(hidden, gates, chosen, columns) if want_gated else None
+    if not want_gates:
+        return d_hidden, None, gated
+    total = None
+    for (h, first, count), (d, _, _) in zip(_each_run(hidden, columns), _each_run(d_gated, columns), strict=True):
+        shape = (h.shape[0], count, first.experts, first.rank)
+        products = (d.to(torch.promote_types(d.dtype, gates.dtype)) * h).reshape(shape)
+        part = products.sum(dim=(1, 3)) * first.scaling
+        total = part if total is None else total + part
+    assert total is not None
+    return d_hidden, total if chosen is None else total.where(chosen, 0.0), gated
+
+
+def _each_run(each: Tensor, columns: tuple[Columns, ...]) -> list[tuple[Tensor, Columns, int]]:
+    return [
+        (each[:, first.start : first.start + count * (first.stop - first.start)], first, count)
+        for first, count in runs(columns)
+    ]
+
+
+def _gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, first: Columns, count: int) -> Tensor:
+    parts = hidden.reshape(hidden.shape[0], count, first.experts, first.rank)
+    factors = (gates * first.scaling).to(hidden.dtype)[:, None, :, None]
+    if chosen is None:
+        return (parts * factors).view(hidden.shape)
+    return parts.where(chosen[:, None, :, None], 0.0).mul_(factors).view(hidden.shape)

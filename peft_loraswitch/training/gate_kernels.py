@@ -1,0 +1,166 @@
+"""`gate_hidden.py` as Triton kernels: one launch forward, one backward.
+
+A program takes a tile of tokens and one expert, in all linears of the group, so that the gradient of a gate is summed by one
+program: no atomics, the same bits in every run. Everything is computed in float32. The tensors are small ([tokens, E * r]): what
+counts is the number of launches.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU build of PyTorch
+    triton = None
+
+logger = logging.getLogger(__name__)
+Run = tuple[Any, int]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TOKENS = 32  # of one program
+_compiles: dict[torch.device, bool] = {}
+
+
+def usable(hidden: Tensor) -> bool:
+    """Whether the kernels take this hidden."""
+    if triton is None or not hidden.is_cuda or hidden.dtype not in FLOATS or hidden.numel() == 0:
+        return False
+    if hidden.device not in _compiles:
+        _compiles[hidden.device] = _compile(hidden.device)
+    return _compiles[hidden.device]
+
+
+def _compile(device: torch.device) -> bool:
+    """Whether Triton can compile for this device: it wants a C compiler on the machine."""
+    probe = torch.ones(1, 1, device=device)
+    try:
+        with _on(probe):
+            _gate_kernel[(1, 1)](
+                probe, probe, probe, probe, 1, 1, 1, 1, 1.0, LINEARS=1, RANK=1, WIDTH=1, TILE=TOKENS, MASKED=False
+            )
+        return True
+    except Exception as error:
+        logger.warning(f"LoRA-Switch: gates are applied by PyTorch operations, because Triton fails: {error}")
+        return False
+
+
+if triton is not None:
+
+    @triton.jit
+    def _gate_kernel(
+        hidden, gates, chosen, gated, tokens, row, experts, gate_row, scaling,
+        LINEARS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    ):  # fmt: skip
+        expert = tl.program_id(1)
+        token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        there = token < tokens
+        factor = tl.load(gates + token * gate_row + expert, mask=there, other=0.0).to(tl.float32) * scaling
+        counts = there
+        if MASKED:
+            counts = there & (tl.load(chosen + token * experts + expert, mask=there, other=0) != 0)
+        inner = tl.arange(0, WIDTH)
+        inside = there[:, None] & (inner < RANK)[None, :]
+        for linear in range(LINEARS):
+            at = token.to(tl.int64)[:, None] * row + (linear * experts + expert) * RANK + inner[None, :]
+            value = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.where(counts[:, None], value * factor[:, None], 0.0)
+            tl.store(gated + at, value.to(gated.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _gate_backward_kernel(
+        d_gated, hidden, gates, chosen, d_hidden, d_gates, gated, tokens, row, experts, gate_row, scaling,
+        LINEARS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+        WANT_GATES: tl.constexpr, ADD: tl.constexpr, WANT_GATED: tl.constexpr,
+    ):  # fmt: skip
+        expert = tl.program_id(1)
+        token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        there = token < tokens
+        factor = tl.load(gates + token * gate_row + expert, mask=there, other=0.0).to(tl.float32) * scaling
+        counts = there
+        if MASKED:
+            counts = there & (tl.load(chosen + token * experts + expert, mask=there, other=0) != 0)
+        inner = tl.arange(0, WIDTH)
+        inside = there[:, None] & (inner < RANK)[None, :]
+        total = tl.zeros([TILE], dtype=tl.float32)
+        for linear in range(LINEARS):
+            at = token.to(tl.int64)[:, None] * row + (linear * experts + expert) * RANK + inner[None, :]
+            gradient = tl.load(d_gated + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.where(counts[:, None], gradient * factor[:, None], 0.0)
+            tl.store(d_hidden + at, value.to(d_hidden.dtype.element_ty), mask=inside)
+            if WANT_GATES or WANT_GATED:
+                h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+                if WANT_GATES:
+                    total += tl.sum(tl.where(counts[:, None], gradient * h, 0.0), axis=1)
+                if WANT_GATED:
+                    value = tl.where(counts[:, None], h * factor[:, None], 0.0)
+                    tl.store(gated + at, value.to(gated.dtype.element_ty), mask=inside)
+        if WANT_GATES:
+            at_gate = token * experts + expert
+            total = total * scaling
+            if ADD:
+                total += tl.load(d_gates + at_gate, mask=there, other=0.0)
+            tl.store(d_gates + at_gate, total, mask=there)
+
+
+def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run]) -> Tensor:
+    """As `gate_hidden.gate`; `runs` as `gate_hidden.runs` gives them."""
+    hidden, gates, chosen = hidden.contiguous(), _rows(gates), None if chosen is None else chosen.contiguous()
+    gated = torch.empty_like(hidden)
+    with _on(hidden):
+        for first, count in runs:
+            _gate_kernel[_grid(hidden, first)](
+                hidden[:, first.start :], gates, _bytes(chosen, gates), gated[:, first.start :],
+                hidden.shape[0], hidden.shape[1], first.experts, gates.stride(0), first.scaling,
+                **_sizes(first, count, chosen),
+            )  # fmt: skip
+    return gated
+
+
+def gate_backward(
+    d_gated: Tensor, hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run], want_gates: bool, want_gated: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """As `gate_hidden.gate_backward`."""
+    d_gated, hidden, gates = d_gated.contiguous(), hidden.contiguous(), _rows(gates)
+    chosen = None if chosen is None else chosen.contiguous()
+    d_hidden = torch.empty_like(hidden)
+    d_gates = torch.empty(gates.shape, dtype=torch.float32, device=gates.device) if want_gates else None
+    gated = torch.empty_like(hidden) if want_gated else None
+    with _on(hidden):
+        for number, (first, count) in enumerate(runs):
+            at = slice(first.start, None)
+            _gate_backward_kernel[_grid(hidden, first)](
+                d_gated[:, at], hidden[:, at], gates, _bytes(chosen, gates), d_hidden[:, at],
+                gates if d_gates is None else d_gates, hidden if gated is None else gated[:, at],
+                hidden.shape[0], hidden.shape[1], first.experts, gates.stride(0), first.scaling,
+                **_sizes(first, count, chosen), WANT_GATES=want_gates, ADD=number > 0, WANT_GATED=want_gated,
+            )  # fmt: skip
+    return d_hidden, d_gates, gated
+
+
+def _grid(hidden: Tensor, first: Any) -> tuple[int, int]:
+    return -(-hidden.shape[0] // TOKENS), first.experts
+
+
+def _sizes(first: Any, count: int, chosen: Tensor | None) -> dict[str, Any]:
+    width = 1 << max(first.rank - 1, 0).bit_length()
+    return {"LINEARS": count, "RANK": first.rank, "WIDTH": width, "TILE": TOKENS, "MASKED": chosen is not None}
+
+
+def _rows(gates: Tensor) -> Tensor:
+    """float32, with its columns side by side."""
+    gates = gates.to(torch.float32)
+    return gates if gates.stride(-1) == 1 else gates.contiguous()
+
+
+def _bytes(chosen: Tensor | None, instead: Tensor) -> Tensor:
+    return instead if chosen is None else chosen.view(torch.uint8)
+
+
+def _on(hidden: Tensor) -> Any:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    return torch.cuda.device(hidden.device)

@@ -1,0 +1,187 @@
+"""Experts trained in one pass are those of as many runs of PEFT's LoRA, one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer
+
+from helpers import switch_layers, tiny_llama, tokens
+from peft_loraswitch import ExpertCollator, ExpertLoss, LoRASwitchConfig, use_experts
+from trainer_tools import InOrder, OrderedTrainer, arguments, collate, tokenizer
+
+NAMES = ["maths", "code", "law"]
+STEPS, EACH = 6, 2  # samples of an expert in a batch
+LENGTHS = [9, 4, 7, 5, 8, 6, 3, 9, 5, 4, 8, 7]  # padding differs between an expert's batch and the common one
+FIELDS: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear"}
+ADAMW: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": STEPS}
+
+
+def rows(expert: int) -> list[dict[str, Any]]:
+    lengths = LENGTHS[expert:] + LENGTHS[:expert]
+    ids = tokens(STEPS * EACH, max(lengths), seed=expert + 10).tolist()
+    return [{"input_ids": row[:n], "expert": NAMES[expert]} for row, n in zip(ids, lengths, strict=True)]
+
+
+def together() -> Dataset:
+    each = [rows(e) for e in range(len(NAMES))]
+    order = [(e, step * EACH + i) for step in range(STEPS) for i in range(EACH) for e in range(len(NAMES))]
+    return Dataset.from_list([each[e][row] for e, row in order])
+
+
+def loras() -> list[Any]:
+    models = []
+    for e in range(len(NAMES)):
+        torch.manual_seed(100 + e)
+        models.append(get_peft_model(tiny_llama(), LoraConfig(**FIELDS)))
+    return models
+
+
+def switch_of(models: list[Any], **fields: Any) -> Any:
+    """An adapter whose experts begin as these LoRAs do."""
+    config = {"num_experts": len(models), "top_k": 1, "expert_names": NAMES, **FIELDS, **fields}
+    model = get_peft_model(tiny_llama(), LoRASwitchConfig(**config))
+    for name, layer in switch_layers(model).items():
+        for e, lora in enumerate(models):
+            theirs = lora.get_submodule(name)
+            layer.loraswitch_A["default"].weight.data[e] = theirs.lora_A["default"].weight.data
+            layer.loraswitch_B["default"].weight.data[e] = theirs.lora_B["default"].weight.data
+    return model
+
+
+def check_equal(model: Any, models: list[Any]) -> None:
+    for name, layer in switch_layers(model).items():
+        for e, lora in enumerate(models):
+            theirs = lora.get_submodule(name)
+            for ours, wanted in ((layer.loraswitch_A, theirs.lora_A), (layer.loraswitch_B, theirs.lora_B)):
+                torch.testing.assert_close(
+                    ours["default"].weight[e],
+                    wanted["default"].weight,
+                    rtol=1e-3,
+                    atol=2e-5,
+                    msg=lambda m, at=(name, e): f"{at}: {m}",
+                )
+
+
+def drop(samples: list[dict[str, Any]]) -> Any:
+    return collate([{"input_ids": sample["input_ids"]} for sample in samples])
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_equals_runs_of_lora(clip, tmp_path):
+    runs = loras()
+    model = switch_of(runs, router_aux_loss_coef=0.5)
+    history = []
+    for e, lora in enumerate(runs):
+        args = arguments(tmp_path, per_device_train_batch_size=EACH, max_grad_norm=clip or 0.0, **ADAMW)
+        trainer = OrderedTrainer(model=lora, args=args, train_dataset=Dataset.from_list(rows(e)), data_collator=drop)
+        trainer.train()
+        history.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    loss = ExpertLoss(model, max_grad_norm=clip)
+    args = arguments(tmp_path, per_device_train_batch_size=EACH * len(NAMES), remove_unused_columns=False, **ADAMW)
+    trainer = OrderedTrainer(
+        model=model, args=args, train_dataset=together(), data_collator=ExpertCollator(collate, model),
+        compute_loss_func=loss, callbacks=[loss],
+    )  # fmt: skip
+    before = model.state_dict()[
+        "base_model.model.model.layers.0.self_attn.q_proj.loraswitch_router.default.weight"
+    ].clone()
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for e, name in enumerate(NAMES):
+        found = [entry[f"expert_loss/{name}"] for entry in logs]
+        assert found == pytest.approx(history[e], rel=1e-4)
+        assert found[-1] != found[0]
+    assert [entry["loss"] for entry in logs] == pytest.approx(
+        [sum(each) for each in zip(*history, strict=True)], rel=1e-4
+    )
+    check_equal(model, runs)
+    after = model.state_dict()["base_model.model.model.layers.0.self_attn.q_proj.loraswitch_router.default.weight"]
+    assert torch.equal(before, after)
+
+
+def test_in_a_loop_of_ones_own():
+    runs = loras()
+    model = switch_of(runs).train()
+    loss, collator = ExpertLoss(model), ExpertCollator(collate, model)
+    batch = collator(list(together())[: EACH * len(NAMES)])
+    assert batch["experts"].tolist() == [0, 1, 2] * EACH
+    total = loss(model(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"])
+    total.backward()
+    for e, lora in enumerate(runs):
+        single = lora(**drop(rows(e)[:EACH])).loss
+        single.backward()
+        assert float(loss.losses[e]) == pytest.approx(float(single.detach()), rel=1e-5)
+        for name, layer in switch_layers(model).items():
+            wanted = lora.get_submodule(name).lora_B["default"].weight.grad
+            torch.testing.assert_close(layer.loraswitch_B["default"].weight.grad[e], wanted, rtol=1e-3, atol=1e-6)
+    norms = loss.clip(0.01)
+    assert (norms > 0.01).all()
+    again = loss.clip(0.01)
+    torch.testing.assert_close(again, torch.full_like(again, 0.01), rtol=1e-3, atol=0)
+
+
+def test_the_argument_is_that_of_use_experts():
+    model = switch_of(loras(), init_weights=False)
+    for layer in switch_layers(model).values():
+        layer.loraswitch_B["default"].weight.data.normal_()
+    ids = tokens(3)
+    with torch.no_grad(), use_experts(model, [2, 0, 1]):
+        wanted = model(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids, experts=["law", "maths", "code"]).logits, wanted)
+    with model.disable_adapter():
+        backbone = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids, experts=[0, 0, 0]).logits, backbone)
+    with pytest.raises(ValueError, match="2 samples, but the batch has 3"):
+        model(input_ids=ids, experts=[0, 1])
+    with pytest.raises(ValueError, match="expert 'x' is unknown"):
+        model(input_ids=ids, experts=["x", 0, 0])
+    with pytest.raises(ValueError, match="indices from 0 to 3"):
+        model(input_ids=ids, experts=torch.tensor([0, 3, 1]))
+    assert torch.equal(model(input_ids=ids, experts=torch.tensor([2, 0, 1])).logits, wanted)
+
+
+def test_refused(tmp_path):
+    model = switch_of(loras())
+    loss = ExpertLoss(model)
+    trainer = Trainer(
+        model=model, args=arguments(tmp_path), train_dataset=together(), data_collator=ExpertCollator(collate, model),
+        compute_loss_func=loss,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        trainer.train()
+    fresh = switch_of(loras())
+    with pytest.raises(ValueError, match="wrap the data collator in an ExpertCollator"):
+        ExpertLoss(fresh)(fresh(input_ids=tokens()), tokens())
+
+
+def test_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+
+    class Ordered(InOrder, trl.SFTTrainer):
+        pass
+
+    model = switch_of(loras())
+    loss = ExpertLoss(model)
+    args = arguments(
+        tmp_path, trl.SFTConfig, per_device_train_batch_size=EACH * len(NAMES), remove_unused_columns=False, **ADAMW
+    )
+    trainer = Ordered(
+        model=model, args=args, train_dataset=together(), data_collator=ExpertCollator(collate, model),
+        processing_class=tokenizer(), compute_loss_func=loss, callbacks=[loss],
+    )  # fmt: skip
+    trainer.train()
+    twin = switch_of(loras())
+    again = ExpertLoss(twin)
+    plain = arguments(tmp_path, per_device_train_batch_size=EACH * len(NAMES), remove_unused_columns=False, **ADAMW)
+    OrderedTrainer(
+        model=twin, args=plain, train_dataset=together(), data_collator=ExpertCollator(collate, twin),
+        compute_loss_func=again,
+    ).train()  # fmt: skip
+    wanted = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, wanted[name], rtol=1e-4, atol=1e-5)

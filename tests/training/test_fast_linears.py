@@ -1,0 +1,573 @@
+"""The fused training path (`training/fast_linears.py`, `group_function.py`, `gate_hidden.py`): the results and gradients of the
+layer's own form and of the float64 definition, in every setting; and where it does not apply, that it says so."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from compiling import checkpointing
+from helpers import (
+    adapter_gradients,
+    padded,
+    randomize_adapter,
+    switch_config,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+)
+from oracle import Oracle
+from peft_loraswitch import LoRASwitchLinear
+from peft_loraswitch.training import fast_linears, gate_hidden, gate_kernels, group_function
+from peft_loraswitch.training.gate_hidden import Columns
+from peft_loraswitch.training.group_function import Spec
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NO_LOSSES = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "top-1": {"top_k": 1},
+    "hard-gate": {"top_k": 1, "normalize_gates": True},
+    "all-experts": {"top_k": 4},
+    "one-expert": {"num_experts": 1, "top_k": 1},
+    "shared": {"num_shared_experts": 2},
+    "base-expert": {"base_expert": True},
+    "deep-router": {"num_shared_experts": 1, "router_module": "layers.1.self_attn.q_proj"},
+    "odd-ranks": {"r": 3, "rank_pattern": {"up_proj": 5, "k_proj": 1}, "alpha_pattern": {"v_proj": 7.0}},
+    "router-only": {"trainable": "router"},
+}
+
+
+@pytest.fixture
+def counted(monkeypatch) -> Iterator[list[int]]:
+    """How many linears each call of the autograd function computes."""
+    calls: list[int] = []
+    run = group_function.run
+
+    def counting(spec: Spec, *args: Any) -> Any:
+        calls.append(spec.size)
+        return run(spec, *args)
+
+    monkeypatch.setattr(fast_linears, "run", counting)
+    yield calls
+
+
+@pytest.fixture
+def said(monkeypatch, caplog) -> Callable[[], list[str]]:
+    monkeypatch.setattr(fast_linears, "_said", set())
+    caplog.set_level(logging.WARNING, logger="peft_loraswitch")
+    return lambda: [r.getMessage() for r in caplog.records if "plain form" in r.getMessage()]
+
+
+def adapted(backbone: nn.Module | None = None, dtype: torch.dtype | None = None, **config: Any) -> Any:
+    backbone = tiny_llama() if backbone is None else backbone
+    settings = {"num_experts": 4, "top_k": 2, "target_modules": "all-linear", **config}
+    model = get_peft_model(backbone if dtype is None else backbone.to(dtype), switch_config(**settings))
+    randomize_adapter(model)
+    return model.train()
+
+
+def step(model: Any, batch: dict[str, Any], autocast: torch.dtype | None = None) -> tuple[torch.Tensor, dict]:
+    model.zero_grad()
+    with torch.autocast("cpu", autocast) if autocast else nullcontext():
+        output = model(**batch)
+    output.loss.backward()
+    return output.logits.detach(), {name: g.clone() for name, g in adapter_gradients(model).items()}
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)).item()
+
+
+# ---------------------------------------------------------------------------------------------------- the function alone
+
+
+def operands(
+    dtype: torch.dtype = torch.float64, tokens: tuple[int, ...] = (2, 3), bias: bool = True, masked: bool = True
+):
+    """(x, gates, chosen, a, b, weights, biases) of three linears, 5 features to 7, 1 and 4; 3 experts of rank 2, 2 and 3."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    chosen = torch.rand(*tokens, 3, generator=generator) < 0.6 if masked else None
+    gates = random(*tokens, 3).abs().to(torch.promote_types(dtype, torch.float32))
+    if chosen is not None:
+        gates = gates.where(chosen, 0.0)
+    outs, ranks = (7, 1, 4), (2, 2, 3)
+    a, b = [random(3, r, 5) for r in ranks], [random(3, out, r) for out, r in zip(outs, ranks, strict=True)]
+    biases = [random(out) if bias else None for out in outs]
+    return random(*tokens, 5), gates, chosen, a, b, [random(out, 5) for out in outs], biases
+
+
+def columns(a: list[torch.Tensor]) -> tuple[Columns, ...]:
+    found, start = [], 0
+    for weight, scaling in zip(a, (0.5, 0.5, 2.0), strict=False):
+        found.append(Columns(start, weight.shape[0], weight.shape[1], scaling))
+        start = found[-1].stop
+    return tuple(found)
+
+
+def plainly(x, gates, chosen, a, b, weights, biases) -> list[torch.Tensor]:
+    """The definition, for each token, linear and expert by itself."""
+    outputs = []
+    for i, c in enumerate(columns(a)):
+        y = torch.nn.functional.linear(x, weights[i], biases[i])
+        for e in range(c.experts):
+            delta = c.scaling * gates[..., e : e + 1] * (x @ a[i][e].T @ b[i][e].T)
+            y = y + (delta if chosen is None else delta.where(chosen[..., e : e + 1], 0.0))
+        outputs.append(y)
+    return outputs
+
+
+def fused(x, gates, chosen, a, b, weights, biases, given: bool = False, in_place: bool = False) -> list[torch.Tensor]:
+    spec = Spec(x.dtype, columns(a), given, in_place=(in_place,) * len(a))
+    if not given:
+        return list(group_function.run(spec, x, gates, chosen, a, b, weights, biases))
+    results = [torch.nn.functional.linear(x, w, c).clone() for w, c in zip(weights, biases, strict=True)]
+    return list(group_function.run(spec, x, gates, chosen, a, b, results))
+
+
+@pytest.mark.parametrize("given", ["own", "given", "in place"])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("tokens", [(2, 3), (4,), (1, 1), (0, 3)], ids=str)
+def test_outputs_and_gradients_equal_the_definition(tokens, masked, given):
+    x, gates, chosen, a, b, weights, biases = operands(tokens=tokens, masked=masked)
+    leaves = [each.requires_grad_() for each in (x, gates, *a, *b)]
+    expected = plainly(x, gates, chosen, a, b, weights, biases)
+    actual = fused(x, gates, chosen, a, b, weights, biases, given != "own", given == "in place")
+    directions = [torch.randn_like(y) for y in expected]
+    for y, z in zip(actual, expected, strict=True):
+        torch.testing.assert_close(y, z)
+        assert not y._is_view()  # a model may write to it
+    for g, h in zip(
+        torch.autograd.grad(actual, leaves, directions), torch.autograd.grad(expected, leaves, directions), strict=True
+    ):
+        torch.testing.assert_close(g, h)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_gradcheck(given):
+    x, gates, chosen, a, b, weights, biases = operands(tokens=(3,))
+    leaves = [each.requires_grad_() for each in (x, gates, *a, *b)]
+
+    def run(x, gates, *experts):
+        return tuple(fused(x, gates, chosen, experts[:3], experts[3:], weights, biases, given))
+
+    # gates that were not chosen have no gradient, in the definition neither
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("used", [(0,), (1, 2), (2,)], ids=str)
+def test_outputs_that_are_not_used(used):
+    values = operands()
+    leaves = [each.requires_grad_() for each in (values[0], values[1], *values[3], *values[4])]
+    got, want = (
+        torch.autograd.grad([y[i].sum() for i in used], leaves, allow_unused=True, materialize_grads=True)
+        for y in (fused(*values), plainly(*values))
+    )
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    low = operands(dtype, tokens=(3, 5))
+    exact = [
+        None
+        if v is None
+        else [w.double() for w in v]
+        if isinstance(v, list)
+        else v
+        if v.dtype == torch.bool
+        else v.double()
+        for v in low
+    ]
+    leaves = [each.requires_grad_() for each in (low[0], low[1], *low[3], *low[4])]
+    exact_leaves = [each.requires_grad_() for each in (exact[0], exact[1], *exact[3], *exact[4])]
+    actual, expected = fused(*low), plainly(*exact)
+    bound = 20 * torch.finfo(dtype).eps
+    assert all(relative(y, z) < bound and y.dtype == dtype for y, z in zip(actual, expected, strict=True))
+    directions = [torch.randn_like(y) for y in actual]
+    got = torch.autograd.grad(actual, leaves, directions)
+    want = torch.autograd.grad(expected, exact_leaves, [d.double() for d in directions])
+    assert all(relative(g, w) < bound for g, w in zip(got, want, strict=True))
+    assert got[1].dtype == torch.float32
+
+
+def test_inputs_that_are_not_contiguous():
+    x, *others = operands(tokens=(4, 3))
+    expected = fused(x, *others)
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    actual = fused(turned, *others)
+    assert not turned.is_contiguous() and all(torch.equal(y, z) for y, z in zip(actual, expected, strict=True))
+    gradient = torch.ones(1, dtype=torch.float64).expand_as(actual[0])  # what sum().backward() hands over
+    (d_x,) = torch.autograd.grad(actual[0], turned, gradient)
+    plain = x.clone().requires_grad_()
+    torch.testing.assert_close(d_x, torch.autograd.grad(plainly(plain, *others)[0].sum(), plain)[0])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_was_not_chosen_reaches_nothing(value, monkeypatch):
+    values = operands()
+    leaves = [each.requires_grad_() for each in (values[0], *values[3], *values[4])]
+
+    def results() -> list[torch.Tensor]:
+        outputs = fused(*values)
+        return [*outputs, *torch.autograd.grad([y.sum() for y in outputs], leaves)]
+
+    expected, hidden_of, back = results(), group_function._hidden, group_function._d_gated
+    unchosen = torch.cat(
+        [~values[2].reshape(-1, 3).repeat_interleave(c.rank, dim=1) for c in columns(values[3])], dim=1
+    )
+    assert unchosen.any()
+    monkeypatch.setattr(group_function, "_hidden", lambda *args: hidden_of(*args).masked_fill(unchosen, value))
+    monkeypatch.setattr(group_function, "_d_gated", lambda *args: back(*args).masked_fill(unchosen, value))
+    assert all(torch.equal(y, z) and y.isfinite().all() for y, z in zip(results(), expected, strict=True))
+
+
+def test_frozen_experts_have_no_gradient_and_keep_no_input():
+    x, gates, *others = operands()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        outputs = fused(x.requires_grad_(), gates.requires_grad_(), *others)
+    assert all(t.data_ptr() != x.data_ptr() for t in kept)
+    expected = torch.autograd.grad([y.sum() for y in plainly(x, gates, *others)], [x, gates])
+    for g, w in zip(torch.autograd.grad([y.sum() for y in outputs], [x, gates]), expected, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+# ------------------------------------------------------------------------------------------------------------ whole models
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("mode", ["no checkpointing", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_models_equal_the_float64_definition(config, mode, counted):
+    model = adapted(**NO_LOSSES, **config)
+    reference = Oracle(model)
+    if mode != "no checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"})
+        model.enable_input_require_grads()
+    for seed in range(2):  # goes by names, then by what the first forward has shown
+        counted.clear()
+        batch = padded([7, 4], seed=seed)
+        logits, gradients = step(model, batch)
+        reference.backbone.zero_grad()
+        expected = reference(**batch)
+        expected.loss.backward()
+        exact = reference.gradients()
+        real = batch["attention_mask"].bool()
+        assert relative(logits[real], expected.logits[real]) < 2e-6
+        for name, gradient in gradients.items():
+            assert relative(gradient, exact[name]) < 2e-5, name
+        assert any("router" in name for name in gradients)
+        runs = 1 if mode == "no checkpointing" else 2
+        assert sum(counted) == runs * 14 and max(counted) == 3
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_equals_the_plain_form(master, checkpointed, counted):
+    model = adapted(dtype=torch.bfloat16)  # PEFT keeps the adapter in float32
+    model.to(master)
+    if checkpointed:
+        checkpointing(model)
+    for seed in range(2):
+        batch = padded([7, 4], seed=seed)
+        logits, gradients = step(model, batch, torch.bfloat16)
+        with fast_linears.plain():
+            expected, exact = step(model, batch, torch.bfloat16)
+        real = batch["attention_mask"].bool()
+        assert relative(logits[real], expected[real]) < 0.03
+        assert all(relative(gradients[name], exact[name]) < 0.08 for name in exact)
+    assert max(counted) == 3
+
+
+@pytest.mark.parametrize("backbone", [tiny_gpt2, tiny_opt], ids=["gpt2", "opt"])
+def test_other_backbones_equal_the_plain_form(backbone, counted):
+    model = adapted(backbone())
+    for seed in range(2):
+        batch = padded([7, 4], seed=seed)
+        _, gradients = step(model, batch)
+        with fast_linears.plain():
+            _, exact = step(model, batch)
+        assert all(relative(gradients[name], exact[name]) < 1e-5 for name in exact)
+    assert counted
+
+
+def test_several_adapters_at_once(counted):
+    model = adapted()
+    model.add_adapter("other", switch_config(num_experts=3, top_k=1, r=2, target_modules=["q_proj", "v_proj"]))
+    randomize_adapter(model, "other", seed=3)
+    model.base_model.set_adapter(["default", "other"])
+    for seed in range(2):
+        batch = padded([7, 4], seed=seed)
+        _, gradients = step(model, batch)
+        with fast_linears.plain():
+            _, exact = step(model, batch)
+        assert all(relative(gradients[name], exact[name]) < 1e-5 for name in exact)
+        assert any("other" in name for name in exact)
+    assert counted
+
+
+def test_accumulation_adds_up():
+    model = adapted(**NO_LOSSES)
+    batches = [padded([7, 4], seed=seed) for seed in range(2)]
+    step(model, batches[0])
+    each = [step(model, batch)[1] for batch in batches]
+    model.zero_grad()
+    for batch in batches:
+        model(**batch).loss.backward()
+    for name, gradient in adapter_gradients(model).items():
+        torch.testing.assert_close(gradient, each[0][name] + each[1][name])
+
+
+def test_training_takes_the_same_course():
+    fast = adapted()
+    slow = copy.deepcopy(fast)
+    losses: list[list[float]] = []
+    for model, form in ((fast, nullcontext()), (slow, fast_linears.plain())):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses.append([])
+        with form:
+            for seed in range(12):
+                loss = model(**padded([7, 4], seed=seed % 3)).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+
+
+class Block(nn.Module):
+    """Two linears by names that share their input in most models; here they do as `between` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+        self.up_first = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1.0
+        if self.up_first:
+            y = self.up_proj(x)
+            return self.gate_proj(self.between(x)) + y
+        y = self.gate_proj(x)
+        return y + self.up_proj(self.between(x))
+
+
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return x.add_(1.0)
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"clone": torch.clone, "other": lambda x: x * 2}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("up_first", [False, True])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_linear_that_sees_another_tensor_leaves_its_group(later, up_first, change, counted):
+    """From the first forward on, or after some in which they saw the same."""
+    torch.manual_seed(0)
+    model = adapted(Block(), target_modules=["gate_proj", "up_proj"], **NO_LOSSES)
+    block, x, sizes = model.base_model.model, torch.randn(2, 3, 4), []
+    if later:
+        for _ in range(2):
+            model(x).sum().backward()
+        assert counted == [2, 2]
+    block.between, block.up_first = CHANGES[change], up_first
+    for _ in range(4):
+        counted.clear()
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        actual = adapter_gradients(model)
+        sizes.append(list(counted))
+        model.zero_grad()
+        with fast_linears.plain():
+            expected = model(x)
+            expected.square().sum().backward()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(actual, adapter_gradients(model))
+    assert max(sizes[0]) == 2 and sizes[-1] == [1, 1]  # computed in vain at first, then no more
+
+
+def test_a_tensor_that_was_written_to_in_between_is_another_one():
+    torch.manual_seed(0)
+    model = adapted(Block(), target_modules=["gate_proj", "up_proj"], **NO_LOSSES)
+    model.base_model.model.between = in_place
+    x = torch.randn(2, 3, 4)
+    with fast_linears.plain():
+        expected = model(x)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_a_copy_of_the_model_learns_for_itself(counted):
+    model = adapted()
+    for _ in range(2):
+        step(model, padded([7, 4]))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.1)
+    for _ in range(2):
+        _, gradients = step(twin, padded([7, 4]))
+    with fast_linears.plain():
+        _, exact = step(twin, padded([7, 4]))
+    assert all(relative(gradients[name], exact[name]) < 1e-5 for name in exact)
+
+
+# --------------------------------------------------------------------------------------------- where it does not apply
+
+
+def mixed_dtypes(model: Any) -> None:
+    model.get_base_model().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "loraswitch_" in name:
+            parameter.data = parameter.data.float()
+
+
+def hooked_experts(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, LoRASwitchLinear):
+            module.loraswitch_A["default"].register_forward_hook(lambda *_: None)
+
+
+NOT_FUSED: dict[str, tuple[dict[str, Any], Callable[[Any], None], str]] = {
+    "dropout": ({"lora_dropout": 0.5}, lambda model: None, "lora_dropout"),
+    "dtypes": ({}, mixed_dtypes, "without autocast"),
+    "hooks": ({}, hooked_experts, "hooked"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FUSED)
+def test_the_plain_form_runs_elsewhere_with_one_line_of_log(case, counted, said):
+    config, change, words = NOT_FUSED[case]
+    model = adapted(**config)
+    change(model)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        _, gradients = step(model, padded([7, 4], seed=seed))
+        torch.manual_seed(seed)
+        with fast_linears.plain():
+            _, exact = step(model, padded([7, 4], seed=seed))
+        assert all(torch.equal(gradients[name], exact[name]) for name in exact)
+    assert not counted and len(said()) == 1 and words in said()[0]
+
+
+def test_base_layers_with_hooks_or_that_train_run_themselves(counted, said):
+    model = adapted(tiny_llama(num_hidden_layers=1))
+    layer = model.base_model.model.model.layers[0]
+    layer.self_attn.q_proj.base_layer.register_forward_hook(lambda module, args, output: output * 2)
+    layer.mlp.up_proj.base_layer.weight.requires_grad_()
+    for seed in range(2):
+        _, gradients = step(model, padded([7, 4], seed=seed))
+        base = layer.mlp.up_proj.base_layer.weight.grad.clone()
+        with fast_linears.plain():
+            _, exact = step(model, padded([7, 4], seed=seed))
+        torch.testing.assert_close(base, layer.mlp.up_proj.base_layer.weight.grad)
+        assert all(relative(gradients[name], exact[name]) < 1e-5 for name in exact)
+    assert counted and not said()
+
+
+def test_second_derivatives():
+    model = adapted(tiny_llama(num_hidden_layers=1), **NO_LOSSES)
+    embedding = model.get_input_embeddings()(padded([5])["input_ids"]).detach()
+    results = []
+    for form in (nullcontext(), nullcontext(), fast_linears.plain()):
+        model.zero_grad()
+        x = embedding.clone().requires_grad_()
+        with form, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            loss = model(inputs_embeds=x, labels=padded([5])["input_ids"]).loss
+            (d_x,) = torch.autograd.grad(loss, x, create_graph=True)
+            d_x.square().sum().backward()
+        results.append({name: g.clone() for name, g in adapter_gradients(model).items()})
+    for name, exact in results[2].items():
+        assert relative(results[1][name], exact) < 1e-4, name
+
+
+def test_eval_mode_runs_the_plain_form(counted):
+    model = adapted().eval()
+    model(**padded([7, 4])).loss.backward()
+    assert not counted and adapter_gradients(model)
+
+
+# -------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("ranks", [(8,), (8, 8, 8), (3, 3, 5), (64, 64), (1, 130)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 33, 257])
+def test_triton_equals_pytorch(tokens, ranks, masked, dtype, monkeypatch):
+    start, found = 0, []
+    for i, rank in enumerate(ranks):
+        found.append(Columns(start, 5, rank, 0.5 + (i == 2)))
+        start = found[-1].stop
+    hidden, d_gated = (torch.randn(tokens, start, device="cuda").to(dtype) for _ in range(2))
+    gates = torch.rand(tokens, 5, device="cuda")
+    chosen = torch.rand(tokens, 5, device="cuda") < 0.4 if masked else None
+    assert gate_kernels.usable(hidden)
+    call = (tuple(found), True, True)
+    actual = [gate_hidden.gate(hidden, gates, chosen, call[0])]
+    actual += gate_hidden.gate_backward(d_gated, hidden, gates, chosen, *call)
+    monkeypatch.setattr(gate_kernels, "usable", lambda hidden: False)
+    exact = (hidden.double(), gates.double(), chosen)
+    expected = [gate_hidden.gate(*exact, call[0]), *gate_hidden.gate_backward(d_gated.double(), *exact, *call)]
+    for y, z in zip(actual, expected, strict=True):
+        assert relative(y, z) < 2 * torch.finfo(dtype).eps
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_models_on_a_gpu_equal_float32_on_a_cpu(config, kind, checkpointed, counted):
+    """To the rounding of the dtype: the fused path strays from the exact gradients no further than the plain form does."""
+    exact_model = adapted(tiny_llama(hidden_size=64, intermediate_size=160), **NO_LOSSES, **config)
+    if kind != "float32":
+        exact_model.to(torch.bfloat16).float()  # weights that both can hold
+    model = copy.deepcopy(exact_model).cuda()
+    for name, parameter in model.named_parameters():
+        if kind == "bfloat16" or kind == "autocast" and "loraswitch_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    batch = padded([7, 4])
+    _, exact = step(exact_model, batch)
+    on_gpu = {key: value.cuda() for key, value in batch.items()}
+
+    def gpu_step() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=kind == "autocast"):
+            loss = model(**on_gpu).loss
+        loss.backward()
+        return {name: g.clone().cpu() for name, g in adapter_gradients(model).items()}
+
+    gpu_step()
+    fast = gpu_step()
+    with fast_linears.plain():
+        slow = gpu_step()
+    assert max(counted) == 3
+    for name, gradient in exact.items():
+        allowed = 1e-4 if kind == "float32" else 1.5 * relative(slow[name], gradient) + 0.02
+        assert relative(fast[name], gradient) < allowed, name
