@@ -50,7 +50,7 @@ def per_prompt(lab: Lab, seed: int, how: str) -> None:
         ours.from_texts()
         rows = ours.router.weight.detach()
     else:
-        rows = ours.labelled(lab.settings.label_rates[-1:])[0]
+        rows = ours.labelled((lab.label_rate(),))[0]
     sets = lab.test()
     routes = GivenRoutes(routed, prompt_table(ours, rows, sets))
     lab.measure(f"{how}_per_prompt", "g", seed, routed.model, rows.numel(), routes, sets)
@@ -98,7 +98,7 @@ def deep(lab: Lab, seed: int) -> None:
     owners = [i for i, n in enumerate(domains.EIGHT) for _ in lab.data[n]["mixed"][: settings.mixed_items]]
     inputs = deep_inputs(lab, items, settings.deep_block)
     rows = torch.zeros(len(domains.EIGHT), inputs[0].shape[-1], device=lab.device, requires_grad=True)
-    optimizer = torch.optim.AdamW([rows], lr=settings.label_rates[0], weight_decay=0.0)
+    optimizer = torch.optim.AdamW([rows], lr=lab.label_rate(), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(LABEL_STEPS):
         chosen = torch.randperm(len(items), generator=generator)[:LABEL_TEXTS].tolist()
@@ -232,7 +232,7 @@ def switch(lab: Lab, seed: int) -> None:
 
     switch_scores(lab, "oracle", "b", seed, routed.model, right_ones)
     ours = Ours(lab, seed, 1.0)
-    rows = ours.labelled(settings.label_rates[-1:])[0]
+    rows = ours.labelled((lab.label_rate(),))[0]
 
     def one_decision(prompts: list[list[int]], marks: list[tuple[int, int, int]]) -> GivenRoutes:
         items = [Example(prompt, [lab.tokenizer.eos_token_id], "") for prompt in prompts]
@@ -241,7 +241,7 @@ def switch(lab: Lab, seed: int) -> None:
     switch_scores(lab, "labels_per_prompt", "g", seed, routed.model, one_decision)
     for decay in (0.9, 0.98, 1.0):
         each = Ours(lab, seed, decay)
-        each.set_rows(each.labelled(settings.label_rates[-1:])[0])
+        each.set_rows(each.labelled((lab.label_rate(),))[0])
         switch_scores(lab, f"labels_decay_{decay:g}", "g", seed, each.backbone)
 
 

@@ -83,7 +83,7 @@ def routed(lab: Lab, seed: int) -> None:
     lab.measure("texts_after", "growth", seed, ours.backbone, ours.parameters, sets=_nine(lab))
     _general(lab, "texts_after", "growth", seed, ours.backbone, clock.seconds)
     with _Clock() as clock:
-        ours.set_rows(ours.labelled(lab.settings.label_rates[-1:])[0])
+        ours.set_rows(ours.labelled((lab.label_rate(),))[0])
     lab.measure("labels_after", "growth", seed, ours.backbone, ours.parameters, sets=_nine(lab))
     _general(lab, "labels_after", "growth", seed, ours.backbone, clock.seconds)
     remove(ours, domains.EIGHT[4])

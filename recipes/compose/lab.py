@@ -104,6 +104,12 @@ class Lab:
                     return int(found["best"])
         return None
 
+    def label_rate(self) -> float:
+        """For training on labels where it is not tuned by itself: what the router of `router_decay=0.98` has, or the middle."""
+        best = self.chosen("labels_decay_0.98")
+        rates = self.settings.label_rates
+        return rates[len(rates) // 2 if best is None else best]
+
     def measure(
         self, method: str, kind: str, seed: int, model: Any, parameters: int = 0, routes: Any = None,
         sets: Sets | None = None,

@@ -10,7 +10,7 @@ from recipes.compose.routed_lora import GivenRoutes
 from recipes.compose.settings import Settings
 from recipes.compose.text_batches import Example, answer_losses, batch_of, greedy_answers, right
 
-LENGTHS = (6, 24)  # of answers: domains up to the first, up to the second, and the others are generated apart
+LENGTHS = (6, 26)  # of answers: domains up to the first, up to the second, and the others are generated apart
 ROWS_OF_A_LOSS = 128
 Sets = dict[str, list[Example]]
 Scores = dict[str, dict[str, float]]  # domain -> metric -> value

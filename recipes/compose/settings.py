@@ -49,7 +49,7 @@ FULL = Settings(
     expert_steps=300, expert_rows=16, rates=(3e-4, 1e-3, 3e-3), tokens_at_once=12_000,
     validation_items=100, test_items=200, confusion_items=120, rows_at_once=1000,
     mixed_steps=150, mixed_rows=32, lora_rates=(3e-4, 1e-3), router_rates=(1e-3, 5e-3, 2e-2),
-    xlora_rates=(1e-3, 1e-2), label_rates=(3e-3, 3e-2),
+    xlora_rates=(1e-3, 1e-2), label_rates=(1e-3, 3e-3, 1e-2),
     coefficient_rates=(1e-2, 1e-1), merge_weights=(0.125, 0.35, 1.0), example_prompts=16, deep_block=6, mixed_items=250,
     tuning_items=40, switch_pairs=240, xlora_items=40, text_blocks=48,
 )  # fmt: skip
