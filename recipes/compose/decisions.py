@@ -219,7 +219,6 @@ def switch_scores(
 
 def switch(lab: Lab, seed: int) -> None:
     """Per-token and per-prompt decisions, the right ones, and one LoRA for all."""
-    settings = lab.settings
     routed = open_routed(lab, seed)
 
     def right_ones(prompts: list[list[int]], marks: list[tuple[int, int, int]]) -> GivenRoutes:
