@@ -20,17 +20,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from recipes.checkout import ROOT, module_command, module_environment, versions
 from recipes.compose import domains
-from recipes.compose.lab import BEGUN, COLUMNS, read_items, say
+from recipes.compose.lab import BEGUN, COLUMNS, notes, read_items, say
 from recipes.compose.settings import SIZES
 
-COST_SECONDS = 30.0  # kept at the end for the times, which are taken alone
+COST_SECONDS = 30.0  # left at the end for the times, which are taken alone
+KEEP_SECONDS = 30.0  # between two writings of the results so far
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         args.base, args.data = make(out)
     size = "smoke" if args.smoke else "full"
+    results = args.results or (out if args.smoke else ROOT / "recipes" / "results")
     processes: list[subprocess.Popen[bytes]] = []
     try:
         if args.processes:
@@ -57,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write_items(args, out, size)
         if processes:
             *workers, last = processes
-            _wait(workers, args.limit - COST_SECONDS)
+            _wait(workers, args.limit - COST_SECONDS, lambda: collect(out, results, args, size))
             (out / "alone").touch()
-            _wait([last], args.limit)
+            _wait([last], args.limit, lambda: None)
         else:
             _work_here(args, out, size)
     finally:
         _stop(processes)
-        collect(out, args.results or (out if args.smoke else ROOT / "recipes" / "results"), args, size)
+        collect(out, results, args, size)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -119,8 +121,13 @@ def _start(args: argparse.Namespace, out: Path, size: str, number: int | None) -
     return subprocess.Popen(_command(args, out, size, name, limit), env=_environment(gpu), start_new_session=True)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], limit: float) -> None:
+def _wait(processes: list[subprocess.Popen[bytes]], limit: float, keep: Callable[[], None]) -> None:
+    """Until all have ended, or until `limit` seconds after the run has begun, when they are ended. `keep` runs now and then."""
+    kept = time.time()
     while any(process.poll() is None for process in processes):
+        if time.time() - kept > KEEP_SECONDS:
+            keep()
+            kept = time.time()
         if time.time() - BEGUN > limit:
             say("the limit is reached: what still runs is ended")
             _stop(processes)
@@ -188,10 +195,9 @@ def header(out: Path, args: argparse.Namespace, size: str) -> dict[str, Any]:
     from recipes.compose.tasks import all_tasks
 
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(out.glob("notes/*.jsonl")):
-        for line in path.read_text().splitlines():
-            for key, value in json.loads(line).items():
-                found.setdefault(key, {}).update(value)
+    for note in notes(out):
+        for key, value in note.items():
+            found.setdefault(key, {}).update(value)
     made = versions("torch", "transformers", "peft")
     if args.commit:
         made["commit"] = args.commit

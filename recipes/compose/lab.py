@@ -97,11 +97,10 @@ class Lab:
 
     def chosen(self, name: str) -> int | None:
         """The index that `tuned` found on the first seed, or None if it has not yet."""
-        for path in sorted(self.out.glob("notes/*.jsonl")):
-            for line in path.read_text().splitlines():
-                found = json.loads(line).get("tuned", {}).get(name)
-                if found is not None:
-                    return int(found["best"])
+        for note in notes(self.out):
+            found = note.get("tuned", {}).get(name)
+            if found is not None:
+                return int(found["best"])
         return None
 
     def label_rate(self) -> float:
@@ -138,6 +137,16 @@ class Lab:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps({key: value}) + "\n")
+
+
+def notes(out: Path) -> Iterator[dict[str, Any]]:
+    """What all processes have noted so far. A line that is being written is left out."""
+    for path in sorted(out.glob("notes/*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
 
 
 def balanced_batches(sets: Sets, rows: int, steps: int, seed: int) -> list[list[Example]]:
