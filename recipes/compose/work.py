@@ -29,8 +29,13 @@ def open_lab(base: str, size: str, out: Path, worker: str) -> Lab:
 
 
 def work(lab: Lab, limit: float, only: list[str] | None = None) -> None:
-    """Until nothing is left, or `limit` seconds after the run has begun."""
-    tasks = [task for task in all_tasks(lab.settings) if only is None or task.name in only]
+    """Until nothing is left, or `limit` seconds after the run has begun. only: these tasks and what they need."""
+    tasks = all_tasks(lab.settings)
+    if only is not None:
+        wanted = set(only)
+        for task in reversed(tasks):  # what a task needs stands before it
+            wanted |= set(task.needs) if task.name in wanted else set()
+        tasks = [task for task in tasks if task.name in wanted]
     for folder in ("claims", "done", "failed"):
         (lab.out / folder).mkdir(parents=True, exist_ok=True)
     while time.time() - BEGUN < limit:

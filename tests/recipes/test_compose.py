@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from recipes.compose import __main__ as compose
-from recipes.compose import domains, smoke
+from recipes.compose import domains, smoke, work
 from recipes.compose.base_model import check_tokenizer
 from recipes.compose.decisions import GivenRoutes, one_hot, table_of
 from recipes.compose.lab import COLUMNS, Lab, balanced_batches, open_model, open_tokenizer, read_items
@@ -19,8 +20,9 @@ from recipes.compose.mixed_training import train_stacked
 from recipes.compose.routed_lora import RoutedLora
 from recipes.compose.routers import Ours
 from recipes.compose.scoring import answers, by_answer_length, losses
-from recipes.compose.settings import SMOKE
+from recipes.compose.settings import SIZES, SMOKE
 from recipes.compose.stacked_lora import StackedAdamW
+from recipes.compose.tasks import Task, all_tasks
 from recipes.compose.text_batches import Example, answer_losses, batch_of, right
 
 
@@ -204,6 +206,33 @@ def test_domains_with_long_answers_are_generated_apart() -> None:
     groups = by_answer_length({"a": items(2), "b": items(20), "c": items(5), "d": items(70)}, SMOKE)
     assert [names for _, names in groups] == [["a", "c"], ["b"], ["d"]]
     assert groups[-1][0] == SMOKE.new_tokens
+
+
+def test_what_a_task_needs_stands_before_it() -> None:
+    for settings in SIZES.values():
+        seen: set[str] = set()
+        for task in all_tasks(settings):
+            assert set(task.needs) <= seen and task.name not in seen
+            seen.add(task.name)
+
+
+def test_a_failed_task_takes_only_what_needs_it(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def fails(lab: Lab) -> None:
+        raise RuntimeError("broken")
+
+    tasks = [
+        Task("a", fails),
+        Task("b", lambda lab: done.append("b"), ("a",)),
+        Task("c", lambda lab: done.append("c")),
+        Task("d", lambda lab: done.append("d"), ("c",)),
+    ]
+    monkeypatch.setattr(work, "all_tasks", lambda settings: tasks)
+    work.work(replace(lab, out=tmp_path), limit=1e9)
+    assert done == ["c", "d"]
+    assert sorted(path.name for path in tmp_path.glob("failed/*")) == ["a", "b"]
+    assert "broken" in (tmp_path / "failed" / "a").read_text()
 
 
 @pytest.mark.slow
