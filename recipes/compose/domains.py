@@ -38,6 +38,10 @@ GENERATED: dict[str, dict[str, Any]] = {
     "letter_counting": {"min_words": 3, "max_words": 6},
     "number_format": {},
 }
+# What routing is measured on, and the domain that comes later. Chosen by the LoRAs' own scores: none is useless. Two have lists
+# of words (sorted, reversed) and two have numbers, which tokens alone hardly tell apart.
+EIGHT = (*QUESTION_SETS, "word_sorting", "word_sequence_reversal", "chain_sum", "number_filtering")
+NINTH = "letter_counting"
 Item = dict[str, str]  # prompt, answer
 
 

@@ -66,7 +66,7 @@ class StackedLora:
         flat = torch.zeros(len(seeds), self.size)
         for row, seed in zip(flat, seeds, strict=True):
             generator = torch.Generator().manual_seed(seed)
-            for a, _ in self._views(row[None]).values():
+            for a, _ in self.views(row[None]).values():
                 bound = 1 / math.sqrt(a.shape[-1])
                 a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
         return flat.to(self.device)
@@ -83,7 +83,7 @@ class StackedLora:
             return None
         used = flat.to(self.dtype, copy=True)
         gradients = torch.zeros_like(used)
-        values, sums = self._views(used), self._views(gradients)
+        values, sums = self.views(used), self.views(gradients)
         for name, layer in self.linears.items():
             pair = []
             for value, total in zip(values[name], sums[name], strict=True):
@@ -100,7 +100,7 @@ class StackedLora:
             self._used.copy_(flat)
             gradients.zero_()
 
-    def _views(self, flat: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def views(self, flat: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         views, begin = {}, 0
         for name, layer in self.linears.items():
             shapes = ((self.rank, layer.base.in_features), (layer.base.out_features, self.rank))
@@ -115,7 +115,7 @@ class StackedLora:
     def save(self, row: torch.Tensor, folder: Path, base: str) -> None:
         """One LoRA as PEFT has it: `PeftModel.from_pretrained(base, folder)` loads it."""
         tensors = {}
-        for name, (a, b) in self._views(row[None].float().cpu()).items():
+        for name, (a, b) in self.views(row[None].float().cpu()).items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = a[0].clone()
             tensors[f"base_model.model.{name}.lora_B.weight"] = b[0].clone()
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ class StackedLora:
         flat = torch.zeros(len(folders), self.size)
         for row, folder in zip(flat, folders, strict=True):
             tensors = load_file(folder / "adapter_model.safetensors")
-            for name, (a, b) in self._views(row[None]).items():
+            for name, (a, b) in self.views(row[None]).items():
                 a.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
                 b.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
         return flat.to(self.device)

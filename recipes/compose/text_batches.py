@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 POOL = 8  # batches that are sorted by length together
-POSITIONS_AT_ONCE = 2048  # rows of logits, each as long as the vocabulary
+POSITIONS_AT_ONCE = 512  # rows of logits, each as long as the vocabulary
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,14 @@ def by_length(count: int, batch: int, lengths: list[int], generator: torch.Gener
 
 
 @torch.no_grad()
-def greedy_answers(model: Any, tokenizer: Any, prompts: list[list[int]], longest: int) -> list[list[int]]:
-    """Up to `longest` tokens for each prompt, without EOS and what follows it. One batch; the caller splits."""
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: list[list[int]], longest: int, after_prompt: Callable[[], None] | None = None
+) -> list[list[int]]:
+    """Up to `longest` tokens for each prompt, without EOS and what follows it. One batch; the caller splits.
+
+    Args:
+        after_prompt: called when the prompts have been read.
+    """
     device = model.get_output_embeddings().weight.device
     ids, mask = (tensor.to(device) for tensor in padded(prompts, tokenizer.pad_token_id, left=True))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -127,6 +133,8 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: list[list[int]], longest
             logits_to_keep=1,
         )  # fmt: skip
         cache = out.past_key_values
+        if after_prompt is not None and number == 0:
+            after_prompt()
         token = out.logits[:, -1].argmax(-1).masked_fill(ended, tokenizer.eos_token_id)
         ended |= token == tokenizer.eos_token_id
         made.append(token)

@@ -1,0 +1,237 @@
+"""The measurement: what routing over LoRAs that come separately is worth, beside everything that could take its place.
+
+    python -m recipes.compose --base /tmp/compose-base --gpus 2 --limit 330
+    python -m recipes.compose --smoke          # CPU, about a minute: every part, with a tiny random model
+
+Rows go to <results>/compose.csv (`method, kind, seed, domain, metric, value, trainable_params`), all else to compose.json,
+what the limit leaves out included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import pickle
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from recipes.checkout import ROOT, module_command, module_environment, versions
+from recipes.compose import domains
+from recipes.compose.lab import BEGUN, COLUMNS, notes, read_items, say
+from recipes.compose.settings import SIZES
+
+COST_SECONDS = 30.0  # left at the end for the times, which are taken alone
+KEEP_SECONDS = 30.0  # between two writings of the results so far
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
+    out: Path = args.out or ROOT / "outputs" / "compose" / ("smoke" if args.smoke else "run")
+    if args.worker:
+        _worker(args, out)
+        return
+    for folder in ("claims", "done", "failed", "rows", "notes", "loras", "one_lora", "routers", "random"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    for name in ("items.pickle", "alone"):
+        (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.smoke:
+        from recipes.compose.smoke import make
+
+        args.base, args.data = make(out)
+    size = "smoke" if args.smoke else "full"
+    results = args.results or (out if args.smoke else ROOT / "recipes" / "results")
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        if args.processes:
+            processes = [_start(args, out, size, number) for number in range(args.gpus * args.processes)]
+            processes.append(_start(args, out, size, None))
+        _write_items(args, out, size)
+        if processes:
+            *workers, last = processes
+            _wait(workers, args.limit - COST_SECONDS, lambda: collect(out, results, args, size))
+            (out / "alone").touch()
+            _wait([last], args.limit, lambda: None)
+        else:
+            _work_here(args, out, size)
+    finally:
+        _stop(processes)
+        collect(out, results, args, size)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure routing over LoRAs that come separately.")
+    parser.add_argument("--base", help="folder of the base model (recipes.compose.base_model) or Hub name")
+    parser.add_argument("--data", type=Path, default=domains.DEFAULT, help="what recipes.compose.domains wrote")
+    parser.add_argument("--out", type=Path, help="work folder, begun anew (default: outputs/compose/run)")
+    parser.add_argument(
+        "--results", type=Path, help="folder of compose.csv and compose.json (default: recipes/results)"
+    )
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--processes", type=int, help="on each GPU (default: 6; 0: this one alone, as with --smoke)")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing begins any more")
+    parser.add_argument("--commit", help="of the clone, where git is not at hand")
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model and made-up items, on a CPU")
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="only these tasks (recipes.compose.tasks)")
+    parser.add_argument("--size", choices=list(SIZES), default="full", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.base is None and not args.smoke:
+        parser.error("--base is missing (or --smoke)")
+    if args.processes is None:
+        args.processes = 0 if args.smoke else 6
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def _command(args: argparse.Namespace, out: Path, size: str, worker: str, limit: float) -> list[str]:
+    only = ["--only", *args.only] if args.only else []
+    return module_command(
+        "recipes.compose", "--base", str(args.base), "--out", str(out), "--worker", worker, "--size", size,
+        "--limit", str(limit), *only,
+    )  # fmt: skip
+
+
+def _environment(gpu: int) -> dict[str, str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    device = visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu)
+    return module_environment(
+        CUDA_VISIBLE_DEVICES=device, OMP_NUM_THREADS="2", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
+        PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True",
+    )  # fmt: skip
+
+
+def _start(args: argparse.Namespace, out: Path, size: str, number: int | None) -> subprocess.Popen[bytes]:
+    """number: of a process that takes up tasks; None: the one that takes times when the others have ended."""
+    gpu = 0 if number is None else number % args.gpus
+    name = "cost" if number is None else f"gpu{gpu}-{number // args.gpus}"
+    limit = args.limit - COST_SECONDS
+    return subprocess.Popen(_command(args, out, size, name, limit), env=_environment(gpu), start_new_session=True)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], limit: float, keep: Callable[[], None]) -> None:
+    """Until all have ended, or until `limit` seconds after the run has begun, when they are ended. `keep` runs now and then."""
+    kept = time.time()
+    while any(process.poll() is None for process in processes):
+        if time.time() - kept > KEEP_SECONDS:
+            keep()
+            kept = time.time()
+        if time.time() - BEGUN > limit:
+            say("the limit is reached: what still runs is ended")
+            _stop(processes)
+            return
+        time.sleep(0.3)
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def _worker(args: argparse.Namespace, out: Path) -> None:
+    from recipes.compose.cost import cost
+    from recipes.compose.work import open_lab, work
+
+    lab = open_lab(args.base, args.size, out, args.worker)
+    say(f"{args.worker}: ready")
+    if args.worker == "cost":
+        while not (out / "alone").exists():  # until all others have ended
+            time.sleep(0.1)
+        cost(lab)
+    else:
+        work(lab, args.limit, args.only)
+
+
+def _work_here(args: argparse.Namespace, out: Path, size: str) -> None:
+    from recipes.compose.cost import cost
+    from recipes.compose.work import open_lab, work
+
+    lab = open_lab(str(args.base), size, out, "here")
+    work(lab, args.limit, args.only)
+    if args.only is None:
+        cost(lab)
+
+
+def _write_items(args: argparse.Namespace, out: Path, size: str) -> None:
+    path = out / "items.part"
+    path.write_bytes(pickle.dumps(read_items(str(args.base), args.data, SIZES[size])))
+    path.rename(out / "items.pickle")
+    say("items are tokenized")
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def collect(out: Path, results: Path, args: argparse.Namespace, size: str) -> None:
+    """compose.csv and compose.json of what there is by now."""
+    rows = []
+    for path in sorted(out.glob("rows/*.csv")):
+        with path.open(newline="") as file:
+            rows += [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
+    rows.sort(key=lambda row: (row[1], row[0], int(row[2])))
+    results.mkdir(parents=True, exist_ok=True)
+    with (results / "compose.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    (results / "compose.json").write_text(json.dumps(header(out, args, size), indent=1) + "\n")
+    say(f"{len(rows)} rows in {results / 'compose.csv'}")
+
+
+def header(out: Path, args: argparse.Namespace, size: str) -> dict[str, Any]:
+    from recipes.compose.tasks import all_tasks
+
+    found: dict[str, dict[str, Any]] = {}
+    for note in notes(out):
+        for key, value in note.items():
+            found.setdefault(key, {}).update(value)
+    made = versions("torch", "transformers", "peft")
+    if args.commit:
+        made["commit"] = args.commit
+    names = [task.name for task in all_tasks(SIZES[size])]
+    return {
+        **made,
+        "hardware": _hardware(args.gpus),
+        "command": " ".join(["python -m recipes.compose", *(sys.argv[1:] if not args.smoke else ["--smoke"])]),
+        "seconds": round(time.time() - BEGUN, 1),
+        "base": "google/gemma-3-270m, dequantized from Q4_K_M" if size == "full" else "a tiny random model",
+        "settings": asdict(SIZES[size]),
+        "domains": [*domains.EIGHT, domains.NINTH],
+        "left_out": [name for name in names if not (out / "done" / name).exists()],
+        "failed": {path.name: path.read_text() for path in sorted(out.glob("failed/*"))},
+        "not_measured": NOT_MEASURED,
+        "tasks": found.pop("seconds", {}),
+        **found,
+    }
+
+
+NOT_MEASURED = [
+    "A deeper router_module in the adapter itself: from_loras refuses it for LoRAs that adapt the blocks below it. "
+    "deep_previous and "
+    "deep_per_prompt are computed from the base's hidden states, with given routes.",
+]
+
+
+def _hardware(gpus: int) -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"CPU, {platform.machine()}"
+    return f"{gpus} x {torch.cuda.get_device_name(0)}"
+
+
+if __name__ == "__main__":
+    main()
