@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .ordinary import OrdinaryParameters
+from .tensor_parallel import Split
 
 ALONE = "expert_"  # and the index: name of the parameter of an expert that trains alone
 
@@ -138,11 +139,12 @@ class ExpertsA(Experts):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, r, in_features))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> hidden [..., num_experts, r]"""
+    def forward(self, x: torch.Tensor, split: Split | None = None) -> torch.Tensor:
+        """x [..., in_features] -> hidden [..., num_experts, r]; with `split`, x may be a part of the features."""
         num_experts, r, _ = self.weight.shape
-        hidden: torch.Tensor = F.linear(x, self.whole().flatten(0, 1)).unflatten(-1, (num_experts, r))
-        return hidden
+        weight = self.whole() if split is None else split.weight_a(self.whole())
+        hidden: torch.Tensor = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (num_experts, r))
+        return hidden if split is None else split.hidden(hidden)
 
 
 class ExpertsB(Experts):
@@ -152,10 +154,15 @@ class ExpertsB(Experts):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, r))
 
-    def forward(self, hidden: torch.Tensor, result: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [..., num_experts, r] -> sum over experts of B[e] hidden[e]: [..., out_features]; with `result`, of that
-        shape, their sum in the dtype of `result`."""
-        hidden, wide = hidden.flatten(-2), self.whole().transpose(1, 2).flatten(0, 1)  # [..., E * r] and [E * r, out]
+    def forward(
+        self, hidden: torch.Tensor, result: torch.Tensor | None = None, split: Split | None = None
+    ) -> torch.Tensor:
+        """hidden [..., num_experts, r] -> sum over experts of B[e] hidden[e]: [..., out_features] (with `split`, perhaps a part
+        of those); with `result`, of that shape, their sum in the dtype of `result`."""
+        weight = self.whole()
+        if split is not None:
+            hidden, weight = split.gated(hidden), split.weight_b(weight)
+        hidden, wide = hidden.flatten(-2), weight.transpose(1, 2).flatten(0, 1)  # [..., E * r] and [E * r, out]
         if result is None:
             return hidden @ wide
         if result.dtype != hidden.dtype:  # float32 experts on a bf16 backbone

@@ -21,7 +21,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import LoRASwitchConfig
@@ -33,6 +33,7 @@ from .routing.given import GivenExperts, given_routing
 from .routing.options import RoutingOptions
 from .routing.router import Router, full_precision, jitter
 from .routing.statistics import RoutingRecord
+from .tensor_parallel import Split, features_of, split_of
 from .training import fast_linears
 from .training.loss_joining import join_at_decision
 from .training.losses import PendingBatches
@@ -85,7 +86,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        features: tuple[Any, Any] = _get_in_out_features(self.get_base_layer())
+        features = features_of(self.get_base_layer())
         self.in_features: int = features[0]
         self.out_features: int = features[1]
 
@@ -400,16 +401,22 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
         if self.disable_adapters:
             return result
         frame = self.routing_state.frame_or_outside()
+        split = self._split(x, result)
         if frame.adapter_names is not None:
-            return self._forward_mixed(x, result, frame)
+            return self._forward_mixed(x, result, frame, split)
         for adapter in self.active_adapters:
             if adapter in self.loraswitch_A:
-                routing = self.routing_for(adapter, frame, x)
-                if routing.samples is not None and x.dim() == 3 and x.shape[0] == len(routing.samples):
+                routing = self._routing_here(adapter, frame, x, split)
+                if (
+                    split is None
+                    and routing.samples is not None
+                    and x.dim() == 3
+                    and x.shape[0] == len(routing.samples)
+                ):
                     result = result + self.one_each(adapter, x, routing).to(result.dtype)
                     continue
-                hidden = self.gated_hidden(adapter, x, routing)
-                result = self.loraswitch_B[adapter](hidden, result)
+                hidden = self.gated_hidden(adapter, x, routing, split)
+                result = self.loraswitch_B[adapter](hidden, result, split)
         return result
 
     def one_each(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -422,19 +429,34 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
         inputs: Any = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), a.dtype)
         return torch.bmm(torch.bmm(inputs, a.transpose(1, 2)) * self.scaling[adapter], b.transpose(1, 2))
 
-    def gated_hidden(self, adapter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _split(self, x: torch.Tensor, result: torch.Tensor) -> Split | None:
+        """Which part of the base layer this process computes, where several share it; else None."""
+        of_inputs = x.shape[-1] != self.in_features
+        if not of_inputs and result.shape[-1] == self.out_features:
+            return None
+        return split_of(self.get_base_layer(), of_inputs)
+
+    def _routing_here(self, adapter: str, frame: RoutingFrame, x: torch.Tensor, split: Split | None) -> Routing:
+        """`routing_for`, which is taken from the whole input."""
+        if split is not None and self.routing_options[adapter].is_routed and adapter not in frame.routings:
+            x = split.whole_input(x, self.in_features)
+        return self.routing_for(adapter, frame, x)
+
+    def gated_hidden(self, adapter: str, x: torch.Tensor, routing: Routing, split: Split | None = None) -> torch.Tensor:
         """s * g_te A[e] x for every expert e, 0 where e was not chosen: x [..., in_features] -> [..., E, r]."""
         experts_a: Any = self.loraswitch_A[adapter]
         gates = routing.dense_gates_for(x, self.name) * self.scaling[adapter]  # [..., E]
         chosen = routing.chosen_for(x, self.name)  # [..., E]
         inputs: Any = self._cast_input_dtype(self.loraswitch_dropout[adapter](x), experts_a.weight.dtype)
-        hidden: torch.Tensor = experts_a(inputs)
+        hidden: torch.Tensor = experts_a(inputs, split)
         if chosen is not None:
             # Not by the gate: Inf * 0 is NaN, and a chosen expert whose gate is 0 (an underflow) keeps its gradient.
             hidden = hidden.where(chosen.unsqueeze(-1), 0.0)
         return hidden * gates.to(hidden.dtype).unsqueeze(-1)
 
-    def _forward_mixed(self, x: torch.Tensor, result: torch.Tensor, frame: RoutingFrame) -> torch.Tensor:
+    def _forward_mixed(
+        self, x: torch.Tensor, result: torch.Tensor, frame: RoutingFrame, split: Split | None
+    ) -> torch.Tensor:
         """Each sample with the adapter that `adapter_names` gives it."""
         tokens = x.flatten(0, -2)  # [T, in]
         shape, result = result.shape, result.flatten(0, -2)
@@ -444,8 +466,8 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
                 continue
             rows = frame.rows(adapter, tokens.shape[0], tokens.device)
             chosen = tokens[rows]
-            hidden = self.gated_hidden(adapter, chosen, self.routing_for(adapter, frame, chosen))
-            delta = self.loraswitch_B[adapter](hidden)
+            routing = self._routing_here(adapter, frame, chosen, split)
+            delta = self.loraswitch_B[adapter](self.gated_hidden(adapter, chosen, routing, split), split=split)
             result = result.index_add(0, rows, delta.to(result.dtype))
         return result.view(shape)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
@@ -39,6 +39,7 @@ from ..peft_names import NAME, PREFIX
 from ..saving.safe_save import UNFINISHED
 from ..targets.linears import is_supported_linear, refused
 from ..targets.selection import module_names, selects
+from ..tensor_parallel import features_of
 from .stacks import folded
 
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B)\.weight")
@@ -278,7 +279,7 @@ def _matrices(
     base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if not is_supported_linear(base):
         raise ValueError(f"{path}: it adapts '{name}', a {type(base).__name__}; an expert adapts linears.")
-    in_features, out_features = _get_in_out_features(base)
+    in_features, out_features = features_of(base)
     rank = settings.rank_of(name, limit)
     a, b = pair["A"], pair["B"]
     for info, held, wanted in ((a, a.shape[1], in_features), (b, b.shape[0], out_features)):

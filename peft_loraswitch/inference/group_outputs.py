@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import kernels, ops
 from ..layer import LoRASwitchLinear
 from ..routing.decision import Routing
+from ..tensor_parallel import is_split
 from .eager_launch import DirectGroup, launchable
 from .fused_group import FusedGroup, has_hooks
 
@@ -65,7 +66,8 @@ def _beside_base(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing:
     a: Any = group.a0
     b: Any = group.b0
     scaling: Any = group.scaling0[group.adapter]  # type: ignore[index]
-    if a.dtype != x.dtype:  # no casts any more, since the base layer is not plain any more
+    # No casts any more, since the base layer is not plain any more; or several processes share it.
+    if a.dtype != x.dtype or is_split(layer.get_base_layer()):
         return LoRASwitchLinear.forward(layer, x)
     base = layer.base_layer(x)
     unfit = base.dtype != x.dtype or base.device != x.device or not group.within or x.dtype not in ops.FLOATS

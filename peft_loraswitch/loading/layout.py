@@ -17,13 +17,14 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config import LoRASwitchConfig
 from ..patterns import TimeLimit
 from ..peft_names import PREFIX
+from ..tensor_parallel import features_of
 from .weights_file import DTYPES, FLOATS, Header, TensorInfo
 
 LIST_AT_MOST = 3
@@ -215,7 +216,7 @@ def expert_shapes(
     for name in adapted:
         module: Any = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        in_features, out_features = _get_in_out_features(base)
+        in_features, out_features = features_of(base)
         options = config.routing_options()
         experts = (options.shared_only() if name in before else options).num_stacked
         rank = config.rank_of(name, limit)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing.frame import RoutingFrame, RoutingState
+from ..tensor_parallel import is_split
 from .gate_hidden import Columns
 from .group_function import Spec, autocast_dtype, run
 
@@ -158,7 +159,7 @@ def forward(layer: Any, x: Tensor, frame: RoutingFrame) -> Tensor | None:
     if _plain:
         return None
     if frame.adapter_names is not None:
-        return _no("a batch has an adapter for each sample (adapter_names)")
+        return _plain_form("a batch has an adapter for each sample (adapter_names)")
     inputs = shared_inputs_of(layer.routing_state, frame)
     waiting = inputs.waiting.pop(id(layer), None)
     inputs.look(layer, x)
@@ -221,30 +222,32 @@ def _adapters(layer: Any) -> list[str]:
 def _dtype(layer: Any, x: Tensor, adapters: list[str]) -> torch.dtype | None:
     """Of the products; None where this path does not apply."""
     if type(layer).__name__ != "LoRASwitchLinear":
-        return _no("the model is fused for inference")
+        return _plain_form("the model is fused for inference")
     if type(x) not in (Tensor, nn.Parameter) or x.dim() < 2 or x.dtype not in FLOATS:
-        return _no("the input of a linear is no ordinary tensor")
+        return _plain_form("the input of a linear is no ordinary tensor")
+    if is_split(layer.get_base_layer()):
+        return _plain_form("the backbone's weights are split over processes (tensor parallel)")
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return _no("a transform of torch.func is at work")
+        return _plain_form("a transform of torch.func is at work")
     if nn.modules.module._has_any_global_hook():
-        return _no("there are hooks on all modules")
+        return _plain_form("there are hooks on all modules")
     dtype = autocast_dtype(x)
     for adapter in adapters:
         experts = (layer.loraswitch_A[adapter], layer.loraswitch_B[adapter])
         if not isinstance(layer.loraswitch_dropout[adapter], nn.Identity) and layer.training:
-            return _no("lora_dropout gives each linear an input of its own")
+            return _plain_form("lora_dropout gives each linear an input of its own")
         for each in experts:
             if _hooked(each) or not _ordinary(each.weight, x):
-                return _no("the experts of a linear are spread, moved or hooked")
+                return _plain_form("the experts of a linear are spread, moved or hooked")
         wanted = {each.weight.dtype for each in experts}
         if dtype is None and len(wanted) == 1:
             dtype = wanted.pop()
     if dtype is None or dtype not in FLOATS or torch.float64 in (dtype, x.dtype) and x.dtype != dtype:
-        return _no("dtypes are mixed in a way that this path does not know")
+        return _plain_form("dtypes are mixed in a way that this path does not know")
     if dtype != x.dtype and autocast_dtype(x) is None:
-        return _no("experts and activations have different dtypes, without autocast")
+        return _plain_form("experts and activations have different dtypes, without autocast")
     if not layer.cast_input_dtype_enabled:
-        return _no("the casting of inputs is switched off")
+        return _plain_form("the casting of inputs is switched off")
     return dtype
 
 
@@ -301,7 +304,9 @@ def _hooked(module: Any) -> bool:
     )
 
 
-def _no(reason: str) -> None:
+def _plain_form(reason: str) -> Any:
+    """None, and one line of log."""
     if reason not in _said:
         _said.add(reason)
         logger.warning(f"LoRA-Switch: linears are trained in their plain form, more slowly: {reason}.")
+    return None

@@ -51,8 +51,8 @@ def _compile(device: torch.device) -> bool:
 
 if triton is not None:
 
-    @triton.jit
-    def _gate_kernel(
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _gate_kernel(  # type: ignore[no-untyped-def]
         hidden, gates, chosen, gated, tokens, row, experts, gate_row, scaling,
         LINEARS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
@@ -71,8 +71,8 @@ if triton is not None:
             value = tl.where(counts[:, None], value * factor[:, None], 0.0)
             tl.store(gated + at, value.to(gated.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    def _gate_backward_kernel(
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _gate_backward_kernel(  # type: ignore[no-untyped-def]
         d_gated, hidden, gates, chosen, d_hidden, d_gates, gated, tokens, row, experts, gate_row, scaling,
         LINEARS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
         WANT_GATES: tl.constexpr, ADD: tl.constexpr, WANT_GATED: tl.constexpr,

@@ -69,13 +69,13 @@ def run(
         base: the base layers' weights, which ask for no gradient, or their results if `spec.given`.
         biases: of the base layers, unless `spec.given`.
     """
-    outputs: tuple[Tensor, ...] = _Group.apply(spec, x, gates, chosen, *a, *b, *base, *biases)
+    outputs: tuple[Tensor, ...] = _Group.apply(spec, x, gates, chosen, *a, *b, *base, *biases)  # type: ignore[no-untyped-call]
     return outputs
 
 
 class _Group(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, spec: Spec, x: Tensor, gates: Tensor, chosen: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         n = spec.size
@@ -123,7 +123,7 @@ class _Group(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
         spec: Spec = ctx.spec
         n, present = spec.size, [d for d in d_outputs if d is not None]
         if not present:
@@ -249,7 +249,7 @@ def _added(ctx: Any, results: Sequence[Tensor], parts: list[Tensor], wide_b: lis
     return outputs
 
 
-def _d_gated(d_rows: list[Tensor | None], wide_b: list[Tensor], spec: Spec) -> Tensor:
+def _d_gated(d_rows: list[Tensor | None], wide_b: Sequence[Tensor], spec: Spec) -> Tensor:
     """[T, N], zero for outputs without a gradient."""
     if spec.size == 1:
         assert d_rows[0] is not None
@@ -266,7 +266,7 @@ def _d_gated(d_rows: list[Tensor | None], wide_b: list[Tensor], spec: Spec) -> T
 
 
 def _d_input(
-    d_hidden: Tensor, d_rows: list[Tensor | None], wide_a: list[Tensor], base: Sequence[Tensor], spec: Spec
+    d_hidden: Tensor, d_rows: list[Tensor | None], wide_a: Sequence[Tensor], base: Sequence[Tensor], spec: Spec
 ) -> Tensor:
     """[T, in]: the smallest product first, each other one added to it."""
     if len(wide_a) == 1:

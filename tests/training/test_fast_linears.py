@@ -14,6 +14,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+import quantized
 from compiling import checkpointing
 from helpers import (
     adapter_gradients,
@@ -305,6 +306,23 @@ def test_other_backbones_equal_the_plain_form(backbone, counted):
             _, exact = step(model, batch)
         assert all(relative(gradients[name], exact[name]) < 1e-5 for name in exact)
     assert counted
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("make", [quantized.bitsandbytes_4bit, quantized.bitsandbytes_8bit])
+def test_quantised_base_layers_run_themselves_and_are_added_to(make, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    specs: list[Spec] = []
+    run = group_function.run
+    monkeypatch.setattr(fast_linears, "run", lambda spec, *args: (specs.append(spec), run(spec, *args))[1])
+    model = adapted(make(tmp_path))
+    for seed in range(2):
+        batch = padded([7, 4], seed=seed)
+        _, gradients = step(model, batch)
+        with fast_linears.plain():
+            _, exact = step(model, batch)
+        assert all(relative(gradients[name], exact[name]) < 1e-5 for name in exact)
+    assert max(spec.size for spec in specs) == 3 and all(spec.given and all(spec.in_place) for spec in specs)
 
 
 def test_several_adapters_at_once(counted):

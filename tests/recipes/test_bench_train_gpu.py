@@ -1,0 +1,54 @@
+"""`recipes/benchmarks/train_gpu.py` at a size that takes seconds, on a CPU: rows, ratios, what stays in the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peft_loraswitch import LoRASwitchLinear
+from recipes.benchmarks import train_gpu as bench
+
+TINY = (
+    "--hidden 128 --intermediate 192 --head-dim 32 --layers 1 --vocab 60 --length 8 --steps 2 --warmup 1 --device cpu"
+).split()
+FIELDS = ("model", "method", "mode", "experts", "top_k", "rank", "tokens", "ms", "ratio", "peak_gib")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+def run(output: Path, *words: str) -> list[dict]:
+    bench.main([*TINY, *words, "--output", str(output)])
+    return json.loads(output.read_text())["rows"]
+
+
+def test_rows_of_two_modes_come_into_one_file(tmp_path, capsys):
+    names = ["floor", "lora-4", "dense-3x2", "fused-3x2", "router_only-3x2", "layerwise-3x2"]
+    first = run(tmp_path / "out.json", "--modes", "checkpointing", "--rows", *names)
+    assert [row["method"] for row in first] == ["floor", "lora", "dense", "fused", "router_only", "layerwise"]
+    assert all(field in row for row in first for field in FIELDS) and all(row["ms"] > 0 for row in first)
+    assert first[0]["ratio"] == 1 and first[0]["tokens"] == 16 and (first[3]["experts"], first[3]["rank"]) == (3, 2)
+    dense, fused = first[2], first[3]
+    assert fused["loss"] == pytest.approx(dense["loss"], abs=2e-2) and fused["adapter_gib"] == dense["adapter_gib"] >= 0
+    both = run(tmp_path / "out.json", "--modes", "plain", "--rows", "floor", "fused-3x2")
+    assert [row["mode"] for row in both] == ["checkpointing"] * 6 + ["plain"] * 2 and both[-1]["tokens"] == 8
+    other = run(tmp_path / "out.json", "--modes", "plain", "--rows", "floor", "--top-k", "1")  # other settings: alone
+    assert len(other) == 1
+    assert "fused-3x2" in capsys.readouterr().out
+
+
+def test_a_row_leaves_the_backbone_as_it_was():
+    args = bench.parse(TINY)
+    model = bench.backbone(args, False)
+    before = {name: type(module) for name, module in model.named_modules()}
+    for name in ("lora-4", "fused-3x2", "layerwise-3x2"):
+        adapted, take_off = bench.adapted(model, bench.Row.of(name), args)
+        found = any(isinstance(module, LoRASwitchLinear) for module in adapted.modules())
+        assert found == (name == "fused-3x2")
+        take_off()
+        assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_no_row_begins_late(tmp_path, capsys):
+    assert run(tmp_path / "out.json", "--modes", "plain", "--rows", "floor", "--seconds", "1e-6") == []
+    assert "left out" in capsys.readouterr().err
