@@ -339,6 +339,7 @@ def draw(table: Table, path: Path) -> None:
     if oracle:
         axes.axvline(100 * statistics.fmean(oracle), color="#228833", linewidth=0.8, linestyle="--")
     axes.set_ylim(-0.6, len(keys) - 0.4)
+    axes.set_xlim(0, 1.12 * max(1.0, *(100 * max(means(table, key)) for key in keys)))
     axes.set_xlabel("exact match, %, mean of eight domains; points are seeds, blue is ours")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
