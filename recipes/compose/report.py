@@ -325,6 +325,7 @@ def draw(table: Table, path: Path) -> None:
 
     keys = rows(table)[::-1]
     figure, axes = plt.subplots(figsize=(9, 0.3 * len(keys) + 1.2))
+    plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where the oracle's line crosses
     colors = {"g": "#4477aa", "b": "#228833", "a": "#ccbb44"}
     for place, key in enumerate(keys):
         values = [100 * value for value in means(table, key)]
@@ -333,14 +334,14 @@ def draw(table: Table, path: Path) -> None:
             place, mean, xerr=spread, color=colors.get(key.kind, "#bbbbbb"), height=0.7, error_kw={"linewidth": 1}
         )
         axes.plot(values, [place] * len(values), ".", color="black", markersize=3)
-        axes.text(max([mean + spread, *values]) + 0.7, place, f"{mean:.1f}", va="center", fontsize=8)
+        axes.text(max([mean + spread, *values]) + 0.7, place, f"{mean:.1f}", va="center", fontsize=8, bbox=plain)
     axes.set_yticks(range(len(keys)), [f"({k.kind}) {name_of(k.method)}".replace("`", "") for k in keys], fontsize=8)
     oracle = means(table, Key("oracle", "b"))
     if oracle:
         axes.axvline(100 * statistics.fmean(oracle), color="#228833", linewidth=0.8, linestyle="--")
     axes.set_ylim(-0.6, len(keys) - 0.4)
     axes.set_xlim(0, 1.12 * max(1.0, *(100 * max(means(table, key)) for key in keys)))
-    axes.set_xlabel("exact match, %, mean of eight domains; points are seeds, blue is ours")
+    axes.set_xlabel("exact match, %; points: seeds; blue: ours", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
