@@ -152,6 +152,8 @@ def measure(model: LlamaForCausalLM, row: Row, mode: str, args: argparse.Namespa
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     target, take_off = adapted(model, row, args)
+    if mode == "compiled" and any(hasattr(model, f"_require_grads_hook{s}") for s in ("", "s")):
+        model.disable_input_require_grads()  # PEFT has enabled them, by a hook that is not compiled
     target.train()
     trained = [p for p in target.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=args.device == "cuda") if trained else None
@@ -202,6 +204,10 @@ def measure(model: LlamaForCausalLM, row: Row, mode: str, args: argparse.Namespa
         result["losses"] = [round(loss.item(), 5) for loss in losses]
     take_off()
     return result
+
+
+def _ask_for_gradient(module: Any, args: Any, output: torch.Tensor) -> None:
+    output.requires_grad_()
 
 
 def let_go(device: str) -> None:
@@ -341,6 +347,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     begun = time.perf_counter()
     report: dict[str, Any] = {"header": header(args), "rows": []}
     model, four_bits = None, False
+    asking: Any = None
     for mode in args.modes:
         if mode == "4bit":
             try:
@@ -352,9 +359,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model = None
             gc.collect()
             model, four_bits = backbone(args, mode == "4bit"), mode == "4bit"
-        model.disable_input_require_grads()
-        if mode != "compiled":
-            model.enable_input_require_grads()
+        if asking is not None:
+            asking.remove()
+        asking = None
+        if mode != "compiled":  # what model.enable_input_require_grads() does
+            asking = model.get_input_embeddings().register_forward_hook(_ask_for_gradient)
         floor: dict[str, Any] | None = None
         for name in args.rows or ROWS[mode]:
             if args.seconds and time.perf_counter() - begun > args.seconds:
