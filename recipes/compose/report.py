@@ -1,6 +1,6 @@
-"""From recipes/results/compose.csv to the table in the root README, all tables in recipes/compose/README.md, and the picture.
+"""From compose.csv to the table in the root README, the tables in recipes/compose/README.md, and the picture beside the CSV.
 
-python -m recipes.compose.report            # writes both documents and recipes/results/compose.png
+python -m recipes.compose.report            # writes both documents, and compose.png beside compose.csv
 python -m recipes.compose.report --check    # only compares
 """
 
