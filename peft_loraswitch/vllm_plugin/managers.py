@@ -96,10 +96,12 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
         for name in dict.fromkeys([first, *declared]):
             linear = linears[name]
             internals.require(linear, internals.LINEAR_ATTRIBUTES)
+            in_features = linear.lora_a_stacked[0].shape[-1]
             site = RoutingSite(
                 self.loraswitch_tables,
-                in_features=linear.lora_a_stacked[0].shape[-1],
+                in_features,
                 first=name == first,
+                begins=linear.tp_rank * in_features if is_sharded(linear) else 0,
                 sum_shards=internals.sum_over_ranks if is_sharded(linear) else None,
             )
             linear.set_mapping(RoutingWrapper(wrapper, site))

@@ -78,6 +78,7 @@ class RoutingSite:
         router: float32 [slots, max_choices, in_features], of this process' part of the input if that is sharded.
         here: bool [slots, 1]: the adapter in the slot decides at this linear.
         first: it is the first linear that runs: the mask of all other tokens is set here as well.
+        begins: the first feature of this process' part of the input.
         sum_shards: adds the logits of all parts of a sharded input; None if the input is whole.
     """
 
@@ -86,9 +87,10 @@ class RoutingSite:
         tables: RoutingTables,
         in_features: int,
         first: bool,
+        begins: int = 0,
         sum_shards: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        self.tables, self.first, self.sum_shards = tables, first, sum_shards
+        self.tables, self.first, self.begins, self.sum_shards = tables, first, begins, sum_shards
         self.router = torch.zeros(tables.slots, tables.max_choices, in_features, device=tables.device)
         self.here = torch.zeros(tables.slots, 1, dtype=torch.bool, device=tables.device)
 
@@ -97,7 +99,8 @@ class RoutingSite:
         self.here[slot] = router is not None
         self.router[slot] = 0
         if router is not None:
-            self.router[slot, : router.shape[0]] = router.to(self.router)
+            part = router[:, self.begins : self.begins + self.router.shape[2]]
+            self.router[slot, : router.shape[0]] = part.to(self.router)
 
     def route(self, x: torch.Tensor, token_slots: torch.Tensor) -> None:
         """Write the mask of the tokens x [tokens, in_features], whose adapters are in `token_slots` (-1: none)."""

@@ -21,8 +21,9 @@ PROMPTS = [
     "class A:\n    pass",
     "return",
     "The quick brown fox jumps over the lazy dog. It did so before. ",  # more than one block of the prefix cache
-    "if x == 1:",
+    "user: hi\nassistant:",  # the chat template's text for CHAT
 ]
+CHAT = [{"role": "user", "content": "hi"}]
 FAMILIES = ("llama", "qwen3", "phi3")
 BLOCK = 32  # tokens in a block of vLLM's KV cache; on CPUs a multiple of 32
 BASE = "base"
@@ -112,6 +113,16 @@ def declared_routers(family: str) -> list[str]:
     q = "qkv_proj" if family == "phi3" else "q_proj"
     gate = "gate_up_proj" if family == "phi3" else "gate_proj"
     return [f"layers.1.self_attn.{q}", f"layers.0.mlp.{gate}", "layers.1.mlp.down_proj"]
+
+
+def arguments(files: ServedFiles, family: str) -> list[str]:
+    """Of a server that has all adapters from the start and can hold all in one batch."""
+    names = [name for name in files.answers if name != BASE]
+    ours = json.dumps({"loraswitch": {"router_modules": declared_routers(family)}})
+    return [
+        "--enable-lora", "--max-loras", str(len(names)), "--max-lora-rank", "64", "--additional-config", ours,
+        "--lora-modules", *(f"{name}={files.folder / name}" for name in names),
+    ]  # fmt: skip
 
 
 def make(folder: Path, family: str, seeds: int = 0) -> ServedFiles:
