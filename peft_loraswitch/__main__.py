@@ -1,4 +1,4 @@
-"""`python -m peft_loraswitch`: versions, GPU, driver, library, and why the kernels are or are not used."""
+"""`python -m peft_loraswitch`: versions, GPU, driver, library, why the kernels are or are not used, and whether vLLM serves adapters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__, kernels
+from .vllm_plugin import report as vllm_report
 
 
 def _version(package: str) -> str:
@@ -49,6 +50,7 @@ def report() -> str:
         lines.append("library: not loaded")
     reason = kernels.why_not()
     lines.append("kernels: available" if reason is None else f"kernels: NOT available: {reason}")
+    lines.append(vllm_report.report())
     lines.append(f"{kernels.loader.SWITCH}=0 in the environment turns them off")
     return "\n".join(lines)
 

@@ -17,14 +17,19 @@ def register() -> None:
     Raises:
         UnsupportedVLLM: this vLLM was not tested, or has changed. vLLM does not start then.
     """
+    check()
+    from . import internals, managers
+
+    internals.replace_worker_manager(managers.LoRASwitchWorkerManager)
+
+
+def check() -> None:
+    """Raise an UnsupportedVLLM unless the vLLM that is installed can serve LoRA-Switch adapters."""
     from .versions import check_version, unsupported
 
     check_version()
     try:
         from . import internals
     except ImportError as error:
-        raise unsupported(f"{error}") from error
+        raise unsupported(str(error)) from error
     internals.check()
-    from .managers import LoRASwitchWorkerManager
-
-    internals.replace_worker_manager(LoRASwitchWorkerManager)

@@ -53,6 +53,7 @@ MANAGER_ATTRIBUTES = (
 )  # fmt: skip
 WORKER_ATTRIBUTES = ("_adapter_manager", "_lora_model_cls", "_manager_cls", "lora_config", "vocab_size")
 WRAPPER_ATTRIBUTES = ("_token_lora_indices",)
+RENAMING = ("get_rename_mapper", "get_unstacked_mapper")  # of a model's WeightsMapper, newest name first
 LINEAR_ATTRIBUTES = ("base_layer", "lora_a_stacked", "lora_b_stacked", "punica_wrapper", "tp_rank", "tp_size")
 
 BaseLinear = base_linear.BaseLinearLayerWithLoRA
@@ -122,9 +123,14 @@ def language_wrapper(manager: Any) -> Any:
 
 
 def _renaming(model: Any) -> Any:
-    """What renames linears of the checkpoint, without what packs them."""
+    """What renames linears of the checkpoint, without what packs them; None if nothing does."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+    for without_packing in RENAMING:
+        if hasattr(mapper, without_packing):
+            return getattr(mapper, without_packing)()
+    if getattr(mapper, "orig_to_new_stacked", None):
+        raise unsupported(f"{type(mapper).__name__} has none of {', '.join(RENAMING)}")
+    return mapper
 
 
 def name_in_model(manager: Any, linear: str) -> str:
