@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from peft_loraswitch import LoRASwitchConfig, from_loras
 
 TOKENS = 12  # that each answer has
+SEED_PROMPTS, SEED_TOKENS = 2, 4  # of the adapters that differ in their seed alone
 BEGIN, END = "<s>", "</s>"
 PROMPTS = [
     "def f(x):",
@@ -129,7 +130,7 @@ def make(folder: Path, family: str, seeds: int = 0) -> ServedFiles:
     """Write backbone and adapters, and compute PEFT's answers.
 
     Args:
-        seeds: so many adapters more, named seed_0, seed_1, ..., like "paper" but of small rank.
+        seeds: so many adapters more, named seed_0, seed_1, ...: small, with answers to the first prompts alone, and short.
     """
     folder.mkdir(parents=True)
     fast = tokenizer()
@@ -139,21 +140,20 @@ def make(folder: Path, family: str, seeds: int = 0) -> ServedFiles:
         backbone_class = tf.AutoModelForCausalLM.from_config
         backbone_class(backbone_config(family, len(fast))).float().save_pretrained(folder / BASE)
     prompts = [fast(prompt)["input_ids"] for prompt in PROMPTS]
-    names = {}
-    for name, config in adapter_configs(family).items():
+    named = adapter_configs(family)
+    for name, config in named.items():
         _save_adapter(folder, name, config)
-        names[name] = name
     if family != "phi3":
         _save_composed(folder)
-        names["composed"] = "composed"
-    for seed in range(seeds):
-        name = f"seed_{seed}"
+        named["composed"] = None
+    seeded = [f"seed_{seed}" for seed in range(seeds)]
+    for name in seeded:
         config = LoRASwitchConfig(
             r=2, num_experts=4, top_k=2, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False
         )
         _save_adapter(folder, name, config)
-        names[name] = name
-    answers = {name: _answers(folder, name, prompts) for name in (BASE, *names)}
+    answers = {name: _answers(folder, name, prompts, TOKENS) for name in (BASE, *named)}
+    answers |= {name: _answers(folder, name, prompts[:SEED_PROMPTS], SEED_TOKENS) for name in seeded}
     files = ServedFiles(folder, prompts, answers)
     files.save()
     return files
@@ -192,7 +192,7 @@ def _save_composed(folder: Path) -> None:
         model.save_pretrained(folder / "composed")
 
 
-def _answers(folder: Path, name: str, prompts: list[list[int]]) -> list[Answer]:
+def _answers(folder: Path, name: str, prompts: list[list[int]], length: int) -> list[Answer]:
     model = _backbone(folder)
     if name != BASE:
         model = PeftModel.from_pretrained(model, folder / name)
@@ -201,7 +201,7 @@ def _answers(folder: Path, name: str, prompts: list[list[int]]) -> list[Answer]:
     for prompt in prompts:
         made = model.generate(
             input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-            max_new_tokens=TOKENS, eos_token_id=None, pad_token_id=1, return_dict_in_generate=True, output_logits=True,
+            max_new_tokens=length, eos_token_id=None, pad_token_id=1, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         tokens = made.sequences[0, len(prompt) :].tolist()
         logprobs = [torch.log_softmax(row[0].float(), -1)[token].item() for row, token in zip(made.logits, tokens)]
