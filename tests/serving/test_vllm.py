@@ -177,7 +177,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ["layers.1.mlp.up_proj"],
     ),
     "NaN": (with_tensors(lambda t: {k: v * float("nan") for k, v in t.items()}), ["NaN"]),
-    "too wide": (made_new(r=16, num_experts=8), ["rank of 128", "--max-lora-rank 128"]),
+    "too wide": (made_new(r=16, num_experts=8), ["LoRA of rank 128", "--max-lora-rank 128"]),
     "wider than vLLM takes": (made_new(r=128, num_experts=8), ["1024", "at most 512"]),
     "too many experts": (made_new(r=1, num_experts=40), ["--additional-config", '"max_experts": 40']),
     "an undeclared router": (
