@@ -1,4 +1,4 @@
-"""`python -m peft_loraswitch`: versions, GPU, driver, library, why the kernels are or are not used, and whether vLLM serves adapters."""
+"""`python -m peft_loraswitch`: versions, GPU, driver, library, why the kernels are or are not used, whether vLLM serves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """An adapter's two files, told from their outside: found, of a sane kind and size, and their content as a table.
 
-Files come from anywhere, so nothing of them is believed before it was compared: this module finds them, `tensor_file.py` opens them,
-`layout.py` says what may be in them for a given model, `loading.py` puts the two together around each load.
+Files come from anywhere, so nothing of them is believed before it was compared: this module finds them, `tensor_file.py` opens
+them, `layout.py` says what may be in them for a given model, `load.py` puts the two together around each load.
 """
 
 from __future__ import annotations

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from ..loading.tensor_file import FLOATS, Header, check_finite, check_regular_file, read_header, read_json_object, read_tensors
+from ..loading.tensor_file import (
+    FLOATS,
+    check_finite,
+    check_regular_file,
+    read_header,
+    read_json_object,
+    read_tensors,
+)
 from ..patterns import TimeLimit, first_match, shown
 from ..routing.options import RoutingOptions
 
@@ -31,8 +38,8 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 # Fields that are read, with what they are where the file does not have them.
 READ = {
-    "alpha_pattern": {}, "base_expert": False, "lora_alpha": 8, "normalize_gates": None, "num_experts": 8, "num_shared_experts": 0,
-    "r": 8, "rank_pattern": {}, "router_module": None, "top_k": 2, "use_rslora": False,
+    "alpha_pattern": {}, "base_expert": False, "lora_alpha": 8, "normalize_gates": None, "num_experts": 8,
+    "num_shared_experts": 0, "r": 8, "rank_pattern": {}, "router_module": None, "top_k": 2, "use_rslora": False,
 }  # fmt: skip
 # Fields that must be off, and why.
 REFUSED = {
@@ -163,7 +170,9 @@ def _routing_options(where: str, fields: Mapping[str, Any]) -> RoutingOptions:
     for name, least_open in (("rank_pattern", 0), ("alpha_pattern", 0)):
         pattern = fields[name] or {}
         if not isinstance(pattern, dict) or not all(_is_positive(value) for value in pattern.values()):
-            raise ValueError(f"{where}: {name}={shown(pattern)} must be an object of names and numbers above {least_open}.")
+            raise ValueError(
+                f"{where}: {name}={shown(pattern)} must be an object of names and numbers above {least_open}."
+            )
     if not _is_positive(fields["lora_alpha"]):
         raise ValueError(f"{where}: lora_alpha={shown(fields['lora_alpha'])} must be a number above 0.")
     top_k, normalize = fields["top_k"], fields["normalize_gates"]
@@ -172,7 +181,9 @@ def _routing_options(where: str, fields: Mapping[str, Any]) -> RoutingOptions:
     if not isinstance(normalize, (bool, type(None))):
         raise ValueError(f"{where}: normalize_gates={shown(normalize)} must be true, false or null.")
     if not isinstance(fields["router_module"], (str, type(None))):
-        raise ValueError(f"{where}: router_module={shown(fields['router_module'])} must be the name of a linear, or null.")
+        raise ValueError(
+            f"{where}: router_module={shown(fields['router_module'])} must be the name of a linear, or null."
+        )
     return RoutingOptions(
         num_experts=fields["num_experts"],
         top_k=top_k,

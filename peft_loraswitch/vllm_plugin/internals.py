@@ -100,7 +100,9 @@ def full_input(linear: Any) -> int:
 def full_output(linear: Any, part: int | None) -> int | None:
     """out_features of a linear, or of one of the checkpoint's linears that it packs; None if that cannot be told."""
     base = linear.base_layer
-    if hasattr(base, "total_num_kv_heads"):  # one size for each of q, k, v; those that the base lists count copies of k and v
+    if hasattr(
+        base, "total_num_kv_heads"
+    ):  # one size for each of q, k, v; those that the base lists count copies of k and v
         value_size = getattr(base, "v_head_size", base.head_size)
         sizes = [
             base.total_num_heads * base.head_size,

@@ -1,7 +1,7 @@
 """vLLM's two managers of LoRAs, extended: the worker's reads an adapter's folder, the model's puts it into a slot.
 
-`Placement` is what a LoRA-Switch adapter has beyond a LoRA. It stays with the LoRA that vLLM keeps in host memory, and is written to
-the tables whenever that gets a slot.
+`Placement` is what a LoRA-Switch adapter has beyond a LoRA. It stays with the LoRA that vLLM keeps in host memory, and is
+written to the tables whenever that gets a slot.
 """
 
 from __future__ import annotations
@@ -117,8 +117,14 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
         names |= {part: name for name in self.loraswitch_order for part in self.packed_modules.get(name, ())}
         found = {packed for name, packed in names.items() if name == wanted or name.endswith(f".{wanted}")}
         if len(found) != 1:
-            what = f"means {sorted(found)}" if found else f"is no linear of this model, such as {self.loraswitch_order[0]!r}"
-            raise ValueError(f"--additional-config: {KEY}.router_modules: {wanted!r} {what}: give one full name for each.")
+            what = (
+                f"means {sorted(found)}"
+                if found
+                else f"is no linear of this model, such as {self.loraswitch_order[0]!r}"
+            )
+            raise ValueError(
+                f"--additional-config: {KEY}.router_modules: {wanted!r} {what}: give one full name for each."
+            )
         return found.pop()
 
     # ------------------------------------------------------------------------------------------------- loading
@@ -207,9 +213,7 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
         wide = experts * rank
         if wide > self.lora_config.max_lora_rank:
             enough = next((value for value in RANKS if value >= wide), None)
-            remedy = (
-                f"start the server with --max-lora-rank {enough}" if enough else f"vLLM takes at most {RANKS[-1]}"
-            )
+            remedy = f"start the server with --max-lora-rank {enough}" if enough else f"vLLM takes at most {RANKS[-1]}"
             raise ValueError(
                 f"{folder}: {experts} experts of rank {rank} on '{linear}' are a LoRA of rank {wide}, and this server has "
                 f"max_lora_rank={self.lora_config.max_lora_rank}: {remedy}."

@@ -15,7 +15,7 @@ from .routing_tables import RoutingSite, RoutingTables
 def masked(wrapper_class: type) -> type:
     """A subclass of one of vLLM's wrapper classes that multiplies what A gives by the mask, before B."""
 
-    class Masked(wrapper_class):  # type: ignore[misc, valid-type]
+    class Masked(wrapper_class):  # type: ignore[misc]
         loraswitch_tables: RoutingTables
 
         def add_expand(self, y: torch.Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,10 @@ from .versions import UnsupportedVLLM, installed
 def report() -> str:
     if find_spec("vllm") is None:
         return "vllm: not installed"
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # vLLM says a lot when it is imported
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # vLLM says a lot when it is imported
         problem = _problem()
     served = "LoRA-Switch adapters are served" if problem is None else f"LoRA-Switch adapters are NOT served: {problem}"
     return f"vllm {installed()}: {served}"

@@ -23,8 +23,8 @@ def installed() -> str:
 def unsupported(reason: str) -> UnsupportedVLLM:
     return UnsupportedVLLM(
         f"vLLM {installed()} cannot serve LoRA-Switch adapters: {reason}. peft_loraswitch was tested with vLLM {OLDEST} to "
-        f"{NEWEST}: install one of these, or another peft_loraswitch. To try all the same, set {SWITCH}=1. To run this vLLM without the plugin, set VLLM_PLUGINS "
-        "to the names of the other plugins, or to nothing."
+        f"{NEWEST}: install one of these, or another peft_loraswitch. To try all the same, set {SWITCH}=1. To run this vLLM "
+        "without the plugin, set VLLM_PLUGINS to the names of the other plugins, or to nothing."
     )
 
 

@@ -1,7 +1,8 @@
 """A routed adapter as vLLM can hold it: one wide LoRA per linear, all experts side by side.
 
-For E' experts of rank r, the wide LoRA has rank E' r: A `[E' r, in]` and B `[out, E' r]` with the scale in B. What routing does is
-then a mask on the hidden vector A x: the gate of an expert on each of its columns, 0 on those of experts that were not chosen.
+For E' experts of rank r, the wide LoRA has rank E' r: A `[E' r, in]` and B `[out, E' r]` with the scale in B. What routing does
+is then a mask on the hidden vector A x: the gate of an expert on each of its columns, 0 on those of experts that were not
+chosen.
 
 Columns are rank-major: column c belongs to expert c mod E', whatever r is. So one mask serves all linears, also where
 `rank_pattern` gives them different ranks.

@@ -1,4 +1,4 @@
-"""Transformers' continuous batching, `generate_batch`, with several adapters in one model: the same tokens as one prompt at a time."""
+"""Transformers' continuous batching, `generate_batch`, with several adapters in one model: as one prompt at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,12 @@ def one_by_one(model) -> list[list[int]]:
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         made = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         outputs.append(made[0, len(prompt) :].tolist())
     return outputs

@@ -1,4 +1,4 @@
-"""A load test of the vLLM plugin: 64 clients, mixed adapters, cancellations, loads and unloads; every token is compared with PEFT's.
+"""A load test of the vLLM plugin: 64 clients, mixed adapters, cancellations, loads and unloads; every token is compared.
 
     python tests/serving/load.py [--seconds 120] [--out recipes/results/serving_load_cpu.json]
 
@@ -37,9 +37,17 @@ def run(clients: int, seconds: float, seed: int, folder: Path) -> dict[str, Any]
     arguments += ["--max-cpu-loras", "10", "--max-num-seqs", "64"]
     with vllm_server.serving(files.folder / served_files.BASE, files.folder / "log", *arguments) as server:
         before = server.memory()
-        client = [str(vllm_server.PYTHON), str(vllm_server.CLIENT.with_name("load_client.py")), server.url, str(files.folder)]
+        client = [
+            str(vllm_server.PYTHON),
+            str(vllm_server.CLIENT.with_name("load_client.py")),
+            server.url,
+            str(files.folder),
+        ]
         done = subprocess.run(
-            [*client, str(clients), str(seconds), str(seed)], capture_output=True, text=True, env=vllm_server.environment()
+            [*client, str(clients), str(seconds), str(seed)],
+            capture_output=True,
+            text=True,
+            env=vllm_server.environment(),
         )
         if done.returncode:
             raise SystemExit(done.stderr)
@@ -76,7 +84,11 @@ def main() -> None:
     print(text, end="")
     if arguments.out:
         arguments.out.write_text(text)
-    errors = {name: count for name, count in result["counts"].items() if "error" in name or name in ("stuck", "a bad folder was loaded")}
+    errors = {
+        name: count
+        for name, count in result["counts"].items()
+        if "error" in name or name in ("stuck", "a bad folder was loaded")
+    }
     if result["wrong"] or errors or result["left_over_requests"] or not result["alive_at_the_end"]:
         raise SystemExit(f"failed: {errors or result['wrong'][:3] or 'the server is ill'}")
 

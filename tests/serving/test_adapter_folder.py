@@ -31,7 +31,9 @@ SETTINGS = {
 @pytest.fixture
 def saved(tmp_path):
     def save(**settings):
-        config = LoRASwitchConfig(**{"r": 4, "num_experts": 4, "target_modules": "all-linear", "init_weights": False, **settings})
+        config = LoRASwitchConfig(
+            **{"r": 4, "num_experts": 4, "target_modules": "all-linear", "init_weights": False, **settings}
+        )
         model = get_peft_model(tiny_llama(), config)
         model.save_pretrained(tmp_path)
         return model
@@ -46,7 +48,9 @@ def test_it_is_what_peft_has(saved, tmp_path, name):
     adapter = read_adapter(str(tmp_path), read_settings(str(tmp_path)))
     for field in ("num_experts", "top_k", "normalize_gates", "num_shared_experts", "base_expert"):
         assert getattr(adapter.options, field) == getattr(config.routing_options(), field)
-    layers = {n.removeprefix(PREFIX): m for n, m in model.named_modules() if hasattr(m, "loraswitch_A") and n.count(PREFIX)}
+    layers = {
+        n.removeprefix(PREFIX): m for n, m in model.named_modules() if hasattr(m, "loraswitch_A") and n.count(PREFIX)
+    }
     assert set(adapter.experts) == {linear for linear, layer in layers.items() if "default" in layer.loraswitch_A}
     for linear, experts in adapter.experts.items():
         assert torch.equal(experts.a, layers[linear].loraswitch_A["default"].weight)
@@ -80,7 +84,14 @@ def test_other_folders_are_left_to_vllm(tmp_path):
 
 @pytest.mark.parametrize(
     "given",
-    [{"routers": []}, {"router_modules": "q_proj"}, {"router_modules": [1]}, {"max_experts": 0}, {"max_experts": True}, 3],
+    [
+        {"routers": []},
+        {"router_modules": "q_proj"},
+        {"router_modules": [1]},
+        {"max_experts": 0},
+        {"max_experts": True},
+        3,
+    ],
 )
 def test_wrong_options_are_named(given):
     with pytest.raises(ValueError, match="--additional-config: loraswitch"):

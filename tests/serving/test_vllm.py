@@ -31,7 +31,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm_is_there() -> None:
-    assert vllm_server.PYTHON.exists(), f"{vllm_server.PYTHON} is not there: .ci/vllm makes it (or set LORASWITCH_VLLM_PYTHON)"
+    assert vllm_server.PYTHON.exists(), (
+        f"{vllm_server.PYTHON} is not there: .ci/vllm makes it (or set LORASWITCH_VLLM_PYTHON)"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +61,10 @@ def jobs_for(files: ServedFiles, **settings: Any) -> list[dict[str, Any]]:
 def compare(files: ServedFiles, jobs: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
     """Tokens equal to PEFT's, logprobs close."""
     assert len(jobs) == len(answers)
-    for job, answer in zip(jobs, answers):
+    for job, answer in zip(jobs, answers, strict=True):
         wanted = files.answers[job["model"]][job["answer"]]
         assert "error" not in answer, (job["model"], answer)
-        for tokens, logprobs in zip(answer["tokens"], answer["logprobs"]):
+        for tokens, logprobs in zip(answer["tokens"], answer["logprobs"], strict=True):
             assert tokens == wanted.tokens[: job["max_tokens"]], job
             assert logprobs == pytest.approx(wanted.logprobs[: job["max_tokens"]], abs=TOLERANCE), job
 
@@ -86,12 +88,13 @@ def test_stream_and_chat_and_several_answers(llama, llama_files):
     jobs = jobs_for(llama_files, kind="stream")
     chat = len(llama_files.prompts) - 1
     jobs += [
-        {"model": name, "kind": "chat", "messages": CHAT, "max_tokens": TOKENS, "answer": chat} for name in llama_files.answers
+        {"model": name, "kind": "chat", "messages": CHAT, "max_tokens": TOKENS, "answer": chat}
+        for name in llama_files.answers
     ]
     compare(llama_files, jobs, llama.ask(jobs))
     one_choice = {"temperature": 1, "extra": {"top_k": 1}}  # n > 1 does not go with temperature 0
     several = jobs_for(llama_files, n=2, **one_choice)[: len(llama_files.answers)]
-    for job, answer in zip(several, llama.ask(several)):
+    for job, answer in zip(several, llama.ask(several), strict=True):
         assert answer["tokens"] == [llama_files.answers[job["model"]][job["answer"]].tokens] * 2, job["model"]
 
 
@@ -115,7 +118,7 @@ def test_a_router_that_is_rolled_gives_other_tokens(llama, llama_files, tmp_path
     assert llama.load("rolled", folder)[0] == 200
     jobs = [{**job, "model": "rolled"} for job in jobs_for(llama_files) if job["model"] == "paper"]
     wanted = [answer.tokens for answer in llama_files.answers["paper"]]
-    assert not any(answer["tokens"][0] == tokens for answer, tokens in zip(llama.ask(jobs), wanted))
+    assert not any(answer["tokens"][0] == tokens for answer, tokens in zip(llama.ask(jobs), wanted, strict=True))
     assert llama.unload("rolled")[0] == 200
 
 
@@ -171,7 +174,10 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no JSON": (lambda folder: (folder / CONFIG).write_text("{"), ["Expecting property name"]),
     "truncated": (truncated, ["truncated"]),
     "no weights": (without_weights, [WEIGHTS]),
-    "a foreign tensor": (with_tensors(lambda t: {**t, "base_model.model.lm_head.weight": t.popitem()[1].clone()}), ["lm_head"]),
+    "a foreign tensor": (
+        with_tensors(lambda t: {**t, "base_model.model.lm_head.weight": t.popitem()[1].clone()}),
+        ["lm_head"],
+    ),
     "half of the experts": (
         with_tensors(lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up_proj.loraswitch_B" not in k}),
         ["layers.1.mlp.up_proj"],
@@ -218,7 +224,7 @@ def test_an_unload_lets_running_requests_end(llama, llama_files):
     assert llama.unload("again")[0] == 200
     answers = json.loads(asked.stdout.read())
     asked.wait()
-    for job, answer in zip(jobs * 4, answers):  # those that came after the unload are told so
+    for job, answer in zip(jobs * 4, answers, strict=True):  # those that came after the unload are told so
         wanted = llama_files.answers["deep"][job["answer"]].tokens
         assert answer.get("status") == 404 or answer["tokens"][0] == wanted, answer
     assert any("tokens" in answer for answer in answers)
@@ -242,7 +248,12 @@ def test_two_slots_twenty_adapters(tmp_path):
         levels = []
         for turn in range(5):  # 500 requests
             jobs = [
-                {"model": names[(7 * index + turn) % 20], "prompt": files.prompts[index % 2], "max_tokens": 2, "answer": index % 2}
+                {
+                    "model": names[(7 * index + turn) % 20],
+                    "prompt": files.prompts[index % 2],
+                    "max_tokens": 2,
+                    "answer": index % 2,
+                }
                 for index in range(100)
             ]
             compare(files, jobs, server.ask(jobs, clients=8))
@@ -301,6 +312,9 @@ def test_another_version_or_a_changed_name_stops_vllm(llama_files):
     assert said["supported"] == "None", done.stderr
     assert "LoRA-Switch adapters are served" in said["report"]
     assert "is unsupported LoRA weight" in said["without the plugin"]  # not served as something else
-    assert said["a changed name"].startswith("UnsupportedVLLM") and "activate_adapter does not take lora_id" in said["a changed name"]
+    assert (
+        said["a changed name"].startswith("UnsupportedVLLM")
+        and "activate_adapter does not take lora_id" in said["a changed name"]
+    )
     assert said["another version"].startswith("UnsupportedVLLM vLLM 99.0.0 cannot serve LoRA-Switch adapters")
     assert "LoRA-Switch adapters are NOT served: vLLM 99.0.0" in said["report of it"]

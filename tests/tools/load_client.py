@@ -1,6 +1,6 @@
-"""Run in vLLM's environment: `python load_client.py URL FOLDER CLIENTS SECONDS SEED`: clients that ask, leave, load and unload at random.
+"""Clients that ask, leave, load and unload at random: `python load_client.py URL FOLDER CLIENTS SECONDS SEED`.
 
-FOLDER is a `ServedFiles` folder. Prints a JSON object of counts; see `main`.
+Run in vLLM's environment. FOLDER is a `ServedFiles` folder. Prints a JSON object of counts; see `main`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Run in vLLM's environment: `python openai_client.py URL CLIENTS < jobs.json > answers.json`.
 
-A job is {"model", "prompt" (token ids), "max_tokens"}, and perhaps "kind": "completion" (the default), "stream", "chat" or
-"cancel" (a stream that is left after its first token), "n", "temperature", and "extra" (what is vLLM's own). An answer is {"tokens", "logprobs", "text"}, one of each for each of `n`, or
-{"error", "status"}.
+A job is {"model", "prompt" (token ids), "max_tokens"}, and perhaps "kind": "completion" (the default), "stream", "chat" (with
+"messages") or "cancel" (a stream that is left after its first token), "n", "temperature", and "extra" (what is vLLM's own). An
+answer is {"tokens", "logprobs", "text"}, a list each with one for each of `n`, or {"error", "status"}.
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ EXTRA = {"ignore_eos": True, "return_token_ids": True}
 
 def ask(client: OpenAI, job: dict[str, Any]) -> dict[str, Any]:
     kind = job.get("kind", "completion")
-    common = {"model": job["model"], "max_tokens": job["max_tokens"], "temperature": job.get("temperature", 0), "extra_body": {**EXTRA, **job.get("extra", {})}}
+    common = {
+        "model": job["model"],
+        "max_tokens": job["max_tokens"],
+        "temperature": job.get("temperature", 0),
+        "extra_body": {**EXTRA, **job.get("extra", {})},
+    }
     try:
         if kind == "chat":
             answer = client.chat.completions.create(messages=job["messages"], logprobs=True, **common)
             choice = answer.choices[0]
-            return {"tokens": [choice.token_ids], "logprobs": [[c.logprob for c in choice.logprobs.content]], "text": [choice.message.content]}
+            return {
+                "tokens": [choice.token_ids],
+                "logprobs": [[c.logprob for c in choice.logprobs.content]],
+                "text": [choice.message.content],
+            }
         if kind in ("stream", "cancel"):
             tokens: list[int] = []
             logprobs: list[float] = []

@@ -87,20 +87,37 @@ def adapter_configs(family: str) -> dict[str, Any]:
     return {
         "paper": LoRASwitchConfig(r=4, num_experts=8, top_k=2, lora_alpha=8, **common),
         "deep": LoRASwitchConfig(
-            r=2, num_experts=6, top_k=3, num_shared_experts=1, lora_alpha=4, use_rslora=True,
-            router_module=f"layers.1.self_attn.{q}", rank_pattern={r"layers\.0\..*": 8, "mlp.down_proj": 4},
-            alpha_pattern={"self_attn.o_proj": 7}, **common,
+            r=2,
+            num_experts=6,
+            top_k=3,
+            num_shared_experts=1,
+            lora_alpha=4,
+            use_rslora=True,
+            router_module=f"layers.1.self_attn.{q}",
+            rank_pattern={r"layers\.0\..*": 8, "mlp.down_proj": 4},
+            alpha_pattern={"self_attn.o_proj": 7},
+            **common,
         ),  # fmt: skip
         "top_1": LoRASwitchConfig(
-            r=4, num_experts=4, top_k=1, num_shared_experts=2, lora_alpha=6,
-            router_module=f"layers.0.self_attn.{v}", **common,
+            r=4,
+            num_experts=4,
+            top_k=1,
+            num_shared_experts=2,
+            lora_alpha=6,
+            router_module=f"layers.0.self_attn.{v}",
+            **common,
         ),  # fmt: skip
         "mlp": LoRASwitchConfig(r=4, num_experts=4, top_k=2, lora_alpha=8, **{**common, "target_modules": mlp}),
         "all": LoRASwitchConfig(
             r=3, num_experts=5, top_k=5, normalize_gates=False, base_expert=True, lora_alpha=12, **common
         ),
         "row_parallel": LoRASwitchConfig(
-            r=4, num_experts=4, top_k=2, num_shared_experts=1, lora_alpha=8, router_module="layers.1.mlp.down_proj",
+            r=4,
+            num_experts=4,
+            top_k=2,
+            num_shared_experts=1,
+            lora_alpha=8,
+            router_module="layers.1.mlp.down_proj",
             **common,
         ),  # fmt: skip
         "lora": LoraConfig(
@@ -149,7 +166,13 @@ def make(folder: Path, family: str, seeds: int = 0) -> ServedFiles:
     seeded = [f"seed_{seed}" for seed in range(seeds)]
     for name in seeded:
         config = LoRASwitchConfig(
-            r=2, num_experts=4, top_k=2, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False
+            r=2,
+            num_experts=4,
+            top_k=2,
+            lora_alpha=6,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+            init_weights=False,
         )
         _save_adapter(folder, name, config)
     answers = {name: _answers(folder, name, prompts, TOKENS) for name in (BASE, *named)}
@@ -204,6 +227,6 @@ def _answers(folder: Path, name: str, prompts: list[list[int]], length: int) -> 
             max_new_tokens=length, eos_token_id=None, pad_token_id=1, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         tokens = made.sequences[0, len(prompt) :].tolist()
-        logprobs = [torch.log_softmax(row[0].float(), -1)[token].item() for row, token in zip(made.logits, tokens)]
+        logprobs = [torch.log_softmax(row[0].float(), -1)[token].item() for row, token in zip(made.logits, tokens, strict=True)]
         answers.append(Answer(tokens, logprobs))
     return answers

@@ -73,7 +73,9 @@ class Server:
     def ask(self, jobs: list[dict[str, Any]], clients: int = 16) -> list[dict[str, Any]]:
         """What openai's client gets for each job, `clients` at a time: see openai_client.py."""
         command = [str(PYTHON), str(CLIENT), self.url, str(clients)]
-        done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, timeout=300, env=environment())
+        done = subprocess.run(
+            command, input=json.dumps(jobs), capture_output=True, text=True, timeout=300, env=environment()
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return list(json.loads(done.stdout))
 
@@ -122,7 +124,11 @@ def serving(model: Path, log: Path, *arguments: str, **variables: str) -> Iterat
     port = free_port()
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            command(model, port, *arguments), stdout=out, stderr=subprocess.STDOUT, env=environment(**variables), start_new_session=True
+            command(model, port, *arguments),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment(**variables),
+            start_new_session=True,
         )
     server = Server(process, port, log)
     try:
