@@ -126,9 +126,7 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
     }
     jobs = [(name, index) for index in range(len(content["prompts"])) for name in answers]
     loras = [requests[name] for name, _ in jobs]
-    forced = [
-        {"prompt_token_ids": content["prompts"][index] + answers[name][index]["tokens"]} for name, index in jobs
-    ]
+    forced = [{"prompt_token_ids": content["prompts"][index] + answers[name][index]["tokens"]} for name, index in jobs]
     scored = llm.generate(forced, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), lora_request=loras)
     free = llm.generate(
         [{"prompt_token_ids": content["prompts"][index]} for _, index in jobs],
@@ -183,7 +181,16 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         shape = ["--layers", str(args.layers), "--rounds", str(args.rounds), "--experts", str(args.experts)]
         rows = {
             name: in_a_process(
-                "speed-engine", "--folder", str(folder), "--max-rank", rank, "--plugin", plugin, "--contestants", names, *shape
+                "speed-engine",
+                "--folder",
+                str(folder),
+                "--max-rank",
+                rank,
+                "--plugin",
+                plugin,
+                "--contestants",
+                names,
+                *shape,
             )
             for name, (rank, plugin, names) in contestants.items()
         }
@@ -228,7 +235,9 @@ def speed_engine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
     def seconds(name: str, batch: int, tokens: int) -> float:
-        prompts = [{"prompt_token_ids": [(7 * row + column) % 1000 + 5 for column in range(PROMPT)]} for row in range(batch)]
+        prompts = [
+            {"prompt_token_ids": [(7 * row + column) % 1000 + 5 for column in range(PROMPT)]} for row in range(batch)
+        ]
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         began = time.perf_counter()
         llm.generate(prompts, sampling, lora_request=requests[name], use_tqdm=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tiny_llama
 from peft import PeftModel, get_peft_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from helpers import tiny_llama
 from peft_loraswitch import LoRASwitchConfig
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16, 17], [20, 21], [30] * 7]

@@ -7,9 +7,9 @@ from dataclasses import fields
 
 import pytest
 import torch
-from helpers import tiny_llama
 from peft import get_peft_model
 
+from helpers import tiny_llama
 from peft_loraswitch import LoRASwitchConfig
 from peft_loraswitch.loading.layout import OUR_KEY
 from peft_loraswitch.peft_names import NAME, PREFIX

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import served_files
-import vllm_server
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from served_files import BASE, CHAT, TOKENS, ServedFiles
 from transformers import AutoModelForCausalLM
-from vllm_server import Server
 
+import served_files
+import vllm_server
 from peft_loraswitch import LoRASwitchConfig
+from served_files import BASE, CHAT, TOKENS, ServedFiles
+from vllm_server import Server
 
 pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4  # of a logprob in float32; 7e-6 was seen

@@ -227,6 +227,8 @@ def _answers(folder: Path, name: str, prompts: list[list[int]], length: int) -> 
             max_new_tokens=length, eos_token_id=None, pad_token_id=1, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         tokens = made.sequences[0, len(prompt) :].tolist()
-        logprobs = [torch.log_softmax(row[0].float(), -1)[token].item() for row, token in zip(made.logits, tokens, strict=True)]
+        logprobs = [
+            torch.log_softmax(row[0].float(), -1)[token].item() for row, token in zip(made.logits, tokens, strict=True)
+        ]
         answers.append(Answer(tokens, logprobs))
     return answers
