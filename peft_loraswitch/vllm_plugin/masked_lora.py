@@ -3,7 +3,6 @@ which every linear adds `B (A x)` of each token's LoRA."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch
 from .routing_tables import RoutingSite, RoutingTables
 
 
-@functools.cache
 def masked(wrapper_class: type) -> type:
     """A subclass of one of vLLM's wrapper classes that multiplies what A gives by the mask, before B."""
 

@@ -1,15 +1,16 @@
-"""What LoRA-Switch costs in vLLM, and whether bf16 with CUDA graphs gives what PEFT gives. Needs a GPU and vLLM; the first part PEFT, too.
+"""What LoRA-Switch costs in vLLM, and whether bf16 with CUDA graphs gives what PEFT gives. Needs a GPU, vLLM and PEFT.
 
     python -m recipes.benchmarks.serving equality --output equality.json     # a tiny model, about 2 minutes
     python -m recipes.benchmarks.serving speed --output speed.json           # Llama-3.1-8B's shape, about 7 minutes
 
-equality: logprobs that vLLM gives to PEFT's float32 tokens, for the base model, plain LoRA and LoRA-Switch adapters in one batch.
-What the base model's differ by is vLLM's own noise; an adapter whose logprobs differ by more than three times that fails, and
-one whose router is rolled has to.
+equality: logprobs that vLLM gives to PEFT's float32 tokens, for the base model, plain LoRA and LoRA-Switch adapters in one
+batch. What the base model's differ by is vLLM's own noise; an adapter whose logprobs differ by more than three times that
+fails, and one whose router is rolled has to.
 
-speed: time of one decode step at batch 1, 8, 32 and 128, random weights. Three engines, each in a process of its own: vLLM alone with
-max_lora_rank 16 and with E * r, and with the plugin. Base model, LoRA of rank 16, LoRA of rank E * r and LoRA-Switch (E experts of
-rank r, top-k) on all linears take turns. A step is (time of 160 tokens - time of 32) / 128; the smallest of `--rounds`.
+speed (without PEFT): time of one decode step at batch 1, 8, 32 and 128, random weights. Three engines, each in a process of its
+own: vLLM alone with max_lora_rank 16 and with E * r, and with the plugin. Base model, LoRA of rank 16, LoRA of rank E * r and
+LoRA-Switch (E experts of rank r, top-k) on all linears take turns. A step is (time of 160 tokens - time of 32) / 128; the
+smallest of `--rounds`.
 
 Both run vLLM in the process itself and call the plugin's `register` where vLLM would, so the package need not be installed.
 """
@@ -34,6 +35,7 @@ BATCHES = (1, 8, 32, 128)
 SHORT, LONG = 32, 160  # tokens
 PROMPT = 16  # tokens
 NOISE_FACTOR = 3.0
+TOOLS = ROOT / "tests" / "tools"
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
     "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256, "rms_norm_eps": 1e-5,
@@ -76,7 +78,8 @@ def versions() -> dict[str, str]:
 def in_a_process(*arguments: str) -> Any:
     """What another run of this file prints last, as JSON."""
     command = [sys.executable, "-m", "recipes.benchmarks.serving", *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    path = os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed with exit status {done.returncode}:\n{done.stdout[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -94,8 +97,7 @@ def equality(args: argparse.Namespace) -> dict[str, Any]:
 
 def reference(args: argparse.Namespace) -> dict[str, Any]:
     """Tiny model, adapters and PEFT's answers, by the tests' own tool."""
-    sys.path.insert(0, str(ROOT / "tests" / "tools"))
-    import served_files
+    import served_files  # of TOOLS
 
     files = served_files.make(args.folder, "llama")
     rolled = args.folder / "rolled"
