@@ -17,10 +17,10 @@ def masked(wrapper_class: type) -> type:
         loraswitch_tables: RoutingTables
 
         def add_expand(self, y: torch.Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
-            # x: a [tokens, max_rank] for each part of a packed linear, as a tuple or stacked
+            # x: [tokens, max_rank] for each part of a packed linear, stacked (on GPUs) or in a tuple
             mask = self.loraswitch_tables.mask
-            for part in x:
-                part.mul_(mask[: part.shape[0]])
+            for hidden in (x,) if isinstance(x, torch.Tensor) else x:
+                hidden.mul_(mask[: hidden.shape[-2]])
             return super().add_expand(y, x, *args, **kwargs)
 
     Masked.__name__ = Masked.__qualname__ = f"Masked{wrapper_class.__name__}"

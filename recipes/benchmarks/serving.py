@@ -119,7 +119,7 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
     answers = {**content["answers"], "rolled": content["answers"]["paper"]}
     routers = ["layers.1.self_attn.q_proj", "layers.0.mlp.gate_proj", "layers.1.mlp.down_proj"]
     llm = engine(
-        args.folder / "base", 64, len(answers), max_model_len=256, max_num_seqs=64, enforce_eager=args.eager,
+        args.folder / "base", 64, len(answers), max_model_len=256, max_num_seqs=64, max_logprobs=-1, enforce_eager=args.eager,
         gpu_memory_utilization=0.3, enable_prefix_caching=False, additional_config={"loraswitch": {"router_modules": routers}},
     )  # fmt: skip
     requests = {
@@ -128,8 +128,15 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
     }
     jobs = [(name, index) for index in range(len(content["prompts"])) for name in answers]
     loras = [requests[name] for name, _ in jobs]
-    forced = [{"prompt_token_ids": content["prompts"][index] + answers[name][index]["tokens"]} for name, index in jobs]
-    scored = llm.generate(forced, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), lora_request=loras)
+    forced = [(name, index, place) for name, index in jobs for place in range(len(answers[name][index]["tokens"]))]
+    scored = llm.generate(
+        [
+            {"prompt_token_ids": content["prompts"][index] + answers[name][index]["tokens"][:place]}
+            for name, index, place in forced
+        ],
+        SamplingParams(temperature=0, max_tokens=1, logprobs=-1),
+        lora_request=[requests[name] for name, _, _ in forced],
+    )
     free = llm.generate(
         [{"prompt_token_ids": content["prompts"][index]} for _, index in jobs],
         SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0),
@@ -138,10 +145,11 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
     differences: dict[str, list[float]] = {name: [] for name in answers}
     decoded: dict[str, list[float]] = {name: [] for name in answers}
     first: dict[str, int] = dict.fromkeys(answers, 0)
-    for (name, index), by_prefill, by_decode in zip(jobs, scored, free, strict=True):
-        wanted, start = answers[name][index], len(content["prompts"][index])
-        for offset, (token, logprob) in enumerate(zip(wanted["tokens"], wanted["logprobs"], strict=True)):
-            differences[name].append(abs(by_prefill.prompt_logprobs[start + offset][token].logprob - logprob))
+    for (name, index, place), by_prefill in zip(forced, scored, strict=True):
+        token, logprob = answers[name][index]["tokens"][place], answers[name][index]["logprobs"][place]
+        differences[name].append(abs(by_prefill.outputs[0].logprobs[0][token].logprob - logprob))
+    for (name, index), by_decode in zip(jobs, free, strict=True):
+        wanted = answers[name][index]
         output = by_decode.outputs[0]
         first[name] += output.token_ids[0] == wanted["tokens"][0]
         for token, row, given, logprob in zip(
