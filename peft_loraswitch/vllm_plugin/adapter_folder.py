@@ -78,6 +78,7 @@ class Adapter:
         router_is_named: the configuration says which linear routes; otherwise it is the adapted one that runs first.
         router_linear: the linear that the file keeps the router with; router: its weight, [choices, in].
         experts: by the name of the linear in the checkpoint of the backbone.
+        covers_all_blocks: what is adapted in one block of the backbone is adapted in each (behind the router).
     """
 
     folder: str
@@ -86,6 +87,7 @@ class Adapter:
     router_linear: str
     router: torch.Tensor
     experts: dict[str, Experts]
+    covers_all_blocks: bool
 
 
 def read_settings(folder: str) -> dict[str, Any] | None:
@@ -143,7 +145,15 @@ def read_adapter(folder: str, settings: Mapping[str, Any]) -> Adapter:
     }
     if experts[routers[0]].stacked != options.num_stacked:
         raise ValueError(f"{path}: '{routers[0]}' holds the router, but not all experts.")
-    return Adapter(folder, options, fields["router_module"] is not None, routers[0], router, experts)
+    targets = settings.get("target_modules")
+    covers_all_blocks = (
+        isinstance(targets, list)
+        and not any(re.search(r"\.\d+\.", str(target)) for target in targets)
+        and settings.get("layers_to_transform") is None
+        and not settings.get("exclude_modules")
+    )
+    named = fields["router_module"] is not None
+    return Adapter(folder, options, named, routers[0], router, experts, covers_all_blocks)
 
 
 def _check_fields(where: str, settings: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ written to the tables whenever that gets a slot.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..routing.options import RoutingOptions
 from . import internals
 from .adapter_folder import Adapter, read_adapter, read_settings
 from .masked_lora import RoutingWrapper, masked
-from .options import KEY, ServingOptions, advice
+from .options import KEY, ServingOptions
 from .routing_tables import RoutingSite, RoutingTables
 from .versions import unsupported
 from .wide_lora import wide_a, wide_b, with_unrouted
@@ -141,7 +142,8 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
         if options.num_choices > self.loraswitch_tables.max_choices:
             raise ValueError(
                 f"{folder}: the router chooses among {options.num_choices}; this server was started for at most "
-                f"{self.loraswitch_tables.max_choices}: start it with {advice(max_experts=options.num_choices)}"
+                f"{self.loraswitch_tables.max_choices}: start it with "
+                + self.loraswitch_options.advice(max_experts=options.num_choices)
             )
         packed = {linear: self.loraswitch_packed(folder, linear) for linear in adapter.experts}
         site = self._site_of(adapter, {name: parent for name, (parent, _) in packed.items()})
@@ -150,6 +152,7 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
         if router.shape[1] != in_features:
             raise ValueError(_another_backbone(folder, adapter.router_linear, "router", router.shape[1], in_features))
         starts = self.loraswitch_order.index(site)
+        self._check_all_blocks(adapter, self.loraswitch_order[starts + 1 :])
         tensors: dict[str, torch.Tensor] = {}
         widest = 1
         for linear, experts in adapter.experts.items():
@@ -197,9 +200,23 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
         if wanted not in self.loraswitch_sites:
             raise ValueError(
                 f"{adapter.folder}: routes at '{wanted}', where this server does not: start it with "
-                + advice(router_modules=[*self.loraswitch_options.router_modules, wanted])
+                + self.loraswitch_options.advice(router_module=wanted)
             )
         return wanted
+
+    def _check_all_blocks(self, adapter: Adapter, behind: list[str]) -> None:
+        """An adapter of all blocks must be one of all of this model's: `behind`, those behind the router."""
+        if not adapter.covers_all_blocks:
+            return
+        there = {internals.name_in_model(self, linear) for linear in adapter.experts}
+        kinds = {without_block(name) for name in there}
+        here = [part for name in behind for part in self.packed_modules.get(name, [name])]
+        for name in here:
+            if without_block(name) in kinds and name not in there:
+                raise ValueError(
+                    f"{adapter.folder}: has nothing for '{name}', but for others like it: the adapter was made for another "
+                    "backbone."
+                )
 
     def _check_sizes(
         self, folder: str, linear: str, a: torch.Tensor, b: torch.Tensor, parent: str, part: int | None
@@ -272,6 +289,11 @@ def in_order_of_execution(linears: dict[str, Any]) -> list[str]:
         return first_of_block[name.rpartition(".")[0]], row_parallel, names.index(name)
 
     return sorted(names, key=key)
+
+
+def without_block(name: str) -> str:
+    """The name of a linear, the same for all blocks."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def is_sharded(linear: Any) -> bool:

@@ -38,7 +38,11 @@ class ServingOptions:
             raise ValueError(f"--additional-config: {KEY}.max_experts={most!r} must be a whole number from 1 to 512.")
         return cls(tuple(names), most)
 
-
-def advice(**options: Any) -> str:
-    """The argument that sets these options."""
-    return "--additional-config '" + json.dumps({KEY: options}) + "'"
+    def advice(self, router_module: str | None = None, max_experts: int | None = None) -> str:
+        """The argument that a server with these options needs for one router module more, or for more experts."""
+        wanted: dict[str, Any] = {}
+        if self.router_modules or router_module:
+            wanted["router_modules"] = [*self.router_modules, *([router_module] if router_module else [])]
+        if max_experts or self.max_experts != ServingOptions.max_experts:
+            wanted["max_experts"] = max_experts or self.max_experts
+        return "--additional-config '" + json.dumps({KEY: wanted}) + "'"
