@@ -101,3 +101,11 @@ def test_wrong_options_are_named(given):
 def test_options():
     assert ServingOptions.read({}) == ServingOptions.read(None) == ServingOptions((), 32)
     assert ServingOptions.read({"loraswitch": {"router_modules": ["a"], "max_experts": 4}}) == ServingOptions(("a",), 4)
+
+
+def test_advice_keeps_what_is_set():
+    started_with = ServingOptions(("a.q_proj",), 40)
+    _, given = started_with.advice(router_module="b.q_proj").split(" ", 1)
+    read = ServingOptions.read(json.loads(given.strip("'")))
+    assert read == ServingOptions(("a.q_proj", "b.q_proj"), 40)
+    assert ServingOptions().advice(max_experts=33) == """--additional-config '{"loraswitch": {"max_experts": 33}}'"""
