@@ -24,7 +24,9 @@ print(report())
 
 def test_the_plugin_needs_no_peft():
     out = run_python(WITHOUT_PEFT)
-    assert out.startswith("0.1.0\nImportError peft_loraswitch.from_loras needs PEFT, which is not installed: pip install peft\n")
+    assert out.startswith(
+        "0.1.0\nImportError peft_loraswitch.from_loras needs PEFT, which is not installed: pip install peft\n"
+    )
     assert "ImportError peft_loraswitch.LoRASwitchConfig needs PEFT" in out
     assert "AttributeError module 'peft_loraswitch' has no attribute 'spelled_wrong'" in out
     assert "\nvllm: not installed\n" in out
