@@ -270,7 +270,8 @@ def write_model(folder: Path, layers: int) -> None:
 
 def linears(layers: int) -> dict[str, tuple[int, int]]:
     """in_features and out_features of every linear of a block."""
-    hidden, wide, kv = LLAMA_8B["hidden_size"], LLAMA_8B["intermediate_size"], 1024
+    hidden, wide = LLAMA_8B["hidden_size"], LLAMA_8B["intermediate_size"]
+    kv = hidden // LLAMA_8B["num_attention_heads"] * LLAMA_8B["num_key_value_heads"]
     sizes = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, kv), "self_attn.v_proj": (hidden, kv),
         "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (hidden, wide), "mlp.up_proj": (hidden, wide),

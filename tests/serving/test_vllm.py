@@ -191,7 +191,10 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ["--additional-config", "router_modules", "model.layers.2.self_attn.qkv_proj"],
     ),
     "a wider backbone": (made_new(hidden=128), ["another backbone"]),
-    "a shallower backbone": (made_new(layers=2, target_modules=["q_proj", "up_proj"]), ["layers.2", "another backbone"]),
+    "a shallower backbone": (
+        made_new(layers=2, target_modules=["q_proj", "up_proj"]),
+        ["layers.2", "another backbone"],
+    ),
     "a deeper backbone": (made_new(layers=4), ["layers.3", "another backbone"]),
 }
 
