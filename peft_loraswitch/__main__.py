@@ -1,4 +1,4 @@
-"""`python -m peft_loraswitch`: versions, GPU, driver, library, and why the kernels are or are not used.
+"""`python -m peft_loraswitch`: versions, GPU, driver, library, why the kernels are or are not used, whether vLLM serves.
 
 `python -m peft_loraswitch route ADAPTER --text "..."`: which expert each token of a text gets.
 """
@@ -9,11 +9,16 @@ import argparse
 import platform
 from ctypes import byref, c_int
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 
 from . import __version__, kernels
-from .reporting import route_command
+from .vllm_plugin import report as vllm_report
+
+HAS_PEFT = find_spec("peft") is not None  # vLLM's environment has none, and asks for versions all the same
+if HAS_PEFT:
+    from .reporting import route_command
 
 
 def _version(package: str) -> str:
@@ -54,6 +59,7 @@ def report() -> str:
         lines.append("library: not loaded")
     reason = kernels.why_not()
     lines.append("kernels: available" if reason is None else f"kernels: NOT available: {reason}")
+    lines.append(vllm_report.report())
     lines.append(f"{kernels.loader.SWITCH}=0 in the environment turns them off")
     return "\n".join(lines)
 
@@ -63,8 +69,9 @@ def main() -> int:
         "python -m peft_loraswitch", description="Without a command: versions and kernels."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    route = commands.add_parser("route", help="show which expert each token of a text gets")
-    route_command.add_arguments(route)
+    if HAS_PEFT:
+        route = commands.add_parser("route", help="show which expert each token of a text gets")
+        route_command.add_arguments(route)
     arguments = parser.parse_args()
     if arguments.command == "route":
         return route_command.run(arguments)

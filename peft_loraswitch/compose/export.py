@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from ..config import LoRASwitchConfig
 from ..layer import LoRASwitchLinear
 from ..loading.layout import backbone_of
-from ..loading.weights_file import check_finite, read_config_file
+from ..loading.tensor_file import check_finite
+from ..loading.weights_file import read_config_file
 from ..peft_names import PREFIX
 from ..saving.safe_save import replace_both
 from ..targets.selection import module_names

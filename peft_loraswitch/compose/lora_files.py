@@ -24,16 +24,8 @@ from torch import nn
 from ..config import LoRASwitchConfig
 from ..loading.layout import refuse, some
 from ..loading.load import renaming
-from ..loading.weights_file import (
-    FLOATS,
-    Header,
-    check_finite,
-    find_file,
-    find_weights_file,
-    read_config_file,
-    read_header,
-    read_tensors,
-)
+from ..loading.tensor_file import FLOATS, Header, check_finite, read_header, read_tensors
+from ..loading.weights_file import find_file, find_weights_file, read_config_file
 from ..patterns import TimeLimit, shown
 from ..peft_names import NAME, PREFIX
 from ..saving.safe_save import UNFINISHED

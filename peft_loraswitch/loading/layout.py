@@ -25,7 +25,7 @@ from ..config import LoRASwitchConfig
 from ..patterns import TimeLimit
 from ..peft_names import PREFIX
 from ..tensor_parallel import features_of
-from .weights_file import DTYPES, FLOATS, Header, TensorInfo
+from .tensor_file import DTYPES, FLOATS, Header, TensorInfo
 
 LIST_AT_MOST = 3
 OUR_KEY = re.compile(r"(?P<module>.+)\.loraswitch_(?P<part>A|B|router)\.weight")

@@ -5,7 +5,7 @@ behind `AutoModelForCausalLM.from_pretrained(adapter)`). Each changes the model 
 tensor whose name the model knows, tolerates missing and unknown ones, and has no hook to change that. So `watched_load` wraps
 the three, and whatever reads an adapter_config.json; loads of other PEFT methods pass through. Within a load of ours
 
-- the header of the weights file (`weights_file.py`) is compared with the configuration before experts are made, and with
+- the header of the weights file (`tensor_file.py`) is compared with the configuration before experts are made, and with
   the tensors that an adapter of this model may have (`layout.py`) before one is written;
 - what the loader knows no place for, although the file may hold it, is written afterwards;
 - after any error the model is put back as it was (`rollback.py`).
@@ -46,18 +46,8 @@ from .layout import (
     some,
 )
 from .rollback import Snapshot, all_or_nothing
-from .weights_file import (
-    HUB_ARGUMENTS,
-    Header,
-    TensorInfo,
-    check_finite,
-    find_file,
-    find_weights_file,
-    make_config,
-    read_config_file,
-    read_header,
-    read_tensors,
-)
+from .tensor_file import Header, TensorInfo, check_finite, read_header, read_tensors
+from .weights_file import HUB_ARGUMENTS, find_file, find_weights_file, make_config, read_config_file
 
 logger = logging.getLogger(__name__)
 

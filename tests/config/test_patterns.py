@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from helpers import adapted, switch_config, switch_layers, tiny_llama
 from peft_loraswitch import LoRASwitchConfig, patterns
 from peft_loraswitch.loading.layout import check_experts
-from peft_loraswitch.loading.weights_file import read_header
+from peft_loraswitch.loading.tensor_file import read_header
 from peft_loraswitch.patterns import TimeLimit
 from peft_loraswitch.targets.selection import selects
 from unchanged import unchanged

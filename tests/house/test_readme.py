@@ -34,7 +34,7 @@ def test_the_code_in_the_documents_runs(tmp_path, monkeypatch):
         exec(compile(code, "documents", "exec"), names)
 
     train, *others = blocks("README.md")
-    assert train.count('"Qwen/Qwen3-0.6B"') == 1 and len(others) == 5
+    assert train.count('"Qwen/Qwen3-0.6B"') == 1 and len(others) == 6
     others = [code for code in others if "from_loras" not in code]  # run by tests/compose/test_readme.py
     run(train.replace("Qwen/Qwen3-0.6B", "base"))
     for code in others:

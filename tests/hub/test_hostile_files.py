@@ -32,7 +32,7 @@ from loaders import (
     through_loaders,
 )
 from peft_loraswitch import LoRASwitchConfig
-from peft_loraswitch.loading import weights_file
+from peft_loraswitch.loading import tensor_file
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
@@ -157,7 +157,7 @@ HUGE = {
     "experts of other widths": (huge_experts_of_other_widths, "wrong shape.*another backbone|num_experts=256, but"),
     "one layer of many": (one_huge_layer, "missing: |num_experts=256, but"),
     "a header that claims to be": (with_header(b"{}", size=2**62), "truncated or not"),
-    "a header": (with_header(b" " * (weights_file.MAX_HEADER_BYTES + 1)), "has a header of"),
+    "a header": (with_header(b" " * (tensor_file.MAX_HEADER_BYTES + 1)), "has a header of"),
     "a nested header": (with_header(b"[" * 100_000), "truncated or not"),
     "nested metadata": (
         with_header(b'{"__metadata__": ' + b'{"a": ' * 100_000 + b"1" + b"}" * 100_001),
@@ -284,7 +284,7 @@ BAD_CONFIGS = {
     "device": (instead(lambda path: path.symlink_to("/dev/zero"), CONFIG), "adapter|Unrecognized|config"),
     "link to itself": (instead(lambda path: path.symlink_to(path), CONFIG), "adapter|Unrecognized|config"),
     "too large": (
-        lambda folder: os.truncate(folder / CONFIG, weights_file.MAX_CONFIG_BYTES + 1),
+        lambda folder: os.truncate(folder / CONFIG, tensor_file.MAX_CONFIG_BYTES + 1),
         f"{CONFIG} has .* bytes",
     ),
     "huge": (lambda folder: os.truncate(folder / CONFIG, 400 * 2**20), f"{CONFIG} has .* bytes"),

@@ -1,0 +1,162 @@
+"""Everything of vLLM that the plugin touches, in this one file, and whether it is as it must be.
+
+vLLM has no interface for adapters of other kinds. All names here are private and may change with any release; so the supported
+versions are a closed range, each end of which is tested, and within it every name is looked up, with the arguments that it
+must take, before anything is replaced.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.lora import model_manager, utils, worker_manager
+from vllm.lora.layers import base_linear, row_parallel_linear
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper import punica_base
+from vllm.v1.worker import lora_model_runner_mixin
+
+from .versions import unsupported
+
+# What is called or replaced, and the arguments that it must take.
+FUNCTIONS: list[tuple[Any, str, tuple[str, ...]]] = [
+    (lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", ("vllm_config", "device", "embedding_modules")),
+    (worker_manager.LRUCacheWorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
+    (worker_manager.LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
+    (model_manager.LRUCacheLoRAModelManager, "__init__", ("self", "model", "max_num_batched_tokens", "vllm_config")),
+    (model_manager.LRUCacheLoRAModelManager, "_init_punica_wrapper", ("self", "max_num_batched_tokens", "vllm_config")),
+    (model_manager.LRUCacheLoRAModelManager, "_create_lora_modules", ("self",)),
+    (model_manager.LRUCacheLoRAModelManager, "activate_adapter", ("self", "lora_id")),
+    (punica_base.PunicaWrapperBase, "add_shrink", ("self", "y", "x", "lora_a_stacked", "scale")),
+    (punica_base.PunicaWrapperBase, "add_expand", ("self", "y", "x", "lora_b_stacked", "output_slices")),
+    (punica_base.PunicaWrapperBase, "add_lora_linear", ("self", "y", "x", "lora_a_stacked", "lora_b_stacked")),
+    (base_linear.BaseLinearLayerWithLoRA, "set_mapping", ("self", "punica_wrapper")),
+    (utils, "parse_fine_tuned_lora_name", ("name", "weights_mapper")),
+    (utils, "get_adapter_absolute_path", ("lora_path",)),
+    (PEFTHelper, "from_dict", ("config_dict",)),
+    (
+        LoRAModel,
+        "from_lora_tensors",
+        ("lora_model_id", "tensors", "peft_helper", "device", "dtype", "model_vocab_size", "weights_mapper"),
+    ),
+]
+# Of CPUs, and of CUDA and ROCm; those of other devices compute elsewhere than in the functions above.
+PUNICA_WRAPPERS = ("PunicaWrapperCPU", "PunicaWrapperGPU")
+# What objects have once they are made.
+MANAGER_ATTRIBUTES = (
+    "model", "modules", "packed_modules", "punica_wrapper_mapping", "lora_index_to_id", "lora_config", "device", "supports_mm",
+    "_registered_adapters", "lora_slots",
+)  # fmt: skip
+WORKER_ATTRIBUTES = ("_adapter_manager", "_lora_model_cls", "_manager_cls", "lora_config", "vocab_size")
+WRAPPER_ATTRIBUTES = ("_token_lora_indices",)
+RENAMING = ("get_rename_mapper", "get_unstacked_mapper")  # of a model's WeightsMapper, newest name first
+LINEAR_ATTRIBUTES = ("base_layer", "lora_a_stacked", "lora_b_stacked", "punica_wrapper", "tp_rank", "tp_size")
+
+BaseLinear = base_linear.BaseLinearLayerWithLoRA
+RowParallelLinear = row_parallel_linear.RowParallelLinearWithLoRA
+ModelManager = model_manager.LRUCacheLoRAModelManager
+WorkerManager = worker_manager.LRUCacheWorkerLoRAManager
+parse_name = utils.parse_fine_tuned_lora_name
+adapter_folder_of = utils.get_adapter_absolute_path
+
+
+def check() -> None:
+    """Raise an UnsupportedVLLM unless all functions are there and take what they must."""
+    problems = [problem for owner, name, wanted in FUNCTIONS if (problem := _problem(owner, name, wanted))]
+    if problems:
+        raise unsupported("; ".join(problems))
+
+
+def _problem(owner: Any, name: str, wanted: Iterable[str]) -> str | None:
+    where = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__qualname__', owner.__name__)}.{name}".lstrip(".")
+    function: Callable[..., Any] | None = getattr(owner, name, None)
+    if function is None:
+        return f"{where} is not there"
+    missing = [argument for argument in wanted if argument not in inspect.signature(function).parameters]
+    return f"{where} does not take {', '.join(missing)}" if missing else None
+
+
+def require(thing: Any, attributes: Iterable[str]) -> None:
+    """Raise an UnsupportedVLLM unless `thing`, an object of vLLM, has `attributes`."""
+    missing = [name for name in attributes if not hasattr(thing, name)]
+    if missing:
+        raise unsupported(f"{type(thing).__name__} has no {', '.join(missing)}")
+
+
+def replace_worker_manager(manager: type) -> None:
+    """Have vLLM's workers make `manager` in place of their own."""
+    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = manager
+
+
+def full_input(linear: Any) -> int:
+    """in_features of a linear, whatever part of it this process has."""
+    return int(linear.base_layer.input_size)
+
+
+def full_output(linear: Any, part: int | None) -> int | None:
+    """out_features of a linear, or of one of the checkpoint's linears that it packs; None if that cannot be told."""
+    base = linear.base_layer
+    if hasattr(
+        base, "total_num_kv_heads"
+    ):  # one size for each of q, k, v; those that the base lists count copies of k and v
+        value_size = getattr(base, "v_head_size", base.head_size)
+        sizes = [
+            base.total_num_heads * base.head_size,
+            base.total_num_kv_heads * base.head_size,
+            base.total_num_kv_heads * value_size,
+        ]
+    elif hasattr(base, "output_sizes"):
+        sizes = list(base.output_sizes)
+    else:
+        sizes = [base.output_size]
+    if part is None:
+        return int(sum(sizes))
+    return int(sizes[part]) if part < len(sizes) else None
+
+
+def language_wrapper(manager: Any) -> Any:
+    """The object through which the linears of the language model (not of an image encoder) compute their LoRAs."""
+    key = manager.mm_mapping.language_model[0] if manager.supports_mm else model_manager.DEFAULT_LANGUAGE_WRAPPER_KEY
+    return manager.punica_wrapper_mapping[key]
+
+
+def _renaming(model: Any) -> Any:
+    """What renames linears of the checkpoint, without what packs them; None if nothing does."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    for without_packing in RENAMING:
+        if hasattr(mapper, without_packing):
+            return getattr(mapper, without_packing)()
+    if getattr(mapper, "orig_to_new_stacked", None):
+        raise unsupported(f"{type(mapper).__name__} has none of {', '.join(RENAMING)}")
+    return mapper
+
+
+def name_in_model(manager: Any, linear: str) -> str:
+    """What vLLM calls a linear of the checkpoint (without what it may be packed in)."""
+    name, _ = parse_name(f"base_model.model.{linear}.lora_A.weight", _renaming(manager.model))
+    return str(name)
+
+
+def make_lora(worker: Any, lora_id: int, tensors: dict[str, Any], rank: int) -> Any:
+    """The LoRA with these tensors, named as PEFT names them, of scale 1; on the CPU."""
+    manager = worker._adapter_manager
+    helper = PEFTHelper.from_dict({"r": rank, "lora_alpha": rank, "target_modules": []})
+    return worker._lora_model_cls.from_lora_tensors(
+        lora_model_id=lora_id,
+        tensors=tensors,
+        peft_helper=helper,
+        device="cpu",
+        dtype=worker.lora_config.lora_dtype,
+        model_vocab_size=worker.vocab_size,
+        weights_mapper=_renaming(manager.model),
+    )
+
+
+def sum_over_ranks(logits: torch.Tensor) -> torch.Tensor:
+    """The sum over all tensor-parallel processes, in the same order and so with the same bits in each."""
+    gathered = tensor_model_parallel_all_gather(logits, dim=-1)
+    return gathered.view(*logits.shape[:-1], -1, logits.shape[-1]).sum(dim=-2)

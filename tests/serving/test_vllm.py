@@ -1,0 +1,324 @@
+"""LoRA-Switch adapters in a vLLM server: a real process, a real client, PEFT's own answers to compare with.
+
+`.ci/vllm` makes vLLM's environment and runs these; `pytest -m vllm` where it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import served_files
+import vllm_server
+from peft_loraswitch import LoRASwitchConfig
+from served_files import BASE, CHAT, TOKENS, ServedFiles
+from vllm_server import Server
+
+pytestmark = pytest.mark.vllm
+TOLERANCE = 1e-4  # of a logprob in float32; 7e-6 was seen
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_is_there() -> None:
+    assert vllm_server.PYTHON.exists(), (
+        f"{vllm_server.PYTHON} is not there: .ci/vllm makes it (or set LORASWITCH_VLLM_PYTHON)"
+    )
+
+
+@pytest.fixture(scope="module")
+def llama_files(tmp_path_factory) -> ServedFiles:
+    return served_files.make(tmp_path_factory.mktemp("served") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def llama(llama_files) -> Iterator[Server]:
+    arguments = served_files.arguments(llama_files, "llama")
+    with vllm_server.serving(llama_files.folder / BASE, llama_files.folder / "log", *arguments) as server:
+        yield server
+
+
+def jobs_for(files: ServedFiles, **settings: Any) -> list[dict[str, Any]]:
+    """A job for each prompt and adapter, neighbours of different adapters."""
+    return [
+        {"model": name, "prompt": prompt, "max_tokens": len(answers[index].tokens), "answer": index, **settings}
+        for index, prompt in enumerate(files.prompts)
+        for name, answers in files.answers.items()
+        if index < len(answers)
+    ]
+
+
+def compare(files: ServedFiles, jobs: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
+    """Tokens equal to PEFT's, logprobs close."""
+    assert len(jobs) == len(answers)
+    for job, answer in zip(jobs, answers, strict=True):
+        wanted = files.answers[job["model"]][job["answer"]]
+        assert "error" not in answer, (job["model"], answer)
+        for tokens, logprobs in zip(answer["tokens"], answer["logprobs"], strict=True):
+            assert tokens == wanted.tokens[: job["max_tokens"]], job
+            assert logprobs == pytest.approx(wanted.logprobs[: job["max_tokens"]], abs=TOLERANCE), job
+
+
+def differing(files: ServedFiles) -> None:
+    """No two adapters give the same answers, so that one cannot pass for another."""
+    texts = {name: str([answer.tokens for answer in answers]) for name, answers in files.answers.items()}
+    assert len(set(texts.values())) == len(texts)
+
+
+# ------------------------------------------------------------------------------------------------- the same as PEFT
+
+
+def test_all_adapters_in_one_batch(llama, llama_files):
+    differing(llama_files)
+    jobs = jobs_for(llama_files)
+    compare(llama_files, jobs, llama.ask(jobs, clients=len(jobs)))
+
+
+def test_stream_and_chat_and_several_answers(llama, llama_files):
+    jobs = jobs_for(llama_files, kind="stream")
+    chat = len(llama_files.prompts) - 1
+    jobs += [
+        {"model": name, "kind": "chat", "messages": CHAT, "max_tokens": TOKENS, "answer": chat}
+        for name in llama_files.answers
+    ]
+    compare(llama_files, jobs, llama.ask(jobs))
+    one_choice = {"temperature": 1, "extra": {"top_k": 1}}  # n > 1 does not go with temperature 0
+    several = jobs_for(llama_files, n=2, **one_choice)[: len(llama_files.answers)]
+    for job, answer in zip(several, llama.ask(several), strict=True):
+        assert answer["tokens"] == [llama_files.answers[job["model"]][job["answer"]].tokens] * 2, job["model"]
+
+
+def test_prefix_cache_is_used_and_not_shared_by_adapters(llama, llama_files):
+    longest = max(range(len(llama_files.prompts)), key=lambda index: len(llama_files.prompts[index]))
+    assert len(llama_files.prompts[longest]) > served_files.BLOCK
+    jobs = [job for job in jobs_for(llama_files) if job["answer"] == longest]
+    for _ in range(2):
+        before = llama.metric("vllm:prefix_cache_hits_total")
+        compare(llama_files, jobs, llama.ask(jobs))
+    assert llama.metric("vllm:prefix_cache_hits_total") - before >= served_files.BLOCK * len(jobs)
+
+
+def test_a_router_that_is_rolled_gives_other_tokens(llama, llama_files, tmp_path):
+    """The negative control: the comparison notices wrong routing."""
+    folder = tmp_path / "rolled"
+    shutil.copytree(llama_files.folder / "paper", folder)
+    tensors = load_file(folder / WEIGHTS)
+    (router,) = [name for name in tensors if "router" in name]
+    save_file({**tensors, router: tensors[router].roll(1, 0).contiguous()}, folder / WEIGHTS)
+    assert llama.load("rolled", folder)[0] == 200
+    jobs = [{**job, "model": "rolled"} for job in jobs_for(llama_files) if job["model"] == "paper"]
+    wanted = [answer.tokens for answer in llama_files.answers["paper"]]
+    assert not any(answer["tokens"][0] == tokens for answer, tokens in zip(llama.ask(jobs), wanted, strict=True))
+    assert llama.unload("rolled")[0] == 200
+
+
+# ---------------------------------------------------------------------------------------------------------- refused
+
+
+def edited(settings: dict[str, Any]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / CONFIG
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+    return change
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def without_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def with_tensors(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+    return apply
+
+
+def made_new(layers: int = 3, hidden: int = 64, **settings: Any) -> Callable[[Path], None]:
+    """Another adapter in its place, perhaps on another backbone."""
+
+    def make(folder: Path) -> None:
+        config = served_files.backbone_config("llama", 258)
+        config.num_hidden_layers, config.hidden_size = layers, hidden
+        model = AutoModelForCausalLM.from_config(config)
+        common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_weights": False}
+        get_peft_model(model, LoRASwitchConfig(**{**common, **settings})).save_pretrained(folder)
+
+    return make
+
+
+DEFECTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "biases": (edited({"bias": "all"}), ["bias='all'"]),
+    "modules in full": (edited({"modules_to_save": ["lm_head"]}), ["modules_to_save"]),
+    "token embeddings": (edited({"trainable_token_indices": [1, 2]}), ["trainable_token_indices"]),
+    "a router with state": (edited({"router_decay": 0.9}), ["router_decay=0.9"]),
+    "a field of a newer version": (edited({"router_depth": 2}), ["router_depth", "newer version"]),
+    "other settings": (edited({"num_experts": 7}), ["num_experts=7", "do not belong"]),
+    "other ranks": (edited({"r": 2}), ["rank 4", "do not belong"]),
+    "a pattern that never ends": (edited({"alpha_pattern": {"(a|aa)+$": 0}}), ["alpha_pattern"]),
+    "no JSON": (lambda folder: (folder / CONFIG).write_text("{"), ["Expecting property name"]),
+    "truncated": (truncated, ["truncated"]),
+    "no weights": (without_weights, [WEIGHTS]),
+    "a foreign tensor": (
+        with_tensors(lambda t: {**t, "base_model.model.lm_head.weight": t.popitem()[1].clone()}),
+        ["lm_head"],
+    ),
+    "half of the experts": (
+        with_tensors(lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up_proj.loraswitch_B" not in k}),
+        ["layers.1.mlp.up_proj"],
+    ),
+    "NaN": (with_tensors(lambda t: {k: v * float("nan") for k, v in t.items()}), ["NaN"]),
+    "too wide": (made_new(r=16, num_experts=8), ["LoRA of rank 128", "--max-lora-rank 128"]),
+    "wider than vLLM takes": (made_new(r=128, num_experts=8), ["1024", "at most 512"]),
+    "too many experts": (made_new(r=1, num_experts=40), ["--additional-config", '"max_experts": 40']),
+    "an undeclared router": (
+        made_new(router_module="layers.2.self_attn.v_proj", num_shared_experts=1),
+        ["--additional-config", "router_modules", "model.layers.2.self_attn.qkv_proj"],
+    ),
+    "a wider backbone": (made_new(hidden=128), ["another backbone"]),
+    "a shallower backbone": (
+        made_new(layers=2, target_modules=["q_proj", "up_proj"]),
+        ["layers.2", "another backbone"],
+    ),
+    "a deeper backbone": (made_new(layers=4), ["layers.3", "another backbone"]),
+}
+
+
+def test_what_cannot_be_served_is_refused_by_name(llama, llama_files, tmp_path):
+    for name, (damage, wanted) in DEFECTS.items():
+        folder = tmp_path / name.replace(" ", "_")
+        shutil.copytree(llama_files.folder / "paper", folder)
+        damage(folder)
+        status, text = llama.load("bad", folder)
+        assert status >= 400, name
+        assert [part for part in wanted if part not in json.loads(text)["error"]["message"]] == [], (name, text)
+        assert llama.post("/v1/completions", {"model": "bad", "prompt": "x"})[0] == 404
+    assert llama.alive()
+    jobs = jobs_for(llama_files)[: len(llama_files.answers)]
+    compare(llama_files, jobs, llama.ask(jobs))
+
+
+def test_an_unload_lets_running_requests_end(llama, llama_files):
+    assert llama.load("again", llama_files.folder / "deep")[0] == 200
+    jobs = [{**job, "model": "again", "max_tokens": TOKENS} for job in jobs_for(llama_files) if job["model"] == "deep"]
+    asked = subprocess.Popen(
+        [str(vllm_server.PYTHON), str(vllm_server.CLIENT), llama.url, "8"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=vllm_server.environment(),
+    )  # fmt: skip
+    assert asked.stdin is not None and asked.stdout is not None
+    asked.stdin.write(json.dumps(jobs * 4))
+    asked.stdin.close()
+    while llama.metric("vllm:num_requests_running") == 0 and asked.poll() is None:
+        time.sleep(0.01)
+    assert llama.unload("again")[0] == 200
+    answers = json.loads(asked.stdout.read())
+    asked.wait()
+    for job, answer in zip(jobs * 4, answers, strict=True):  # those that came after the unload are told so
+        wanted = llama_files.answers["deep"][job["answer"]].tokens
+        assert answer.get("status") == 404 or answer["tokens"][0] == wanted, answer
+    assert any("tokens" in answer for answer in answers)
+    assert llama.alive()
+
+
+# --------------------------------------------------------------------------------------------- other families and modes
+
+
+def test_two_slots_twenty_adapters(tmp_path):
+    """Least recently used adapters leave; memory stays level. Prompts in chunks of 64 tokens."""
+    files = served_files.make(tmp_path / "qwen3", "qwen3", seeds=20)
+    differing(files)
+    names = [name for name in files.answers if name.startswith("seed_")]
+    arguments = served_files.arguments(files, "qwen3")
+    arguments[arguments.index("--max-loras") + 1] = "2"
+    arguments += ["--max-cpu-loras", "5", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
+    with vllm_server.serving(files.folder / BASE, files.folder / "log", *arguments) as server:
+        jobs = jobs_for(files)
+        compare(files, jobs, server.ask(jobs, clients=32))
+        levels = []
+        for turn in range(5):  # 500 requests
+            jobs = [
+                {
+                    "model": names[(7 * index + turn) % 20],
+                    "prompt": files.prompts[index % 2],
+                    "max_tokens": 2,
+                    "answer": index % 2,
+                }
+                for index in range(100)
+            ]
+            compare(files, jobs, server.ask(jobs, clients=8))
+            levels.append(server.memory() / 2**20)
+        assert levels[-1] - levels[1] < 16, f"MiB after each hundred requests: {levels}"
+
+
+def test_tensor_parallel_and_packed_projections(tmp_path):
+    files = served_files.make(tmp_path / "phi3", "phi3")
+    differing(files)
+    arguments = [*served_files.arguments(files, "phi3"), "--tensor-parallel-size", "2"]
+    with vllm_server.serving(files.folder / BASE, files.folder / "log", *arguments) as server:
+        jobs = jobs_for(files)
+        compare(files, jobs, server.ask(jobs, clients=len(jobs)))
+
+
+# ------------------------------------------------------------------------------------------------ never silently wrong
+
+
+STATES = """
+import vllm
+import vllm.plugins
+from peft_loraswitch.__main__ import report
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager as Manager
+from vllm.lora.peft_helper import PEFTHelper
+
+def start():
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+
+def tell(what, function):
+    try:
+        print(what, "->", function())
+    except Exception as error:
+        print(what, "->", type(error).__name__, error)
+
+tell("supported", start)
+tell("report", lambda: report().replace(chr(10), " "))
+tell("without the plugin", lambda: LoRAModel.from_local_checkpoint(
+    {folder!r}, {{"q_proj"}}, PEFTHelper.from_local_dir({folder!r}, 512), device="cpu"))
+own = Manager.activate_adapter
+Manager.activate_adapter = lambda self, other: None
+tell("a changed name", start)
+Manager.activate_adapter = own
+vllm.__version__ = "99.0.0"
+tell("another version", start)
+tell("report of it", lambda: report().replace(chr(10), " "))
+"""
+
+
+def test_another_version_or_a_changed_name_stops_vllm(llama_files):
+    command = [str(vllm_server.PYTHON), "-c", STATES.format(folder=str(llama_files.folder / "paper"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=vllm_server.environment())
+    said = dict(line.split(" -> ", 1) for line in done.stdout.splitlines() if " -> " in line)
+    assert said["supported"] == "None", done.stderr
+    assert "LoRA-Switch adapters are served" in said["report"]
+    assert "is unsupported LoRA weight" in said["without the plugin"]  # not served as something else
+    assert (
+        said["a changed name"].startswith("UnsupportedVLLM")
+        and "activate_adapter does not take lora_id" in said["a changed name"]
+    )
+    assert said["another version"].startswith("UnsupportedVLLM vLLM 99.0.0 cannot serve LoRA-Switch adapters")
+    assert "LoRA-Switch adapters are NOT served: vLLM 99.0.0" in said["report of it"]
