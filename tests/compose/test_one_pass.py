@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from helpers import switch_layers, tiny_llama, tokens
 from peft_loraswitch import ExpertCollator, ExpertLoss, LoRASwitchConfig, use_experts
 from trainer_tools import InOrder, OrderedTrainer, arguments, collate, tokenizer
+
+Dataset = pytest.importorskip("datasets").Dataset
 
 NAMES = ["maths", "code", "law"]
 STEPS, EACH = 6, 2  # samples of an expert in a batch

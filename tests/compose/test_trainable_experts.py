@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from helpers import adapted, randomize_adapter, switch_layers, tiny_llama, tokens
 from peft_loraswitch import ExpertCollator, ExpertLoss, LoRASwitchConfig, add_expert, remove_expert, use_experts
 from trainer_tools import OrderedTrainer, arguments, collate, samples
+
+Dataset = pytest.importorskip("datasets").Dataset
 
 NAMES = ["maths", "code"]
 FIELDS: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear"}

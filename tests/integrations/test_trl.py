@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 
@@ -25,6 +24,7 @@ from trainer_tools import (
 )
 
 trl = pytest.importorskip("trl", reason="TRL is an optional dependency")
+Dataset = pytest.importorskip("datasets").Dataset
 
 COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
 OFF = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}

@@ -550,7 +550,7 @@ def test_triton_equals_pytorch(tokens, ranks, masked, dtype, monkeypatch):
     exact = (hidden.double(), gates.double(), chosen)
     expected = [gate_hidden.gate(*exact, call[0]), *gate_hidden.gate_backward(d_gated.double(), *exact, *call)]
     for y, z in zip(actual, expected, strict=True):
-        assert relative(y, z) < 2 * torch.finfo(dtype).eps
+        assert relative(y, z) < 4 * torch.finfo(dtype).eps  # the gates' gradient is a sum over the rank
 
 
 @needs_gpu
