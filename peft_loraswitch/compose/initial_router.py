@@ -29,10 +29,11 @@ from ..router_inputs import (
     tokenized,
 )
 from .experts import BASE, adapted_linears, choice_name, config_of, index_of
-from .linear_classifiers import Moments, discriminant_rows, regression_rows
+from .linear_classifiers import Moments, discriminant_rows, logistic_rows, regression_rows
 
-METHODS = ("discriminant", "centroid")
+METHODS = ("discriminant", "centroid", "logistic")
 RIDGE = 0.1  # share of a covariance that becomes a multiple of the identity
+LOGISTIC_RIDGE = 1e-3  # weight of the logits' variance within the experts' texts
 
 
 def router_from_texts(
@@ -54,6 +55,9 @@ def router_from_texts(
       tokens of one expert differ among themselves.
     - "centroid": the expert with the nearest mean wins, all features counting alike. LORAUTER (arXiv 2601.21795) does
       something like it for whole prompts, in a text encoder; PHATGOOSE (arXiv 2402.05859) trains a gate for each expert instead.
+    - "logistic": logistic regression on every token's input (with `router_decay`, averaged as logits are): the router trained
+      on labels, which are the keys of `texts`. For many texts, some hundred of each expert; keeps all inputs in memory, 4 bytes
+      a token and feature.
 
     The rows are relative to the mean of all experts' means, whose logit is 0. A router has no offset, which both methods want;
     the best linear approximation of a constant takes its place. Logits are log-odds, were the inputs normally distributed, and
@@ -71,7 +75,7 @@ def router_from_texts(
             texts that are no expert's; without those, the base expert's logit is 0, so that it is chosen where no expert's
             mean is nearer than the mean of all.
         adapter_name: which adapter; may be left out if there is only one.
-        method: "discriminant" or "centroid".
+        method: "discriminant", "centroid" or "logistic".
         temperature: logits are divided by it. Above 1, the gates of the `top_k` chosen are more even.
         batch_size: texts that are read at a time.
         max_length: tokens of a text that are read; the rest is left out.
@@ -115,6 +119,8 @@ def router_from_texts(
     if decay:  # averages vary less than tokens, so that the same logit says more
         averages = torch.stack(averaged_within).mean(0)
         rows = rows * (((rows @ within) * rows).sum() / ((rows @ averages) * rows).sum())
+    if method == "logistic":
+        rows = _logistic(backbone, adapter, sequences, batch_size, decay, rows, averages if decay else within)
     _write(router, dict(zip(moments, rows / temperature, strict=True)))
     return {choice_name(config, index): moment.count for index, moment in moments.items()}
 
@@ -266,6 +272,20 @@ def _moments(
         found = [Moments.of(each[real]) for each in ([x, averaged(x, decay)] if decay else [x])]
         totals = [old + new for old, new in zip(totals, found, strict=True)] if totals else found
     return totals[0], totals[-1]
+
+
+def _logistic(
+    backbone: nn.Module, adapter: str, sequences: dict[int, list[list[int]]], batch_size: int, decay: float,
+    start: Tensor, within: Tensor,
+) -> Tensor:  # fmt: skip
+    inputs, classes = [], []
+    for place, found in enumerate(sequences.values()):
+        for batch in read(backbone, adapter, sorted(found, key=len), batch_size, progress="router on labels"):
+            x = averaged(batch.x.detach().float(), decay)[batch.real.to(batch.x.device)]
+            inputs.append(x)
+            classes.append(torch.full((len(x),), place, device=x.device))
+    x = torch.cat(inputs)
+    return logistic_rows(start.to(x.device), x, torch.cat(classes), within, LOGISTIC_RIDGE)
 
 
 # ------------------------------------------------------------------------------------------------------------ weights

@@ -70,6 +70,35 @@ def discriminant_rows(means: Tensor, within: Tensor, ridge: float) -> Tensor:
     return rows + torch.outer(offsets, _solve(second, centre[:, None])[:, 0])
 
 
+def logistic_rows(start: Tensor, inputs: Tensor, classes: Tensor, within: Tensor, ridge: float) -> Tensor:
+    """Rows [C, d], float32, that tell the classes of these very inputs apart best: multinomial logistic regression by L-BFGS.
+
+    Minimised is the cross-entropy, each class counting alike however many inputs it has, plus `ridge / 2` times the variance of
+    the rows' logits within the classes, summed, which keeps few inputs from being learned by heart.
+
+    Args:
+        start: [C, d], where to begin.
+        inputs: float32 [n, d]; classes: int64 [n].
+        within: [d, d], the covariance of inputs within the classes.
+    """
+    rows = start.float().clone().requires_grad_()
+    within = within.to(rows.device, torch.float32)
+    counts = torch.bincount(classes, minlength=len(start)).clamp(min=1)
+    shares = (1.0 / (len(start) * counts.float()))[classes]
+    optimizer = torch.optim.LBFGS([rows], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        entropy = torch.nn.functional.cross_entropy(inputs @ rows.T, classes, reduction="none")
+        value = (entropy * shares).sum() + ridge / 2 * ((rows @ within) * rows).sum()
+        value.backward()
+        return value
+
+    with torch.inference_mode(False), torch.enable_grad():
+        optimizer.step(loss)
+    return rows.detach()
+
+
 def regression_rows(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
     """Rows [E, d] whose logits follow the values t as well as linear functions can, and how well: squared correlations [E].
 

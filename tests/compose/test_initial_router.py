@@ -13,6 +13,7 @@ from torch import nn
 from helpers import adapted, router_layer, switch_layers, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5, tokens
 from loras import save_lora
 from peft_loraswitch import from_loras, router_from_texts, router_from_weights
+from peft_loraswitch.compose.initial_router import LOGISTIC_RIDGE
 from peft_loraswitch.router_inputs import averaged, read
 from trainer_tools import sentence, tokenizer
 from unchanged import unchanged
@@ -86,7 +87,7 @@ def test_rows_are_those_of_the_definition(method, ridge, settings):
     assert list(counts) == NAMES
 
 
-@pytest.mark.parametrize("method, least", [("discriminant", 0.6), ("centroid", 0.5)])
+@pytest.mark.parametrize("method, least", [("discriminant", 0.6), ("centroid", 0.5), ("logistic", 0.6)])
 def test_text_finds_its_expert(method, least):
     """Token by token more often than by chance, 1/3, and all of a text together always."""
     words = [range(3 + 20 * i, 23 + 20 * i) for i in range(3)]
@@ -100,6 +101,32 @@ def test_text_finds_its_expert(method, least):
         assert recorded.summary()["load"][index] > least
         (x,) = inputs_of(model, [text])
         assert (x @ router(model).detach().double().numpy().T).mean(0).argmax() == index
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_logistic_regression_is_at_its_optimum(decay):
+    """The gradient of the penalised cross-entropy, in float64 and written out, is nothing there; and it is no start's."""
+    model = made(router_decay=decay)
+    groups = [inputs_of(model, TEXTS[name]) for name in NAMES]
+    if decay:
+        groups = [[averaged(torch.from_numpy(x)[None], decay)[0].numpy() for x in group] for group in groups]
+    classes = [np.concatenate(group) for group in groups]
+    within = np.mean([np.cov(each.T, bias=True) for each in classes], 0)
+
+    def gradient(rows: np.ndarray) -> np.ndarray:
+        total = LOGISTIC_RIDGE * rows @ within
+        for place, each in enumerate(classes):
+            logits = each @ rows.T
+            chances = np.exp(logits - logits.max(1, keepdims=True))
+            chances /= chances.sum(1, keepdims=True)
+            chances[:, place] -= 1
+            total += chances.T @ each / len(each) / len(classes)
+        return np.abs(total).max()
+
+    router_from_texts(model, TOKENIZER, TEXTS)
+    before = gradient(router(model).detach().double().numpy())
+    router_from_texts(model, TOKENIZER, TEXTS, method="logistic")
+    assert gradient(router(model).detach().double().numpy()) < min(1e-3, before / 20)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
