@@ -1,6 +1,6 @@
 r"""What an adapter costs a training step on a GPU: Llama-3.1-8B's shape, all seven linears, random weights.
 
-    python -m recipes.benchmarks.train_gpu                                  # every row; into recipes/results/train_h100.json
+    python -m recipes.benchmarks.train_gpu                                  # every row; into recipes/results/train_<gpu>.json
     python -m recipes.benchmarks.train_gpu --modes checkpointing            # rows of one mode; those of others stay in the file
     python -m recipes.benchmarks.train_gpu --rows floor fused-8x8 --steps 3
     python -m recipes.benchmarks.train_gpu --modes checkpointing --rows dense-8x8 fused-8x8 --layers 4 --batch 1 --length 512 \
