@@ -73,6 +73,7 @@ def drop(samples: list[dict[str, Any]]) -> Any:
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.slow
 def test_equals_runs_of_lora(clip, tmp_path):
     runs = loras()
     model = switch_of(runs, router_aux_loss_coef=0.5)

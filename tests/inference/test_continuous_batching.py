@@ -61,6 +61,7 @@ def all_at_once(model) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("order", [["first", "second", "first"], ["second", "first"]])
+@pytest.mark.slow
 def test_each_adapter_by_itself(model, order):
     seen = {}
     for name in order:

@@ -549,6 +549,7 @@ def silence() -> Any:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("double", [False, True], ids=["", "casts"])
 @pytest.mark.parametrize("api", ["peft", "transformers"])
+@pytest.mark.slow
 def test_a_fused_model_equals_one_that_never_was(api, double, seed):
     steps = walk(seed, api, double)
     problem = take(steps, api, double)

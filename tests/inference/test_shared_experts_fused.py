@@ -172,6 +172,7 @@ def test_shared_decisions_are_made_once_per_forward(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_fused_and_compiled():
     """One graph, one output, and the shared experts' constants in it once."""
     torch._dynamo.reset()

@@ -189,6 +189,7 @@ assert peft.PeftModel.load_adapter.__wrapped__ is load.__wrapped__  # by the new
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.slow
 def test_orders_of_importing(order):
     assert run_python(ORDERS[order] + WORKS).endswith("ok\n")
 

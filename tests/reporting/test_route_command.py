@@ -39,6 +39,7 @@ def route(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_a_page(folder, tmp_path):
     (tmp_path / "text.txt").write_text("w9 w10\nw11", encoding="utf-8")
     done = route(
@@ -52,6 +53,7 @@ def test_the_command_prints_and_writes_a_page(folder, tmp_path):
     assert (tmp_path / "r.html").read_text(encoding="utf-8") == report.html()
 
 
+@pytest.mark.slow
 def test_without_a_command_it_tells_of_the_kernels():
     from peft_loraswitch.__main__ import report
 
@@ -60,6 +62,7 @@ def test_without_a_command_it_tells_of_the_kernels():
     assert done.returncode == 0 and done.stdout == report() + "\n"
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line(folder):
     done = route(folder / "no_such_adapter", "--text", "w3")
     assert done.returncode == 2 and not done.stdout

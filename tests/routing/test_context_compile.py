@@ -43,6 +43,7 @@ def test_training_equals_eager():
     same_training(plain, compiled(model, "aot_eager"), model, [padded([7, 5], seed=seed) for seed in range(2)])
 
 
+@pytest.mark.slow
 def test_cached_decoding_is_one_graph():
     graphs = Graphs()
     run_cached_decoding(switch(one_layer(), router_decay=0.8), graphs)

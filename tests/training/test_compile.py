@@ -53,6 +53,7 @@ pytestmark = [
         run_switching,
     ],
 )
+@pytest.mark.slow
 def test_graphs_and_outputs_equal_those_of_lora(run):
     expected, actual = graphs_of(run, two_layers if run is run_checkpointed else one_layer)
     assert actual == expected
