@@ -230,6 +230,7 @@ def test_under_xdist(request):
     assert list(PeftType).count(PeftType("LORASWITCH")) == 1
 
 
+@pytest.mark.slow
 def test_loading_without_the_import(tmp_path):
     """Whatever PEFT says: it does not know the method. The model card and the README say what is missing. A pickled
     configuration brings the import along."""

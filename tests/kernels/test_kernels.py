@@ -104,6 +104,7 @@ def fresh(code: str, **environment: str) -> str:
     return run_python(code, environment={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_one_environment_variable_turns_them_off():
     code = "from peft_loraswitch import kernels; print(kernels.available(), kernels.why_not())"
     assert fresh(code, PEFT_LORASWITCH_KERNELS="0").strip() == "False turned off by PEFT_LORASWITCH_KERNELS=0"

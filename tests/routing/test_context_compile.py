@@ -19,6 +19,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.mark.parametrize("run", [run_eval, run_training])
+@pytest.mark.slow
 def test_graphs_are_those_without_it(run):
     found = []
     for decay in (0.0, 0.8):
