@@ -173,9 +173,8 @@ class _OwnerHooks:
         is_tower = depth > 0 and isinstance(owner, PreTrainedModel)
         self.has_no_mask = self.mask_position is None and is_tower
         takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        self.has_no_cache = is_tower and not (
-            takes_more or _PASTS & set(names)
-        )  # the encoder of an encoder-decoder model
+        # the encoder of an encoder-decoder model
+        self.has_no_cache = is_tower and not takes_more and set(names).isdisjoint(_PASTS)
         self.positions = {name: i for i, name in enumerate(names)}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -223,7 +222,7 @@ class _OwnerHooks:
         positions = passed(("position_ids",))
         if isinstance(positions, torch.Tensor):
             inputs.position_ids = positions
-        past = own_cache(passed(sorted(_PASTS)))
+        past = own_cache(passed(_PASTS))
         if past is not None:
             inputs.see_cache(past, self.hooks.see_context)
         elif self.has_no_cache:
@@ -268,7 +267,7 @@ class _OwnerHooks:
 
 # Names of what holds a batch of tokens, the decoder's first, and of what holds past ones.
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "hidden_states", "pixel_values")
-_PASTS = {"past_key_values", "past_key_value", "layer_past", "cache_params", "cache", "mems"}
+_PASTS = ("cache", "cache_params", "layer_past", "mems", "past_key_value", "past_key_values")
 
 
 def _marks_tokens(mask: Any) -> bool:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapted_layers import adapted_layers
-from .config import LoRASwitchConfig
 from .layer import LoRASwitchLinear
 from .patterns import shown
+from .routing.decayed_sums import decayed_sums
 from .routing.decision import Routing
 
 AT_A_TIME = 8  # texts in a batch
@@ -129,20 +129,11 @@ def linears_of_one_input(backbone: nn.Module, adapter: str) -> dict[str, LoRASwi
     return {names[id(layer)]: layer for layer, x in seen if x is seen[0][1]}
 
 
-def decay_of(config: LoRASwitchConfig) -> float:
-    """How logits are averaged over the tokens before: 0, not at all."""
-    return float(getattr(config, "router_decay", 0.0) or 0.0)
-
-
 def averaged(x: Tensor, decay: float) -> Tensor:
     """x [B, T, d] -> of each token the mean of the tokens up to it, one that is n tokens back with weight `decay ** n`."""
     if decay == 0:
         return x
-    total, weight, means = torch.zeros_like(x[:, 0]), 0.0, []
-    for token in x.unbind(1):
-        total, weight = total * decay + token, weight * decay + 1
-        means.append(total / weight)
-    return torch.stack(means, 1)
+    return decayed_sums(x, decay) / decayed_sums(x.new_ones(1, x.shape[1], 1), decay)
 
 
 def _routed(backbone: nn.Module, adapter: str) -> list[LoRASwitchLinear]:

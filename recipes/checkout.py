@@ -28,6 +28,15 @@ def commit() -> str:
     return found + ("+" if git("status", "--porcelain", "-uno") else "") if found else "unknown"
 
 
+def processor() -> str:
+    """The processor's name."""
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
 def versions(*packages: str) -> dict[str, str]:
     """What a file of results says of how it was made: date, commit, Python and these packages."""
     made = {"date": datetime.date.today().isoformat(), "commit": commit(), "python": platform.python_version()}

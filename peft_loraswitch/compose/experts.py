@@ -23,6 +23,11 @@ def adapted_linears(backbone: nn.Module, adapter: str) -> dict[str, LoRASwitchLi
     }
 
 
+def router_layer(linears: dict[str, LoRASwitchLinear], adapter: str) -> LoRASwitchLinear:
+    """The one of the linears that `adapter` adapts which holds its router."""
+    return next(layer for layer in linears.values() if adapter in layer.loraswitch_router)
+
+
 def config_of(model: nn.Module, adapter_name: str | None) -> tuple[str, LoRASwitchConfig]:
     """Name and configuration of an adapter of `model`; without a name, of the only one.
 
@@ -56,6 +61,11 @@ def index_of(config: LoRASwitchConfig, expert: str | int) -> int:
     raise ValueError(
         f"expert {shown(expert)} is unknown: the adapter has {known}indices 0 to {config.num_experts - 1}."
     )
+
+
+def means_base(config: LoRASwitchConfig, expert: Any) -> bool:
+    """Whether `expert` is the name of the base expert."""
+    return config.base_expert and bool(expert == BASE) and BASE not in (config.expert_names or ())
 
 
 def choice_name(config: LoRASwitchConfig, index: int) -> str:

@@ -12,9 +12,8 @@ from ..config import LoRASwitchConfig
 from ..loading.layout import backbone_of
 from ..routing.frame import RoutingState
 from ..routing.given import GivenExperts
-from .experts import adapted_linears, config_of, index_of
+from .experts import adapted_linears, config_of, index_of, means_base, router_layer
 
-BASE = "base"
 Given = str | int | Sequence[str | int] | torch.Tensor
 
 
@@ -46,9 +45,7 @@ def use_experts(model: nn.Module, experts: Given, adapter_name: str | None = Non
     adapter, config = config_of(model, adapter_name)
     choices = expert_indices(config, experts)
     _check_range(config, choices)
-    linear = next(
-        layer for layer in adapted_linears(backbone_of(model), adapter).values() if adapter in layer.loraswitch_router
-    )
+    linear = router_layer(adapted_linears(backbone_of(model), adapter), adapter)
     given = GivenExperts(choices.to(linear.loraswitch_router[adapter].weight.device))
     with linear.routing_state.given_experts({adapter: given}):
         yield
@@ -73,7 +70,7 @@ def expert_indices(config: LoRASwitchConfig, experts: Given) -> torch.Tensor:
 
 
 def _check_range(config: LoRASwitchConfig, choices: torch.Tensor) -> None:
-    last = config.num_experts - (not config.base_expert)
+    last = config.routing_options().num_choices - 1
     if choices.numel() and not 0 <= int(choices.min()) <= int(choices.max()) <= last:
         raise ValueError(
             f"experts holds indices from {int(choices.min())} to {int(choices.max())}; the adapter has 0 to {last}."
@@ -107,8 +104,7 @@ def choice_of(config: LoRASwitchConfig, expert: str | int) -> int:
     Raises:
         ValueError: there is no such expert.
     """
-    named = config.expert_names is not None and expert in config.expert_names
     is_index = isinstance(expert, int) and not isinstance(expert, bool) and expert == config.num_experts
-    if config.base_expert and not named and (expert == BASE or is_index):
+    if means_base(config, expert) or (config.base_expert and is_index):
         return config.num_experts
     return index_of(config, expert)

@@ -23,12 +23,11 @@ from ..router_inputs import (
     MAX_TOKENS,
     averaged,
     check_active,
-    decay_of,
     linears_of_one_input,
     read,
     tokenized,
 )
-from .experts import BASE, adapted_linears, choice_name, config_of, index_of
+from .experts import adapted_linears, choice_name, config_of, index_of, means_base, router_layer
 from .linear_classifiers import Moments, discriminant_rows, logistic_rows, regression_rows
 
 METHODS = ("discriminant", "centroid", "logistic")
@@ -99,7 +98,7 @@ def router_from_texts(
     _check_positive("temperature", temperature)
     _check_length(max_length)
     sequences = _sequences(config, texts, tokenizer, max_length)
-    decay = decay_of(config)
+    decay = config.router_decay
     moments: dict[int, Moments] = {}
     averaged_within = []
     for index, found in sequences.items():
@@ -206,19 +205,14 @@ def router_from_weights(
 def _target(model: nn.Module, adapter_name: str | None) -> tuple[str, LoRASwitchConfig, nn.Module, Any]:
     adapter, config = config_of(model, adapter_name)
     backbone = backbone_of(model)
-    layers = adapted_linears(backbone, adapter).values()
-    state = next(iter(layers)).routing_state
+    layer = router_layer(adapted_linears(backbone, adapter), adapter)
+    state = layer.routing_state
     if state.fused:
         raise RuntimeError("This model is fused: call unfuse() before its router is set, and fuse it again.")
     if state.running_frame() is not None:
         raise RuntimeError("The model is in a forward: its router cannot be set meanwhile.")
     check_active(backbone, adapter)
-    return (
-        adapter,
-        config,
-        backbone,
-        next(m.loraswitch_router[adapter] for m in layers if adapter in m.loraswitch_router),
-    )
+    return adapter, config, backbone, layer.loraswitch_router[adapter]
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -245,8 +239,7 @@ def _sequences(config: LoRASwitchConfig, texts: Any, tokenizer: Any, max_length:
         raise ValueError(f"texts={shown(texts)} must be a dict: a list of texts for each expert.")
     found: dict[int, list[list[int]]] = {}
     for key, value in texts.items():
-        is_base = config.base_expert and key == BASE and BASE not in (config.expert_names or ())
-        index = config.num_experts if is_base else index_of(config, key)
+        index = config.num_experts if means_base(config, key) else index_of(config, key)
         whose = f"texts[{key!r}]"
         if isinstance(value, str) or not isinstance(value, Sequence) or not value:
             raise ValueError(f"{whose} is {shown(value)}; it must be a list of one or more texts.")

@@ -105,16 +105,14 @@ class ExpertLoss(TrainerCallback):
             raise ValueError("The batch has no 'experts': wrap the data collator in an ExpertCollator.")
         if labels is None:
             raise ValueError("The batch has no 'labels': the collator must make them.")
-        losses, counts = expert_losses(outputs["logits"], labels, given.choices, self._number)
+        losses, counts = expert_losses(
+            outputs["logits"], labels, given.choices, self.config.routing_options().num_choices
+        )
         with torch.no_grad():
             self.losses = losses.detach().where(counts > 0, torch.nan)
             if self.layers[0].training:
                 self._logged.append(self.losses)
         return losses.sum() / (self.steps if self.layers[0].training else 1)
-
-    @property
-    def _number(self) -> int:
-        return self.config.num_experts + self.config.base_expert
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Adds the experts' mean losses since the last log."""

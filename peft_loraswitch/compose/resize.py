@@ -18,7 +18,7 @@ from ..loading.layout import backbone_of, some
 from ..loading.rollback import all_or_nothing
 from ..routing.statistics import RoutingRecord
 from ..training.losses import PendingBatches
-from .experts import adapted_linears, config_of, index_of
+from .experts import adapted_linears, config_of, index_of, router_layer
 from .lora_files import PlainLora, check_base, folded_b
 from .stacks import padded, rank_and_alpha, used_rows
 
@@ -180,7 +180,7 @@ def _check_linears(lora: PlainLora, linears: dict[str, LoRASwitchLinear], adapte
 
 
 def _router(linears: dict[str, LoRASwitchLinear], adapter: str) -> Any:
-    return next(layer.loraswitch_router[adapter] for layer in linears.values() if adapter in layer.loraswitch_router)
+    return router_layer(linears, adapter).loraswitch_router[adapter]
 
 
 def _row(linears: dict[str, LoRASwitchLinear], adapter: str, given: torch.Tensor | None) -> torch.Tensor:

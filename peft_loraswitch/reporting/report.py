@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compose.experts import adapted_linears, choice_name, config_of
+from ..compose.experts import adapted_linears, choice_name, config_of, router_layer
 from ..loading.layout import backbone_of
 from ..patterns import shown
-from ..router_inputs import AT_A_TIME, Reading, averaged, decay_of, read, tokenized
+from ..router_inputs import AT_A_TIME, Reading, averaged, read, tokenized
 from ..routing.options import RoutingOptions
 from ..routing.router import router_logits
 from . import terminal, web_page
@@ -117,11 +117,11 @@ def routing_report(
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
         raise ValueError(f"max_length={shown(max_length)} must be a positive whole number or None.")
     sequences = tokenized(several, tokenizer, max_length)
-    layer = next(m for m in adapted_linears(backbone, adapter).values() if adapter in m.loraswitch_router)
+    layer = router_layer(adapted_linears(backbone, adapter), adapter)
     options, weight = layer.routing_options[adapter], layer.loraswitch_router[adapter].weight
     routed: list[RoutedText] = []
     for batch in read(backbone, adapter, sequences, batch_size, decide=True, progress="routing_report"):
-        for decided in _decisions(batch, options, weight, decay_of(config)):
+        for decided in _decisions(batch, options, weight, config.router_decay):
             text = several[len(routed)]
             ids = sequences[len(routed)]
             tokens = tuple(map(RoutedToken, pieces(text, ids, tokenizer), ids, *decided))

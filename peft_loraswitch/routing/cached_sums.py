@@ -37,6 +37,10 @@ class _Sums:
         """[batch, choices + 1], of the last token; None if there is none."""
         return None if not self.is_initialized or self.keys is None else self.keys[:, 0, -1]
 
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.stale = False
+
     def offload(self) -> None:
         """It is small, and stays."""
 
@@ -55,10 +59,6 @@ class DynamicSums(_Sums, DynamicLayer):
         """sums [batch, tokens, choices + 1], of the tokens that follow."""
         sums = sums.unsqueeze(1)
         self.update(sums, sums[..., :0])
-
-    def reset(self) -> None:
-        super().reset()
-        self.stale = False
 
 
 class StaticSums(_Sums, StaticLayer):
@@ -90,10 +90,6 @@ class StaticSums(_Sums, StaticLayer):
     def get_seq_length(self) -> Any:
         """A scalar tensor, or 0 before the first token."""
         return self.cumulative_length if self.is_initialized else 0
-
-    def reset(self) -> None:
-        super().reset()
-        self.stale = False
 
 
 def sums_in(cache: Any) -> list[DynamicSums | StaticSums]:

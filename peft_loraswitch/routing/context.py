@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from .cached_sums import DynamicSums, StaticSums, add_to, cache_in, sums_in, sums_of
 from .decayed_sums import decayed_sums, mean_of, sequence_numbers, weighted
+from .masks import attended_keys
 
 
 @dataclass
@@ -243,9 +244,8 @@ def _real(mask: Any, batch: int, length: int, past: Any, device: torch.device) -
     if mask.dim() == 2:
         keys = mask != 0
         first: Any = keys.shape[1] - length
-    else:  # [batch, heads, queries, keys], bool or additive: a key is real if any query may attend to it
-        allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
-        keys = (allowed if mask.dim() == 3 else allowed[:, 0]).any(-2)
+    else:
+        keys = attended_keys(mask)
         # of a static cache all places are there, of a sliding window those at the end
         first = keys.shape[1] - length
         if isinstance(past, torch.Tensor):

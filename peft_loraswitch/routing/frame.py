@@ -21,6 +21,7 @@ from torch import nn
 from .context import Context, ForwardInputs
 from .decision import Routing
 from .given import GivenExperts
+from .masks import attended_keys
 from .statistics import RoutingRecorder
 
 NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter on this sample"
@@ -173,10 +174,9 @@ class RoutingFrame:
 
 
 def _keys_in_use(mask: torch.Tensor, length: int) -> torch.Tensor:
-    """From an attention's own mask [batch, heads, queries, keys], bool or additive: bool [batch, length], which of the newest
-    `length` keys anyone may attend to. A static cache has places behind them that nobody attends to yet."""
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    keys = allowed[:, 0].any(-2)
+    """From an attention's own mask [batch, heads, queries, keys]: bool [batch, length], which of the newest `length` keys anyone
+    may attend to. A static cache has places behind them that nobody attends to yet."""
+    keys = attended_keys(mask)
     places = torch.arange(keys.shape[1], device=keys.device)
     first = ((places + 1) * keys).amax() - length if keys.numel() else places.new_zeros(())
     chosen = first.clamp(min=0) + torch.arange(min(length, keys.shape[1]), device=keys.device)

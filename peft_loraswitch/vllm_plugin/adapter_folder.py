@@ -177,12 +177,10 @@ def _routing_options(where: str, fields: Mapping[str, Any]) -> RoutingOptions:
     for name in ("base_expert", "use_rslora"):
         if not isinstance(fields[name], bool):
             raise ValueError(f"{where}: {name}={shown(fields[name])} must be true or false.")
-    for name, least_open in (("rank_pattern", 0), ("alpha_pattern", 0)):
+    for name in ("rank_pattern", "alpha_pattern"):
         pattern = fields[name] or {}
         if not isinstance(pattern, dict) or not all(_is_positive(value) for value in pattern.values()):
-            raise ValueError(
-                f"{where}: {name}={shown(pattern)} must be an object of names and numbers above {least_open}."
-            )
+            raise ValueError(f"{where}: {name}={shown(pattern)} must be an object of names and numbers above 0.")
     if not _is_positive(fields["lora_alpha"]):
         raise ValueError(f"{where}: lora_alpha={shown(fields['lora_alpha'])} must be a number above 0.")
     top_k, normalize = fields["top_k"], fields["normalize_gates"]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_loraswitch import LoRASwitchConfig, LoRASwitchLinear
 from peft_loraswitch.compose.one_pass import expert_losses
-from recipes.checkout import ROOT, versions
+from recipes.checkout import ROOT, processor, versions
 
 SMALL = {
     "vocab_size": 512,
@@ -182,14 +181,10 @@ def measure(setting: Setting, rounds: int) -> dict[str, Any]:
 
 
 def header(args: argparse.Namespace) -> dict[str, Any]:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         **versions("torch", "transformers", "peft"),
         "gpu": torch.cuda.get_device_name() if args.gpu else None,
-        "cpu": cpu,
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
         "backbone": LLAMA_1B if args.gpu else SMALL,

@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_loraswitch import LoRASwitchConfig, __version__
 from recipes.benchmarks import train_gpu
-from recipes.checkout import ROOT, git
+from recipes.checkout import ROOT, git, processor
 
 BARS = {"training_step": 1.10, "forward": 1.25}
 
@@ -152,12 +152,8 @@ def check_outputs(args: argparse.Namespace, ids: torch.Tensor) -> float:
 
 
 def header(args: argparse.Namespace) -> dict[str, Any]:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),

@@ -338,8 +338,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--picture", type=Path, default=None, help="keep every loss, and draw them there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "results" / "train_h100.json")
-    return parser.parse_args(argv)
+    parser.add_argument("--output", type=Path, help="left out: recipes/results/train_<gpu>.json")
+    args = parser.parse_args(argv)
+    if args.output is None:
+        gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0] if args.device == "cuda" else args.device
+        args.output = ROOT / "recipes" / "results" / f"train_{gpu.lower()}.json"
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
