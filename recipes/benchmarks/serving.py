@@ -184,26 +184,16 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         write_lora(folder / "lora_wide", wide, args)
         write_switch(folder / "switch", args)
         contestants = {
+            "plugin": (str(wide), "yes", "base,lora_16,lora_wide,switch"),
             "vllm_rank_16": ("16", "no", "base,lora_16"),
             "vllm_rank_wide": (str(wide), "no", "base,lora_16,lora_wide"),
-            "plugin": (str(wide), "yes", "base,lora_16,lora_wide,switch"),
         }
         shape = ["--layers", str(args.layers), "--rounds", str(args.rounds), "--experts", str(args.experts)]
-        rows = {
-            name: in_a_process(
-                "speed-engine",
-                "--folder",
-                str(folder),
-                "--max-rank",
-                rank,
-                "--plugin",
-                plugin,
-                "--contestants",
-                names,
-                *shape,
-            )
-            for name, (rank, plugin, names) in contestants.items()
-        }
+        rows = {}
+        for name, (rank, plugin, names) in contestants.items():
+            own = ["--max-rank", rank, "--plugin", plugin, "--contestants", names]
+            rows[name] = in_a_process("speed-engine", "--folder", str(folder), *own, *shape)
+            print(name, json.dumps(rows[name]), flush=True)  # an engine takes minutes
     milliseconds = {name: row.pop("milliseconds") for name, row in rows.items()}
     ours, bar = milliseconds["plugin"]["switch"], milliseconds["vllm_rank_16"]["lora_16"]
     return {
