@@ -1,6 +1,7 @@
 """The measurement: what routing over LoRAs that come separately is worth, beside everything that could take its place.
 
-    python -m recipes.compose --base /tmp/compose-base --gpus 2 --limit 330
+    python -m recipes.compose --base /tmp/compose-base --gpus 2 --limit 540
+    python -m recipes.compose --base /tmp/compose-base --gpus 2 --limit 540 --resume    # what the limit has left out
     python -m recipes.compose --smoke          # CPU, about a minute: every part, with a tiny random model
 
 Rows go to <results>/compose.csv (`method, kind, seed, domain, metric, value, trainable_params`), all else to compose.json,
@@ -27,10 +28,11 @@ from typing import Any
 
 from recipes.checkout import ROOT, module_command, module_environment, versions
 from recipes.compose import domains
-from recipes.compose.lab import BEGUN, COLUMNS, notes, read_items, say
+from recipes.compose.lab import BEGUN, COLUMNS, notes, read_items, resume, say
 from recipes.compose.settings import SIZES
 
 COST_SECONDS = 30.0  # left at the end for the times, which are taken alone
+SECONDS = "seconds"  # file in the work folder: how long the run took, with those that it went on with
 KEEP_SECONDS = 30.0  # between two writings of the results so far
 
 
@@ -40,10 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.worker:
         _worker(args, out)
         return
-    for folder in ("claims", "done", "failed", "rows", "notes", "loras", "one_lora", "routers", "random"):
-        shutil.rmtree(out / folder, ignore_errors=True)
-    for name in ("items.pickle", "alone"):
-        (out / name).unlink(missing_ok=True)
+    if args.resume:
+        resume(out)
+    else:
+        for folder in ("claims", "done", "failed", "rows", "notes", "loras", "one_lora", "routers", "random"):
+            shutil.rmtree(out / folder, ignore_errors=True)
+        for name in ("items.pickle", SECONDS):
+            (out / name).unlink(missing_ok=True)
+    (out / "alone").unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     if args.smoke:
         from recipes.compose.smoke import make
@@ -67,18 +73,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         _stop(processes)
         collect(out, results, args, size)
+        (out / SECONDS).write_text(f"{_seconds(out):.1f}")
+
+
+def _seconds(out: Path) -> float:
+    """Of this run and of those that it goes on with."""
+    earlier = out / SECONDS
+    return time.time() - BEGUN + (float(earlier.read_text()) if earlier.exists() else 0.0)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure routing over LoRAs that come separately.")
     parser.add_argument("--base", help="folder of the base model (recipes.compose.base_model) or Hub name")
     parser.add_argument("--data", type=Path, default=domains.DEFAULT, help="what recipes.compose.domains wrote")
-    parser.add_argument("--out", type=Path, help="work folder, begun anew (default: outputs/compose/run)")
+    parser.add_argument(
+        "--out", type=Path, help="work folder, begun anew but for --resume (default: outputs/compose/run)"
+    )
     parser.add_argument(
         "--results", type=Path, help="folder of compose.csv and compose.json (default: recipes/results)"
     )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--processes", type=int, help="on each GPU (default: 6; 0: this one alone, as with --smoke)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the work folder, after its limit or with other tasks",
+    )
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing begins any more")
     parser.add_argument("--commit", help="of the clone, where git is not at hand")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and made-up items, on a CPU")
@@ -88,6 +108,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.base is None and not args.smoke:
         parser.error("--base is missing (or --smoke)")
+    if args.resume and args.smoke:
+        parser.error("--smoke makes its model anew: it cannot --resume")
     if args.processes is None:
         args.processes = 0 if args.smoke else 6
     return args
@@ -206,7 +228,7 @@ def header(out: Path, args: argparse.Namespace, size: str) -> dict[str, Any]:
         **made,
         "hardware": _hardware(args.gpus),
         "command": " ".join(["python -m recipes.compose", *(sys.argv[1:] if not args.smoke else ["--smoke"])]),
-        "seconds": round(time.time() - BEGUN, 1),
+        "seconds": round(_seconds(out), 1),
         "base": "google/gemma-3-270m, dequantized from Q4_K_M" if size == "full" else "a tiny random model",
         "settings": asdict(SIZES[size]),
         "domains": [*domains.EIGHT, domains.NINTH],

@@ -63,6 +63,7 @@ def xlora_times(lab: Lab, model: Any) -> dict[str, float]:
 
 def cost(lab: Lab) -> None:
     seed = lab.settings.seeds[0]
+    lab.task = "cost"
 
     def keep(method: str, found: dict[str, float]) -> None:
         lab.rows(method, "cost", seed, {"all": found})

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Lab:
     tokenizer: Any
     plain: Any
     worker: str
-    seconds: dict[str, float] = field(default_factory=dict)
+    task: str = "none"  # that is being run: its rows have a file of their own
 
     @property
     def device(self) -> torch.device:
@@ -122,8 +122,8 @@ class Lab:
     # ------------------------------------------------------------------------------------------------------- writing
 
     def rows(self, method: str, kind: str, seed: int, scores: Scores, parameters: int = 0) -> None:
-        """Append rows to this process's file, at once."""
-        path = self.out / "rows" / f"{self.worker}.csv"
+        """Append rows to the task's file, at once."""
+        path = rows_of(self.out, self.task)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -137,6 +137,19 @@ class Lab:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps({key: value}) + "\n")
+
+
+def rows_of(out: Path, task: str) -> Path:
+    return out / "rows" / f"{task}.csv"
+
+
+def resume(out: Path) -> None:
+    """What has been done stays done. What was being done when the run ended, or has failed, is to be done again."""
+    done = {path.name for path in out.glob("done/*")}
+    for folder in ("claims", "failed", "rows"):
+        for path in out.glob(f"{folder}/*"):
+            if path.name.removesuffix(".csv") not in done:
+                path.unlink()
 
 
 def notes(out: Path) -> Iterator[dict[str, Any]]:

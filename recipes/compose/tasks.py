@@ -39,16 +39,17 @@ def all_tasks(settings: Settings) -> list[Task]:
     for seed in others:
         tasks += _of_seed(settings, seed, first)[:CORE]
     tasks += _once(first)
-    for seed in settings.seeds:
-        tasks += _of_seed(settings, seed, first)[CORE:]
+    tasks += _of_seed(settings, first, first)[CORE:]
     for seed in others:
         tasks += _switch(seed)
     for seed in others:
         tasks += _growth(seed)
+    for seed in others:
+        tasks += _of_seed(settings, seed, first)[CORE:]
     return tasks
 
 
-CORE = 14  # of a seed's tasks: first for all seeds
+CORE = 15  # of a seed's tasks: first for all seeds
 
 
 def _of_seed(settings: Settings, seed: int, first: int) -> list[Task]:
@@ -78,6 +79,7 @@ def _of_seed(settings: Settings, seed: int, first: int) -> list[Task]:
         task("trained-texts", routers.trained, tuned=True, decay=0.98, start="texts"),
         task("random", routers.trained, tuned=True, decay=0.98, start="random"),
         task("labels-1", routers.labels, tuned=True, decay=1.0),
+        task("dare", baselines.merges, tuned=True, methods=("merge_dare_linear", "merge_dare_ties")),
         # less important from here on
         task("labels-0", routers.labels, tuned=True, decay=0.0),
         task("labels-0.9", routers.labels, tuned=True, decay=0.9),
@@ -87,7 +89,6 @@ def _of_seed(settings: Settings, seed: int, first: int) -> list[Task]:
         task("top2", routers.trained, tuned=True, decay=0.98, top_k=2),
         task("trained-1", routers.trained, tuned=True, decay=1.0),
         task("weights-0", routers.untrained, how="weights", decay=0.0),
-        task("dare", baselines.merges, tuned=True, methods=("merge_dare_linear", "merge_dare_ties")),
         task("arrow-top2", peft_routers.arrow, top_k=2),
         task("weights-0.98", routers.untrained, how="weights", decay=0.98),
         task("texts-0.9", routers.untrained, how="texts", decay=0.9),

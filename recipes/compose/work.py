@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.compose.lab import BEGUN, Lab, free, open_model, open_tokenizer, say
+from recipes.compose.lab import BEGUN, Lab, free, open_model, open_tokenizer, rows_of, say
 from recipes.compose.settings import SIZES
 from recipes.compose.tasks import Task, all_tasks
 
@@ -71,6 +71,8 @@ def _claim(out: Path, name: str) -> bool:
 
 def _run(lab: Lab, task: Task) -> None:
     begun = time.time()
+    lab.task = task.name
+    rows_of(lab.out, task.name).unlink(missing_ok=True)  # of a try that ended early
     try:
         task.run(lab)
     except torch.cuda.OutOfMemoryError as error:

@@ -15,7 +15,7 @@ from recipes.compose import __main__ as compose
 from recipes.compose import domains, smoke, work
 from recipes.compose.base_model import check_tokenizer
 from recipes.compose.decisions import GivenRoutes, one_hot, table_of
-from recipes.compose.lab import COLUMNS, Lab, balanced_batches, open_model, open_tokenizer, read_items
+from recipes.compose.lab import COLUMNS, Lab, balanced_batches, open_model, open_tokenizer, read_items, resume
 from recipes.compose.mixed_training import train_stacked
 from recipes.compose.routed_lora import RoutedLora
 from recipes.compose.routers import Ours
@@ -233,6 +233,34 @@ def test_a_failed_task_takes_only_what_needs_it(lab: Lab, tmp_path: Path, monkey
     assert done == ["c", "d"]
     assert sorted(path.name for path in tmp_path.glob("failed/*")) == ["a", "b"]
     assert "broken" in (tmp_path / "failed" / "a").read_text()
+
+
+def test_a_run_goes_on_where_it_ended(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done is not done again; rows of a task that was ended in the middle do not stand twice."""
+    done: list[str] = []
+    broken = True
+
+    def row(lab: Lab) -> None:
+        done.append(lab.task)
+        lab.rows(lab.task, "a", 0, {"arc": {"loss": 1.0}})
+
+    def ends(lab: Lab) -> None:
+        row(lab)
+        if broken:
+            raise KeyboardInterrupt
+
+    tasks = [Task("a", row), Task("b", ends, ("a",)), Task("c", row, ("b",))]
+    monkeypatch.setattr(work, "all_tasks", lambda settings: tasks)
+    ours = replace(lab, out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        work.work(ours, limit=1e9)
+    assert done == ["a", "b"]
+    broken = False
+    resume(tmp_path)
+    work.work(ours, limit=1e9)
+    assert done == ["a", "b", "b", "c"]
+    rows = [line for path in sorted(tmp_path.glob("rows/*.csv")) for line in path.read_text().splitlines()]
+    assert [line.split(",")[0] for line in rows] == ["a", "b", "c"]
 
 
 @pytest.mark.slow
