@@ -103,11 +103,21 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="of the clone, where git is not at hand")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and made-up items, on a CPU")
     parser.add_argument("--only", nargs="+", metavar="TASK", help="only these tasks (recipes.compose.tasks)")
+    parser.add_argument(
+        "--add",
+        type=Path,
+        metavar="FOLDER",
+        help="keep rows of the compose.csv there that this run does not measure again",
+    )
     parser.add_argument("--size", choices=list(SIZES), default="full", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.base is None and not args.smoke:
         parser.error("--base is missing (or --smoke)")
+    if args.add is not None and not (args.add / "compose.csv").exists():
+        parser.error(f"--add {args.add}: there is no compose.csv in it")
+    if args.base is not None and not Path(args.base).exists() and args.base.startswith((".", "/")):
+        parser.error(f"--base {args.base}: there is no such folder (python -m recipes.compose.base_model makes it)")
     if args.resume and args.smoke:
         parser.error("--smoke makes its model anew: it cannot --resume")
     if args.processes is None:
@@ -205,12 +215,33 @@ def collect(out: Path, results: Path, args: argparse.Namespace, size: str) -> No
     for path in sorted(out.glob("rows/*.csv")):
         with path.open(newline="") as file:
             rows += [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
+    head = header(out, args, size)
+    if args.add is not None:
+        rows, head = added(args.add, rows, head)
     rows.sort(key=lambda row: (row[1], row[0], int(row[2])))
     results.mkdir(parents=True, exist_ok=True)
     with (results / "compose.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-    (results / "compose.json").write_text(json.dumps(header(out, args, size), indent=1) + "\n")
+    (results / "compose.json").write_text(json.dumps(head, indent=1) + "\n")
     say(f"{len(rows)} rows in {results / 'compose.csv'}")
+
+
+def added(folder: Path, rows: list[list[str]], head: dict[str, Any]) -> tuple[list[list[str]], dict[str, Any]]:
+    """Rows and header of this run, with those of an earlier one that this run has not measured again."""
+    with (folder / "compose.csv").open(newline="") as file:
+        earlier_rows = list(csv.reader(file))[1:]
+    earlier = json.loads((folder / "compose.json").read_text())
+    if earlier["settings"] != head["settings"] or earlier["base"] != head["base"]:
+        raise SystemExit(f"--add {folder}: of other settings or another base; rows of both cannot stand in one table.")
+    measured = {tuple(row[:3]) for row in rows}
+    rows = rows + [row for row in earlier_rows if tuple(row[:3]) not in measured]
+    this = {key: head[key] for key in ("date", "commit", "hardware", "command", "seconds")}
+    return rows, {
+        **head,
+        **{key: {**earlier.get(key, {}), **head.get(key, {})} for key in ("tuned", "tasks")},
+        "left_out": [name for name in head["left_out"] if name in earlier["left_out"]],
+        "runs": [*earlier.get("runs", [{key: earlier[key] for key in this}]), this],
+    }
 
 
 def header(out: Path, args: argparse.Namespace, size: str) -> dict[str, Any]:

@@ -47,8 +47,8 @@ WAYS = {
     "trained": "router trained on answers",
 }  # fmt: skip
 # What the root README shows: the best of each kind.
-SHORT = ("base", "uniform", "merges", "lora_soups_cat", "new_lora", "arrow", "xlora", "random", "weights", "texts", "trained",
-         "labels", "one_lora", "oracle")  # fmt: skip
+SHORT = ("base", "uniform", "merges", "lora_soups_cat", "new_lora", "arrow", "xlora", "random", "texts", "labels", "one_lora",
+         "oracle")  # fmt: skip
 EM = "exact_match"
 BEST = "; of several variants the best is shown"
 
@@ -116,12 +116,15 @@ def of_oracle(table: Table, key: Key) -> str:
     return f"{100 * sum(ours[seed] for seed in both) / right:.0f} %" if right else ""
 
 
-def shown(values: Sequence[float]) -> str:
-    """Mean and, of several seeds, their standard deviation."""
+def shown(table: Table, values: Sequence[float]) -> str:
+    """Mean and, of several seeds, their standard deviation. Fewer seeds than the others have are named."""
     if not values:
         return ""
     mean = f"{100 * statistics.fmean(values):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean} (one seed)"
+    if len(values) == 1:
+        return f"{mean} (one seed)"
+    fewer = f" ({len(values)} seeds)" if len(values) < len(table.header["settings"]["seeds"]) else ""
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}{fewer}"
 
 
 def rows(table: Table) -> list[Key]:
@@ -133,6 +136,8 @@ def rows(table: Table) -> list[Key]:
 def group_of(key: Key) -> str:
     """Which line of the short table a method stands for; "" for none."""
     method = key.method
+    if method.endswith("per_prompt"):
+        return ""  # nothing that the package offers
     if method.endswith("random_experts"):
         return "random"
     if method.startswith("merge_"):
@@ -152,7 +157,8 @@ def line(table: Table, key: Key) -> str:
         trained = "0"
     mark = "**" if key.kind == "g" else ""
     losses = f"{statistics.fmean(loss):.3f}" if loss else ""
-    return f"| {key.kind} | {mark}{name_of(key.method)}{mark} | {mark}{shown(ours)}{mark} | {share} | {losses} | {trained} |"
+    name, score = f"{mark}{name_of(key.method)}{mark}", f"{mark}{shown(table, ours)}{mark}"
+    return f"| {key.kind} | {name} | {score} | {share} | {losses} | {trained} |"
 
 
 HEAD = ["| | | exact match, % | of (b) | loss | trained on all domains |", "|---" * 6 + "|"]
@@ -232,7 +238,7 @@ def first(table: Table) -> list[str]:
             for key in table.values
             if key.method.startswith("first_") and key.method.endswith(how)
         )
-        cells = [shown(means(table, Key(f"first_{count}_{how}", "diagnostic"))) for count in counts]
+        cells = [shown(table, means(table, Key(f"first_{count}_{how}", "diagnostic"))) for count in counts]
         if cells:
             label = {"base": "no expert", "wrong": "another domain's expert"}[how]
             found.append((counts, f"| {label} | " + " | ".join(cells) + " |"))
@@ -255,7 +261,7 @@ def switch(table: Table) -> list[str]:
     }
     lines = [
         f"| {name_of(key.method)} | "
-        + " | ".join(shown(means(table, key, metric, ["switch"])) for metric in metrics)
+        + " | ".join(shown(table, means(table, key, metric, ["switch"])) for metric in metrics)
         + " |"
         for key in table.values
         if "both_right" in table.values[key]
@@ -289,7 +295,7 @@ def growth(table: Table) -> list[str]:
         if not (eight or ninth):
             continue
         cells = [
-            shown(ninth), shown(eight), f"{statistics.fmean(general):.3f}" if general else "",
+            shown(table, ninth), shown(table, eight), f"{statistics.fmean(general):.3f}" if general else "",
             f"{statistics.fmean(seconds):.1f}" if seconds else "",
         ]  # fmt: skip
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -300,12 +306,24 @@ def growth(table: Table) -> list[str]:
     return [*head, *lines] if lines else []
 
 
+COST = {
+    "merged_or_base": "no LoRA, or one that is merged: (a), (b), (c), (e)",
+    "one_lora_unmerged": "one LoRA, not merged",
+    "ours_decay_0.98_fused": "ours, `router_decay=0.98`, fused",
+    "ours_decay_0.98_unfused": "ours, `router_decay=0.98`, not fused",
+    "ours_decay_0_fused": "ours, token alone, fused",
+    "ours_decay_0_unfused": "ours, token alone, not fused",
+    "arrow_top1": "PEFT Arrow, top-1",
+    "xlora": "PEFT X-LoRA, without a cache",
+}
+
+
 def cost(table: Table) -> list[str]:
     lines = []
-    for key in table.values:
-        if key.kind == "cost":
-            cells = [f"{v[0]:.2f}" if (v := means(table, key, m, ["all"])) else "" for m in ("decode_ms", "prefill_ms")]
-            lines.append(f"| `{key.method}` | " + " | ".join(cells) + " |")
+    for method, label in COST.items():
+        found = [means(table, Key(method, "cost"), metric, ["all"]) for metric in ("decode_ms", "prefill_ms")]
+        if all(found):
+            lines.append(f"| {label} | " + " | ".join(f"{value:.1f}" for (value, *_) in found) + " |")
     return (
         ["| eager, batch 1 | decode step, ms | prefill of 2,048 tokens, ms |", "|---" * 3 + "|", *lines]
         if lines

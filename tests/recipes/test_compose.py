@@ -263,6 +263,26 @@ def test_a_run_goes_on_where_it_ended(lab: Lab, tmp_path: Path, monkeypatch: pyt
     assert [line.split(",")[0] for line in rows] == ["a", "b", "c"]
 
 
+def test_rows_are_added_to_those_of_an_earlier_run(tmp_path: Path) -> None:
+    head = {
+        "date": "today", "commit": "b", "hardware": "two", "command": "c", "seconds": 2.0, "settings": {"size": "x"}, "base": "y",
+        "left_out": ["late", "early"], "tuned": {"new": 1}, "tasks": {},
+    }  # fmt: skip
+    earlier = {**head, "commit": "a", "left_out": ["late", "now"], "tuned": {"old": 1}}
+    (tmp_path / "compose.json").write_text(json.dumps(earlier))
+    with (tmp_path / "compose.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *[[m, "a", "0", d, "loss", "1", "0"] for m in "uv" for d in "xy"]])
+    now = [["v", "a", "0", "x", "loss", "2", "0"], ["v", "a", "1", "x", "loss", "3", "0"]]
+    rows, found = compose.added(tmp_path, now, head)
+    assert sorted((row[0], row[2], row[3], row[5]) for row in rows) == [
+        ("u", "0", "x", "1"), ("u", "0", "y", "1"), ("v", "0", "x", "2"), ("v", "1", "x", "3"),
+    ]  # fmt: skip
+    assert found["left_out"] == ["late"] and found["tuned"] == {"old": 1, "new": 1}
+    assert [run["commit"] for run in found["runs"]] == ["a", "b"]
+    with pytest.raises(SystemExit, match="other settings"):
+        compose.added(tmp_path, now, {**head, "settings": {"size": "z"}})
+
+
 @pytest.mark.slow
 def test_smoke(tmp_path: Path) -> None:
     compose.main(["--smoke", "--out", str(tmp_path)])
