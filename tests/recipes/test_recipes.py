@@ -162,3 +162,12 @@ def test_corpora_hold_out_whole_groups() -> None:
         assert [d.name for d in documents_of()] == [d.name for d in documents_of()], name
     with pytest.raises(ValueError, match="cannot be split"):
         corpora.split([corpora.Document("a", "x")])
+
+
+def test_real_size_rehearsed(tmp_path: Path) -> None:
+    """Every step of `real_size` with a tiny model; its own checks have to hold (exit status)."""
+    options = ["--tiny", "--steps", "4", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "rows.json")]
+    run(tmp_path, "recipes.train.real_size", "sft_mistral_7b", *options)
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["failed"] == [] and len(row["losses"]) == 4 and len(row["resumed_losses"]) == 2
+    assert math.isclose(row["fresh"]["loss"], row["eval_loss"], rel_tol=1e-4)
