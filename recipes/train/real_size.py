@@ -13,7 +13,8 @@ checkpoint in the middle; then the adapter is loaded in a fresh process. What ha
 - the fresh process has the loss on held-out text that the trainer had, and the base alone has another;
 - the last checkpoint and the saved adapter give the same greedy tokens.
 
-A row for each run goes into `--output` (real_size.json in recipes/results): seconds of a step, GiB of each GPU at the peak, losses.
+A row for each run goes into `--output` (real_size.json in recipes/results): seconds of a step, GiB of each GPU,
+losses.
 """
 
 from __future__ import annotations
