@@ -38,13 +38,11 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     b = b_0
     if part == 1:
         b = b_1
-        offset += width_0
     if part == 2:
         b = b_2
-        offset += width_0 + width_1
     if part == 3:
         b = b_3
-        offset += width_0 + width_1 + width_2
+    before = tl.where(part > 0, width_0, 0) + tl.where(part > 1, width_1, 0) + tl.where(part > 2, width_2, 0)
 
     place = first_place + tl.arange(0, TOKENS)
     is_token = place < count
@@ -65,7 +63,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         gate = tl.load(mask + token[:, None] * mask_row + column[None, :], mask=inside, other=0.0)
         value = (value.to(tl.float32) * gate).to(weight.dtype)
         total = tl.dot(value, weight, total, input_precision="ieee")
-    at = out + token[:, None] * out_row + offset + output[None, :]
+    at = out + token[:, None] * out_row + (offset + before + output)[None, :]
     inside = is_token[:, None] & is_output[None, :]
     if ADD:
         total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -87,7 +85,9 @@ def expand(
         groups: how many groups to look at.
     """
     tokens, rank = hidden.shape[1:]
-    if hidden.stride(-1) != 1 or out.stride(-1) != 1 or not all(b.is_contiguous() for b in lora_b):
+    if hidden.stride(-1) != 1:
+        hidden = hidden.contiguous()
+    if out.stride(-1) != 1 or not all(b.is_contiguous() for b in lora_b):
         raise RuntimeError("LoRA-Switch: vLLM gave a LoRA's tensors in a layout that the expand kernel does not take.")
     rows, outputs = (16, 64) if tokens <= 16 else (32, 64) if tokens <= 64 else (64, 128)
     ranks = max(16, min(64, triton.next_power_of_2(rank)))

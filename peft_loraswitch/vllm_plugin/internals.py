@@ -162,6 +162,12 @@ def has_lora_groups(wrapper: Any) -> bool:
     return True
 
 
+def no_lora_flag(wrapper: Any) -> torch.Tensor:
+    """`LoRAGroups.no_lora` of the wrapper of GPUs."""
+    flag: torch.Tensor = wrapper.token_mapping_meta.no_lora_flag_cpu
+    return flag
+
+
 def lora_groups(wrapper: Any, tokens: int) -> LoRAGroups:
     """What the wrapper of GPUs tells its kernels about the first `tokens` tokens."""
     _, order, counts, starts, ids, no_lora, number = wrapper.token_mapping_meta.meta_args(

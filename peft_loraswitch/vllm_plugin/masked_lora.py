@@ -18,7 +18,7 @@ class MaskedOnGPU:
     loraswitch_tables: RoutingTables
 
     def loraswitch_no_lora(self) -> torch.Tensor:
-        return internals.lora_groups(self, 0).no_lora
+        return internals.no_lora_flag(self)
 
     def add_expand(
         self,

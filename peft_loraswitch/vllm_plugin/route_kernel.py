@@ -74,7 +74,9 @@ def _route_kernel(  # type: ignore[no-untyped-def]
         for start in range(0, columns, WIDTH):
             expert = (start + column) % stacked
             gate = tl.sum(tl.where(expert[:, None] == index[None, :], gates[None, :], 0.0), axis=1)
-            tl.store(mask + start + column, tl.where(expert < experts, gate, shared_gate), mask=start + column < columns)
+            tl.store(
+                mask + start + column, tl.where(expert < experts, gate, shared_gate), mask=start + column < columns
+            )
     elif FIRST:
         for start in range(0, columns, WIDTH):
             value = tl.where(adapted, tl.full([WIDTH], 1.0, tl.float32), 0.0)

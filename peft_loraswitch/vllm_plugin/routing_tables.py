@@ -49,7 +49,8 @@ class RoutingTables:
 
 
 def decide(logits: torch.Tensor, settings: torch.Tensor, max_rank: int) -> torch.Tensor:
-    """Mask rows float32 [tokens, max_rank] for logits float32 [tokens, max_choices], with the settings [tokens, 6] of each.
+    """Mask rows [tokens, max_rank] for logits [tokens, max_choices] (float32, or float64 in tests), with the settings
+    [tokens, 6] of each token's adapter.
 
     NaN among a token's logits make all of its row NaN, so that its output shows it.
     """
@@ -84,7 +85,8 @@ def write_mask(
     """Write the mask rows of the tokens that are routed at one linear.
 
     Args:
-        x: [tokens, in_features], the linear's input; without `router` the logits, [tokens, max_choices], of the adapters.
+        x: [tokens, in_features], the linear's input; without `router` each token's logits by its own adapter, float32
+            [tokens, max_choices].
         router: float32 [slots, max_choices, in_features].
         here: bool [slots], the adapter in the slot routes at this linear.
         settings: as in `RoutingTables`.
@@ -96,7 +98,7 @@ def write_mask(
     index = token_slots[:tokens]
     adapted = (index >= 0) & (index < slots)
     slot = index.where(adapted, 0)
-    logits = x.float() if router is None else own_logits(x, router, slot)
+    logits = x if router is None else own_logits(x, router, slot)
     otherwise = adapted.unsqueeze(1).to(mask.dtype) if first else mask[:tokens]
     routed = (here[slot] & adapted).unsqueeze(1)
     mask[:tokens] = torch.where(routed, decide(logits, settings[slot], mask.shape[1]), otherwise)

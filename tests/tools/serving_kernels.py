@@ -1,6 +1,6 @@
 """What the vLLM plugin's Triton kernels have to give, against PyTorch in float64, on a GPU or in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/tools/serving_kernels.py     # where Triton is installed; needs neither PEFT nor pytest
+TRITON_INTERPRET=1 python tests/tools/serving_kernels.py     # where Triton is installed; needs neither PEFT nor pytest
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def check_route(shape: tuple[int, int, int, int], dtype: torch.dtype, device: st
     x = x.to(dtype)
     token_slots = torch.randint(-1, slots, (tokens + 3,))
     token_slots[-1] = 99
+    slots_of = token_slots.tolist()
     for first in (True, False):
         for given in (False, True):
-            own = torch.stack([router[max(int(slot), 0)].float() @ row.float() for slot, row in zip(token_slots, x, strict=False)])
+            own = torch.stack([router[max(slots_of[token], 0)] @ row for token, row in enumerate(x.float())])
             arguments = (own, None) if given else (x, router)
             expected, actual = torch.full((2, tokens + 3, max_rank), POISON).unbind()
             write_mask(own.double(), None, here, tables.settings, token_slots, first, expected64 := expected.double())
@@ -104,7 +105,10 @@ def check_expand(
     torch.manual_seed(tokens + rank)
     slots, offset = 3, 5
     token_slots = torch.randint(-1, slots, (tokens,))
-    hidden, mask = torch.randn(len(widths), tokens, rank), torch.rand(tokens + 2, rank) * (torch.rand(tokens + 2, rank) < 0.4)
+    hidden, mask = (
+        torch.randn(len(widths), tokens, rank),
+        torch.rand(tokens + 2, rank) * (torch.rand(tokens + 2, rank) < 0.4),
+    )
     lora_b = [torch.randn(slots, 1, width, rank).to(dtype) for width in widths]
     out = torch.randn(tokens, offset + sum(widths) + 3).to(dtype)
     expected, begin = out.double(), offset
@@ -128,6 +132,56 @@ def check_expand(
     assert torch.equal(actual.cpu()[token_slots == -1], out[token_slots == -1])
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=2 * eps, atol=2 * eps * rank**0.5)
+
+
+def check_cuda_graph(tokens: int) -> None:
+    """Both ops, compiled and captured, then replayed for other adapters and tokens: as in vLLM."""
+    from peft_loraswitch.vllm_plugin import custom_ops
+    from peft_loraswitch.vllm_plugin.routing_site import RoutingSite
+
+    slots, rank, features, outputs = 2, 64, 96, 40
+    tables = RoutingTables(slots, rank, 32, 128, "cuda")
+    site = RoutingSite(tables, features, first=True)
+    x, hidden = torch.randn(tokens, features, device="cuda"), torch.randn(1, tokens, rank, device="cuda")
+    lora_b, y = torch.randn(slots, 1, outputs, rank, device="cuda"), torch.zeros(tokens, outputs, device="cuda")
+    token_slots = torch.zeros(128, dtype=torch.long, device="cuda")
+    no_lora, number = torch.tensor([False]), torch.tensor([slots + 1])
+    meta = [each.cuda() for each in grouped(token_slots[:tokens].cpu(), slots)]
+
+    def step(x: Tensor, hidden: Tensor, y: Tensor) -> Tensor:
+        site.route(x, token_slots, no_lora)
+        y = y * 0
+        custom_ops.expand(hidden, [lora_b], tables.mask, y, *meta, no_lora, number, 0, True)
+        return y * 1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        compiled(x, hidden, y)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = compiled(x, hidden, y)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        choose = random.Random(seed)
+        for slot in range(slots):
+            options = some_options(choose, 32, rank)
+            tables.place(slot, options)
+            site.place(slot, torch.randn(options.num_choices, features))
+        x.normal_()
+        hidden.normal_()
+        now = torch.randint(-1, slots, (tokens,))
+        token_slots[:tokens] = now.cuda()
+        for place, each in zip(meta, grouped(now, slots), strict=True):
+            place.copy_(each)
+        tables.mask.fill_(torch.nan)
+        graph.replay()
+        mask = torch.zeros(tokens, rank, dtype=torch.float64)
+        cpu = [each.cpu() for each in (site.here, tables.settings)]
+        write_mask(x.cpu().double(), site.router.cpu().double(), *cpu, now, True, mask)
+        for token, slot in enumerate(now.tolist()):
+            wanted = lora_b[slot, 0].cpu().double() @ (hidden[0, token].cpu() * mask[token]) * (slot >= 0)
+            torch.testing.assert_close(result[token].cpu().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 EXPANDS = [
