@@ -12,57 +12,62 @@ from .routing_site import RoutingSite
 from .routing_tables import RoutingTables
 
 
-class MaskedOnGPU:
-    """What A gives is multiplied by the mask where B is, in the launch that takes the place of vLLM's own."""
-
-    loraswitch_tables: RoutingTables
-
-    def loraswitch_no_lora(self) -> torch.Tensor:
-        return internals.no_lora_flag(self)
-
-    def add_expand(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_b_stacked: tuple[torch.Tensor, ...],
-        output_slices: tuple[int, ...],
-        offset_start: int = 0,
-        add_inputs: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        # x: [parts of a packed linear, tokens, max_rank]
-        groups = internals.lora_groups(self, x.shape[1])
-        custom_ops.expand(
-            x, list(lora_b_stacked), self.loraswitch_tables.mask, y.view(-1, y.shape[-1]),
-            groups.order, groups.counts, groups.starts, groups.ids, groups.no_lora, groups.number,
-            offset_start, add_inputs,
-        )  # fmt: skip
-
-
-class MaskedOnCPU:
-    """What A gives is multiplied by the mask, and vLLM goes on."""
-
-    loraswitch_tables: RoutingTables
-    loraswitch_flag: torch.Tensor
-
-    def loraswitch_no_lora(self) -> torch.Tensor:
-        return self.loraswitch_flag
-
-    def add_expand(self, y: torch.Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
-        # x: [tokens, max_rank] for each part of a packed linear, stacked or in a tuple
-        mask = self.loraswitch_tables.mask
-        for hidden in (x,) if isinstance(x, torch.Tensor) else x:
-            hidden.mul_(mask[: hidden.shape[-2]])
-        return super().add_expand(y, x, *args, **kwargs)  # type: ignore[misc]
-
-
 def mask_wrapper(wrapper: Any, tables: RoutingTables) -> None:
-    """Have one of vLLM's wrappers, of CPUs or GPUs, multiply what A gives by the tables' mask."""
+    """Have one of vLLM's wrappers, of CPUs or GPUs, multiply what A gives by the tables' mask, before B."""
+    masked = _masked_on_gpu if internals.has_lora_groups(wrapper) else _masked_on_cpu
     wrapper.loraswitch_tables = tables
     wrapper.loraswitch_flag = torch.zeros(1, dtype=torch.bool)  # on CPUs: there may be a LoRA in any batch
-    masked = MaskedOnGPU if internals.has_lora_groups(wrapper) else MaskedOnCPU
-    name = f"Masked{type(wrapper).__name__}"
-    wrapper.__class__ = type(name, (masked, type(wrapper)), {})
+    wrapper.__class__ = masked(type(wrapper))
+
+
+def _masked_on_gpu(wrapper_class: type) -> type:
+    """The mask goes where B does, into the launch that takes the place of vLLM's own."""
+
+    class MaskedOnGPU(wrapper_class):  # type: ignore[misc]
+        loraswitch_tables: RoutingTables
+
+        def loraswitch_no_lora(self) -> torch.Tensor:
+            return internals.no_lora_flag(self)
+
+        def add_expand(
+            self,
+            y: torch.Tensor,
+            x: torch.Tensor,
+            lora_b_stacked: tuple[torch.Tensor, ...],
+            output_slices: tuple[int, ...],
+            offset_start: int = 0,
+            add_inputs: bool = True,
+            **kwargs: Any,
+        ) -> None:
+            # x: [parts of a packed linear, tokens, max_rank]
+            groups = internals.lora_groups(self, x.shape[1])
+            custom_ops.expand(
+                x, list(lora_b_stacked), self.loraswitch_tables.mask, y.view(-1, y.shape[-1]),
+                groups.order, groups.counts, groups.starts, groups.ids, groups.no_lora, groups.number,
+                offset_start, add_inputs,
+            )  # fmt: skip
+
+    return MaskedOnGPU
+
+
+def _masked_on_cpu(wrapper_class: type) -> type:
+    """What A gives is multiplied by the mask, and vLLM goes on."""
+
+    class MaskedOnCPU(wrapper_class):  # type: ignore[misc]
+        loraswitch_tables: RoutingTables
+        loraswitch_flag: torch.Tensor
+
+        def loraswitch_no_lora(self) -> torch.Tensor:
+            return self.loraswitch_flag
+
+        def add_expand(self, y: torch.Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
+            # x: [tokens, max_rank] for each part of a packed linear, stacked or in a tuple
+            mask = self.loraswitch_tables.mask
+            for hidden in (x,) if isinstance(x, torch.Tensor) else x:
+                hidden.mul_(mask[: hidden.shape[-2]])
+            return super().add_expand(y, x, *args, **kwargs)
+
+    return MaskedOnCPU
 
 
 class RoutingWrapper:
