@@ -12,17 +12,29 @@ import serving_kernels
 import vllm_server
 from peft_loraswitch.vllm_plugin import custom_ops
 
+TOOLS = Path(serving_kernels.__file__).parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.vllm
-def test_kernels_in_the_interpreter():
-    command = [str(vllm_server.PYTHON), str(Path(serving_kernels.__file__))]
+def in_the_interpreter(tool: str) -> list[str]:
+    """What a tool prints, run by vLLM's Python."""
+    command = [str(vllm_server.PYTHON), str(TOOLS / tool)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=vllm_server.environment(TRITON_INTERPRET="1")
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[1:] == ["checks", "passed"] and int(done.stdout.split()[0]) > 90
+    return done.stdout.split()
+
+
+@pytest.mark.vllm
+def test_kernels_in_the_interpreter():
+    checks, *rest = in_the_interpreter("serving_kernels.py")
+    assert int(checks) > 90 and rest == ["checks", "passed"]
+
+
+@pytest.mark.vllm
+def test_the_wrapper_of_gpus():
+    assert in_the_interpreter("serving_gpu_wrapper.py")[-1] == "passed"
 
 
 @needs_gpu
@@ -47,6 +59,7 @@ def test_batches_without_loras_launch_nothing():
     here, settings = torch.ones(1, dtype=torch.bool, device="cuda"), torch.ones(1, 6, dtype=torch.int32, device="cuda")
     slots, mask = torch.zeros(4, dtype=torch.long, device="cuda"), torch.zeros(4, 16, device="cuda")
     index, b = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.randn(1, 1, 64, 16, device="cuda")
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         custom_ops.route(x, router, here, settings, slots, none, True, mask)
         custom_ops.expand(mask[None], [b], mask, x, index, index, index, index, none, groups, 0, True)

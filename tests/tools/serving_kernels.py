@@ -178,7 +178,7 @@ def check_cuda_graph(tokens: int) -> None:
         graph.replay()
         mask = torch.zeros(tokens, rank, dtype=torch.float64)
         cpu = [each.cpu() for each in (site.here, tables.settings)]
-        write_mask(x.cpu().double(), site.router.cpu().double(), *cpu, now, True, mask)
+        write_mask(x.cpu(), site.router.cpu(), *cpu, now, True, mask)
         for token, slot in enumerate(now.tolist()):
             wanted = lora_b[slot, 0].cpu().double() @ (hidden[0, token].cpu() * mask[token]) * (slot >= 0)
             torch.testing.assert_close(result[token].cpu().double(), wanted, rtol=1e-4, atol=1e-4)
