@@ -130,7 +130,9 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
     routers = ["layers.1.self_attn.q_proj", "layers.0.mlp.gate_proj", "layers.1.mlp.down_proj"]
     llm = engine(
         args.folder / "base", 64, len(answers), max_model_len=256, max_num_seqs=64, max_logprobs=-1, enforce_eager=args.eager,
-        gpu_memory_utilization=0.3, enable_prefix_caching=False, additional_config={"loraswitch": {"router_modules": routers}},
+        gpu_memory_utilization=0.3, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False,
+        compilation_config={} if args.eager else {"cudagraph_capture_sizes": [1, 8, 32, 64]},
+        additional_config={"loraswitch": {"router_modules": routers}},
     )  # fmt: skip
     requests = {
         name: None if name == "base" else LoRARequest(name, number + 1, str(args.folder / name))
@@ -264,8 +266,8 @@ def speed_engine(args: argparse.Namespace) -> dict[str, Any]:
     # A fixed cache, and steps no longer than the prompts of the largest batch: vLLM starts sooner if it need not find out.
     llm = engine(
         args.folder / "model", int(args.max_rank), 2, load_format="dummy", max_model_len=512, max_num_seqs=max(BATCHES),
-        max_num_batched_tokens=max(BATCHES) * PROMPT, kv_cache_memory_bytes=4 << 30, enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
+        max_num_batched_tokens=max(BATCHES) * PROMPT, gpu_memory_utilization=0.8, kv_cache_memory_bytes=4 << 30,
+        enable_prefix_caching=False, compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
     )  # fmt: skip
     requests = {
         name: None if name == "base" else LoRARequest(name, number + 1, str(args.folder / name))
