@@ -131,7 +131,7 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
     llm = engine(
         args.folder / "base", 64, len(answers), max_model_len=256, max_num_seqs=64, max_logprobs=-1, enforce_eager=args.eager,
         gpu_memory_utilization=0.3, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False,
-        compilation_config={} if args.eager else {"cudagraph_capture_sizes": [1, 8, 32, 64]},
+        compilation_config={} if args.eager else {"cudagraph_capture_sizes": [1, 8, 32, 64, 256]},
         additional_config={"loraswitch": {"router_modules": routers}},
     )  # fmt: skip
     requests = {
