@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_gather
@@ -53,6 +53,7 @@ MANAGER_ATTRIBUTES = (
 )  # fmt: skip
 WORKER_ATTRIBUTES = ("_adapter_manager", "_lora_model_cls", "_manager_cls", "lora_config", "vocab_size")
 WRAPPER_ATTRIBUTES = ("_token_lora_indices",)
+GPU_WRAPPER_ATTRIBUTES = ("token_mapping_meta", "lora_config")
 RENAMING = ("get_rename_mapper", "get_unstacked_mapper")  # of a model's WeightsMapper, newest name first
 LINEAR_ATTRIBUTES = ("base_layer", "lora_a_stacked", "lora_b_stacked", "punica_wrapper", "tp_rank", "tp_size")
 
@@ -122,6 +123,57 @@ def language_wrapper(manager: Any) -> Any:
     """The object through which the linears of the language model (not of an image encoder) compute their LoRAs."""
     key = manager.mm_mapping.language_model[0] if manager.supports_mm else model_manager.DEFAULT_LANGUAGE_WRAPPER_KEY
     return manager.punica_wrapper_mapping[key]
+
+
+class LoRAGroups(NamedTuple):
+    """How vLLM on a GPU tells the kernels of LoRAs which token has which one.
+
+    order: int32 [tokens], those of one LoRA side by side.
+    counts, starts, ids: int32, for each such group its tokens, where they begin in `order`, and its slot (-1: no LoRA).
+    no_lora: bool [1], in host memory: no token has a LoRA.
+    number: int32 [1], in host memory: how many groups to look at.
+    """
+
+    order: torch.Tensor
+    counts: torch.Tensor
+    starts: torch.Tensor
+    ids: torch.Tensor
+    no_lora: torch.Tensor
+    number: torch.Tensor
+
+
+def has_lora_groups(wrapper: Any) -> bool:
+    """Whether this wrapper is that of GPUs.
+
+    Raises:
+        UnsupportedVLLM: it is, but what it tells its kernels is not what it was.
+    """
+    if type(wrapper).__name__ != "PunicaWrapperGPU":
+        return False
+    require(wrapper, GPU_WRAPPER_ATTRIBUTES)
+    require(wrapper.lora_config, ("specialize_active_lora",))
+    meta = wrapper.token_mapping_meta
+    require(meta, ("meta_args", "no_lora_flag_cpu"))
+    if problem := _problem(type(meta), "meta_args", ("token_nums", "specialize_active_lora")):
+        raise unsupported(problem)
+    told = meta.meta_args(1, wrapper.lora_config.specialize_active_lora)
+    if len(told) != 7 or told[5] is not meta.no_lora_flag_cpu or told[6].device.type != "cpu":
+        raise unsupported(f"{type(meta).__name__}.meta_args does not give what it gave")
+    return True
+
+
+def no_lora_flag(wrapper: Any) -> torch.Tensor:
+    """`LoRAGroups.no_lora` of the wrapper of GPUs."""
+    flag: torch.Tensor = wrapper.token_mapping_meta.no_lora_flag_cpu
+    return flag
+
+
+def lora_groups(wrapper: Any, tokens: int) -> LoRAGroups:
+    """What the wrapper of GPUs tells its kernels about the first `tokens` tokens."""
+    _, order, counts, starts, ids, no_lora, number = wrapper.token_mapping_meta.meta_args(
+        tokens, wrapper.lora_config.specialize_active_lora
+    )
+    return LoRAGroups(order, counts, starts, ids, no_lora, number)
 
 
 def _renaming(model: Any) -> Any:

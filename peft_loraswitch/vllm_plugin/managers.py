@@ -16,9 +16,10 @@ from .. import __version__
 from ..routing.options import RoutingOptions
 from . import internals
 from .adapter_folder import Adapter, read_adapter, read_settings
-from .masked_lora import RoutingWrapper, masked
+from .masked_lora import RoutingWrapper, mask_wrapper
 from .options import KEY, ServingOptions
-from .routing_tables import RoutingSite, RoutingTables
+from .routing_site import RoutingSite
+from .routing_tables import RoutingTables
 from .versions import unsupported
 from .wide_lora import wide_a, wide_b, with_unrouted
 
@@ -69,14 +70,14 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
         if type(wrapper).__name__ not in internals.PUNICA_WRAPPERS:
             self.loraswitch_reason = f"the plugin does not know this device ({type(wrapper).__name__})"
             return
-        self.loraswitch_tables = wrapper.loraswitch_tables = RoutingTables(
+        self.loraswitch_tables = RoutingTables(
             slots=self.lora_slots,
             max_rank=self.lora_config.max_lora_rank,
             max_choices=self.loraswitch_options.max_experts,
             max_tokens=max_num_batched_tokens,
             device=self.device,
         )
-        wrapper.__class__ = masked(type(wrapper))
+        mask_wrapper(wrapper, self.loraswitch_tables)
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()

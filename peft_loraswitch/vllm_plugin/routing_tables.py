@@ -5,16 +5,17 @@ adapters stands in tables that are written when one is loaded, a row for each of
 same operations. It leaves the decision as a mask, `[tokens, max_lora_rank]` (`wide_lora.py` says why one is enough).
 
 The rule is that of `routing/decision.py`: highest logits, of equal ones the lowest index, shared experts with gate 1 / top_k.
+Here it is written with PyTorch's operations, for CPUs and as the definition of what `route_kernel.py` does on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 
 from ..routing.options import RoutingOptions
+
+# Columns of the table of settings.
+CHOICES, TOP_K, NORMALIZE, HARD, EXPERTS, STACKED = range(6)
 
 
 class RoutingTables:
@@ -22,97 +23,89 @@ class RoutingTables:
 
     Attributes:
         mask: float32 [max_tokens, max_rank]: what the hidden vectors of each token are multiplied with. A row of ones for a
-            plain LoRA, and for a LoRA-Switch adapter before its router; of zeros for the backbone alone.
+            plain LoRA, and for a LoRA-Switch adapter before its router; for the backbone alone, of zeros or not written.
+        settings: int32 [slots, 6], a row for each slot: choices of the router, top_k, gates normalised, gate 1 (top-1 with
+            normalised gates), routed experts, routed and shared experts.
     """
 
     def __init__(
         self, slots: int, max_rank: int, max_choices: int, max_tokens: int, device: torch.device | str = "cpu"
     ) -> None:
         self.slots, self.max_choices, self.device = slots, max_choices, device
-        new = partial(torch.zeros, device=device)
         self.mask = torch.ones(max_tokens, max_rank, device=device)
-        self.closed = new(slots, max_choices, dtype=torch.bool)  # no choice of the adapter
-        self.top_k = new(slots, 1, dtype=torch.long)
-        self.normalize = new(slots, 1, dtype=torch.bool)
-        self.hard = new(slots, 1, dtype=torch.bool)  # gate 1
-        self.column_choice = new(slots, max_rank, dtype=torch.long)
-        self.column_factor = new(slots, max_rank)  # 1 on columns of routed experts, 0 on those of shared ones
-        self.column_constant = new(slots, max_rank)  # gate of shared experts, on their columns
-        index = torch.arange(max_choices, device=device)
-        self.earlier = index < index.unsqueeze(1)  # [choice, other]: other has the lower index
+        self.settings = torch.ones(slots, 6, dtype=torch.int32, device=device)
 
     def place(self, slot: int, options: RoutingOptions) -> None:
         """Write the settings of the adapter in `slot`. The base expert, if there is one, is the choice after the experts."""
-        columns = torch.arange(self.column_choice.shape[1]) % options.num_stacked
-        routed = columns < options.num_experts
-        self.closed[slot] = (torch.arange(self.max_choices) >= options.num_choices).to(self.device)
-        self.top_k[slot] = options.top_k
-        self.normalize[slot] = options.normalize_gates
-        self.hard[slot] = options.normalize_gates and options.top_k == 1
-        self.column_choice[slot] = columns.where(routed, 0).to(self.device)
-        self.column_factor[slot] = routed.to(self.column_factor)
-        self.column_constant[slot] = (~routed).to(self.column_constant) / options.top_k
+        hard = options.normalize_gates and options.top_k == 1
+        row = [
+            options.num_choices, options.top_k, options.normalize_gates, hard, options.num_experts, options.num_stacked,
+        ]  # fmt: skip
+        self.settings[slot] = torch.tensor(row, dtype=torch.int32).to(self.device)
 
     def decide(self, logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """Mask rows float32 [tokens, max_rank] for logits float32 [tokens, max_choices] of adapters in `slot` int64 [tokens].
-
-        NaN among a token's logits make all of its row NaN, so that its output shows it.
-        """
-        closed = self.closed[slot]
-        limits = torch.finfo(logits.dtype)
-        heights = torch.nan_to_num(logits, nan=limits.max).masked_fill(closed, limits.min)
-        ours, others = heights.unsqueeze(2), heights.unsqueeze(1)
-        ahead = (others > ours) | ((others == ours) & self.earlier)
-        chosen = (ahead.sum(-1) < self.top_k[slot]).to(logits.dtype)
-        shares = torch.softmax(logits.masked_fill(closed, -torch.inf), dim=-1)
-        gates = shares * chosen  # not where(): NaN stays
-        gates = torch.where(self.normalize[slot], gates / gates.sum(-1, keepdim=True), gates)
-        gates = torch.where(self.hard[slot], chosen + shares * 0, gates)
-        return gates.gather(1, self.column_choice[slot]) * self.column_factor[slot] + self.column_constant[slot]
+        """Mask rows float32 [tokens, max_rank] for logits float32 [tokens, max_choices] of adapters in `slot` int64 [tokens]."""
+        return decide(logits, self.settings[slot], self.mask.shape[1])
 
 
-class RoutingSite:
-    """A linear on whose input tokens are routed: the router weights of the adapters that decide here.
+def decide(logits: torch.Tensor, settings: torch.Tensor, max_rank: int) -> torch.Tensor:
+    """Mask rows [tokens, max_rank] for logits [tokens, max_choices] (float32, or float64 in tests), with the settings
+    [tokens, 6] of each token's adapter.
 
-    Attributes:
-        router: float32 [slots, max_choices, in_features], of this process' part of the input if that is sharded.
-        here: bool [slots, 1]: the adapter in the slot decides at this linear.
-        first: it is the first linear that runs: the mask of all other tokens is set here as well.
-        begins: the first feature of this process' part of the input.
-        sum_shards: adds the logits of all parts of a sharded input; None if the input is whole.
+    NaN among a token's logits make all of its row NaN, so that its output shows it.
     """
+    choices, top_k, normalize, hard, experts, stacked = settings.long().unsqueeze(2).unbind(1)  # each [tokens, 1]
+    index = torch.arange(logits.shape[1], device=logits.device)
+    closed = index >= choices  # no choice of the adapter
+    limits = torch.finfo(logits.dtype)
+    heights = torch.nan_to_num(logits, nan=limits.max).masked_fill(closed, limits.min)
+    ours, others = heights.unsqueeze(2), heights.unsqueeze(1)
+    earlier = index < index.unsqueeze(1)  # [choice, other]: other has the lower index
+    ahead = (others > ours) | ((others == ours) & earlier)
+    chosen = (ahead.sum(-1) < top_k).to(logits.dtype)
+    shares = torch.softmax(logits.masked_fill(closed, -torch.inf), dim=-1)
+    gates = shares * chosen  # not where(): NaN stays
+    gates = torch.where(normalize.bool(), gates / gates.sum(-1, keepdim=True), gates)
+    gates = torch.where(hard.bool(), chosen + shares * 0, gates)
+    expert = torch.arange(max_rank, device=logits.device) % stacked  # of each column, [tokens, max_rank]
+    routed = expert < experts
+    shared_gate = routed.logical_not().to(logits.dtype) / top_k
+    return gates.gather(1, expert.where(routed, 0)) * routed + shared_gate
 
-    def __init__(
-        self,
-        tables: RoutingTables,
-        in_features: int,
-        first: bool,
-        begins: int = 0,
-        sum_shards: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> None:
-        self.tables, self.first, self.begins, self.sum_shards = tables, first, begins, sum_shards
-        self.router = torch.zeros(tables.slots, tables.max_choices, in_features, device=tables.device)
-        self.here = torch.zeros(tables.slots, 1, dtype=torch.bool, device=tables.device)
 
-    def place(self, slot: int, router: torch.Tensor | None) -> None:
-        """The adapter in `slot` decides here with `router` [choices, in_features]; None: it does not decide here."""
-        self.here[slot] = router is not None
-        self.router[slot] = 0
-        if router is not None:
-            part = router[:, self.begins : self.begins + self.router.shape[2]]
-            self.router[slot, : router.shape[0]] = part.to(self.router)
+def write_mask(
+    x: torch.Tensor,
+    router: torch.Tensor | None,
+    here: torch.Tensor,
+    settings: torch.Tensor,
+    token_slots: torch.Tensor,
+    first: bool,
+    mask: torch.Tensor,
+) -> None:
+    """Write the mask rows of the tokens that are routed at one linear.
 
-    def route(self, x: torch.Tensor, token_slots: torch.Tensor) -> None:
-        """Write the mask of the tokens x [tokens, in_features], whose adapters are in `token_slots` (-1: none)."""
-        tables = self.tables
-        tokens = x.shape[0]
-        index = token_slots[:tokens]
-        adapted = (index >= 0).unsqueeze(1)
-        slot = index.clamp(0, tables.slots - 1)
-        logits = torch.nn.functional.linear(x.float(), self.router.flatten(0, 1))
-        if self.sum_shards is not None:
-            logits = self.sum_shards(logits)
-        logits = logits.view(tokens, tables.slots, tables.max_choices)
-        logits = logits.gather(1, slot.view(tokens, 1, 1).expand(tokens, 1, tables.max_choices)).squeeze(1)
-        otherwise = adapted.to(tables.mask.dtype) if self.first else tables.mask[:tokens]
-        tables.mask[:tokens] = torch.where(self.here[slot] & adapted, tables.decide(logits, slot), otherwise)
+    Args:
+        x: [tokens, in_features], the linear's input; without `router` each token's logits by its own adapter, float32
+            [tokens, max_choices].
+        router: float32 [slots, max_choices, in_features].
+        here: bool [slots], the adapter in the slot routes at this linear.
+        settings: as in `RoutingTables`.
+        token_slots: int64 [at least tokens], the slot of each token's adapter; anything else, such as -1: none.
+        first: also write ones for the tokens of other adapters, and zeros for those of none.
+        mask: float32 [at least tokens, max_rank].
+    """
+    tokens, slots = x.shape[0], here.shape[0]
+    index = token_slots[:tokens]
+    adapted = (index >= 0) & (index < slots)
+    slot = index.where(adapted, 0)
+    logits = x if router is None else own_logits(x, router, slot)
+    otherwise = adapted.unsqueeze(1).to(mask.dtype) if first else mask[:tokens]
+    routed = (here[slot] & adapted).unsqueeze(1)
+    mask[:tokens] = torch.where(routed, decide(logits, settings[slot], mask.shape[1]), otherwise)
+
+
+def own_logits(x: torch.Tensor, router: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """float32 [tokens, max_choices]: of each token by the router in its slot, int64 [tokens]."""
+    slots, choices = router.shape[:2]
+    logits = torch.nn.functional.linear(x.float(), router.flatten(0, 1)).view(-1, slots, choices)
+    return logits.gather(1, slot.view(-1, 1, 1).expand(-1, 1, choices)).squeeze(1)

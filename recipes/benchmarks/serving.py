@@ -2,15 +2,21 @@
 
     python -m recipes.benchmarks.serving equality --output equality.json     # a tiny model, about 2 minutes
     python -m recipes.benchmarks.serving speed --output speed.json           # Llama-3.1-8B's shape, about 7 minutes
+    python -m recipes.benchmarks.serving speed --layers 16 --rounds 2 --profile --engines plugin vllm_rank_16   # 4 minutes
+    python -m recipes.benchmarks.serving table recipes/results/serving_h200.json   # the table of recipes/serve.md
 
 equality: logprobs that vLLM gives to PEFT's float32 tokens, for the base model, plain LoRA and LoRA-Switch adapters in one
 batch. What the base model's differ by is vLLM's own noise; an adapter whose logprobs differ by more than three times that
 fails, and one whose router is rolled has to.
 
 speed (without PEFT): time of one decode step at batch 1, 8, 32 and 128, random weights. Three engines, each in a process of its
-own: vLLM alone with max_lora_rank 16 and with E * r, and with the plugin. Base model, LoRA of rank 16, LoRA of rank E * r and
-LoRA-Switch (E experts of rank r, top-k) on all linears take turns. A step is (time of 160 tokens - time of 32) / 128; the
-smallest of `--rounds`.
+own: vLLM alone with max_lora_rank 16 and with E * r, and with the plugin; `--engines` takes some of them. Base model, LoRA of
+rank 16, LoRA of rank E * r and LoRA-Switch (E experts of rank r, top-k) on all linears take turns. A step is (time of 160 tokens
+- time of 32) / 128; the smallest of `--rounds`. With `--profile` also how much of a step the GPU computes, in how many kernels
+(the rest is vLLM's work on the host), and which they are. The result is written after each engine.
+
+Wanted: LoRA-Switch at 0.95 or more of the speed of a LoRA of rank 16 without the plugin (`speed_over_lora_16`), and the base
+model with the plugin as fast as without (`base_speed_with_plugin`), at each batch.
 
 Both run vLLM in the process itself and call the plugin's `register` where vLLM would, so the package need not be installed.
 """
@@ -26,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +40,8 @@ from recipes.checkout import ROOT, commit
 
 BATCHES = (1, 8, 32, 128)
 SHORT, LONG = 32, 160  # tokens
+PROFILED = (1, 128)  # batches
+KERNELS_SHOWN = 12
 PROMPT = 16  # tokens
 NOISE_FACTOR = 3.0
 TOOLS = ROOT / "tests" / "tools"
@@ -51,6 +60,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def prepare(plugin: bool) -> None:
     """This process as one of vLLM's: offline, in one process, our plugin only if it is asked for."""
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS="", VLLM_NO_USAGE_STATS="1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # all is greedy, and FlashInfer need not be installed
     if plugin:
         os.environ.setdefault("LORASWITCH_UNTESTED_VLLM", "1")
         from peft_loraswitch.vllm_plugin import register
@@ -120,7 +130,9 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
     routers = ["layers.1.self_attn.q_proj", "layers.0.mlp.gate_proj", "layers.1.mlp.down_proj"]
     llm = engine(
         args.folder / "base", 64, len(answers), max_model_len=256, max_num_seqs=64, max_logprobs=-1, enforce_eager=args.eager,
-        gpu_memory_utilization=0.3, enable_prefix_caching=False, additional_config={"loraswitch": {"router_modules": routers}},
+        gpu_memory_utilization=0.3, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False,
+        compilation_config={} if args.eager else {"cudagraph_capture_sizes": [1, 8, 32, 64, 256]},
+        additional_config={"loraswitch": {"router_modules": routers}},
     )  # fmt: skip
     requests = {
         name: None if name == "base" else LoRARequest(name, number + 1, str(args.folder / name))
@@ -175,6 +187,13 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- speed
 
 
+CONTESTANTS = {
+    "plugin": ("base", "lora_16", "lora_wide", "switch"),
+    "vllm_rank_16": ("base", "lora_16"),
+    "vllm_rank_wide": ("base", "lora_16", "lora_wide"),
+}
+
+
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
@@ -183,21 +202,29 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         write_lora(folder / "lora_16", 16, args)
         write_lora(folder / "lora_wide", wide, args)
         write_switch(folder / "switch", args)
-        contestants = {
-            "plugin": (str(wide), "yes", "base,lora_16,lora_wide,switch"),
-            "vllm_rank_16": ("16", "no", "base,lora_16"),
-            "vllm_rank_wide": (str(wide), "no", "base,lora_16,lora_wide"),
-        }
-        shape = ["--layers", str(args.layers), "--rounds", str(args.rounds), "--experts", str(args.experts)]
-        rows = {}
-        for name, (rank, plugin, names) in contestants.items():
-            own = ["--max-rank", rank, "--plugin", plugin, "--contestants", names]
-            rows[name] = in_a_process("speed-engine", "--folder", str(folder), *own, *shape)
-            print(name, json.dumps(rows[name]), flush=True)  # an engine takes minutes
-    milliseconds = {name: row.pop("milliseconds") for name, row in rows.items()}
-    ours, bar = milliseconds["plugin"]["switch"], milliseconds["vllm_rank_16"]["lora_16"]
-    return {
-        **rows["plugin"],
+        rows: dict[str, dict[str, Any]] = {}
+        for name in args.engines:
+            own = [
+                "--max-rank",
+                "16" if name == "vllm_rank_16" else str(wide),
+                "--contestants",
+                ",".join(CONTESTANTS[name]),
+            ]
+            own += ["--plugin", "yes" if name == "plugin" else "no", "--rounds", str(args.rounds)]
+            rows[name] = in_a_process("speed-engine", "--folder", str(folder), *own, *["--profile"] * args.profile)
+            print(name, json.dumps(rows[name]), flush=True)
+            result = summary(args, rows)
+            if args.output:  # an engine takes minutes, and the next may fail
+                args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def summary(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    milliseconds = {name: row["milliseconds"] for name, row in rows.items()}
+    result = {
+        **{
+            name: value for name, value in next(iter(rows.values())).items() if name not in ("milliseconds", "gpu_part")
+        },
         "command": "python -m recipes.benchmarks.serving " + " ".join(sys.argv[1:]),
         "experts": args.experts,
         "rank": args.rank,
@@ -211,12 +238,23 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             }
             for engine_name, by_contestant in milliseconds.items()
         },
-        "speed_over_lora_16": {batch: round(bar[batch] / ours[batch], 3) for batch in ours},
-        "base_with_plugin_over_without": {
-            batch: round(milliseconds["vllm_rank_wide"]["base"][batch] / value, 3)
-            for batch, value in milliseconds["plugin"]["base"].items()
-        },
     }
+    if "plugin" in milliseconds:
+        ours = milliseconds["plugin"]
+        without = {name: row for name, row in milliseconds.items() if name != "plugin"}
+        result["base_speed_with_plugin"] = {name: faster(row["base"], ours["base"]) for name, row in without.items()}
+        if "vllm_rank_16" in without:
+            result["speed_over_lora_16"] = faster(without["vllm_rank_16"]["lora_16"], ours["switch"])
+        if "vllm_rank_wide" in without:
+            result["speed_over_lora_wide"] = faster(without["vllm_rank_wide"]["lora_wide"], ours["switch"])
+    if args.profile:
+        result["gpu_part"] = {name: row["gpu_part"] for name, row in rows.items()}
+    return result
+
+
+def faster(other: dict[str, float], ours: dict[str, float]) -> dict[str, float]:
+    """Our speed as a part of the other's, by batch."""
+    return {batch: round(other[batch] / value, 3) for batch, value in ours.items()}
 
 
 def speed_engine(args: argparse.Namespace) -> dict[str, Any]:
@@ -225,9 +263,11 @@ def speed_engine(args: argparse.Namespace) -> dict[str, Any]:
     from vllm.lora.request import LoRARequest
 
     names = args.contestants.split(",")
+    # A fixed cache, and steps no longer than the prompts of the largest batch: vLLM starts sooner if it need not find out.
     llm = engine(
         args.folder / "model", int(args.max_rank), 2, load_format="dummy", max_model_len=512, max_num_seqs=max(BATCHES),
-        gpu_memory_utilization=0.8, enable_prefix_caching=False, compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
+        max_num_batched_tokens=max(BATCHES) * PROMPT, gpu_memory_utilization=0.8, kv_cache_memory_bytes=4 << 30,
+        enable_prefix_caching=False, compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
     )  # fmt: skip
     requests = {
         name: None if name == "base" else LoRARequest(name, number + 1, str(args.folder / name))
@@ -250,7 +290,66 @@ def speed_engine(args: argparse.Namespace) -> dict[str, Any]:
                 step = (seconds(name, batch, LONG) - seconds(name, batch, SHORT)) / (LONG - SHORT) * 1000
                 if turn:
                     best[name][str(batch)] = round(min(step, best[name].get(str(batch), step)), 4)
-    return {**versions(), "milliseconds": best}
+    result = {**versions(), "milliseconds": best}
+    if args.profile:
+        result["gpu_part"] = {
+            name: {str(batch): gpu_part(lambda tokens: seconds(name, batch, tokens)) for batch in PROFILED}  # noqa: B023
+            for name in names
+        }
+    return result
+
+
+def gpu_part(generate: Callable[[int], float]) -> dict[str, Any]:
+    """What the GPU does in one decode step: milliseconds and kernels, in all and of those that take most.
+
+    generate: makes so many tokens.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    def kernels(tokens: int) -> dict[str, tuple[float, int]]:
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            generate(tokens)
+        totals: dict[str, tuple[float, int]] = {}
+        for event in found.profiler.kineto_results.events():
+            if event.device_type().name == "CUDA":
+                time_, count = totals.get(event.name(), (0.0, 0))
+                totals[event.name()] = time_ + event.duration_ns() / 1e6, count + 1
+        return totals
+
+    few, many = 8, 40
+    short, long = kernels(few), kernels(many)
+    steps = {
+        name: tuple((now - before) / (many - few) for now, before in zip(total, short.get(name, (0, 0)), strict=True))
+        for name, total in long.items()
+    }
+    largest = sorted(steps.items(), key=lambda step: -step[1][0])[:KERNELS_SHOWN]
+    return {
+        "milliseconds": round(sum(step[0] for step in steps.values()), 4),
+        "kernels": round(sum(step[1] for step in steps.values()), 1),
+        "largest": {name[:70]: [round(time_, 4), round(count, 1)] for name, (time_, count) in largest},
+    }
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print a result of `speed` as the table of recipes/serve.md."""
+    result = json.loads(args.file.read_text())
+    named = {
+        "base": "base model", "lora_16": "LoRA, rank 16", "lora_wide": f"LoRA, rank {result['experts'] * result['rank']}",
+        "switch": f"LoRA-Switch, {result['experts']} experts of rank {result['rank']}, top-{result['top_k']}",
+    }  # fmt: skip
+    engines = {
+        "vllm_rank_16": "vLLM, `max_lora_rank` 16",
+        "vllm_rank_wide": f"vLLM, `max_lora_rank` {result['experts'] * result['rank']}",
+        "plugin": "with the plugin",
+    }
+    print("| engine | adapter | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |")
+    print("|---|---|" + "---:|" * len(BATCHES))
+    for name, title in engines.items():
+        for contestant, by_batch in result["milliseconds_per_step"].get(name, {}).items():
+            cells = " | ".join(f"{by_batch[str(batch)]:.2f}" for batch in BATCHES)
+            print(f"| {title} | {named[contestant]} | {cells} |")
+    where = f"{result['gpu']}, vLLM {result['vllm']}, PyTorch {result['torch']}, {result['layers']} layers"
+    print(f"\nMilliseconds for one decode step; {where}: `{result['command']}`.")
 
 
 def write_model(folder: Path, layers: int) -> None:
@@ -308,7 +407,10 @@ def main() -> None:
         "equality": equality, "speed": speed, "reference": reference, "equality-engine": equality_engine,
         "speed-engine": speed_engine,
     }  # fmt: skip
-    parser.add_argument("step", choices=steps, help="equality or speed; the others are their parts")
+    parser.add_argument(
+        "step", choices=[*steps, "table"], help="equality, speed or table; the others are parts of them"
+    )
+    parser.add_argument("file", type=Path, nargs="?", help="table: a result of speed")
     parser.add_argument("--output", type=Path, help="where the result goes; it is printed as well")
     parser.add_argument("--eager", action="store_true", help="equality without CUDA graphs and compilation")
     parser.add_argument("--layers", type=int, default=32)
@@ -316,11 +418,20 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--engines", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="speed: which of the three"
+    )
+    parser.add_argument("--profile", action="store_true", help="speed: also what the GPU does in a step")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--max-rank", help=argparse.SUPPRESS)
     parser.add_argument("--plugin", choices=("yes", "no"), help=argparse.SUPPRESS)
     parser.add_argument("--contestants", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.step == "table":
+        if args.file is None:
+            parser.error("table needs a FILE")
+        table(args)
+        return
     result = steps[args.step](args)
     whole = args.step in ("equality", "speed")
     print(json.dumps(result, indent=1 if whole else None), flush=True)

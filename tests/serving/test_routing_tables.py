@@ -9,10 +9,13 @@ import torch
 
 from peft_loraswitch.routing.decision import route
 from peft_loraswitch.routing.options import RoutingOptions
-from peft_loraswitch.vllm_plugin.routing_tables import RoutingSite, RoutingTables
+from peft_loraswitch.vllm_plugin import custom_ops
+from peft_loraswitch.vllm_plugin.routing_site import RoutingSite
+from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables
 from peft_loraswitch.vllm_plugin.wide_lora import wide_a, wide_b, with_unrouted
 
 MAX_RANK, MAX_CHOICES, TOKENS = 48, 9, 40
+SOME, NONE = torch.tensor([False]), torch.tensor([True])  # is there no LoRA in the batch?
 
 
 def some_options(seed: int) -> RoutingOptions:
@@ -84,13 +87,13 @@ def test_sites_share_a_batch():
     slots = torch.randint(-1, 3, (TOKENS + 5,))
     x, deeper = torch.randn(2, TOKENS, 8)
 
-    first.route(x, slots)
+    first.route(x, slots, SOME)
     slots = slots[:TOKENS]
     torch.testing.assert_close(tables.mask[slots == 0], expected(x @ routers[0].T, options[0])[slots == 0])
     assert (tables.mask[(slots == 1) | (slots == 2)] == 1).all() and (tables.mask[slots == -1] == 0).all()
     before = tables.mask.clone()
 
-    later.route(deeper, slots)
+    later.route(deeper, slots, SOME)
     torch.testing.assert_close(tables.mask[slots == 1], expected(deeper @ routers[1].T, options[1])[slots == 1])
     assert torch.equal(tables.mask[slots != 1], before[slots != 1])
 
@@ -104,11 +107,45 @@ def test_a_slot_forgets_the_adapter_before():
     site.place(0, router)
     tables.place(0, options)
     x = torch.randn(TOKENS, 8)
-    site.route(x, torch.zeros(TOKENS, dtype=torch.long))
+    site.route(x, torch.zeros(TOKENS, dtype=torch.long), SOME)
     torch.testing.assert_close(tables.mask, expected(x @ router.T, options))
     site.place(0, None)
-    site.route(x, torch.zeros(TOKENS, dtype=torch.long))
+    site.route(x, torch.zeros(TOKENS, dtype=torch.long), SOME)
     assert (tables.mask == 1).all()
+
+
+def test_a_batch_without_loras_costs_nothing():
+    tables = RoutingTables(slots=1, max_rank=MAX_RANK, max_choices=MAX_CHOICES, max_tokens=TOKENS)
+    site = RoutingSite(tables, 8, first=True)
+    tables.mask.fill_(7)
+    site.route(torch.randn(TOKENS, 8), torch.full((TOKENS,), -1), NONE)
+    assert (tables.mask == 7).all()
+
+
+@pytest.mark.slow
+def test_the_op_is_what_compilers_expect(fresh_compiler):
+    options = RoutingOptions(4, 2, True)
+    tables = RoutingTables(slots=2, max_rank=MAX_RANK, max_choices=MAX_CHOICES, max_tokens=TOKENS)
+    tables.place(0, options)
+    site = RoutingSite(tables, 8, first=True)
+    site.place(0, torch.randn(4, 8))
+    slots = torch.randint(-1, 2, (TOKENS,))
+    arguments = (torch.randn(5, 8), site.router, site.here, tables.settings, slots, SOME, True, tables.mask)
+    torch.library.opcheck(custom_ops.route.default, arguments)
+
+    def masked_sum(x: torch.Tensor, no_lora: torch.Tensor) -> torch.Tensor:
+        site.route(x, slots, no_lora)
+        return tables.mask[: x.shape[0]].sum(-1) * x.shape[0]
+
+    compiled = torch.compile(masked_sum, fullgraph=True, dynamic=True)
+    for tokens in (3, 7):
+        x = torch.randn(tokens, 8)
+        expected = masked_sum(x, SOME)
+        tables.mask.fill_(torch.nan)
+        torch.testing.assert_close(compiled(x, SOME), expected)
+        assert not tables.mask[:tokens].isnan().any() and tables.mask[tokens:].isnan().all()
+        tables.mask.fill_(1)
+        assert (compiled(x, NONE) == MAX_RANK * tokens).all()  # decided when it runs
 
 
 def test_parts_of_a_sharded_input_add_up():
@@ -120,7 +157,7 @@ def test_parts_of_a_sharded_input_add_up():
     rest = x[:, 4:] @ other.router[0].T
     site = RoutingSite(tables, 4, first=True, begins=0, sum_shards=lambda logits: logits + rest)
     site.place(0, router)
-    site.route(x[:, :4], torch.zeros(TOKENS, dtype=torch.long))
+    site.route(x[:, :4], torch.zeros(TOKENS, dtype=torch.long), SOME)
     torch.testing.assert_close(tables.mask, expected(x @ router.T, options))
 
 

@@ -1,0 +1,67 @@
+"""The vLLM plugin's Triton kernels against PyTorch in float64: on a GPU, and in vLLM's environment in Triton's interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import serving_kernels
+import vllm_server
+from peft_loraswitch.vllm_plugin import custom_ops
+
+TOOLS = Path(serving_kernels.__file__).parent
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def in_the_interpreter(tool: str) -> list[str]:
+    """What a tool prints, run by vLLM's Python."""
+    command = [str(vllm_server.PYTHON), str(TOOLS / tool)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=vllm_server.environment(TRITON_INTERPRET="1")
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
+@pytest.mark.vllm
+def test_kernels_in_the_interpreter():
+    checks, *rest = in_the_interpreter("serving_kernels.py")
+    assert int(checks) > 90 and rest == ["checks", "passed"]
+
+
+@pytest.mark.vllm
+def test_the_wrapper_of_gpus():
+    assert in_the_interpreter("serving_gpu_wrapper.py")[-1] == "passed"
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_kernels_on_a_gpu():
+    assert serving_kernels.check_all("cuda", route_seeds=24) > 300
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 128])
+def test_ops_in_a_cuda_graph(tokens):
+    """Captured once; adapters, tokens and what they choose change afterwards."""
+    serving_kernels.check_cuda_graph(tokens)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_batches_without_loras_launch_nothing():
+    none, groups = torch.tensor([True]), torch.tensor([2])
+    x, router = torch.randn(4, 64, device="cuda"), torch.randn(1, 4, 64, device="cuda")
+    here, settings = torch.ones(1, dtype=torch.bool, device="cuda"), torch.ones(1, 6, dtype=torch.int32, device="cuda")
+    slots, mask = torch.zeros(4, dtype=torch.long, device="cuda"), torch.zeros(4, 16, device="cuda")
+    index, b = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.randn(1, 1, 64, 16, device="cuda")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        custom_ops.route(x, router, here, settings, slots, none, True, mask)
+        custom_ops.expand(mask[None], [b], mask, x, index, index, index, index, none, groups, 0, True)
+        torch.cuda.synchronize()
+    assert not [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
