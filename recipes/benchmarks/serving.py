@@ -3,7 +3,7 @@
     python -m recipes.benchmarks.serving equality --output equality.json     # a tiny model, about 2 minutes
     python -m recipes.benchmarks.serving speed --output speed.json           # Llama-3.1-8B's shape, about 7 minutes
     python -m recipes.benchmarks.serving speed --layers 16 --rounds 2 --profile --engines plugin vllm_rank_16   # 4 minutes
-    python -m recipes.benchmarks.serving table recipes/results/serving_h200.json   # the table of recipes/serve.md
+    python -m recipes.benchmarks.serving table serving.json   # the table of recipes/serve.md
 
 equality: logprobs that vLLM gives to PEFT's float32 tokens, for the base model, plain LoRA and LoRA-Switch adapters in one
 batch. What the base model's differ by is vLLM's own noise; an adapter whose logprobs differ by more than three times that
