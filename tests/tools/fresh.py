@@ -32,7 +32,7 @@ NOT_IMPORTED = ("transformers", "peft", "huggingface_hub", "trl", "datasets", "p
 LIBRARIES = ("transformers.models.llama.modeling_llama", "transformers.generation", "accelerate", "peft")
 OURS = ("peft_loraswitch", "recipes")
 MODULE = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-_servers: dict[bool, subprocess.Popen] = {}  # by whether it has imported LIBRARIES
+_servers: dict[tuple[str, ...], subprocess.Popen] = {}  # by what else it has imported
 
 
 class Finished(NamedTuple):
@@ -54,7 +54,7 @@ def run_python(
     Raises:
         AssertionError: it ended with another status than 0; the message holds what it printed.
     """
-    done = _run(code, arguments, environment, paths, cwd, timeout, libraries=False)
+    done = _run(code, arguments, environment, paths, cwd, timeout, libraries=())
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
@@ -66,9 +66,16 @@ def run_module(
     paths: tuple[Path, ...] = (ROOT,),
     cwd: Path | str = ROOT,
     timeout: int = 300,
+    libraries: tuple[str, ...] = (),
 ) -> Finished:
-    """What `python -m module arguments` ends with, whatever its status. The environment's own import paths are not looked at."""
-    return _run(MODULE, (module, *map(str, arguments)), environment, paths, cwd, timeout, libraries=True)
+    """What `python -m module arguments` ends with, whatever its status. The environment's own import paths are not looked at.
+
+    Args:
+        libraries: modules that are imported already, besides `LIBRARIES`.
+    """
+    return _run(
+        MODULE, (module, *map(str, arguments)), environment, paths, cwd, timeout, libraries=(*LIBRARIES, *libraries)
+    )
 
 
 def _run(
@@ -78,7 +85,7 @@ def _run(
     paths: tuple[Path, ...],
     cwd: Path | str,
     timeout: int,
-    libraries: bool,
+    libraries: tuple[str, ...],
 ) -> Finished:
     variables = {**(dict(os.environ) if environment is None else environment), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -91,14 +98,15 @@ def _run(
         return Finished(status, *(Path(file).read_text(errors="replace") for file in files))
 
 
-def _ask(request: dict[str, Any], libraries: bool) -> int:
+def _ask(request: dict[str, Any], libraries: tuple[str, ...]) -> int:
     if libraries not in _servers:
+        cache = tempfile.TemporaryDirectory()  # for what the libraries keep: they ask where when they are imported
         _servers[libraries] = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, *(LIBRARIES if libraries else ())],
+            [sys.executable, "-W", "ignore", __file__, *libraries],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS), "HF_HOME": cache.name},
         )  # fmt: skip
-        atexit.register(_stop, _servers[libraries])
+        atexit.register(_stop, _servers[libraries], cache)
     server = _servers[libraries]
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(json.dumps(request) + "\n")
@@ -108,11 +116,12 @@ def _ask(request: dict[str, Any], libraries: bool) -> int:
     return int(answer)
 
 
-def _stop(server: subprocess.Popen) -> None:
+def _stop(server: subprocess.Popen, cache: tempfile.TemporaryDirectory) -> None:
     assert server.stdin is not None
     with contextlib.suppress(OSError):
         server.stdin.close()
     server.wait(10)
+    cache.cleanup()
 
 
 # ------------------------------------------------------------------------------------ the process that is forked from
