@@ -65,10 +65,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays until the end: no garbage collection looks through it again."""
+def keep_out_of_garbage_collections() -> None:
+    """What is there by now, mostly imported modules, stays until the end: no garbage collection looks through it again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    keep_out_of_garbage_collections()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After each file, when its fixtures are gone: what its tests have imported. Libraries collect garbage by themselves, a Trainer
+    twice in each run, and that took most of a test's time towards the end."""
+    if nextitem is not None and nextitem.path != item.path:
+        keep_out_of_garbage_collections()
 
 
 @pytest.hookimpl(optionalhook=True)
