@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -113,11 +115,22 @@ def empty_readme(folder: Path) -> Path:
     return folder
 
 
+@functools.cache
+def costs(names: tuple[str, ...]) -> dict[str, Any]:
+    return DECODE_COSTS(list(names))
+
+
+DECODE_COSTS = cost.decode_costs
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A README with empty blocks; the cost of decoding, which builds every method on 7B, is computed for two methods."""
-    compute = cost.decode_costs
-    monkeypatch.setattr(cost, "decode_costs", lambda names: compute([n for n in names if n in (PAPER, LAYER_WISE)]))
+    """A README with empty blocks; the cost of decoding, which builds every method on 7B, is computed once and for two methods."""
+
+    def of_two(names: Any) -> dict[str, Any]:
+        return copy.deepcopy(costs(tuple(n for n in names if n in (PAPER, LAYER_WISE))))
+
+    monkeypatch.setattr(cost, "decode_costs", of_two)
     (tmp_path / "out").mkdir()
     return empty_readme(tmp_path / "out")
 
