@@ -77,8 +77,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """After each file, when its fixtures are gone: what its tests have imported. Libraries collect garbage by themselves (a Trainer
-    does twice in each run), which came to half of a test's time."""
+    """After each file, when its fixtures are gone: what its tests have imported. Libraries collect garbage by themselves, a
+    Trainer twice in each run, which came to half of a test's time."""
     if nextitem is not None and nextitem.path != item.path:
         keep_out_of_garbage_collections()
 
