@@ -17,23 +17,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
-import torch
-import torch._dynamo
+
+# PyTorch is imported within functions here: the process that hands the tests out to workers, before it starts them, runs none.
 
 # A failed assert in a helper shows its values, as one in a test does.
 pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "tools").glob("*.py")))
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def fresh_compiler():
     """torch.compile as in a new process, before and after."""
+    import torch._dynamo
+
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -72,6 +74,12 @@ def keep_out_of_garbage_collections() -> None:
 
 
 def pytest_collection_finish() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    gc.set_threshold(
+        20_000, 20, 20
+    )  # models are made and thrown away all the time: rarer collections, a twentieth of the time
     keep_out_of_garbage_collections()
 
 
