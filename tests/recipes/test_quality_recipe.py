@@ -453,11 +453,12 @@ def test_the_command_runs_and_goes_on_where_it_stopped(
     out = tmp_path / "outputs" / "quality" / "smoke"
     first = results.read(out / "results.csv")
     assert {row["method"] for row in first["rows"]} == {"base", "lora-r64"}
-    # one run is lost, one method is new: these are trained, the others are not, and neither is the base
+    # one run is lost, one method is new: these are trained, and nothing else
     (out / "runs" / "lora-r64-0.json").unlink()
-    assert command.main(command.parse([*words, "--parallel", "2", "--results", "copy.csv"])) == 0
+    both = [word for word in words if word != "base"]
+    assert command.main(command.parse([*both, "--parallel", "2", "--results", "copy.csv"])) == 0
     printed = capfd.readouterr().out
-    assert "pretraining" not in printed and "base: finished before" in printed
+    assert "pretraining" not in printed
     assert printed.count("lora-r64: seed 0") == 1 and "lora-r64: learning rate" not in printed
     found = results.read(tmp_path / "copy.csv")
     assert found == results.read(out / "results.csv")
@@ -474,9 +475,15 @@ def test_the_command_runs_and_goes_on_where_it_stopped(
     for row in found["rows"]:
         assert list(row) == list(results.COLUMNS)
     # a limit that is over at once: nothing new, no failure
+    kept = (out / "runs" / "moe-lora-0.json").read_text()
     (out / "runs" / "moe-lora-0.json").unlink()
     assert command.main(command.parse([*words, "--limit", "0"])) == 0
     assert "2 runs" in capfd.readouterr().out
+    # and without one: what is finished is not begun again
+    (out / "runs" / "moe-lora-0.json").write_text(kept)
+    assert command.main(command.parse(words)) == 0
+    printed = capfd.readouterr().out
+    assert all(f"{name}: finished before" in printed for name in ("base", "lora-r64", "moe-lora"))
 
 
 @pytest.mark.parametrize(
