@@ -361,7 +361,8 @@ def _never_quantised_again() -> None:
 
 def routing_state(model: nn.Module) -> RoutingState | None:
     """The state that the adapted layers of `model` share, or None if it has none."""
-    return next((layer.routing_state for layer in adapted_layers(model)), None)
+    # stops at the first: injecting and torch.compile, which follows this line in each forward, would take longer with each block
+    return next((each.routing_state for each in model.modules() if isinstance(each, LoRASwitchLinear)), None)
 
 
 def _require_state(model: nn.Module) -> RoutingState:

@@ -17,23 +17,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
-import torch
-import torch._dynamo
+
+# PyTorch is imported within functions here: the process that hands the tests out to workers, before it starts them, runs none.
 
 # A failed assert in a helper shows its values, as one in a test does.
 pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "tools").glob("*.py")))
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def fresh_compiler():
     """torch.compile as in a new process, before and after."""
+    import torch._dynamo
+
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -65,10 +67,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays until the end: no garbage collection looks through it again."""
+def keep_out_of_garbage_collections() -> None:
+    """What is there by now, mostly imported modules, stays until the end: no garbage collection looks through it again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    gc.set_threshold(
+        20_000, 20, 20
+    )  # models are made and thrown away all the time: rarer collections, a twentieth of the time
+    keep_out_of_garbage_collections()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After each file, when its fixtures are gone: what its tests have imported. Libraries collect garbage by themselves, a
+    Trainer twice in each run, which came to half of a test's time."""
+    if nextitem is not None and nextitem.path != item.path:
+        keep_out_of_garbage_collections()
 
 
 @pytest.hookimpl(optionalhook=True)

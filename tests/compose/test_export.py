@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from fresh import run_python
 from helpers import adapted, switch_config, switch_layers, tiny_gpt2, tiny_llama, tokens
 from loras import CONFIG, VARIANTS, WEIGHTS, alone, logits_of, lora_oracle, peft_logits, save_lora, save_variants
 from peft_loraswitch import export_expert, from_loras
@@ -44,10 +42,7 @@ def test_peft_alone_computes_the_same(tmp_path):
     with unchanged(model):
         for name, folder in zip(VARIANTS, folders, strict=True):
             export_expert(model, name, folder)
-    command = [sys.executable, "-c", PEFT_ALONE, str(tmp_path / "base"), str(tmp_path / "ids"), *folders]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(PEFT_ALONE, str(tmp_path / "base"), str(tmp_path / "ids"), *folders, paths=(), cwd=tmp_path)
     for expert, folder in enumerate(folders):
         with alone(model, expert):
             mine = logits_of(model, tokens())

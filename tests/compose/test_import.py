@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from fresh import run_python
 from helpers import switch_config, switch_layers, tiny_gpt2, tiny_llama, tokens
 from loras import CONFIG, VARIANTS, WEIGHTS, alone, logits_of, lora_oracle, peft_logits, save_lora, save_variants
 from oracle import Oracle
@@ -156,22 +154,11 @@ with torch.no_grad():
 """
 
 
-def run_fresh(code: str, *arguments: object) -> None:
-    """Run Python code in a process of its own that finds the tests' helpers."""
-    tests = Path(__file__).resolve().parents[1]
-    paths = [str(tests / "tools"), str(tests.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 def test_saved_and_loaded_in_a_fresh_process(folders, tmp_path):
     model = from_loras(tiny_llama(), folders)
     model.save_pretrained(tmp_path / "adapter")
-    run_fresh(FRESH, tmp_path / "adapter", tmp_path / "out.safetensors", " ".join(NAMES))
+    run_python(FRESH, str(tmp_path / "adapter"), str(tmp_path / "out.safetensors"), " ".join(NAMES))
     assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], logits_of(model, tokens()))
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert LoRASwitchConfig(**config).expert_names == NAMES

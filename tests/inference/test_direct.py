@@ -12,8 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from changes_of_weights import CHANGES, hook_on_base_layer, layer_in_training, made, weight_put_into_a_dictionary
-from fusing import close, gradients, ids, logits, trainable
+from changes_of_weights import (
+    CHANGES,
+    another_kind_of_base_layer,
+    another_parameter,
+    hook_on_base_layer,
+    in_place,
+    layer_in_training,
+    made,
+    weight_put_into_a_dictionary,
+)
+from fusing import adapted, close, gradients, ids, logits, trainable
+from helpers import tiny_llama
 from peft_loraswitch import kernels
 from peft_loraswitch.inference.fuse import adapted_layers
 from peft_loraswitch.routing.decision import Routing
@@ -267,12 +277,14 @@ def test_gradients_of_any_part_are_those_of_the_unfused_model(part, library):
 
 # What a change touches, and others of its group; tracing takes as long as there are adapted linears. q_proj holds the router.
 MANY_OF_THEM = ["q_proj", "v_proj", "gate_proj", "up_proj"]
+IN_ANOTHER_BLOCK = [in_place, another_parameter, another_kind_of_base_layer]  # than the router's; all others in its own
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_changed_after_fusing_is_seen_by_compiled_code(change):
     torch._dynamo.reset()
-    model = made(target_modules=MANY_OF_THEM)
+    blocks = 2 if change in IN_ANOTHER_BLOCK else 1
+    model = adapted(tiny_llama(attention_bias=True, num_hidden_layers=blocks), target_modules=MANY_OF_THEM)
     tokens = ids(1, 1, "cpu")
     model.fuse_for_inference("fused")
     before = logits(model, tokens, use_cache=False)

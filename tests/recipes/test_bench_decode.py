@@ -9,6 +9,7 @@ import multiprocessing
 import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,7 +241,8 @@ def test_a_model_filled_with_shared_tensors_is_the_same_model():
 @pytest.mark.slow
 def test_samples_can_be_taken_for_ever(tmp_path):
     """A reference is sampled with each of its partners: more steps in all than its cache has room for."""
-    it = dataclasses.replace(job("fused", 4, ("graph", "prefill")), shape=dataclasses.replace(SHAPE, layers=1))
+    modes = ("graph", "prefill", "compiled:8", "compiled:32")
+    it = dataclasses.replace(job("fused", 4, modes), shape=dataclasses.replace(SHAPE, layers=1))
     measuring = worker.Worker(it, "cpu", DeviceLock(tmp_path, "cpu"))
     with torch.no_grad():
         measuring.build(models.tensors_of(models.empty_backbone(it, "cpu")))
@@ -256,34 +258,57 @@ def test_samples_can_be_taken_for_ever(tmp_path):
         rest = 3 * it.shape.hidden + NUM_EXPERTS * it.shape.hidden  # norms, router
         assert facts["read_bytes"] == pytest.approx(2 * (weights + experts + rest), rel=0.01)
         assert measuring.profile("graph")["host_ms"]
+        for mode in ("compiled:8", "compiled:32"):  # batches of one process, each with a graph of its own
+            measuring.begin(mode)
+            assert measuring.sample(mode) > 0 and measuring.finish(mode)["batch"] == int(mode.partition(":")[2])
+            assert measuring.compilations == 0
 
 
-@pytest.mark.slow
-def test_everything_but_the_numbers_on_a_cpu(tmp_path):
-    """Tiny models on two 'devices': real workers, compilation, shared weights, `generate`, fusing, one file and a picture."""
-    output = tmp_path / "results" / "out.json"
-    command = module_command("recipes.benchmarks.decode", "--device", "cpu", "--devices", "0", "1", "--slots", "2")
-    command += ["--models", "qwen3-0.6b", "mistral-7b", "--methods", "backbone", "fused", "merge"]
-    command += ["--modes", "compiled", "graph", "static", "--layers", "1", "--profile", "--limit", "300"]
+def rehearsed(folder: Path, *options: str) -> tuple[dict[str, Any], dict[tuple, dict[str, Any]], str]:
+    """What the command writes with tiny models of one layer, its rows by what they are of, and what it says."""
+    output = folder / "results" / "out.json"
+    command = module_command("recipes.benchmarks.decode", "--device", "cpu", "--slots", "2", "--layers", "1", *options)
     result = subprocess.run(
-        [*command, "--output", str(output)], cwd=tmp_path, env=module_environment(), capture_output=True, text=True, timeout=400
+        [*command, "--limit", "300", "--output", str(output)],
+        cwd=folder, env=module_environment(), capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     written = json.loads(output.read_text())
     assert written["header"]["missing"] == [], result.stdout
-    assert written["header"]["devices"] == 2 and written["header"]["torch"] == torch.__version__
     found = {(r["model"], r["method"], r["rank"], r["mode"], r["batch"]): r for r in written["rows"]}
-    assert len(found) == len(written["rows"]) == 14
+    assert len(found) == len(written["rows"])
     for row in written["rows"]:
         assert {"model", "method", "mode", "batch", "tokens", "rank", "ms", "ratio", "gb_per_s", "peak_gib"} <= set(row)
         assert row["ms"] > 0 and row["samples"] >= 5
         assert row["ratio"] == 1.0 if row["method"] == "backbone" else row["ratio"] > 0
         assert row["ratio"] == pytest.approx(row["ms"] / row["backbone_ms"], abs=1e-3)
+    return written, found, result.stdout
+
+
+@pytest.mark.slow
+def test_everything_but_the_numbers_on_two_devices(tmp_path):
+    """Tiny models: real workers, shared weights, `generate`, fusing, one file and a picture."""
+    models = ("qwen3-0.6b", "mistral-7b")
+    options = ("--devices", "0", "1", "--models", *models, "--methods", "backbone", "fused", "merge")
+    written, found, said = rehearsed(tmp_path, *options, "--modes", "graph", "static", "eager", "--profile")
+    assert written["header"]["devices"] == 2 and written["header"]["torch"] == torch.__version__
+    assert len(found) == 8, said
     assert found[("mistral-7b", "merge", 8, "graph", 1)]["over_floor"] > 0
-    assert found[("mistral-7b", "fused", 64, "compiled", 1)]["fuse_seconds"] > 0
+    assert found[("mistral-7b", "fused", 8, "eager", 1)]["fuse_seconds"] > 0
     assert any("fused r=8 static" in name for name in written["profile"]), list(written["profile"])
-    assert output.with_suffix(".png").stat().st_size > 1000
-    assert {bar["model"] for bar in written["bars"]} == {"qwen3-0.6b", "mistral-7b"}
+    assert {bar["model"] for bar in written["bars"]} == set(models)
+
+
+@pytest.mark.slow
+def test_everything_but_the_numbers_compiled(tmp_path):
+    options = ("--models", "qwen3-0.6b", "--methods", "backbone", "fused", "--modes", "compiled", "--profile")
+    written, found, said = rehearsed(tmp_path, *options)
+    assert set(found) == {
+        ("qwen3-0.6b", method, rank, "compiled", 1) for method, rank in (("backbone", 0), ("fused", 8))
+    }
+    assert all(row["compilations"] == 0 for row in written["rows"]) and len(written["profile"]) == 2
+    assert {bar["what"].partition(",")[0] for bar in written["bars"]} >= {"compiled"}, said
+    assert (tmp_path / "results" / "out.png").stat().st_size > 1000
 
 
 def test_without_a_gpu_it_says_so():
@@ -322,7 +347,7 @@ def test_a_quiet_processor_is_sought_and_stayed_on(monkeypatch):
 
 
 def test_a_disturbed_sample_is_taken_again_and_counted_if_it_stays_so(monkeypatch):
-    measuring = worker.Worker(job("fused", 8), "cpu", None)  # type: ignore[arg-type]
+    measuring = worker.Worker(job("fused", 8), "cuda", None)  # type: ignore[arg-type]
     answers = iter([True, False, False, True, True] + 8 * [False])  # before and after each try
 
     class Processor:

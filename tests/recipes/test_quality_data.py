@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fresh import run_module
 from recipes.checkout import module_command, module_environment
 from recipes.quality import copies, prepare, readers, tasks, texts
 from recipes.quality.prepare import CacheError, Prepared, load, save
@@ -484,8 +485,7 @@ def test_missing_packages_are_named_with_the_command(tmp_path: Path) -> None:
         prepare.prepare(tmp_path / "data", "full", progress=False)
     assert "dict-gcide," not in str(error.value).split("Get them")[0]
 
-    command = module_command("recipes.quality.prepare", "--folder", str(tmp_path / "data"))
-    done = subprocess.run(command, env=module_environment(), capture_output=True, text=True, timeout=120)
+    done = run_module("recipes.quality.prepare", "--folder", tmp_path / "data")
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 

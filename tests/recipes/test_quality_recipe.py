@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.checkout import module_command, module_environment
 from recipes.quality import base, evaluate, files, methods, pool, results, routers, routing_statistics, train
 from recipes.quality import run as command
 from recipes.quality.moe_lora import MoELoRALinear, MoELoRAModel
@@ -440,33 +438,27 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the command
 
 
-def start(folder: Path, *words: str, status: int = 0) -> str:
-    environment = module_environment(
-        OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore"
-    )
-    line = module_command("recipes.quality.run", *words)
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout + done.stderr
-
-
 @pytest.mark.slow
 def test_the_command_runs_and_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """Once in this process, once with a process for each method, with the same results."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("PYTHONWARNINGS", "ignore")):  # of the methods' processes
+        monkeypatch.setenv(name, value)
     words = ("--size", "smoke", "--steps", "2", "--methods", "base", "lora-r64", "moe-lora")
     assert command.main(command.parse(words[:-1])) == 0
-    assert "base: pretraining" in capsys.readouterr().out
+    assert "base: pretraining" in capfd.readouterr().out
     out = tmp_path / "outputs" / "quality" / "smoke"
     first = results.read(out / "results.csv")
     assert {row["method"] for row in first["rows"]} == {"base", "lora-r64"}
-    # one run is lost, one method is new: these are trained, the others are not, and neither is the base
+    # one run is lost, one method is new: these are trained, and nothing else
     (out / "runs" / "lora-r64-0.json").unlink()
-    printed = start(tmp_path, *words, "--parallel", "2", "--results", "copy.csv")
-    assert "pretraining" not in printed and "base: finished before" in printed
+    both = [word for word in words if word != "base"]
+    assert command.main(command.parse([*both, "--parallel", "2", "--results", "copy.csv"])) == 0
+    printed = capfd.readouterr().out
+    assert "pretraining" not in printed
     assert printed.count("lora-r64: seed 0") == 1 and "lora-r64: learning rate" not in printed
     found = results.read(tmp_path / "copy.csv")
     assert found == results.read(out / "results.csv")
@@ -483,9 +475,15 @@ def test_the_command_runs_and_goes_on_where_it_stopped(
     for row in found["rows"]:
         assert list(row) == list(results.COLUMNS)
     # a limit that is over at once: nothing new, no failure
+    kept = (out / "runs" / "moe-lora-0.json").read_text()
     (out / "runs" / "moe-lora-0.json").unlink()
     assert command.main(command.parse([*words, "--limit", "0"])) == 0
-    assert "2 runs" in capsys.readouterr().out
+    assert "2 runs" in capfd.readouterr().out
+    # and without one: what is finished is not begun again
+    (out / "runs" / "moe-lora-0.json").write_text(kept)
+    assert command.main(command.parse(words)) == 0
+    printed = capfd.readouterr().out
+    assert all(f"{name}: finished before" in printed for name in ("base", "lora-r64", "moe-lora"))
 
 
 @pytest.mark.parametrize(

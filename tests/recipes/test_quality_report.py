@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 for _package in ("matplotlib", "PIL"):
     pytest.importorskip(_package, reason="the recipes need the extra `recipes`")
 
-from recipes.checkout import ROOT, module_command, module_environment  # noqa: E402
+from fresh import Finished, run_module  # noqa: E402
+from recipes.checkout import ROOT, module_environment  # noqa: E402
 from recipes.quality import cost, files, methods, pictures, report, results, tables, verdict  # noqa: E402
 from recipes.quality.merge import Incompatible, merge  # noqa: E402
 from recipes.quality.settings import FULL  # noqa: E402
@@ -113,11 +115,22 @@ def empty_readme(folder: Path) -> Path:
     return folder
 
 
+@functools.cache
+def costs(names: tuple[str, ...]) -> dict[str, Any]:
+    return DECODE_COSTS(list(names))
+
+
+DECODE_COSTS = cost.decode_costs
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A README with empty blocks; the cost of decoding, which builds every method on 7B, is computed for two methods."""
-    compute = cost.decode_costs
-    monkeypatch.setattr(cost, "decode_costs", lambda names: compute([n for n in names if n in (PAPER, LAYER_WISE)]))
+    """A README with empty blocks; the cost of decoding, which builds every method on 7B, is computed once and for two methods."""
+
+    def of_two(names: Any) -> dict[str, Any]:
+        return copy.deepcopy(costs(tuple(n for n in names if n in (PAPER, LAYER_WISE))))
+
+    monkeypatch.setattr(cost, "decode_costs", of_two)
     (tmp_path / "out").mkdir()
     return empty_readme(tmp_path / "out")
 
@@ -502,11 +515,14 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Started from elsewhere, into a folder without a README; its errors are one line."""
     folder = tmp_path / "new"
     path = written(tmp_path / "one.csv", made_up("baselines"))
-    words = module_command("recipes.quality.report", str(path), "--folder", str(folder))
-    environment = module_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore")
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    def start(results: Path) -> Finished:
+        environment = module_environment(CUDA_VISIBLE_DEVICES="")
+        words = ("recipes.quality.report", results, "--folder", folder)
+        return run_module(*words, cwd=tmp_path, environment=environment)
+
+    done = start(path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "results.csv" in done.stdout and "decode step, computed" in (folder / "README.md").read_text()
-    words[words.index(str(path))] = str(tmp_path / "absent.csv")
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = start(tmp_path / "absent.csv")
     assert done.returncode == 1 and "absent.csv holds no results" in done.stderr and "Traceback" not in done.stderr

@@ -1,17 +1,17 @@
-"""The recipes run end to end as a user would start them: a fresh process each, on the CPU, with nothing downloaded."""
+"""The recipes run end to end as a user would start them: a process each, on the CPU, with nothing downloaded."""
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from recipes.checkout import module_command, module_environment
+from fresh import run_module
+from recipes.checkout import module_environment
 
 for _package in ("trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(_package, reason="the recipes need the extra `recipes`")
@@ -23,15 +23,17 @@ MODELS = ("llama31_8b", "mistral_7b", "qwen3_8b", "smoke")
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, module: str, *arguments: str, status: int = 0) -> str:
+TRL = ("datasets", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer")
+
+
+def run(folder: Path, module: str, *arguments: str) -> str:
     """Run a recipe in `folder` with one thread and without a network; return what it printed.
 
     One thread, because tests may run side by side: two processes with two spinning threads each take far longer.
     """
-    environment = module_environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HOME=str(folder / "hf"))
-    command = module_command(module, *arguments)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    environment = module_environment(HF_HUB_OFFLINE="1")
+    done = run_module(module, *arguments, cwd=folder, environment=environment, timeout=600, libraries=TRL)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fresh import Finished, run_module
 from helpers import adapted, tiny_llama
-from paths import ROOT
 from peft_loraswitch.reporting.route_command import load
 from trainer_tools import tokenizer
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +33,8 @@ def save_adapter(path: Path, base: str | None, **settings) -> None:
     model.save_pretrained(path)
 
 
-def route(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "peft_loraswitch", "route", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def route(*arguments: object) -> Finished:
+    return run_module("peft_loraswitch", "route", *arguments, environment=ENVIRONMENT)
 
 
 @pytest.mark.slow
@@ -57,8 +55,7 @@ def test_the_command_prints_and_writes_a_page(folder, tmp_path):
 def test_without_a_command_it_tells_of_the_kernels():
     from peft_loraswitch.__main__ import report
 
-    command = [sys.executable, "-m", "peft_loraswitch"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = run_module("peft_loraswitch", environment=ENVIRONMENT)
     assert done.returncode == 0 and done.stdout == report() + "\n"
 
 

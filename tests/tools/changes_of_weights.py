@@ -35,12 +35,12 @@ def in_place(model: nn.Module) -> None:
 
 
 def another_parameter(model: nn.Module) -> None:
-    layer = model.base_model.model.model.layers[1].self_attn.v_proj
+    layer = model.base_model.model.model.layers[-1].self_attn.v_proj
     layer.loraswitch_B["default"].weight = nn.Parameter(torch.randn_like(layer.loraswitch_B["default"].weight))
 
 
 def another_base_layer(model: nn.Module) -> None:
-    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer = model.base_model.model.model.layers[-1].mlp.up_proj
     layer.base_layer = copy.deepcopy(layer.base_layer)
     layer.base_layer.weight.data.mul_(2)
 
@@ -50,14 +50,14 @@ def another_kind_of_base_layer(model: nn.Module) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer = model.base_model.model.model.layers[-1].mlp.up_proj
     doubled = Doubled(layer.in_features, layer.out_features, bias=False)
     doubled.load_state_dict(layer.base_layer.state_dict())
     layer.base_layer = doubled
 
 
 def hook_on_base_layer(model: nn.Module) -> None:
-    model.base_model.model.model.layers[1].self_attn.v_proj.base_layer.register_forward_hook(lambda m, a, out: out * 2)
+    model.base_model.model.model.layers[-1].self_attn.v_proj.base_layer.register_forward_hook(lambda m, a, out: out * 2)
 
 
 def another_scaling(model: nn.Module) -> None:
@@ -71,7 +71,7 @@ def another_dictionary_of_scalings(model: nn.Module) -> None:
 
 
 def first_bias_of_a_layer(model: nn.Module) -> None:
-    layer = model.base_model.model.model.layers[1].mlp.up_proj.base_layer
+    layer = model.base_model.model.model.layers[-1].mlp.up_proj.base_layer
     assert layer.bias is None
     layer.bias = nn.Parameter(torch.ones(layer.out_features))
 
@@ -101,5 +101,5 @@ CHANGES = [
 
 def weight_put_into_a_dictionary(model: nn.Module) -> None:
     """As accelerate places weights. No method is told, so compiled code does not see it before the next eager forward."""
-    experts = model.base_model.model.model.layers[1].self_attn.v_proj.loraswitch_A["default"]
+    experts = model.base_model.model.model.layers[-1].self_attn.v_proj.loraswitch_A["default"]
     experts._parameters["weight"] = nn.Parameter(torch.randn_like(experts.weight))

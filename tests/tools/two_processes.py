@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
 from datetime import timedelta
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -15,7 +17,10 @@ import torch.multiprocessing as mp
 from helpers import adapted, adapter_gradients, padded, tiny_llama
 
 WORLD = 2
-
+PRELOADED = [
+    "two_processes", "trainer_tools", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp",
+    "torch._dynamo", "torch.distributed.tensor.parallel",
+]  # fmt: skip
 
 LOSSES = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
 
@@ -44,13 +49,29 @@ def process(rank: int, port: int, job: Any, directory: str) -> None:
     os._exit(0)
 
 
+@functools.cache
+def _start_fork_server() -> None:
+    """With this process's import path, which Python before 3.13 does not hand on: what is to be imported would not be found, and
+    nobody would be told."""
+    mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
 def on_two(job: Any, directory: Any) -> list[Any]:
     """What `job(rank, directory)` returns in each of two processes.
 
     They are forks of a process that has imported everything and done nothing (a fork server, one for each worker of pytest): an
     import of all that Transformers brings takes longer than the tests.
     """
-    mp.get_context("forkserver").set_forkserver_preload(["two_processes", "trainer_tools", "torch.distributed.fsdp"])
+    _start_fork_server()
     mp.start_processes(process, (free_port(), job, str(directory)), nprocs=WORLD, start_method="forkserver")
     return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
