@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
     args = _arguments(argv[:cut])
     if args.reload:
-        print(json.dumps(reloaded(args, args.reload)))
+        print(json.dumps(reloaded(args)))
         return
     args.work.mkdir(parents=True, exist_ok=True)
     row, failed = run(args, argv[cut + 1 :])
@@ -69,7 +69,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "real_size", help="model, data, checkpoints")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short texts, on a CPU")
-    parser.add_argument("--reload", help=argparse.SUPPRESS)
+    parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.steps % 2 or args.steps < 2:
         parser.error("--steps must be even: a checkpoint is saved in the middle")
@@ -116,8 +116,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> tuple[dict[str, Any], lis
     middle = str(first / f"checkpoint-{args.steps // 2}")
     _train(args, recipe, [*options, "--output_dir", str(second), "--resume_from_checkpoint", middle])
     _say("loading in a fresh process")
-    fresh = _fresh(args, first)
-    again = _fresh(args, first / f"checkpoint-{args.steps}", tokens_only=True)
+    fresh = _fresh(args)
 
     state = json.loads((first / "trainer_state.json").read_text())
     losses = _losses(first)
@@ -133,7 +132,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> tuple[dict[str, Any], lis
         failed.append(f"held-out loss in a fresh process: {fresh['loss']}, in the trainer: {evaluated}")
     if math.isclose(fresh["loss"], fresh["base_loss"], rel_tol=1e-3):
         failed.append(f"the adapter changes nothing: {fresh['loss']} with it, {fresh['base_loss']} without")
-    if fresh["tokens"] != again["tokens"]:
+    if fresh["tokens"] != fresh.pop("checkpoint_tokens"):
         failed.append("the last checkpoint and the saved adapter give different tokens")
     return {
         **versions("torch", "transformers", "peft", "trl", "accelerate"),
@@ -197,20 +196,20 @@ def _losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def _fresh(args: argparse.Namespace, adapter: Path, tokens_only: bool = False) -> dict[str, Any]:
-    command = module_command("recipes.train.real_size", args.config, "--work", str(args.work), "--reload", str(adapter))
-    if args.tiny:
-        command.append("--tiny")
+def _fresh(args: argparse.Namespace) -> dict[str, Any]:
+    command = module_command("recipes.train.real_size", args.config, "--work", str(args.work), "--reload")
+    command += ["--steps", str(args.steps), *(["--tiny"] if args.tiny else [])]
     done = subprocess.run(command, env=module_environment(), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit status {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"tokens": found["tokens"]} if tokens_only else found
+    return found
 
 
 @torch.no_grad()
-def reloaded(args: argparse.Namespace, adapter: str) -> dict[str, Any]:
-    """In a fresh process: held-out loss with and without the adapter, and greedy tokens after a held-out prompt."""
+def reloaded(args: argparse.Namespace) -> dict[str, Any]:
+    """In a fresh process: held-out loss with and without the adapter, and greedy tokens after a held-out prompt, also those of
+    the last checkpoint."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -220,7 +219,8 @@ def reloaded(args: argparse.Namespace, adapter: str) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(place.model)
     base = AutoModelForCausalLM.from_pretrained(place.model, dtype="auto", attn_implementation="sdpa").to(device)
-    model = PeftModel.from_pretrained(base, adapter).eval()
+    first = args.work / "first"
+    model = PeftModel.from_pretrained(base, first).eval()
     talks = [json.loads(line) for line in (place.data / "test.jsonl").read_text().splitlines()]
     texts = [talk["messages"] if "messages" in talk else talk["prompt"] + talk["chosen"] for talk in talks]
     rows = [tokenizer.apply_chat_template(text, return_dict=False)[: place.length] for text in texts]
@@ -236,10 +236,16 @@ def reloaded(args: argparse.Namespace, adapter: str) -> dict[str, Any]:
             count += len(row) - 1
         return total / count
 
-    answer = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
-    found = {"loss": loss(), "tokens": answer.tolist()}
+    def tokens() -> list[int]:
+        made = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+        return list(made.tolist())
+
+    found: dict[str, Any] = {"loss": loss(), "tokens": tokens()}
     with model.disable_adapter():
         found["base_loss"] = loss()
+    model.load_adapter(first / f"checkpoint-{args.steps}", "checkpoint")
+    model.set_adapter("checkpoint")
+    found["checkpoint_tokens"] = tokens()
     return found
 
 
