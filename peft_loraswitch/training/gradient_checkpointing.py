@@ -104,7 +104,8 @@ class _Block:
     def _run(self, frame: RoutingFrame, *args: Any, **kwargs: Any) -> Any:
         self.reentrant = not torch.is_grad_enabled()
         before, frame.used = frame.used, set()
-        output = self.function(*args, **kwargs)
+        with shared_inputs_of(self.state, frame).checkpointed_block():
+            output = self.function(*args, **kwargs)
         self.used, frame.used = frame.used, before | frame.used
         if self.reentrant and self.used & frame.trained and not any(map(_needs_gradient, args)):
             raise RuntimeError(

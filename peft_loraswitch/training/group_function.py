@@ -320,7 +320,9 @@ def _packed(a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> Tensor:
     packed = torch.empty(offset + sum(sizes), dtype=spec.dtype, device=a[0].device)
     if offset:
         # by copies of equal strides, which a GPU makes in one launch
-        places = [packed.as_strided(w.shape, w.stride(), c.start * features) for c, w in zip(spec.columns, a, strict=True)]
+        places = [
+            packed.as_strided(w.shape, w.stride(), c.start * features) for c, w in zip(spec.columns, a, strict=True)
+        ]
         torch._foreach_copy_(places, list(a))
     places = []
     for columns, width, size, each in zip(spec.columns, spec.widths, sizes, b, strict=True):
