@@ -297,9 +297,10 @@ def forward(layer: Any, x: Tensor, frame: RoutingFrame) -> Tensor | None:
         return None
     if frame.adapter_names is not None:
         return _plain_form("a batch has an adapter for each sample (adapter_names)")
-    inputs = shared_inputs_of(layer.routing_state, frame)
-    waiting = inputs.waiting.pop(id(layer), None)
-    inputs.look(layer, x)
+    inputs: SharedInputs = frame.shared_inputs or shared_inputs_of(layer.routing_state, frame)
+    waiting = inputs.waiting.pop(id(layer), None) if inputs.waiting else None
+    if inputs.learning or id(layer) not in inputs.known.seen:
+        inputs.look(layer, x)
     if waiting is not None:
         if waiting[0] is x and waiting[1] == x._version:
             return waiting[2]
@@ -329,8 +330,8 @@ def _with_adapter(
     if adapter not in frame.trained and any(one.trains(adapter) for one in layers[1:]):
         frame.trained.add(adapter)
     gates, chosen = inputs.operands(adapter, routing, x, first.name)
-    a = [one._modules["loraswitch_A"]._modules[adapter].whole() for one in layers]
-    b = [one._modules["loraswitch_B"]._modules[adapter].whole() for one in layers]
+    a = [_weight_of(one._modules["loraswitch_A"]._modules[adapter]) for one in layers]
+    b = [_weight_of(one._modules["loraswitch_B"]._modules[adapter]) for one in layers]
     last = inputs.checkpointed and id(first) in inputs.known.last
     if results is None:
         bases = [one._modules["base_layer"]._parameters for one in layers]
@@ -340,6 +341,11 @@ def _with_adapter(
     again = plan.own or adapter != plan.adapters[0]
     free = tuple(again or _is_fresh(one.base_layer, y) for one, y in zip(layers, results, strict=True))
     return run(plan.spec(adapter, True, free, inputs.checkpointed, False), x, gates, chosen, a, b, results)
+
+
+def _weight_of(experts: Any) -> Tensor:
+    weight: Tensor = experts._parameters["weight"] if experts.alone is None else experts.whole()
+    return weight
 
 
 def _plan(layer: Any, inputs: SharedInputs, x: Tensor) -> Plan:

@@ -15,12 +15,12 @@ float32 and back, sums of two results, copies. So there is none here:
 Base layers that it cannot compute itself (quantised, with hooks, trained) give it their results, and get their own gradient.
 
 A GPU that waits for Python has gained nothing, so the operations are few: weights are cast into one piece of memory by one call,
-and views of it are made by stride. Three tensors are kept, because a checkpointed block has a Python hook called for each.
+and views of it are made by stride. Two tensors are kept, because a checkpointed block has a Python hook called for each.
 
 **The last group of a checkpointed block.** The second run of a block ends as soon as everything that its backward needs is there
 again. For a linear of the backbone that is before its product is computed (its weight is all that it keeps), and the block's last
-linear is one of the largest. An autograd function of Python hands over what it keeps when its forward has run. So there a function
-that computes nothing keeps it for the other one, and comes first.
+linear is one of the largest. An autograd function of Python hands over what it keeps when its forward has run. So there a
+function that computes nothing keeps it for the other one, and comes first.
 """
 
 from __future__ import annotations
@@ -91,24 +91,25 @@ def run(
         base: the base layers' weights, which ask for no gradient, or their results if `spec.given`.
         biases: of the base layers, unless `spec.given`.
     """
-    call, token = _Call(spec), None
+    call, token = _Call(spec, base, biases), None
     if spec.last and torch.is_grad_enabled():
         trains = [each.requires_grad for each in (x, gates, *a, *b)]
         if any(trains):
             n = spec.size
             with torch.no_grad(), _NoAutocast(x):
-                call.begin(x, gates, chosen, a, b, any(trains[2 : 2 + n]), trains[1] or any(trains[2 + n :]))
+                call.begin(x, gates, chosen, a, b, any(trains[2 : 2 + n]))
             anchor = next(each for each, one in zip((x, gates, *a, *b), trains, strict=True) if one)
             token = _Keep.apply(anchor, call)  # type: ignore[no-untyped-call]
-    outputs: tuple[Tensor, ...] = _Group.apply(call, token, x, gates, chosen, *a, *b, *base, *biases)  # type: ignore[no-untyped-call]
+    results = base if spec.given else ()
+    outputs: tuple[Tensor, ...] = _Group.apply(call, token, x, gates, chosen, *a, *b, *results)  # type: ignore[no-untyped-call]
     return outputs
 
 
 class _Call:
-    """What the steps of a forward hand to each other."""
+    """What the steps of a forward hand to each other. `base` and `biases` as in `run`."""
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+    def __init__(self, spec: Spec, base: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        self.spec, self.base, self.biases = spec, base, biases
         self.keeper: Any = None  # the context of `_Keep`
         self.gated: Tensor | None = None
 
@@ -120,7 +121,6 @@ class _Call:
         a: Sequence[Tensor],
         b: Sequence[Tensor],
         keep_x: bool,
-        keep_hidden: bool,
     ) -> None:
         """Everything up to the gated hidden, and what is kept of it."""
         spec = self.spec
@@ -128,16 +128,13 @@ class _Call:
         if rows.dtype != spec.dtype:
             rows = rows.to(spec.dtype)
         self.rows = rows
-        self.packed = _packed(a, b, spec)
-        hidden = _hidden(rows, _wide_a(self.packed, a, spec), spec)
+        self.packed = packed = Packed(rows.shape[0], a, b, spec)
+        packed.write(a, b)
+        hidden = _hidden(rows, packed, a)
         self.gated = gate(hidden, _by_token(gates), None if chosen is None else _by_token(chosen), spec.columns)
         same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
-        self.kept = (
-            rows if keep_x and not same else None,
-            x if keep_x and same else None,
-            hidden if keep_hidden else None,
-            self.packed,
-        )
+        kept = (rows if not same else None, x if same else None) if keep_x else (None, None)
+        self.kept = (*kept, packed.memory)
 
 
 class _Keep(torch.autograd.Function):
@@ -168,22 +165,22 @@ class _Group(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         spec = call.spec
         n = spec.size
-        a, b, base, biases = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
+        a, b = tensors[:n], tensors[n : 2 * n]
         needed = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
         with _NoAutocast(x):
             if call.gated is None:
-                call.begin(x, gates, chosen, a, b, any(needed[5 : 5 + n]), needed[3] or any(needed[5 + n : 5 + 2 * n]))
+                call.begin(x, gates, chosen, a, b, any(needed[5 : 5 + n]))
             rows, gated = call.rows, call.gated
             assert gated is not None
-            wide_b = _wide_b(call.packed, a, b, spec)
+            wide_b = call.packed.wide_b(b)
             if spec.given:
-                outputs = _added(ctx, base, gated, wide_b, spec)
+                outputs = _added(ctx, tensors[2 * n :], gated, wide_b, spec)
             else:
                 if x.dim() != 2:
                     gated = gated.view(*x.shape[:-1], spec.width)
                 outputs = []
-                for part, up, weight, bias in zip(_parts(gated, spec), wide_b, base, biases, strict=True):
+                for part, up, weight, bias in zip(_parts(gated, spec), wide_b, call.base, call.biases, strict=True):
                     y = _up(part, up, bias)  # no view: a model may write to it
                     flat = y if y.dim() == 2 else y.view(-1, y.shape[-1])
                     flat.addmm_(rows, _matrix(weight, spec))
@@ -191,7 +188,7 @@ class _Group(torch.autograd.Function):
         ctx.spec, ctx.x_shape, ctx.x_dtype = spec, x.shape, x.dtype
         # What lies outside of the function is referred to where it is. In a checkpointed block, that is all: keeping would
         # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
-        ctx.outside, ctx.keeper = (gates, chosen, a, b, () if spec.given else base), call.keeper
+        ctx.outside, ctx.keeper = (gates, chosen, a, b, () if spec.given else call.base), call.keeper
         if call.keeper is None:
             watched = () if spec.checkpointed else (gates, *a, *b, *ctx.outside[4])
             ctx.save_for_backward(*call.kept, *watched)
@@ -205,7 +202,7 @@ class _Group(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             return _backward_to_differentiate(ctx, d_outputs)
-        rows, x, hidden, packed = (ctx.keeper or ctx).saved_tensors[:4]
+        rows, x, memory = (ctx.keeper or ctx).saved_tensors[:3]
         gates, chosen, a, b, base = ctx.outside
         _, _, x_needed, gates_needed, _, *needed = ctx.needs_input_grad
         a_needed, b_needed = needed[:n], needed[n : 2 * n]
@@ -216,11 +213,12 @@ class _Group(torch.autograd.Function):
             if x is not None:
                 rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
             d_rows = [None if d is None else _rows(d, spec.dtype) for d in d_outputs]
-            d_gated = _d_gated(d_rows, _wide_b(packed, a, b, spec), spec)
+            packed = Packed(present[0].numel() // present[0].shape[-1], a, b, spec, memory)
+            d_gated = _d_gated(d_rows, packed.wide_b(b), spec)
             b_trains = any(b_needed)
             d_hidden, d_gate_rows, gated = gate_backward(
                 d_gated,
-                d_gated if hidden is None else hidden,
+                packed.hidden(),
                 _by_token(gates),
                 None if chosen is None else _by_token(chosen),
                 spec.columns,
@@ -230,7 +228,7 @@ class _Group(torch.autograd.Function):
             if d_gate_rows is not None:
                 d_gates = d_gate_rows.to(gates.dtype).view(gates.shape)
             if x_needed:
-                d_x = _d_input(d_hidden, d_rows, _wide_a(packed, a, spec), base, spec)
+                d_x = _d_input(d_hidden, d_rows, packed.wide_a(a), base, spec)
                 if d_x.dtype != ctx.x_dtype:
                     d_x = d_x.to(ctx.x_dtype)
                 d_x = d_x.view(ctx.x_shape)
@@ -242,7 +240,7 @@ class _Group(torch.autograd.Function):
                 for i, each in enumerate(_d_a(d_hidden, rows, a[0].dtype, spec)):
                     if a_needed[i]:
                         d_a[i] = (each if each.dtype == a[i].dtype else each.to(a[i].dtype)).view(a[i].shape)
-        d_base = d_outputs if spec.given else (None,) * (2 * n)
+        d_base = d_outputs if spec.given else ()
         return (None, None, d_x, d_gates, None, *d_a, *d_b, *d_base)
 
 
@@ -306,56 +304,70 @@ def _parts(each: Tensor, spec: Spec) -> Sequence[Tensor]:
     return (each,) if spec.size == 1 else each.split_with_sizes(spec.widths, -1)
 
 
-def _packs_a(a: Sequence[Tensor], spec: Spec) -> bool:
-    """Whether A of all linears are copied into one matrix. On a CPU copying costs more than the products that it joins."""
-    return any(each.dtype != spec.dtype for each in a) or len(a) > 1 and a[0].is_cuda
+class Packed:
+    """What a call makes and keeps, in the dtype of the products and in one piece of memory, so that it is allocated and kept as
+    one: the hidden of its tokens [T, N]; A of all linears [N, in]; each linear's B [out, E * r]. Views are made when asked for.
 
+    On a CPU, A stays where it is if its dtype is that of the products: copying costs more than the products that it joins.
+    """
 
-def _packed(a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> Tensor:
-    """The weights in the dtype of the products, in one piece of memory: A of all linears [N, in] (if `_packs_a`), then each
-    linear's B [out, E * r]."""
-    features = a[0].shape[-1]
-    offset = spec.width * features if _packs_a(a, spec) else 0
-    sizes = [each.shape[1] * width for each, width in zip(b, spec.widths, strict=True)]
-    packed = torch.empty(offset + sum(sizes), dtype=spec.dtype, device=a[0].device)
-    if offset:
-        # by copies of equal strides, which a GPU makes in one launch
-        places = [
-            packed.as_strided(w.shape, w.stride(), c.start * features) for c, w in zip(spec.columns, a, strict=True)
+    def __init__(
+        self, tokens: int, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec, memory: Tensor | None = None
+    ) -> None:
+        self.spec, self.tokens, self.features = spec, tokens, a[0].shape[-1]
+        self.holds_a = len(a) > 1 and a[0].is_cuda or any(each.dtype != spec.dtype for each in a)
+        self.start_a = _aligned(tokens * spec.width)
+        end = self.start_a + _aligned(spec.width * self.features if self.holds_a else 0)
+        self.starts_b = []
+        for width, each in zip(spec.widths, b, strict=True):
+            self.starts_b.append(end)
+            end += _aligned(each.shape[1] * width)
+        self.memory = torch.empty(end, dtype=spec.dtype, device=a[0].device) if memory is None else memory
+
+    def write(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+        """The weights into their places."""
+        view, spec = self.memory.as_strided, self.spec
+        if self.holds_a:  # by copies of equal strides, which a GPU makes in one launch
+            places = []
+            for columns, each in zip(spec.columns, a, strict=True):
+                experts, rank, features = each.shape
+                strides = (rank * features, features, 1)
+                places.append(view(each.shape, strides, self.start_a + columns.start * features))
+            torch._foreach_copy_(places, list(a))
+        places = []
+        for columns, width, start, each in zip(spec.columns, spec.widths, self.starts_b, b, strict=True):
+            places.append(view(each.shape, (columns.rank, width, 1), start))
+        torch._foreach_copy_(places, list(b))
+
+    def hidden(self) -> Tensor:
+        width = self.spec.width
+        return self.memory.as_strided((self.tokens, width), (width, 1), 0)
+
+    def wide_a(self, a: Sequence[Tensor]) -> list[Tensor]:
+        """One matrix [N, in], or one [E * r, in] for each linear."""
+        if self.holds_a:
+            return [self.memory.as_strided((self.spec.width, self.features), (self.features, 1), self.start_a)]
+        return [each.detach().view(-1, self.features) for each in a]
+
+    def wide_b(self, b: Sequence[Tensor]) -> list[Tensor]:
+        """[out, E * r] each"""
+        view = self.memory.as_strided
+        return [
+            view((each.shape[1], width), (width, 1), start)
+            for width, start, each in zip(self.spec.widths, self.starts_b, b, strict=True)
         ]
-        torch._foreach_copy_(places, list(a))
-    places = []
-    for columns, width, size, each in zip(spec.columns, spec.widths, sizes, b, strict=True):
-        places.append(packed.as_strided(each.shape, (columns.rank, width, 1), offset))
-        offset += size
-    torch._foreach_copy_(places, list(b))
-    return packed
 
 
-def _wide_a(packed: Tensor, a: Sequence[Tensor], spec: Spec) -> list[Tensor]:
-    """One matrix [N, in], or one [E * r, in] for each linear."""
-    features = a[0].shape[-1]
-    if _packs_a(a, spec):
-        return [packed.as_strided((spec.width, features), (features, 1), 0)]
-    return [each.detach().view(-1, features) for each in a]
+def _aligned(size: int) -> int:
+    """Up to the next 128 bytes of 16-bit numbers, as products like their matrices to begin."""
+    return -(-size // 64) * 64
 
 
-def _wide_b(packed: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> list[Tensor]:
-    """[out, E * r] each"""
-    offset, found = spec.width * a[0].shape[-1] if _packs_a(a, spec) else 0, []
-    for width, each in zip(spec.widths, b, strict=True):
-        out = each.shape[1]
-        found.append(packed.as_strided((out, width), (width, 1), offset))
-        offset += out * width
-    return found
-
-
-def _hidden(rows: Tensor, wide_a: list[Tensor], spec: Spec) -> Tensor:
-    if len(wide_a) == 1:
-        return F.linear(rows, wide_a[0])
-    hidden = rows.new_empty(rows.shape[0], spec.width)
-    for part, each in zip(_parts(hidden, spec), wide_a, strict=True):
-        torch.mm(rows, each.t(), out=part)
+def _hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor]) -> Tensor:
+    hidden, wide_a = packed.hidden(), packed.wide_a(a)
+    places = (hidden,) if len(wide_a) == 1 else _parts(hidden, packed.spec)
+    for place, each in zip(places, wide_a, strict=True):
+        torch.mm(rows, each.t(), out=place)
     return hidden
 
 
@@ -464,7 +476,7 @@ def _backward_to_differentiate(ctx: Any, d_outputs: tuple[Tensor | None, ...]) -
             )
         )
     d_x, d_gates, *d_experts = [next(gradients) if want else None for want in wanted]
-    d_base = d_outputs if spec.given else (None,) * (2 * n)
+    d_base = d_outputs if spec.given else ()
     return (None, None, d_x, d_gates, None, *d_experts, *d_base)
 
 

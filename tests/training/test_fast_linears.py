@@ -233,7 +233,7 @@ def test_what_was_not_chosen_reaches_nothing(value, monkeypatch):
         [~values[2].reshape(-1, 3).repeat_interleave(c.rank, dim=1) for c in columns(values[3])], dim=1
     )
     assert unchosen.any()
-    monkeypatch.setattr(group_function, "_hidden", lambda *args: hidden_of(*args).masked_fill(unchosen, value))
+    monkeypatch.setattr(group_function, "_hidden", lambda *args: hidden_of(*args).masked_fill_(unchosen, value))
     monkeypatch.setattr(group_function, "_d_gated", lambda *args: back(*args).masked_fill(unchosen, value))
     assert all(torch.equal(y, z) and y.isfinite().all() for y, z in zip(results(), expected, strict=True))
 
