@@ -195,10 +195,13 @@ class SharedInputs:
         learning: whether what this one shows is noted down.
         checkpointed: it is within a checkpointed block now.
         newest: id of the first linear of the group that was computed last.
+        plans: by which groups were computed; a checkpointed block's second run goes by them again.
     """
 
-    def __init__(self, state: RoutingState, known: KnownGroups, learning: bool, checkpointed: bool = False) -> None:
-        self.state, self.known, self.learning, self.checkpointed = state, known, learning, checkpointed
+    def __init__(self, state: RoutingState, known: KnownGroups, learning: bool) -> None:
+        self.state, self.known, self.learning, self.checkpointed = state, known, learning, False
+        self.plans: dict[Any, Plan] = {}
+        self.second_run = False
         self.newest: int | None = None
         self._ends: set[int] = set()
         self._operands: dict[str, tuple[Any, ...]] = {}
@@ -208,8 +211,10 @@ class SharedInputs:
         self._calls: dict[int, int] = {}
 
     def again(self) -> SharedInputs:
-        """For a checkpointed block's second run: the same groups."""
-        return SharedInputs(self.state, self.known, False, checkpointed=True)
+        """For a checkpointed block's second run: the same groups, computed in the same way."""
+        again = SharedInputs(self.state, self.known, False)
+        again.plans, again.second_run, again.checkpointed = self.plans, True, True
+        return again
 
     @contextmanager
     def checkpointed_block(self) -> Iterator[None]:
@@ -350,10 +355,17 @@ def _weight_of(experts: Any) -> Tensor:
 
 def _plan(layer: Any, inputs: SharedInputs, x: Tensor) -> Plan:
     """That of the group of `layer`, for an input like x, here and now."""
+    place = (id(layer), x.dtype, x.device)
+    if inputs.second_run:
+        plan = inputs.plans.get(place)
+        if plan is not None and _adapters(layer) == plan.adapters:  # if not, the block's second run is refused
+            return plan
     key = _key(layer, x)
     plan = inputs.known.plans.get(key)
     if plan is None or not plan.looked.is_current():
         plan = inputs.known.plans[key] = _make_plan(layer, inputs.others(layer), x)
+    if inputs.checkpointed:
+        inputs.plans[place] = plan
     return plan
 
 

@@ -39,7 +39,7 @@ from .gate_hidden import Columns, gate, gate_backward
 
 @dataclass(frozen=True)
 class Spec:
-    """What a call is, besides its tensors.
+    """What a call is, besides its tensors, whose shapes but for the number of tokens are the same in all calls of one object.
 
     Attributes:
         dtype: of the products.
@@ -67,6 +67,11 @@ class Spec:
     def widths(self) -> list[int]:
         """E * r of each linear."""
         return [each.stop - each.start for each in self.columns]
+
+    @functools.cached_property
+    def layouts(self) -> dict[int, Layout]:
+        """By number of tokens."""
+        return {}
 
     @functools.cached_property
     def width(self) -> int:
@@ -130,7 +135,7 @@ class _Call:
         self.rows = rows
         self.packed = packed = Packed(rows.shape[0], a, b, spec)
         packed.write(a, b)
-        hidden = _hidden(rows, packed, a)
+        hidden = _hidden(rows, packed, a, spec)
         self.gated = gate(hidden, _by_token(gates), None if chosen is None else _by_token(chosen), spec.columns)
         same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
         kept = (rows if not same else None, x if same else None) if keep_x else (None, None)
@@ -173,7 +178,7 @@ class _Group(torch.autograd.Function):
                 call.begin(x, gates, chosen, a, b, any(needed[5 : 5 + n]))
             rows, gated = call.rows, call.gated
             assert gated is not None
-            wide_b = call.packed.wide_b(b)
+            wide_b = call.packed.wide_b()
             if spec.given:
                 outputs = _added(ctx, tensors[2 * n :], gated, wide_b, spec)
             else:
@@ -214,7 +219,7 @@ class _Group(torch.autograd.Function):
                 rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
             d_rows = [None if d is None else _rows(d, spec.dtype) for d in d_outputs]
             packed = Packed(present[0].numel() // present[0].shape[-1], a, b, spec, memory)
-            d_gated = _d_gated(d_rows, packed.wide_b(b), spec)
+            d_gated = _d_gated(d_rows, packed.wide_b(), spec)
             b_trains = any(b_needed)
             d_hidden, d_gate_rows, gated = gate_backward(
                 d_gated,
@@ -304,58 +309,29 @@ def _parts(each: Tensor, spec: Spec) -> Sequence[Tensor]:
     return (each,) if spec.size == 1 else each.split_with_sizes(spec.widths, -1)
 
 
-class Packed:
-    """What a call makes and keeps, in the dtype of the products and in one piece of memory, so that it is allocated and kept as
-    one: the hidden of its tokens [T, N]; A of all linears [N, in]; each linear's B [out, E * r]. Views are made when asked for.
+class Layout:
+    """Where in `Packed` something begins. Made once for a number of tokens.
 
-    On a CPU, A stays where it is if its dtype is that of the products: copying costs more than the products that it joins.
+    Attributes:
+        holds_a: on a CPU, A stays where it is if its dtype is that of the products: copying costs more than the products that it
+            joins.
+        end: the size of all.
     """
 
-    def __init__(
-        self, tokens: int, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec, memory: Tensor | None = None
-    ) -> None:
-        self.spec, self.tokens, self.features = spec, tokens, a[0].shape[-1]
+    def __init__(self, tokens: int, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> None:
+        self.tokens, self.width, self.features = tokens, spec.width, a[0].shape[-1]
         self.holds_a = len(a) > 1 and a[0].is_cuda or any(each.dtype != spec.dtype for each in a)
         self.start_a = _aligned(tokens * spec.width)
         end = self.start_a + _aligned(spec.width * self.features if self.holds_a else 0)
-        self.starts_b = []
-        for width, each in zip(spec.widths, b, strict=True):
-            self.starts_b.append(end)
-            end += _aligned(each.shape[1] * width)
-        self.memory = torch.empty(end, dtype=spec.dtype, device=a[0].device) if memory is None else memory
-
-    def write(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-        """The weights into their places."""
-        view, spec = self.memory.as_strided, self.spec
-        if self.holds_a:  # by copies of equal strides, which a GPU makes in one launch
-            places = []
-            for columns, each in zip(spec.columns, a, strict=True):
-                experts, rank, features = each.shape
-                strides = (rank * features, features, 1)
-                places.append(view(each.shape, strides, self.start_a + columns.start * features))
-            torch._foreach_copy_(places, list(a))
-        places = []
-        for columns, width, start, each in zip(spec.columns, spec.widths, self.starts_b, b, strict=True):
-            places.append(view(each.shape, (columns.rank, width, 1), start))
-        torch._foreach_copy_(places, list(b))
-
-    def hidden(self) -> Tensor:
-        width = self.spec.width
-        return self.memory.as_strided((self.tokens, width), (width, 1), 0)
-
-    def wide_a(self, a: Sequence[Tensor]) -> list[Tensor]:
-        """One matrix [N, in], or one [E * r, in] for each linear."""
-        if self.holds_a:
-            return [self.memory.as_strided((self.spec.width, self.features), (self.features, 1), self.start_a)]
-        return [each.detach().view(-1, self.features) for each in a]
-
-    def wide_b(self, b: Sequence[Tensor]) -> list[Tensor]:
-        """[out, E * r] each"""
-        view = self.memory.as_strided
-        return [
-            view((each.shape[1], width), (width, 1), start)
-            for width, start, each in zip(self.spec.widths, self.starts_b, b, strict=True)
-        ]
+        self.places_a, self.places_b, self.wide_b = [], [], []  # size, strides, start
+        for columns, width, up in zip(spec.columns, spec.widths, b, strict=True):
+            experts, out, rank = up.shape
+            size, strides = (experts, rank, self.features), (rank * self.features, self.features, 1)
+            self.places_a.append((size, strides, self.start_a + columns.start * self.features))
+            self.places_b.append(((experts, out, rank), (rank, width, 1), end))
+            self.wide_b.append(((out, width), (width, 1), end))
+            end += _aligned(out * width)
+        self.end = end
 
 
 def _aligned(size: int) -> int:
@@ -363,9 +339,51 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def _hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor]) -> Tensor:
+class Packed:
+    """What a call makes and keeps, in the dtype of the products and in one piece of memory, so that it is allocated and kept as
+    one: the hidden of its tokens [T, N]; A of all linears [N, in]; each linear's B [out, E * r]. Views are made when asked for.
+
+    Args:
+        memory: as it was kept; None: a new one.
+    """
+
+    def __init__(
+        self, tokens: int, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec, memory: Tensor | None = None
+    ) -> None:
+        layout = spec.layouts.get(tokens)
+        if layout is None:
+            if len(spec.layouts) > 100:  # batches of any length
+                spec.layouts.clear()
+            layout = spec.layouts[tokens] = Layout(tokens, a, b, spec)
+        self.layout = layout
+        self.memory = torch.empty(layout.end, dtype=spec.dtype, device=a[0].device) if memory is None else memory
+
+    def write(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+        """The weights into their places."""
+        view, layout = self.memory.as_strided, self.layout
+        if layout.holds_a:  # by copies of equal strides, which a GPU makes in one launch
+            torch._foreach_copy_([view(*place) for place in layout.places_a], list(a))
+        torch._foreach_copy_([view(*place) for place in layout.places_b], list(b))
+
+    def hidden(self) -> Tensor:
+        layout = self.layout
+        return self.memory.as_strided((layout.tokens, layout.width), (layout.width, 1), 0)
+
+    def wide_a(self, a: Sequence[Tensor]) -> list[Tensor]:
+        """One matrix [N, in], or one [E * r, in] for each linear."""
+        layout = self.layout
+        if layout.holds_a:
+            return [self.memory.as_strided((layout.width, layout.features), (layout.features, 1), layout.start_a)]
+        return [each.detach().view(-1, layout.features) for each in a]
+
+    def wide_b(self) -> list[Tensor]:
+        """[out, E * r] each"""
+        return [self.memory.as_strided(*place) for place in self.layout.wide_b]
+
+
+def _hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec) -> Tensor:
     hidden, wide_a = packed.hidden(), packed.wide_a(a)
-    places = (hidden,) if len(wide_a) == 1 else _parts(hidden, packed.spec)
+    places = (hidden,) if len(wide_a) == 1 else _parts(hidden, spec)
     for place, each in zip(places, wide_a, strict=True):
         torch.mm(rows, each.t(), out=place)
     return hidden
