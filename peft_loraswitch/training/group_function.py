@@ -195,7 +195,7 @@ class _Group(torch.autograd.Function):
         # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
         ctx.outside, ctx.keeper = (gates, chosen, a, b, () if spec.given else call.base), call.keeper
         if call.keeper is None:
-            watched = () if spec.checkpointed else (gates, *a, *b, *ctx.outside[4])
+            watched = () if spec.checkpointed else (gates, chosen, *a, *b, *ctx.outside[4])
             ctx.save_for_backward(*call.kept, *watched)
         return tuple(outputs)
 
