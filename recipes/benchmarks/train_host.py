@@ -10,7 +10,7 @@ its second run, backward. All rows are differences from the same step with nothi
 - `lora`: PEFT's LoRA on the same linears;
 - `fused`: LoRA-Switch, with `calls` torch functions called from Python and `ops` dispatched (those of its autograd function);
 - `torch`: what these torch functions take when they are called again by themselves, less those of the floor's linears;
-- `beyond`: the rest, fused less torch: looking up, autograd, checkpointing's hooks, routing and the router's losses.
+- `beyond`: the rest, fused less torch: looking up, autograd, checkpointing's hooks.
 
 The contestants take turns, and of each the fastest round counts: other work on the machine only adds.
 """
@@ -159,30 +159,37 @@ def linears_of_floor(model: Any) -> list[tuple[Any, Any, Any]]:
 
 
 def measure(layers: int, rounds: int) -> dict[str, Any]:
-    models = {method: model_of(method, layers) for method in ("floor", "lora", "fused")}
-    steps = {method: step_of(model) for method, model in models.items()}
-    for _ in range(3):  # groups are known after the first
-        steps["fused"]()
+    """From two depths, `layers` and a quarter of it, so that what a step does once (routing, the router's losses) is left out."""
+    few = max(layers // 4, 1)
+    contestants: dict[str, Callable[[], Any]] = {}
     calls: list[tuple[Any, Any, Any]] = []
     counts: Counter[str] = Counter()
-    Functions(calls).of_step(steps["fused"])
+    for depth in (layers, few):
+        models = {method: model_of(method, depth) for method in ("floor", "lora", "fused")}
+        contestants |= {f"{method} {depth}": step_of(model) for method, model in models.items()}
+        step = contestants[f"fused {depth}"]
+        for _ in range(3):  # groups are known after the first
+            step()
+        calls.clear()
+        Functions(calls).of_step(step)
+        contestants[f"torch {depth}"] = replay(list(calls))
+        contestants[f"linears {depth}"] = replay(linears_of_floor(models["floor"]))
     with Ops(counts):
-        steps["fused"]()
-    times = take_turns({**steps, "torch": replay(calls), "linears": replay(linears_of_floor(models["floor"]))}, rounds)
-    number = CALLS * layers
-
-    best = {method: min(seconds for seconds, _ in values) for method, values in times.items()}
+        step()
+    times = take_turns(contestants, rounds)
+    best = {name: min(seconds for seconds, _ in values) for name, values in times.items()}
 
     def per_call(method: str, less: str) -> float:
-        return (best[method] - best[less]) / number * 1e6
+        deep, flat = (best[f"{method} {depth}"] - best[f"{less} {depth}"] for depth in (layers, few))
+        return (deep - flat) / (CALLS * (layers - few)) * 1e6
 
     result = {
         "lora_us": per_call("lora", "floor"),
         "fused_us": per_call("fused", "floor"),
         "torch_us": per_call("torch", "linears"),
-        "floor_ms": best["floor"] * 1e3,
-        "calls": len(calls) / number,
-        "ops": sum(counts.values()) / number,
+        "floor_ms": best[f"floor {layers}"] * 1e3,
+        "calls": len(calls) / (CALLS * few),
+        "ops": sum(counts.values()) / (CALLS * few),
     }
     result["beyond_us"] = result["fused_us"] - result["torch_us"]
     return {**{key: round(value, 2) for key, value in result.items()}, "dispatched": dict(counts.most_common())}
@@ -190,7 +197,7 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16, help="so many that what a step does once hardly counts")
+    parser.add_argument("--layers", type=int, default=16, help="of the deeper of two models")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
