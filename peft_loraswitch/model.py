@@ -360,8 +360,9 @@ def _never_quantised_again() -> None:
 
 
 def routing_state(model: nn.Module) -> RoutingState | None:
-    """The state that the adapted layers of `model` share, or None if it has none."""
-    return next((layer.routing_state for layer in adapted_layers(model)), None)
+    """The state that the adapted layers of `model` share, or None if it has none. At each forward: it looks no further than the
+    first of them."""
+    return next((module.routing_state for module in model.modules() if isinstance(module, LoRASwitchLinear)), None)
 
 
 def _require_state(model: nn.Module) -> RoutingState:

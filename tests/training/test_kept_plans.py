@@ -376,6 +376,20 @@ def test_plans_are_kept(checkpointed, planned):
     assert planned == [attention(model).q_proj.name]
 
 
+def test_a_forward_looks_no_further_than_the_first_adapted_linear(monkeypatch):
+    model = trained(False)
+    modules, looked_at = nn.Module.modules, []
+
+    def counting(module: nn.Module) -> Iterator[nn.Module]:
+        for each in modules(module):
+            looked_at.append(each)
+            yield each
+
+    monkeypatch.setattr(nn.Module, "modules", counting)
+    model(**padded([7, 4]))
+    assert 0 < len(looked_at) < 12
+
+
 def test_mixed_batches_in_between(counted):
     model = trained(False)
     counted.clear()
