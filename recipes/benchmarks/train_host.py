@@ -10,6 +10,8 @@ its second run, backward. All rows are differences from the same step with nothi
 - `lora`: PEFT's LoRA on the same linears;
 - `fused`: LoRA-Switch, with `calls` torch functions called from Python and `ops` dispatched (those of its autograd function);
 - `torch`: what these torch functions take when they are called again by themselves, less those of the floor's linears;
+- `functions`: all functions called, Python's and C's, as cProfile counts them, in `fused` and `lora`: a number that other work on
+  the machine does not change;
 - `beyond`: the rest, fused less torch: looking up, autograd, checkpointing's hooks.
 
 The contestants take turns, and of each the fastest round counts: other work on the machine only adds.
@@ -18,11 +20,12 @@ The contestants take turns, and of each the fastest round counts: other work on 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ from recipes.checkout import processor, versions
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GROUP = ("peft_loraswitch.training.group_function", "peft_loraswitch.training.gate_hidden")
+METHODS = ("floor", "lora", "fused")
 CALLS = 3 * 4  # of groups, a layer and step
 
 
@@ -137,6 +141,13 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def functions_of(step: Callable[[], Any]) -> int:
+    profile = cProfile.Profile()
+    profile.runcall(step)
+    profile.create_stats()
+    return sum(entry[1] for entry in profile.stats.values())  # type: ignore[attr-defined]
+
+
 def replay(calls: list[tuple[Any, Any, Any]]) -> Callable[[], None]:
     def again() -> None:
         with torch.no_grad():
@@ -165,7 +176,7 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
     calls: list[tuple[Any, Any, Any]] = []
     counts: Counter[str] = Counter()
     for depth in (layers, few):
-        models = {method: model_of(method, depth) for method in ("floor", "lora", "fused")}
+        models = {method: model_of(method, depth) for method in METHODS}
         contestants |= {f"{method} {depth}": step_of(model) for method, model in models.items()}
         step = contestants[f"fused {depth}"]
         for _ in range(3):  # groups are known after the first
@@ -176,17 +187,20 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
         contestants[f"linears {depth}"] = replay(linears_of_floor(models["floor"]))
     with Ops(counts):
         step()
+    functions = {name: functions_of(each) for name, each in contestants.items() if name.split()[0] in METHODS}
     times = take_turns(contestants, rounds)
     best = {name: min(seconds for seconds, _ in values) for name, values in times.items()}
 
-    def per_call(method: str, less: str) -> float:
-        deep, flat = (best[f"{method} {depth}"] - best[f"{less} {depth}"] for depth in (layers, few))
-        return (deep - flat) / (CALLS * (layers - few)) * 1e6
+    def per_call(values: Mapping[str, float], method: str, less: str) -> float:
+        deep, flat = (values[f"{method} {depth}"] - values[f"{less} {depth}"] for depth in (layers, few))
+        return (deep - flat) / (CALLS * (layers - few))
 
     result = {
-        "lora_us": per_call("lora", "floor"),
-        "fused_us": per_call("fused", "floor"),
-        "torch_us": per_call("torch", "linears"),
+        "lora_us": per_call(best, "lora", "floor") * 1e6,
+        "fused_us": per_call(best, "fused", "floor") * 1e6,
+        "torch_us": per_call(best, "torch", "linears") * 1e6,
+        "lora_functions": per_call(functions, "lora", "floor"),
+        "fused_functions": per_call(functions, "fused", "floor"),
         "floor_ms": best[f"floor {layers}"] * 1e3,
         "calls": len(calls) / (CALLS * few),
         "ops": sum(counts.values()) / (CALLS * few),
@@ -210,10 +224,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"for each call of a group, over the floor (a step of {report['floor_ms']:.1f} ms):")
-    print(f"  lora   {report['lora_us']:7.1f} us")
-    print(
-        f"  fused  {report['fused_us']:7.1f} us   {report['calls']:.1f} calls of torch functions, {report['ops']:.1f} ops"
-    )
+    print(f"  lora   {report['lora_us']:7.1f} us   {report['lora_functions']:.0f} functions")
+    print(f"  fused  {report['fused_us']:7.1f} us   {report['fused_functions']:.0f} functions", end="; ")
+    print(f"{report['calls']:.1f} of torch called from Python, {report['ops']:.1f} ops")
     print(f"  torch  {report['torch_us']:7.1f} us")
     print(f"  beyond {report['beyond_us']:7.1f} us")
     return report

@@ -372,6 +372,25 @@ def test_the_last_linear_of_a_checkpointed_block_is_computed_once(target_modules
         assert all(torch.equal(gradient, results[0][1][name]) for name, gradient in gradients.items())
 
 
+def test_backward_through_a_checkpointed_graph_twice_and_in_parts():
+    model = adapted(**NO_LOSSES)
+    checkpointing(model)
+    for _ in range(2):
+        _, exact = step(model, padded([7, 4]))
+    model.zero_grad()
+    loss = model(**padded([7, 4])).loss
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    part = layer.loraswitch_B["default"].weight
+    (alone,) = torch.autograd.grad(loss, part, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, gradient in adapter_gradients(model).items():
+        torch.testing.assert_close(gradient, 2 * exact[name])
+    torch.testing.assert_close(alone, part.grad / 2)
+    with pytest.raises(RuntimeError, match="second time|already been freed|unpack is being triggered"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("which", ["base", "b", "a"])
 def test_weights_that_are_written_to_before_backward_are_an_error(which):
     model = adapted(tiny_llama(num_hidden_layers=1))
