@@ -26,7 +26,8 @@ from ..fingerprint import Fingerprint
 from ..routing.frame import RoutingFrame, RoutingState
 from ..tensor_parallel import is_split
 from .gate_hidden import Columns
-from .group_function import Spec, autocast_dtype, run
+from .group_function import autocast_dtype, run
+from .group_layout import Spec
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -355,7 +356,7 @@ def _weight_of(experts: Any) -> Tensor:
 
 def _plan(layer: Any, inputs: SharedInputs, x: Tensor) -> Plan:
     """That of the group of `layer`, for an input like x, here and now."""
-    place = (id(layer), x.dtype, x.device)
+    place = (id(layer), x.dtype, x.device, autocast_dtype(x))
     if inputs.second_run:
         plan = inputs.plans.get(place)
         if plan is not None and _adapters(layer) == plan.adapters:  # if not, the block's second run is refused

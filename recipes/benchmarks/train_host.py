@@ -43,7 +43,7 @@ from recipes.benchmarks.train import take_turns
 from recipes.checkout import processor, versions
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-GROUP = ("peft_loraswitch.training.group_function", "peft_loraswitch.training.gate_hidden")
+GROUP = tuple(f"peft_loraswitch.training.{name}" for name in ("group_function", "group_layout", "gate_hidden"))
 METHODS = ("floor", "lora", "fused")
 CALLS = 3 * 4  # of groups, a layer and step
 

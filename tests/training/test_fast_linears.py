@@ -31,7 +31,7 @@ from oracle import Oracle
 from peft_loraswitch import LoRASwitchLinear
 from peft_loraswitch.training import fast_linears, gate_hidden, gate_kernels, group_function
 from peft_loraswitch.training.gate_hidden import Columns
-from peft_loraswitch.training.group_function import Spec
+from peft_loraswitch.training.group_layout import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
