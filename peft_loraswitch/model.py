@@ -360,9 +360,9 @@ def _never_quantised_again() -> None:
 
 
 def routing_state(model: nn.Module) -> RoutingState | None:
-    """The state that the adapted layers of `model` share, or None if it has none."""
-    # stops at the first: injecting and torch.compile, which follows this line in each forward, would take longer with each block
-    return next((each.routing_state for each in model.modules() if isinstance(each, LoRASwitchLinear)), None)
+    """The state that the adapted layers of `model` share, or None if it has none. At each forward: it looks no further than the
+    first of them."""
+    return next((module.routing_state for module in model.modules() if isinstance(module, LoRASwitchLinear)), None)
 
 
 def _require_state(model: nn.Module) -> RoutingState:

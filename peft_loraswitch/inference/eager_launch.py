@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels, ops
+from ..fingerprint import Fingerprint
 from ..kernels import MAX_GROUP, Expansion, PackedGroup, check, empty_strided_cuda, library
 from ..kernels.abi import Group, Item
 from ..routing.decision import Routing
 from ..routing.frame import RoutingFrame
-from .fingerprint import Fingerprint
 from .live_linear import LiveLinear
 
 _pack_pointer = Struct("P").pack_into

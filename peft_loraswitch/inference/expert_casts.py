@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ..fingerprint import Fingerprint
 from ..layer import LoRASwitchLinear
 from .capabilities import base_of, facts_of
 from .counted_writes import count_writes, is_counted
-from .fingerprint import Fingerprint
 
 
 @dataclass

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..fingerprint import Fingerprint, Parameters
 from ..layer import LoRASwitchLinear
 from .capabilities import base_of
 from .expert_casts import Casts, current_casts
-from .fingerprint import Fingerprint, Parameters
 
 
 class LiveLinear(NamedTuple):

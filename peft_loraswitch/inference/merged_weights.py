@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from .. import kernels, ops
 from ..adapted_layers import adapted_layers
+from ..fingerprint import Fingerprint
 from ..layer import LoRASwitchLinear
 from ..ordinary import ordinary
 from ..routing.decision import Routing
 from ..routing.frame import RoutingFrame
 from .capabilities import base_of, facts_of, within_limits
 from .counted_writes import count_writes
-from .fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 # Ids that are no expert's: nothing was merged; what was merged has been taken out, which leaves rounding errors.

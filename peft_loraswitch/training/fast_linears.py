@@ -5,6 +5,9 @@ that for most models it has the same bits as those after it. A forward keeps wha
 block has to run again as it ran before. The first linear of a group computes all of it and leaves the others' outputs for them.
 If one of them then sees another tensor, it computes for itself, and leaves the group.
 
+What decides whether and how a group is computed is looked up once and kept (`Plan`), with a fingerprint of everything that the
+answer depends on. Looking at that takes some microseconds a linear; tensors are never kept.
+
 Where this path does not apply, the layer's own form runs, with one line of log for each reason.
 """
 
@@ -12,17 +15,19 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..fingerprint import Fingerprint
 from ..routing.frame import RoutingFrame, RoutingState
 from ..tensor_parallel import is_split
 from .gate_hidden import Columns
-from .group_function import Spec, autocast_dtype, run
+from .group_function import autocast_dtype, run
+from .group_layout import Spec
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -43,6 +48,7 @@ USUAL = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
+PRODUCTS = (nn.Linear, Conv1D)
 Groups = dict[int, tuple[Any, ...]]  # by the id of the first linear of each: the others
 _said: set[str] = set()
 _plain = 0
@@ -60,10 +66,108 @@ def plain() -> Iterator[None]:
 
 
 class KnownGroups:
-    """What one forward that trained has shown. Never changed: forwards hold on to it."""
+    """What one forward that trained has shown. Never changed, but for `plans`: forwards hold on to it.
 
-    def __init__(self, groups: Groups, seen: frozenset[int]) -> None:
-        self.groups, self.seen = groups, seen
+    Attributes:
+        seen: ids of the linears that it reached.
+        last: ids of the first linear of those groups with which a checkpointed block ends.
+        plans: how the group of a linear is computed, by `_key()`.
+    """
+
+    def __init__(self, groups: Groups, seen: frozenset[int], last: frozenset[int] = frozenset()) -> None:
+        self.groups, self.seen, self.last = groups, seen, last
+        self.plans: dict[Any, Plan] = {}
+
+
+class Looked(Fingerprint):
+    """All that a plan depends on, besides what is part of its key."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        super().__init__()
+
+    def _take(self) -> list[Any]:
+        seen: list[Any] = []
+        try:
+            for layer in self.layers:
+                _look_at(layer, seen)
+        except (KeyError, AttributeError):  # an adapter has been deleted
+            return [object()]
+        return seen
+
+
+def _look_at(layer: Any, seen: list[Any]) -> None:
+    """Add everything that matters of one linear to `seen`. No tensor and no module is among it, so a plan keeps none alive."""
+    attributes = layer.__dict__
+    modules, active = attributes["_modules"], attributes["_active_adapter"]
+    base = modules["base_layer"]
+    seen += (
+        type(layer),
+        "forward" in attributes,
+        attributes["_disable_adapters"],
+        active if type(active) is str else tuple(active),
+        attributes["training"],
+        attributes["cast_input_dtype_enabled"],
+        type(base),
+        _hooked(base),
+    )
+    if type(base) in PRODUCTS:
+        parameters = base._parameters
+        _look_at_weight(parameters["weight"], seen)
+        _look_at_weight(parameters["bias"], seen)
+    else:
+        seen.append(is_split(layer.get_base_layer()))
+    a_of, b_of = modules["loraswitch_A"]._modules, modules["loraswitch_B"]._modules
+    for adapter in (active,) if type(active) is str else active:
+        if adapter not in a_of:
+            continue
+        options = attributes["routing_options"][adapter]
+        dropout = modules["loraswitch_dropout"]._modules[adapter]
+        seen += (adapter, attributes["scaling"][adapter], options, type(dropout))
+        for experts in (a_of[adapter], b_of[adapter]):
+            seen += (_hooked(experts), experts.alone)
+            _look_at_weight(experts._parameters["weight"], seen)
+
+
+def _look_at_weight(weight: Any, seen: list[Any]) -> None:
+    if weight is None:
+        seen.append(None)
+    else:
+        # attributes: DeepSpeed marks its parameters with them
+        seen += (type(weight), weight.dtype, weight.device, weight.shape, weight.requires_grad, tuple(weight.__dict__))
+
+
+class Plan:
+    """How the linears that share their input with one are computed together.
+
+    Attributes:
+        looked: whether all of this is still right.
+        adapters: those that are added, in this order; none where the layer's own form runs.
+        layers: the linears; the first is the one that was asked for.
+        own: their base layers' products are computed as well.
+    """
+
+    def __init__(
+        self, looked: Looked, adapters: Sequence[str] = (), layers: Sequence[Any] = (), own: bool = False
+    ) -> None:
+        self.looked, self.adapters, self.layers, self.own = looked, adapters, layers, own
+        self._specs: dict[Any, Spec] = {}
+        self.dtype: torch.dtype | None = None
+
+    def spec(self, adapter: str, given: bool, in_place: tuple[bool, ...], checkpointed: bool, last: bool) -> Spec:
+        key = (adapter, given, in_place, checkpointed, last)
+        found = self._specs.get(key)
+        if found is None:
+            columns, start = [], 0
+            for one in self.layers:
+                experts, rank, _ = one.loraswitch_A[adapter].weight.shape
+                columns.append(Columns(start, experts, rank, float(one.scaling[adapter])))
+                start = columns[-1].stop
+            transposed = not given and type(self.layers[0].base_layer) is Conv1D
+            assert self.dtype is not None
+            found = Spec(self.dtype, tuple(columns), given, transposed, in_place, checkpointed, last)
+            self._specs[key] = found
+        return found
 
 
 def usual_groups(layers: Iterable[Any]) -> KnownGroups:
@@ -90,18 +194,51 @@ class SharedInputs:
     Attributes:
         known: groups of an earlier forward, or by names.
         learning: whether what this one shows is noted down.
+        checkpointed: it is within a checkpointed block now.
+        newest: id of the first linear of the group that was computed last.
+        plans: by which groups were computed; a checkpointed block's second run goes by them again.
     """
 
     def __init__(self, state: RoutingState, known: KnownGroups, learning: bool) -> None:
-        self.state, self.known, self.learning = state, known, learning
+        self.state, self.known, self.learning, self.checkpointed = state, known, learning, False
+        self.plans: dict[Any, Plan] = {}
+        self.second_run = False
+        self.newest: int | None = None
+        self._ends: set[int] = set()
+        self._operands: dict[str, tuple[Any, ...]] = {}
         self.waiting: dict[int, tuple[Tensor, int, Tensor]] = {}  # by linear: input, its version, output
         self._last: tuple[Any, int, list[Any]] | None = None  # the newest input (weakly), its version, who received it
         self._runs: list[list[Any]] = []
         self._calls: dict[int, int] = {}
 
     def again(self) -> SharedInputs:
-        """For a checkpointed block's second run: the same groups."""
-        return SharedInputs(self.state, self.known, False)
+        """For a checkpointed block's second run: the same groups, computed in the same way."""
+        again = SharedInputs(self.state, self.known, False)
+        again.plans, again.second_run, again.checkpointed = self.plans, True, True
+        return again
+
+    @contextmanager
+    def checkpointed_block(self) -> Iterator[None]:
+        """Within it a checkpointed block runs for the first time."""
+        before, self.checkpointed, self.newest = self.checkpointed, True, None
+        try:
+            yield
+        finally:
+            self.checkpointed = before
+        if self.newest is not None:
+            self._ends.add(self.newest)
+
+    def operands(self, adapter: str, routing: Any, x: Tensor, layer_name: str) -> tuple[Tensor, Tensor | None]:
+        """Gates [T, E] and which experts are chosen [T, E] (None: all), made once for all linears that see the same tokens."""
+        key = (x.shape[:-1], x.device, torch.is_grad_enabled())
+        made = self._operands.get(adapter)
+        if made is None or made[0] is not routing or made[1] != key:
+            gates, chosen = routing.dense_gates_for(x, layer_name), routing.chosen_for(x, layer_name)
+            if gates.dim() != 2:
+                gates = gates.reshape(-1, gates.shape[-1])
+                chosen = None if chosen is None else chosen.reshape(-1, chosen.shape[-1])
+            made = self._operands[adapter] = (routing, key, gates, chosen)
+        return made[2], made[3]
 
     def others(self, layer: Any) -> tuple[Any, ...]:
         return self.known.groups.get(id(layer), ())
@@ -125,7 +262,7 @@ class SharedInputs:
         if known is None or self.learning:
             return
         groups = {first: tuple(o for o in others if id(o) not in layers) for first, others in known.groups.items()}
-        self.state.training_groups = KnownGroups(groups, known.seen)
+        self.state.training_groups = KnownGroups(groups, known.seen, known.last)
 
     def drop_waiting(self) -> None:
         if self.waiting:
@@ -137,10 +274,16 @@ class SharedInputs:
             self.drop_waiting()
         self.waiting.clear()
         self._last = None
-        if finished and self.learning and self._runs:
+        self._operands.clear()
+        if not finished:
+            return
+        if self.learning and self._runs:
             once = [[one for one in run if self._calls[id(one)] == 1] for run in self._runs]
             groups = {id(run[0]): tuple(run[1:]) for run in once if len(run) > 1}
             self.state.training_groups = KnownGroups(groups, frozenset(self._calls))
+        known = self.state.training_groups
+        if known is not None and not self._ends <= known.last:
+            self.state.training_groups = KnownGroups(known.groups, known.seen, known.last | self._ends)
 
 
 def shared_inputs_of(state: RoutingState, frame: RoutingFrame) -> SharedInputs:
@@ -160,59 +303,91 @@ def forward(layer: Any, x: Tensor, frame: RoutingFrame) -> Tensor | None:
         return None
     if frame.adapter_names is not None:
         return _plain_form("a batch has an adapter for each sample (adapter_names)")
-    inputs = shared_inputs_of(layer.routing_state, frame)
-    waiting = inputs.waiting.pop(id(layer), None)
-    inputs.look(layer, x)
+    inputs: SharedInputs = frame.shared_inputs or shared_inputs_of(layer.routing_state, frame)
+    waiting = inputs.waiting.pop(id(layer), None) if inputs.waiting else None
+    if inputs.learning or id(layer) not in inputs.known.seen:
+        inputs.look(layer, x)
     if waiting is not None:
         if waiting[0] is x and waiting[1] == x._version:
             return waiting[2]
         inputs.drop(id(layer))
-    adapters = _adapters(layer)
-    if any(adapter in frame.given for adapter in adapters):
+    if frame.given and any(adapter in frame.given for adapter in _adapters(layer)):
         return None  # the layer multiplies each sample by its own expert alone, which is less work
-    dtype = _dtype(layer, x, adapters)
-    if dtype is None or not adapters:
+    plan = _plan(layer, inputs, x)
+    if not plan.adapters:
         return None
-    layers = [layer, *(one for one in inputs.others(layer) if _fits(one, layer, x, adapters, dtype))]
     inputs.drop_waiting()  # of a group that was not asked for all of its outputs
-    own = all(_computable(one.base_layer, x, dtype) for one in layers)
-    alike = own and all(type(one.base_layer) is type(layer.base_layer) for one in layers)
-    results = None if alike else [one.base_layer(x) for one in layers]
-    for adapter in adapters:
-        results = _with_adapter(adapter, layers, x, frame, dtype, results, first=adapter == adapters[0])
+    inputs.newest = id(layer)
+    results: Sequence[Tensor] | None = None if plan.own else [one.base_layer(x) for one in plan.layers]
+    for adapter in plan.adapters:
+        results = _with_adapter(adapter, plan, x, frame, inputs, results)
     assert results is not None
-    for one, result in zip(layers[1:], results[1:], strict=True):
+    for one, result in zip(plan.layers[1:], results[1:], strict=True):
         inputs.waiting[id(one)] = (x, x._version, result)
     return results[0]
 
 
 def _with_adapter(
-    adapter: str,
-    layers: list[Any],
-    x: Tensor,
-    frame: RoutingFrame,
-    dtype: torch.dtype,
-    results: list[Tensor] | None,
-    first: bool,
-) -> list[Tensor]:
-    """The outputs of `layers` with one adapter, added to `results`, or to what their base layers make of x."""
-    for one in layers:
-        routing = one.routing_for(adapter, frame, x)
-    gates, chosen = routing.dense_gates_for(x, layers[0].name), routing.chosen_for(x, layers[0].name)
-    a = [one.loraswitch_A[adapter].whole() for one in layers]
-    b = [one.loraswitch_B[adapter].whole() for one in layers]
-    columns, start = [], 0
-    for one, weight in zip(layers, a, strict=True):
-        columns.append(Columns(start, weight.shape[0], weight.shape[1], float(one.scaling[adapter])))
-        start = columns[-1].stop
+    adapter: str, plan: Plan, x: Tensor, frame: RoutingFrame, inputs: SharedInputs, results: Sequence[Tensor] | None
+) -> Sequence[Tensor]:
+    """The outputs of the plan's linears with one adapter, added to `results`, or to what their base layers make of x."""
+    layers, first = plan.layers, plan.layers[0]
+    routing = first.routing_for(adapter, frame, x)
+    if adapter not in frame.trained and any(one.trains(adapter) for one in layers[1:]):
+        frame.trained.add(adapter)
+    gates, chosen = inputs.operands(adapter, routing, x, first.name)
+    a = [_weight_of(one._modules["loraswitch_A"]._modules[adapter]) for one in layers]
+    b = [_weight_of(one._modules["loraswitch_B"]._modules[adapter]) for one in layers]
+    last = inputs.checkpointed and id(first) in inputs.known.last
     if results is None:
-        bases = [one.base_layer for one in layers]
-        spec = Spec(dtype, tuple(columns), given=False, transposed=type(bases[0]) is Conv1D)
-        return list(run(spec, x, gates, chosen, a, b, [base.weight for base in bases], [base.bias for base in bases]))
+        bases = [one._modules["base_layer"]._parameters for one in layers]
+        spec = plan.spec(adapter, False, (), inputs.checkpointed, last)
+        return run(spec, x, gates, chosen, a, b, [base["weight"] for base in bases], [base["bias"] for base in bases])
     # What this path has computed itself may be added to; of a base layer's result it must be known that nobody holds it.
-    free = [not first or _is_fresh(one.base_layer, y) for one, y in zip(layers, results, strict=True)]
-    spec = Spec(dtype, tuple(columns), given=True, in_place=tuple(free))
-    return list(run(spec, x, gates, chosen, a, b, results))
+    again = plan.own or adapter != plan.adapters[0]
+    free = tuple(again or _is_fresh(one.base_layer, y) for one, y in zip(layers, results, strict=True))
+    return run(plan.spec(adapter, True, free, inputs.checkpointed, False), x, gates, chosen, a, b, results)
+
+
+def _weight_of(experts: Any) -> Tensor:
+    weight: Tensor = experts._parameters["weight"] if experts.alone is None else experts.whole()
+    return weight
+
+
+def _plan(layer: Any, inputs: SharedInputs, x: Tensor) -> Plan:
+    """That of the group of `layer`, for an input like x, here and now."""
+    place = (id(layer), x.dtype, x.device, autocast_dtype(x))
+    if inputs.second_run:
+        plan = inputs.plans.get(place)
+        if plan is not None and _adapters(layer) == plan.adapters:  # if not, the block's second run is refused
+            return plan
+    key = _key(layer, x)
+    plan = inputs.known.plans.get(key)
+    if plan is None or not plan.looked.is_current():
+        plan = inputs.known.plans[key] = _make_plan(layer, inputs.others(layer), x)
+    if inputs.checkpointed:
+        inputs.plans[place] = plan
+    return plan
+
+
+def _key(layer: Any, x: Tensor) -> Any:
+    """All that a plan depends on, besides the linears themselves."""
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    hooked = bool(nn.modules.module._has_any_global_hook())
+    return (id(layer), type(x), x.dim() < 2, x.dtype, x.device, autocast_dtype(x), transformed, hooked)
+
+
+def _make_plan(layer: Any, others: Sequence[Any], x: Tensor) -> Plan:
+    looked, adapters = Looked((layer, *others)), _adapters(layer)
+    dtype = _dtype(layer, x, adapters)
+    if dtype is None or not adapters:
+        return Plan(looked)
+    layers = [layer, *(one for one in others if _fits(one, layer, x, adapters, dtype))]
+    own = all(_computable(one.base_layer, x, dtype) for one in layers)
+    alike = own and all(type(one.base_layer) is type(layer.base_layer) for one in layers)
+    plan = Plan(looked, adapters, layers, alike)
+    plan.dtype = dtype
+    return plan
 
 
 def _adapters(layer: Any) -> list[str]:
@@ -269,7 +444,7 @@ def _fits(one: Any, first: Any, x: Tensor, adapters: list[str], dtype: torch.dty
 
 def _computable(base: Any, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the base layer is a frozen product and nothing else."""
-    if type(base) not in (nn.Linear, Conv1D) or _hooked(base):
+    if type(base) not in PRODUCTS or _hooked(base):
         return False
     weight, bias = base.weight, base.bias
     for each in (weight, bias):
@@ -295,12 +470,13 @@ def _ordinary(weight: Tensor, x: Tensor) -> bool:
 
 
 def _hooked(module: Any) -> bool:
+    attributes = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)  # accelerate's hooks
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes  # accelerate's hooks
     )
 
 

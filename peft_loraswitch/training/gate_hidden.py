@@ -13,6 +13,7 @@ operations, which multiply in the dtype of the hidden and sum in float32 (float6
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ class Columns(NamedTuple):
         return self.start + self.experts * self.rank
 
 
+@functools.lru_cache(maxsize=4096)
 def runs(columns: tuple[Columns, ...]) -> list[tuple[Columns, int]]:
     """Linears alike that stand side by side: the first of them, and how many."""
     found: list[tuple[Columns, int]] = []

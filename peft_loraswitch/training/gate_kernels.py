@@ -8,6 +8,7 @@ counts is the number of launches.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run]) 
     with _on(hidden):
         for first, count in runs:
             _gate_kernel[_grid(hidden, first)](
-                hidden[:, first.start :], gates, _bytes(chosen, gates), gated[:, first.start :],
+                _from(hidden, first), gates, _bytes(chosen, gates), _from(gated, first),
                 hidden.shape[0], hidden.shape[1], first.experts, gates.stride(0), first.scaling,
                 **_sizes(first, count, chosen),
             )  # fmt: skip
@@ -132,14 +133,17 @@ def gate_backward(
     gated = torch.empty_like(hidden) if want_gated else None
     with _on(hidden):
         for number, (first, count) in enumerate(runs):
-            at = slice(first.start, None)
             _gate_backward_kernel[_grid(hidden, first)](
-                d_gated[:, at], hidden[:, at], gates, _bytes(chosen, gates), d_hidden[:, at],
-                gates if d_gates is None else d_gates, hidden if gated is None else gated[:, at],
+                _from(d_gated, first), _from(hidden, first), gates, _bytes(chosen, gates), _from(d_hidden, first),
+                gates if d_gates is None else d_gates, hidden if gated is None else _from(gated, first),
                 hidden.shape[0], hidden.shape[1], first.experts, gates.stride(0), first.scaling,
                 **_sizes(first, count, chosen), WANT_GATES=want_gates, ADD=number > 0, WANT_GATED=want_gated,
             )  # fmt: skip
     return d_hidden, d_gates, gated
+
+
+def _from(each: Tensor, first: Any) -> Tensor:
+    return each[:, first.start :] if first.start else each
 
 
 def _grid(hidden: Tensor, first: Any) -> tuple[int, int]:
@@ -163,4 +167,5 @@ def _bytes(chosen: Tensor | None, instead: Tensor) -> Tensor:
 
 def _on(hidden: Tensor) -> Any:
     """Triton launches on the current device, whatever device the tensors are on."""
-    return torch.cuda.device(hidden.device)
+    index = hidden.get_device()
+    return nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)

@@ -93,6 +93,7 @@ class _Block:
         self.inputs = frame.inputs.for_second_run()
         self.shared_inputs = shared_inputs_of(state, frame).again()
         self.used: set[str] | None = None  # adapters that the first run used; None: it has not run yet
+        self.trained: set[str] = set()
         self.reentrant = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,8 +105,10 @@ class _Block:
     def _run(self, frame: RoutingFrame, *args: Any, **kwargs: Any) -> Any:
         self.reentrant = not torch.is_grad_enabled()
         before, frame.used = frame.used, set()
-        output = self.function(*args, **kwargs)
+        with shared_inputs_of(self.state, frame).checkpointed_block():
+            output = self.function(*args, **kwargs)
         self.used, frame.used = frame.used, before | frame.used
+        self.trained = set(frame.trained)
         if self.reentrant and self.used & frame.trained and not any(map(_needs_gradient, args)):
             raise RuntimeError(
                 "Reentrant gradient checkpointing passes no gradient through a block whose inputs need none, so router and "
@@ -117,6 +120,7 @@ class _Block:
     def _run_again(self, *args: Any, **kwargs: Any) -> Any:
         again = RoutingFrame(self.training, self.adapter_names)
         again.opened_at, again.relays, again.given = SECOND_RUN, self.relays, self.given
+        again.trained = self.trained
         again.inputs, again.shared_inputs = self.inputs, self.shared_inputs.again()
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing

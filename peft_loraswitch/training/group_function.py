@@ -9,46 +9,32 @@ float32 and back, sums of two results, copies. So there is none here:
 - what the experts add is computed first, and the base layer's product adds to it (`addmm`, beta = 1) as it writes its result;
 - the gradient of the input is one tensor to which each product of the group adds, where autograd would sum one a linear;
 - gates, scaling and mask are one launch each way (`gate_hidden.py`);
-- for backward it keeps its input (only if A trains) and the hidden, [tokens, E * r], from which the gated hidden is made again.
+- for backward it keeps its input (only if A trains), the hidden, [tokens, E * r], from which the gated hidden is made again, and
+  the weights as it has cast them.
 
 Base layers that it cannot compute itself (quantised, with hooks, trained) give it their results, and get their own gradient.
+
+A GPU that waits for Python has gained nothing, so the operations are few: weights are cast into one piece of memory by one call,
+and views of it are made by stride. Two tensors are kept, because a checkpointed block has a Python hook called for each.
+
+**The last group of a checkpointed block.** The second run of a block ends as soon as everything that its backward needs is there
+again. For a linear of the backbone that is before its product is computed (its weight is all that it keeps), and the block's last
+linear is one of the largest. An autograd function of Python hands over what it keeps when its forward has run. So there a
+function that computes nothing keeps it for the other one, and comes first.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gate_hidden import Columns, gate, gate_backward
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a call is, besides its tensors.
-
-    Attributes:
-        dtype: of the products.
-        columns: of each linear in the group's hidden.
-        given: the base layers have run: their results are among the tensors, not their weights.
-        transposed: their weights are [in, out] (Conv1D).
-        in_place: with `given`, whether each result may be added to.
-    """
-
-    dtype: torch.dtype
-    columns: tuple[Columns, ...]
-    given: bool
-    transposed: bool = False
-    in_place: tuple[bool, ...] = ()
-
-    @property
-    def size(self) -> int:
-        return len(self.columns)
+from .gate_hidden import gate, gate_backward
+from .group_layout import Packed, Spec
 
 
 def run(
@@ -69,57 +55,107 @@ def run(
         base: the base layers' weights, which ask for no gradient, or their results if `spec.given`.
         biases: of the base layers, unless `spec.given`.
     """
-    outputs: tuple[Tensor, ...] = _Group.apply(spec, x, gates, chosen, *a, *b, *base, *biases)  # type: ignore[no-untyped-call]
+    call, token = _Call(spec, base, biases), None
+    if spec.last and torch.is_grad_enabled():
+        trains = [each.requires_grad for each in (x, gates, *a, *b)]
+        if any(trains):
+            n = spec.size
+            with torch.no_grad(), _NoAutocast(x):
+                call.begin(x, gates, chosen, a, b, any(trains[2 : 2 + n]))
+            anchor = next(each for each, one in zip((x, gates, *a, *b), trains, strict=True) if one)
+            token = _Keep.apply(anchor, call)  # type: ignore[no-untyped-call]
+    results = base if spec.given else ()
+    outputs: tuple[Tensor, ...] = _Group.apply(call, token, x, gates, chosen, *a, *b, *results)  # type: ignore[no-untyped-call]
     return outputs
+
+
+class _Call:
+    """What the steps of a forward hand to each other. `base` and `biases` as in `run`."""
+
+    def __init__(self, spec: Spec, base: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        self.spec, self.base, self.biases = spec, base, biases
+        self.keeper: Any = None  # the context of `_Keep`
+        self.gated: Tensor | None = None
+
+    def begin(
+        self,
+        x: Tensor,
+        gates: Tensor,
+        chosen: Tensor | None,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        keep_x: bool,
+    ) -> None:
+        """Everything up to the gated hidden, and what is kept of it."""
+        spec = self.spec
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if rows.dtype != spec.dtype:
+            rows = rows.to(spec.dtype)
+        self.rows = rows
+        self.packed = packed = Packed(rows.shape[0], a, b, spec)
+        packed.write(a, b)
+        hidden = _hidden(rows, packed, a, spec)
+        self.gated = gate(hidden, _by_token(gates), None if chosen is None else _by_token(chosen), spec.columns)
+        same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
+        kept = (rows if not same else None, x if same else None) if keep_x else (None, None)
+        self.kept = (*kept, packed.memory)
+
+
+class _Keep(torch.autograd.Function):
+    """Keeps what a group needs in backward, and has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, call: _Call) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*call.kept)
+        call.keeper = ctx
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None) -> tuple[None, None]:
+        return None, None
 
 
 class _Group(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, spec: Spec, x: Tensor, gates: Tensor, chosen: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        call: _Call,
+        token: Tensor | None,
+        x: Tensor,
+        gates: Tensor,
+        chosen: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
+        spec = call.spec
         n = spec.size
-        a, b, base, biases = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
-        with _as_written(x):
-            rows = x.reshape(-1, x.shape[-1]).to(spec.dtype)
-            gate_rows, chosen_rows = _by_token(gates), None if chosen is None else _by_token(chosen)
-            wide_a = _side_by_side(a, spec, rows.is_cuda)
-            wide_b = [_one_matrix(each, spec.dtype) for each in b]
-            hidden = _hidden(rows, wide_a, spec)
-            gated = gate(hidden, gate_rows, chosen_rows, spec.columns)
-            parts = [gated[:, c.start : c.stop] for c in spec.columns]
-            if spec.given:
-                outputs = _added(ctx, base, parts, wide_b, spec)
-            else:
-                outputs = []
-                for part, up, weight, bias in zip(parts, wide_b, base, biases, strict=True):
-                    matrix = _matrix(weight, spec)
-                    y = rows.new_empty((*x.shape[:-1], matrix.shape[1]))  # no view: a model may write to it
-                    y_rows = y.view(rows.shape[0], matrix.shape[1])
-                    if bias is None:
-                        torch.mm(part, up.t(), out=y_rows)
-                    else:
-                        torch.addmm(bias.to(spec.dtype), part, up.t(), out=y_rows)
-                    y_rows.addmm_(rows, matrix)
-                    outputs.append(y)
-        _, x_needed, gates_needed, _, *needed = ctx.needs_input_grad
-        a_trains, b_trains = any(needed[:n]), any(needed[n : 2 * n])
-        keep_hidden = b_trains or gates_needed
-        same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
-        ctx.spec, ctx.x_shape, ctx.x_dtype, ctx.count_a = spec, x.shape, x.dtype, len(wide_a)
+        a, b = tensors[:n], tensors[n : 2 * n]
+        needed = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            rows if a_trains and not same else None,
-            x if a_trains and same else None,
-            hidden if keep_hidden else None,
-            gates,
-            chosen,
-            *a,
-            *b,
-            *wide_a,
-            *wide_b,
-            *(() if spec.given else base),
-        )
+        with _NoAutocast(x):
+            if call.gated is None:
+                call.begin(x, gates, chosen, a, b, any(needed[5 : 5 + n]))
+            rows, gated = call.rows, call.gated
+            assert gated is not None
+            wide_b = call.packed.wide_b()
+            if spec.given:
+                outputs = _added(ctx, tensors[2 * n :], gated, wide_b, spec)
+            else:
+                if x.dim() != 2:
+                    gated = gated.view(*x.shape[:-1], spec.width)
+                outputs = []
+                for part, up, weight, bias in zip(_parts(gated, spec), wide_b, call.base, call.biases, strict=True):
+                    y = _up(part, up, bias)  # no view: a model may write to it
+                    flat = y if y.dim() == 2 else y.view(-1, y.shape[-1])
+                    flat.addmm_(rows, _matrix(weight, spec))
+                    outputs.append(y)
+        ctx.spec, ctx.x_shape, ctx.x_dtype = spec, x.shape, x.dtype
+        # What lies outside of the function is referred to where it is. In a checkpointed block, that is all: keeping would
+        # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
+        ctx.outside, ctx.keeper = (gates, chosen, a, b, () if spec.given else call.base), call.keeper
+        if call.keeper is None:
+            watched = () if spec.checkpointed else (gates, chosen, *a, *b, *ctx.outside[4])
+            ctx.save_for_backward(*call.kept, *watched)
         return tuple(outputs)
 
     @staticmethod
@@ -130,43 +166,46 @@ class _Group(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             return _backward_to_differentiate(ctx, d_outputs)
-        rows, x, hidden, gates, chosen, *others = ctx.saved_tensors
-        a, b, wide_a, wide_b, base = _split(others, n, n, ctx.count_a, n)
-        _, x_needed, gates_needed, _, *needed = ctx.needs_input_grad
+        rows, x, memory = (ctx.keeper or ctx).saved_tensors[:3]
+        gates, chosen, a, b, base = ctx.outside
+        _, _, x_needed, gates_needed, _, *needed = ctx.needs_input_grad
         a_needed, b_needed = needed[:n], needed[n : 2 * n]
         d_a: list[Tensor | None] = [None] * n
         d_b: list[Tensor | None] = [None] * n
         d_x = d_gates = None
-        with _as_written(present[0]):
-            if x is not None and rows is None:
-                rows = x.reshape(-1, x.shape[-1])
-            d_rows = [None if d is None else d.reshape(-1, d.shape[-1]).to(spec.dtype) for d in d_outputs]
-            d_gated = _d_gated(d_rows, wide_b, spec)
-            gate_rows, chosen_rows = _by_token(gates), None if chosen is None else _by_token(chosen)
+        with _NoAutocast(present[0]):
+            if x is not None:
+                rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+            d_rows = [None if d is None else _rows(d, spec.dtype) for d in d_outputs]
+            packed = Packed(present[0].numel() // present[0].shape[-1], a, b, spec, memory)
+            d_gated = _d_gated(d_rows, packed.wide_b(), spec)
+            b_trains = any(b_needed)
             d_hidden, d_gate_rows, gated = gate_backward(
                 d_gated,
-                d_gated if hidden is None else hidden,
-                gate_rows,
-                chosen_rows,
+                packed.hidden(),
+                _by_token(gates),
+                None if chosen is None else _by_token(chosen),
                 spec.columns,
                 want_gates=gates_needed,
-                want_gated=any(b_needed),
+                want_gated=b_trains,
             )
             if d_gate_rows is not None:
                 d_gates = d_gate_rows.to(gates.dtype).view(gates.shape)
             if x_needed:
-                d_x = _d_input(d_hidden, d_rows, wide_a, base, spec).view(ctx.x_shape).to(ctx.x_dtype)
-            for i, (columns, d) in enumerate(zip(spec.columns, d_rows, strict=True)):
-                if b_needed[i] and d is not None:
-                    each = product(d.t(), gated[:, columns.start : columns.stop], b[i].dtype)  # type: ignore[index]
-                    each = each.unflatten(1, (columns.experts, columns.rank)).transpose(0, 1)
-                    d_b[i] = each.to(b[i].dtype, memory_format=torch.contiguous_format)
+                d_x = _d_input(d_hidden, d_rows, packed.wide_a(a), base, spec)
+                if d_x.dtype != ctx.x_dtype:
+                    d_x = d_x.to(ctx.x_dtype)
+                d_x = d_x.view(ctx.x_shape)
+            if gated is not None:
+                for i, (d, part) in enumerate(zip(d_rows, _parts(gated, spec), strict=True)):
+                    if b_needed[i] and d is not None:
+                        d_b[i] = _d_b(product(d.t(), part, b[i].dtype), b[i])
             if any(a_needed):
                 for i, each in enumerate(_d_a(d_hidden, rows, a[0].dtype, spec)):
                     if a_needed[i]:
-                        d_a[i] = each.to(a[i].dtype).view(a[i].shape)
-        d_base = d_outputs if spec.given else (None,) * (2 * n)
-        return (None, d_x, d_gates, None, *d_a, *d_b, *d_base)
+                        d_a[i] = (each if each.dtype == a[i].dtype else each.to(a[i].dtype)).view(a[i].shape)
+        d_base = d_outputs if spec.given else ()
+        return (None, None, d_x, d_gates, None, *d_a, *d_b, *d_base)
 
 
 def product(left: Tensor, right: Tensor, wanted: torch.dtype) -> Tensor:
@@ -176,64 +215,80 @@ def product(left: Tensor, right: Tensor, wanted: torch.dtype) -> Tensor:
     return left @ right
 
 
+@functools.cache
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What products are cast to on the device of x; None: they are not."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
-def _as_written(x: Tensor) -> Any:
-    """No autocast: the dtypes are decided already."""
-    if autocast_dtype(x) is not None:
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+class _NoAutocast:
+    """Within it the dtypes are as written. (`torch.autocast(enabled=False)` does this and more, in ten times the time.)"""
+
+    __slots__ = ("kind", "was_on")
+
+    def __init__(self, x: Tensor) -> None:
+        self.kind = x.device.type
+
+    def __enter__(self) -> None:
+        self.was_on = _has_autocast(self.kind) and torch.is_autocast_enabled(self.kind)
+        if self.was_on:
+            torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *_: object) -> None:
+        if self.was_on:
+            torch.set_autocast_enabled(self.kind, True)
 
 
 def _by_token(each: Tensor) -> Tensor:
     return each if each.dim() == 2 else each.reshape(-1, each.shape[-1])
 
 
+def _rows(d: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., out] -> [T, out]"""
+    rows = d if d.dim() == 2 else d.reshape(-1, d.shape[-1])
+    return rows if rows.dtype == dtype else rows.to(dtype)
+
+
 def _matrix(weight: Tensor, spec: Spec) -> Tensor:
     """[in, out]"""
-    weight = weight.to(spec.dtype)  # float32 weights under autocast
+    if weight.dtype != spec.dtype:  # float32 weights under autocast
+        weight = weight.to(spec.dtype)
     return weight if spec.transposed else weight.t()
 
 
-def _side_by_side(a: Sequence[Tensor], spec: Spec, together: bool) -> list[Tensor]:
-    """A of all linears as one matrix [N, in]. On a CPU, where copying it costs more than the launches that it saves, one
-    [E * r, in] each."""
-    if len(a) == 1 or not (together or any(each.dtype != spec.dtype for each in a)):
-        return [each.to(spec.dtype).flatten(0, 1) for each in a]
-    whole = torch.empty(spec.columns[-1].stop, a[0].shape[-1], dtype=spec.dtype, device=a[0].device)
-    places = [whole[c.start : c.stop].view(each.shape) for c, each in zip(spec.columns, a, strict=True)]
-    torch._foreach_copy_(places, [each.detach() for each in a])
-    return [whole]
+def _parts(each: Tensor, spec: Spec) -> Sequence[Tensor]:
+    """The columns of each linear."""
+    return (each,) if spec.size == 1 else each.split_with_sizes(spec.widths, -1)
 
 
-def _one_matrix(b: Tensor, dtype: torch.dtype) -> Tensor:
-    """[E, out, r] -> [out, E * r]"""
-    experts, out, rank = b.shape
-    if experts == 1:
-        return b.to(dtype).view(out, rank)
-    whole = torch.empty(out, experts, rank, dtype=dtype, device=b.device)
-    return whole.copy_(b.transpose(0, 1)).view(out, experts * rank)
-
-
-def _hidden(rows: Tensor, wide_a: list[Tensor], spec: Spec) -> Tensor:
-    if len(wide_a) == 1:
-        return rows @ wide_a[0].t()
-    hidden = rows.new_empty(rows.shape[0], spec.columns[-1].stop)
-    for columns, each in zip(spec.columns, wide_a, strict=True):
-        torch.mm(rows, each.t(), out=hidden[:, columns.start : columns.stop])
+def _hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec) -> Tensor:
+    hidden, wide_a = packed.hidden(), packed.wide_a(a)
+    places = (hidden,) if len(wide_a) == 1 else _parts(hidden, spec)
+    for place, each in zip(places, wide_a, strict=True):
+        torch.mm(rows, each.t(), out=place)
     return hidden
 
 
-def _added(ctx: Any, results: Sequence[Tensor], parts: list[Tensor], wide_b: list[Tensor], spec: Spec) -> list[Tensor]:
+def _up(part: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    """part [..., E * r] -> [..., out]"""
+    if bias is None:
+        return F.linear(part, up)
+    y = part.new_empty((*part.shape[:-1], up.shape[0]))
+    torch.addmm(bias.to(up.dtype), part.reshape(-1, up.shape[1]), up.t(), out=y.view(-1, up.shape[0]))
+    return y
+
+
+def _added(ctx: Any, results: Sequence[Tensor], gated: Tensor, wide_b: list[Tensor], spec: Spec) -> list[Tensor]:
     """The base layers' results with what the experts add."""
     outputs, dirty = [], []
-    for result, part, up, in_place in zip(results, parts, wide_b, spec.in_place, strict=True):
+    for result, part, up, in_place in zip(results, _parts(gated, spec), wide_b, spec.in_place, strict=True):
         if result.dtype != spec.dtype:
             outputs.append(result + (part @ up.t()).to(result.dtype).view(result.shape))
         elif in_place and result.is_contiguous():
@@ -255,9 +310,8 @@ def _d_gated(d_rows: list[Tensor | None], wide_b: Sequence[Tensor], spec: Spec) 
         assert d_rows[0] is not None
         return d_rows[0] @ wide_b[0]
     first = next(d for d in d_rows if d is not None)
-    d_gated = first.new_empty(first.shape[0], spec.columns[-1].stop)
-    for columns, d, up in zip(spec.columns, d_rows, wide_b, strict=True):
-        place = d_gated[:, columns.start : columns.stop]
+    d_gated = first.new_empty(first.shape[0], spec.width)
+    for place, d, up in zip(_parts(d_gated, spec), d_rows, wide_b, strict=True):
         if d is None:
             place.zero_()
         else:
@@ -272,49 +326,50 @@ def _d_input(
     if len(wide_a) == 1:
         total = d_hidden @ wide_a[0]
     else:
-        first, *others = zip(spec.columns, wide_a, strict=True)
-        total = d_hidden[:, first[0].start : first[0].stop] @ first[1]
-        for columns, each in others:
-            total.addmm_(d_hidden[:, columns.start : columns.stop], each)
+        first, *others = zip(_parts(d_hidden, spec), wide_a, strict=True)
+        total = first[0] @ first[1]
+        for part, each in others:
+            total.addmm_(part, each)
     for d, weight in zip(d_rows, base, strict=False):  # no weights if the base layers have their own backward
         if d is not None:
-            total.addmm_(d, _matrix(weight, spec).t())
+            if weight.dtype != spec.dtype:
+                weight = weight.to(spec.dtype)
+            total.addmm_(d, weight.t() if spec.transposed else weight)
     return total
 
 
-def _d_a(d_hidden: Tensor, rows: Tensor, wanted: torch.dtype, spec: Spec) -> list[Tensor]:
+def _d_b(each: Tensor, b: Tensor) -> Tensor:
+    """[out, E * r] -> [E, out, r] of B. Not contiguous if it has the dtype of B: `.grad` copies it as it takes or adds it."""
+    experts, out, rank = b.shape
+    each = each.view(out, experts, rank).transpose(0, 1)
+    return each if each.dtype == b.dtype else each.to(b.dtype, memory_format=torch.contiguous_format)
+
+
+def _d_a(d_hidden: Tensor, rows: Tensor, wanted: torch.dtype, spec: Spec) -> Sequence[Tensor]:
     if rows.is_cuda:  # one product, of which each linear gets its rows
         whole = product(d_hidden.t(), rows, wanted)
-        return [whole[c.start : c.stop] for c in spec.columns]
-    return [product(d_hidden[:, c.start : c.stop].t(), rows, wanted) for c in spec.columns]
-
-
-def _split(tensors: Sequence[Tensor], *counts: int) -> list[Sequence[Tensor]]:
-    found, start = [], 0
-    for count in counts:
-        found.append(tensors[start : start + count])
-        start += count
-    return [*found, tensors[start:]]
+        return [whole] if spec.size == 1 else whole.split_with_sizes(spec.widths)
+    return [product(part.t(), rows, wanted) for part in _parts(d_hidden, spec)]
 
 
 def _backward_to_differentiate(ctx: Any, d_outputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     """`create_graph=True`: the same gradients from operations that autograd can differentiate again."""
     spec: Spec = ctx.spec
     n = spec.size
-    _, x, _, gates, chosen, *others = ctx.saved_tensors
-    a, b, _, _, base = _split(others, n, n, ctx.count_a, n)
+    _, x, *_ = (ctx.keeper or ctx).saved_tensors
+    gates, chosen, a, b, base = ctx.outside
     if x is None:
         raise RuntimeError(
             "The backward of this adapted linear cannot be differentiated again (create_graph=True): LoRA-Switch has kept no "
             "input for it, because its experts are frozen, or because the input was cast or copied. Call the model without "
             "autocast, and with experts that train."
         )
-    with torch.enable_grad(), _as_written(x):
+    with torch.enable_grad(), _NoAutocast(x):
         # Views, because the gates may have been computed from x, and those paths are not this function's.
         inputs = [each.view_as(each) for each in (x, gates, *a, *b)]
         x, gates, *experts = inputs
         outputs = [_dense(spec, i, x, gates, chosen, experts[i], experts[n + i], base) for i in range(n)]
-        wanted = [ctx.needs_input_grad[i] for i in (1, 2, *range(4, 4 + 2 * n))]
+        wanted = [ctx.needs_input_grad[i] for i in (2, 3, *range(5, 5 + 2 * n))]
         pairs = [(y, d) for y, d in zip(outputs, d_outputs, strict=True) if d is not None]
         gradients = iter(
             torch.autograd.grad(
@@ -326,8 +381,8 @@ def _backward_to_differentiate(ctx: Any, d_outputs: tuple[Tensor | None, ...]) -
             )
         )
     d_x, d_gates, *d_experts = [next(gradients) if want else None for want in wanted]
-    d_base = d_outputs if spec.given else (None,) * (2 * n)
-    return (None, d_x, d_gates, None, *d_experts, *d_base)
+    d_base = d_outputs if spec.given else ()
+    return (None, None, d_x, d_gates, None, *d_experts, *d_base)
 
 
 def _dense(

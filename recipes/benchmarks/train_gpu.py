@@ -1,10 +1,9 @@
-r"""What an adapter costs a training step on a GPU: Llama-3.1-8B's shape, all seven linears, random weights.
+"""What an adapter costs a training step on a GPU: Llama-3.1-8B's shape, all seven linears, random weights.
 
     python -m recipes.benchmarks.train_gpu                                  # every row; into recipes/results/train_<gpu>.json
     python -m recipes.benchmarks.train_gpu --modes checkpointing            # rows of one mode; those of others stay in the file
     python -m recipes.benchmarks.train_gpu --rows floor fused-8x8 --steps 3
-    python -m recipes.benchmarks.train_gpu --modes checkpointing --rows dense-8x8 fused-8x8 --layers 4 --batch 1 --length 512 \
-        --steps 300 --lr 2e-4 --no-profile --output losses.json --picture losses.png      # do both take the same course?
+    python -m recipes.benchmarks.train_gpu --modes 4bit compiled --rows floor fused-8x8 --seconds 200
 
 A step is what Trainer and TRL make of it: bf16 autocast, a float32 adapter on a bf16 backbone, forward, backward, fused AdamW.
 "floor" is the same step with nothing adapted: gradients of activations only. All rows run in one process on one backbone, whose
@@ -16,7 +15,8 @@ linear, `recipes/quality/moe_lora.py`). Modes: checkpointing (2 x 2,048 tokens, 
 checkpointed), compiled (as checkpointing, `torch.compile` of the model), 4bit (as checkpointing, bitsandbytes' NF4 linears).
 
 `bound_gib` is the floor's peak and the adapter's parameters, gradients and optimizer state; `peak_gib` is what was measured.
-`loss` is that of the first step, `loss_end` of the last: from the same seeds, dense and fused rows start alike.
+`loss` is that of the first step, `loss_end` of the last: from the same seeds, dense and fused rows start alike
+(`train_losses.py` compares their course).
 """
 
 from __future__ import annotations
@@ -200,8 +200,6 @@ def measure(model: LlamaForCausalLM, row: Row, mode: str, args: argparse.Namespa
     }  # fmt: skip
     if profile:
         result["kernels"] = profile
-    if args.picture:
-        result["losses"] = [round(loss.item(), 5) for loss in losses]
     take_off()
     return result
 
@@ -279,25 +277,6 @@ def write(report: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps({"header": report["header"], "rows": ordered}, indent=1) + "\n")
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The losses of all rows that train, step by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for row in rows:
-        if row["method"] != "floor" and "losses" in row:
-            label = f"{row['method']} {row['experts']}x{row['rank']}, {row['mode']}"
-            axes.plot(row["losses"], label=label, linewidth=1.2, alpha=0.8)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats)")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("model", "method", "mode", "experts", "top_k", "rank", "tokens"))
 
@@ -336,7 +315,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0, help="begin no row after so many seconds; 0: no limit")
     parser.add_argument("--no-profile", dest="profile", action="store_false", help="no kernel times")
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--picture", type=Path, default=None, help="keep every loss, and draw them there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="left out: recipes/results/train_<gpu>.json")
     args = parser.parse_args(argv)
@@ -389,8 +367,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report["header"]["seconds"] = round(time.perf_counter() - begun)
     write(report, args.output)
     print(table(report["rows"]))
-    if args.picture:
-        draw(report["rows"], args.picture)
     return report
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_loraswitch.inference.fingerprint import Fingerprint
+from peft_loraswitch.fingerprint import Fingerprint
 
 
 class Watched:

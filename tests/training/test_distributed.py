@@ -137,3 +137,43 @@ def test_fsdp2_averages_gradients_and_losses(tmp_path):
                 torch.testing.assert_close(
                     results[rank][index][name], expected, rtol=1e-4, atol=1e-6, msg=f"{index} {name}"
                 )
+
+
+def fsdp_checkpointed(rank: int, directory: str) -> Any:
+    """Gradients after two steps of SGD, fused and in the plain form; weights are gathered anew in each backward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from peft_loraswitch.training import fast_linears
+
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model = adapted(tiny_llama(), **LOSSES).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, sizes, run = torch.optim.SGD(trained, lr=0.1), [], fast_linears.run
+    fast_linears.run = lambda spec, *args: (sizes.append(spec.size), run(spec, *args))[1]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        model(**batch_of(rank)).loss.backward()
+        return {n: p.grad.full_tensor().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    for _ in range(2):
+        gradients()
+        optimizer.step()
+    fused = gradients()
+    with fast_linears.plain():
+        return fused, gradients(), max(sizes)
+
+
+def test_fsdp2_with_checkpointing_equals_the_plain_form(tmp_path):
+    for fused, plain, size in on_two(fsdp_checkpointed, tmp_path):
+        assert size == 3 and fused.keys() == plain.keys() and fused
+        for name, gradient in plain.items():
+            torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

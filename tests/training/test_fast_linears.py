@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantized
 from compiling import checkpointing
@@ -29,7 +31,7 @@ from oracle import Oracle
 from peft_loraswitch import LoRASwitchLinear
 from peft_loraswitch.training import fast_linears, gate_hidden, gate_kernels, group_function
 from peft_loraswitch.training.gate_hidden import Columns
-from peft_loraswitch.training.group_function import Spec
+from peft_loraswitch.training.group_layout import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -233,7 +235,7 @@ def test_what_was_not_chosen_reaches_nothing(value, monkeypatch):
         [~values[2].reshape(-1, 3).repeat_interleave(c.rank, dim=1) for c in columns(values[3])], dim=1
     )
     assert unchosen.any()
-    monkeypatch.setattr(group_function, "_hidden", lambda *args: hidden_of(*args).masked_fill(unchosen, value))
+    monkeypatch.setattr(group_function, "_hidden", lambda *args: hidden_of(*args).masked_fill_(unchosen, value))
     monkeypatch.setattr(group_function, "_d_gated", lambda *args: back(*args).masked_fill(unchosen, value))
     assert all(torch.equal(y, z) and y.isfinite().all() for y, z in zip(results(), expected, strict=True))
 
@@ -338,6 +340,67 @@ def test_several_adapters_at_once(counted):
         assert all(relative(gradients[name], exact[name]) < 1e-5 for name in exact)
         assert any("other" in name for name in exact)
     assert counted
+
+
+class Products(TorchDispatchMode):
+    """Counts products by the shape of their right factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.counts[tuple(args[-1].shape)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# Blocks whose gate and up hand a gradient to what they see: in the second case the first one has nothing to train before them.
+@pytest.mark.parametrize("target_modules, blocks", [("all-linear", 2), (["up_proj", "down_proj"], 1)], ids=str)
+def test_the_last_linear_of_a_checkpointed_block_is_computed_once(target_modules, blocks):
+    """As in the backbone alone, whose second runs end before it. From the second forward with checkpointing on."""
+    model = adapted(tiny_llama(hidden_size=32, intermediate_size=56), target_modules=target_modules)
+    step(model, padded([7, 4]))
+    checkpointing(model)
+    results = []
+    for _ in range(3):
+        with Products() as products:
+            results.append(step(model, padded([7, 4])))
+    assert products.counts[(56, 32)] == 2 + 2 * blocks  # down_proj once a layer, and those gradients
+    for logits, gradients in results[1:]:
+        assert torch.equal(logits, results[0][0])
+        assert all(torch.equal(gradient, results[0][1][name]) for name, gradient in gradients.items())
+
+
+def test_backward_through_a_checkpointed_graph_twice_and_in_parts():
+    model = adapted(**NO_LOSSES)
+    checkpointing(model)
+    for _ in range(2):
+        _, exact = step(model, padded([7, 4]))
+    model.zero_grad()
+    loss = model(**padded([7, 4])).loss
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    part = layer.loraswitch_B["default"].weight
+    (alone,) = torch.autograd.grad(loss, part, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, gradient in adapter_gradients(model).items():
+        torch.testing.assert_close(gradient, 2 * exact[name])
+    torch.testing.assert_close(alone, part.grad / 2)
+    with pytest.raises(RuntimeError, match="second time|already been freed|unpack is being triggered"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("which", ["base", "b", "a"])
+def test_weights_that_are_written_to_before_backward_are_an_error(which):
+    model = adapted(tiny_llama(num_hidden_layers=1))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    loss = model(**padded([7, 4])).loss
+    weights = {"base": layer.base_layer, "a": layer.loraswitch_A["default"], "b": layer.loraswitch_B["default"]}
+    with torch.no_grad():
+        weights[which].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_accumulation_adds_up():

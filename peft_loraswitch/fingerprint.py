@@ -4,6 +4,8 @@ Three things are made of a model's weights and kept: a struct of their addresses
 experts in another dtype (`expert_casts.py`), and weights with experts merged into them (`merged_weights.py`). Meanwhile others
 move, replace and write to the weights (`model.to(...)`, `load_state_dict`, optimizers, plain assignment), mostly without a word
 to us. So each of the three has a fingerprint of what it was made of, and looks before it is used whether that is still the same.
+
+Training keeps how it computes a group of linears, and no tensors (`training/fast_linears.py`): what that depends on has one, too.
 """
 
 from __future__ import annotations
