@@ -38,21 +38,22 @@ def _experts_reference(
     return hidden @ wide(lora_b).T
 
 
-def route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    check_route(x, router, top_k)
+def route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    check_route(x, router, top_k, top_p)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        return decide(F.linear(x.float(), router.float()), top_k, normalize)
+        return decide(F.linear(x.float(), router.float()), top_k, normalize, top_p)
 
 
 def route_context_pytorch(
-    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_route_context(x, router, previous, decay, top_k, real)
+    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_route_context(x, router, previous, decay, top_k, real, top_p)
     with torch.autocast(device_type=x.device.type, enabled=False):
         own = F.linear(x.float(), router.float())
         grid = own.reshape(-1, 1, own.shape[-1])
         sums = decayed_sums(weighted(grid, None if real is None else real.unsqueeze(-1)), decay, previous=previous)
-        experts, gates = decide(mean_of(sums, grid).view(own.shape), top_k, normalize)
+        experts, gates = decide(mean_of(sums, grid).view(own.shape), top_k, normalize, top_p)
     return experts, gates, sums.squeeze(1)
 
 
