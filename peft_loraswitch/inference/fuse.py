@@ -116,8 +116,8 @@ def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
         logger.warning(f"LoRA-Switch: fused without kernels, by PyTorch operations: {reason}.")
     elif on_cpu and strategy != "merge":
         logger.info(
-            "LoRA-Switch: fused on a CPU, by PyTorch operations: single tokens read only the experts that they chose; batches and "
-            "prompts take as long as before."
+            "LoRA-Switch: fused on a CPU, by PyTorch operations: single tokens read only the experts that they chose; "
+            "batches and prompts take as long as before."
         )
 
     watch = Watch(model, layers)
