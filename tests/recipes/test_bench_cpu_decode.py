@@ -17,7 +17,7 @@ def test_it_measures_and_writes(tmp_path, capsys):
     assert [row["case"] for row in written["rows"]] == list(bench.CASES)
     for row in written["rows"]:
         assert row["fused_over_unfused"] > 0 and all(
-            row[f"{name}_ms"] <= row[f"{name}_median_ms"] for name in bench.METHODS
+            row[f"{name}_ms"] > 0 and row[f"{name}_clock_ms"] > 0 for name in bench.METHODS
         )
     assert capsys.readouterr().out.count("fused/unfused") == len(bench.CASES)
     assert torch.get_num_threads() == threads and torch.is_grad_enabled()
