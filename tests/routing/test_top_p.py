@@ -12,9 +12,28 @@ from peft import PeftModel
 from torch import nn
 
 import oracle
-from helpers import adapted, adapter_gradients, padded, router_layer, tiny_gpt2, tiny_llama, tokens, without_losses
+from helpers import (
+    adapted,
+    adapter_gradients,
+    gradients_with_and_without_checkpointing,
+    padded,
+    randomize_adapter,
+    router_layer,
+    switch_config,
+    tiny_gpt2,
+    tiny_llama,
+    tokens,
+    without_losses,
+)
 from layer_checks import assert_layers_equal_oracle, check_model_gradients
-from peft_loraswitch import LoRASwitchConfig, RouterStatsCallback, record_routing, router_stats, routing_report
+from peft_loraswitch import (
+    LoRASwitchConfig,
+    RouterStatsCallback,
+    record_routing,
+    router_stats,
+    routing_report,
+    use_experts,
+)
 from peft_loraswitch.routing.decision import decide, route
 from peft_loraswitch.routing.options import RoutingOptions
 from peft_loraswitch.vllm_plugin.adapter_folder import read_adapter, read_settings
@@ -371,3 +390,42 @@ def test_compiled(kind, training):
         assert wanted.keys() == got.keys()
         for name, gradient in wanted.items():
             torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("kind", ["top-2", "shared, deep"])
+def test_checkpointing(kind, reentrant):
+    model = model_of(kind, tiny_llama(num_hidden_layers=3))
+    expected, found = gradients_with_and_without_checkpointing(model, reentrant)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_mixed_batch():
+    model = model_of("top-2")
+    model.add_adapter("plain", switch_config())
+    model.add_adapter("more", switch_config(top_k=3, top_p=0.8, base_expert=True))
+    for seed, name in enumerate(("plain", "more"), start=3):
+        randomize_adapter(model, name, seed=seed)
+    model.eval()
+    ids, names = tokens(4), ["default", "__base__", "plain", "more"]
+    with torch.no_grad():
+        mixed = model(input_ids=ids, adapter_names=names).logits
+        for sample, name in enumerate(names):
+            alone = ids[sample : sample + 1]
+            if name == "__base__":
+                with model.disable_adapter():
+                    expected = model(input_ids=alone).logits
+            else:
+                model.set_adapter(name)
+                expected = model(input_ids=alone).logits
+            torch.testing.assert_close(mixed[sample : sample + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_are_given_are_used_whatever_top_p_says():
+    model = model_of("top-3, raw gates")
+    with torch.no_grad(), use_experts(model, [1, 3]), record_routing(model) as recorded:
+        given = model(input_ids=BATCH["input_ids"]).logits
+    assert recorded.summary("default")["load"] == [0, 0.5, 0, 0.5]
+    assert recorded.summary("default")["mean_experts"] == 1
+    with torch.no_grad():
+        assert not torch.equal(given, model(input_ids=BATCH["input_ids"]).logits)
