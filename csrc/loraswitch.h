@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 5
+#define LS_ABI_VERSION 6
 #define LS_MAX_GROUP 8    /* linears in one launch */
 #define LS_MAX_TOP_K 8
 #define LS_MAX_EXPERTS 256
@@ -147,9 +147,11 @@ int ls_device_supported(int device);
 int ls_driver_version(int *version);
 
 /* Softmax of float32 logits over experts, then the top_k of them, ids ascending among equals, gates summing to 1 if
- * normalize. x [tokens, in] of x_dtype, router [num_experts, in] of router_dtype. One launch. */
+ * normalize. x [tokens, in] of x_dtype, router [num_experts, in] of router_dtype. One launch. Experts are taken, the likeliest first,
+ * until their softmax sums to top_p, in (0, 1], or top_k are taken; for each that is not, the id is num_experts, of which no
+ * function here reads anything, and the gate 0. With top_p 1 all top_k are. */
 int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens, int32_t in_features, int32_t num_experts,
-              int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream);
+              int32_t top_k, int32_t normalize, float top_p, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream);
 
 /* The same for the next token of `tokens` sequences, by context: with z the token's own logits and w = 1, or 0 where `real` [tokens]
  * is 0 (NULL: all are 1),
@@ -160,7 +162,7 @@ int ls_router(const void *x, const void *router, int64_t *experts, float *gates,
  * completely and may not be `previous`. */
 int ls_router_context(const void *x, const void *router, const float *previous, const uint8_t *real, int64_t *experts, float *gates,
                       float *sums, float decay, int32_t tokens, int32_t in_features, int32_t num_experts, int32_t top_k,
-                      int32_t normalize, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream);
+                      int32_t normalize, float top_p, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream);
 
 /* Hands `bytes` of zeroed device memory to the library, 16-byte aligned: counters and words by which the blocks of a launch
  * tell each other that the shrink is done. It must stay allocated for as long as anything is launched. Once per device: a

@@ -1,5 +1,6 @@
-// Router: experts, gates = top_k(softmax(x router^T)), one launch for all tokens. With context (ls_router_context), the next token
-// of each of as many sequences: the softmax is that of the decayed mean of the logits so far, and the sums go on.
+// Router: experts, gates = top_k(softmax(x router^T)), of which no more are taken than sum to top_p; one launch for all tokens.
+// With context (ls_router_context), the next token of each of as many sequences: the softmax is that of the decayed mean of the
+// logits so far, and the sums go on.
 //
 //   x [tokens, in]   router [E, in]   experts int64 [tokens, top_k]   gates float32 [tokens, top_k]
 //   with context also: previous, sums float32 [tokens, E + 1] (the last column is the sum of the weights)   real bool [tokens]
@@ -23,6 +24,7 @@ struct RouterParams {
   int64_t *experts;
   float *gates;
   int in_features, num_experts, top_k, normalize;
+  float top_p;
   const float *previous; // the rest with context only
   float *sums;
   const uint8_t *real;   // NULL: all are
@@ -101,9 +103,10 @@ template <class X, class R, int VEC, bool CONTEXT> __global__ void __launch_boun
   sum = warp_sum(sum);
 
   float chosen_sum = 0.f, my_gate = 0.f;
-  int my_expert = 0;
+  int my_expert = p.num_experts;  // of what is not taken
   unsigned taken = 0;  // bit i: expert lane + 32 i is chosen already
   for (int j = 0; j < p.top_k; ++j) {
+    if (p.top_p < 1.f && j > 0 && chosen_sum >= p.top_p) break;  // not so for NaN: all gates are to show it
     // Best remaining of this lane, then of the warp: of equal ones the lowest id. By logits: the exponentials of different ones
     // may be equal.
     float best = -INFINITY;
@@ -146,7 +149,7 @@ template <class X> int dispatch_router(const RouterParams &p, int router_dtype, 
 
 int route(const RouterParams &p, int32_t tokens, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream) {
   if (tokens < 0 || p.in_features < 1 || p.num_experts < 1 || p.num_experts > LS_MAX_EXPERTS || p.top_k < 1 ||
-      p.top_k > LS_MAX_TOP_K || p.top_k > p.num_experts)
+      p.top_k > LS_MAX_TOP_K || p.top_k > p.num_experts || !(p.top_p > 0.f && p.top_p <= 1.f))
     return LS_ERROR_ARGUMENT;
   if (tokens == 0) return 0;
   if (!p.x || !p.router || !p.experts || !p.gates) return LS_ERROR_POINTER;
@@ -164,18 +167,18 @@ int route(const RouterParams &p, int32_t tokens, int32_t x_dtype, int32_t router
 }  // namespace ls
 
 LS_EXPORT int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens, int32_t in_features,
-                        int32_t num_experts, int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype, int32_t device,
-                        void *stream) {
-  ls::RouterParams p{x, router, experts, gates, in_features, num_experts, top_k, normalize, nullptr, nullptr, nullptr, 0.f};
+                        int32_t num_experts, int32_t top_k, int32_t normalize, float top_p, int32_t x_dtype, int32_t router_dtype,
+                        int32_t device, void *stream) {
+  ls::RouterParams p{x, router, experts, gates, in_features, num_experts, top_k, normalize, top_p, nullptr, nullptr, nullptr, 0.f};
   return ls::route(p, tokens, x_dtype, router_dtype, device, stream);
 }
 
 LS_EXPORT int ls_router_context(const void *x, const void *router, const float *previous, const uint8_t *real, int64_t *experts,
                                 float *gates, float *sums, float decay, int32_t tokens, int32_t in_features, int32_t num_experts,
-                                int32_t top_k, int32_t normalize, int32_t x_dtype, int32_t router_dtype, int32_t device,
+                                int32_t top_k, int32_t normalize, float top_p, int32_t x_dtype, int32_t router_dtype, int32_t device,
                                 void *stream) {
   if (!(decay >= 0.f && decay <= 1.f)) return LS_ERROR_ARGUMENT;
   if (tokens > 0 && (!previous || !sums)) return LS_ERROR_POINTER;
-  ls::RouterParams p{x, router, experts, gates, in_features, num_experts, top_k, normalize, previous, sums, real, decay};
+  ls::RouterParams p{x, router, experts, gates, in_features, num_experts, top_k, normalize, top_p, previous, sums, real, decay};
   return ls::route(p, tokens, x_dtype, router_dtype, device, stream);
 }

@@ -11,9 +11,9 @@ from .model import router_stats
 
 class RouterStatsCallback(TrainerCallback):
     """A Transformers `TrainerCallback` that adds routing statistics over the steps since the last log to what the Trainer logs:
-    `router/entropy` (nats), `router/balance_loss` and `router/z_loss` (unweighted), `router/dropped_experts` (number of experts
-    that no token picked) and `router/load_<e>` (share of the picks that went to expert e; with `router/base_share`, of the base
-    expert, the shares sum to 1).
+    `router/entropy` (nats), `router/balance_loss` and `router/z_loss` (unweighted), `router/mean_experts` (routed experts that a
+    token used), `router/dropped_experts` (number of experts that no token picked) and `router/load_<e>` (share of the picks that
+    went to expert e; with `router/base_share`, of the base expert, the shares sum to 1).
 
     Args:
         adapter_name: which adapter; may be left out if only one trains.
@@ -33,7 +33,7 @@ class RouterStatsCallback(TrainerCallback):
         stats = router_stats(model, self.adapter_name, reset=True)
         if not stats["tokens"]:
             return
-        entry = {f"router/{name}": stats[name] for name in ("entropy", "balance_loss", "z_loss")}
+        entry = {f"router/{name}": stats[name] for name in ("entropy", "balance_loss", "z_loss", "mean_experts")}
         entry["router/dropped_experts"] = len(stats["dropped_experts"])
         entry.update({f"router/load_{expert}": share for expert, share in enumerate(stats["load"])})
         logs.update(entry)

@@ -77,6 +77,15 @@ class LoRASwitchConfig(PeftConfig):
             "help": "Experts used per token, 1 <= top_k <= num_experts. Cost at decode time grows with top_k * r."
         },
     )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "Experts are taken, the likeliest first, until their probabilities (the softmax over all of the router's "
+            "choices) sum to at least top_p: at least one, at most top_k. In (0, 1]; 1.0 (default) always takes top_k. An expert "
+            "that is not taken costs nothing at decode time. normalize_gates counts those that are taken; where that is one, "
+            "its gate is the hard gate."
+        },
+    )
     num_shared_experts: int = field(
         default=0,
         metadata={
@@ -234,6 +243,12 @@ class LoRASwitchConfig(PeftConfig):
         _require_int("num_shared_experts", self.num_shared_experts, MAX_EXPERTS, lower=0)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}: lower top_k.")
+        _require_float("top_p", self.top_p, low=0, high=1, low_open=True, high_open=False)
+        if self.top_p < 1 and self.top_k == 1:
+            raise ValueError(
+                f"top_p={self.top_p} would change nothing with top_k=1, which takes one expert anyway: raise top_k, the most "
+                "that a token takes, or leave top_p at 1.0."
+            )
         if self.expert_names is not None:
             check_expert_names("expert_names", self.expert_names, self.num_experts)
             self.expert_names = list(self.expert_names)
@@ -383,6 +398,7 @@ class LoRASwitchConfig(PeftConfig):
             normalize_gates=bool(self.normalize_gates),
             num_shared_experts=self.num_shared_experts,
             base_expert=self.base_expert,
+            top_p=float(self.top_p),
             jitter=self.router_jitter,
             decay=self.router_decay,
             aux_loss_coef=self.router_aux_loss_coef,
@@ -415,7 +431,7 @@ class LoRASwitchConfig(PeftConfig):
         """The fields, as they are saved: names in order, so that the same adapter is always the same file."""
         settings = {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
         defaults = {"num_shared_experts": 0, "base_expert": False, "ensure_weight_tying": False, "trainable": "all"}
-        for name, default in (*defaults.items(), ("expert_names", None), ("router_decay", 0.0)):
+        for name, default in (*defaults.items(), ("expert_names", None), ("router_decay", 0.0), ("top_p", 1.0)):
             if settings[name] == default:  # so that versions before it still read adapters that do not use it
                 del settings[name]
         return settings

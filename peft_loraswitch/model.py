@@ -383,9 +383,10 @@ def router_stats(model: nn.Module, adapter_name: str | None = None, reset: bool 
     Returns:
         dict: `tokens` (int); `load` (list of num_experts floats, share of the picks that went to each expert, sum 1);
         `entropy` (nats, of the router's softmax, mean over tokens; at most log(num_experts)); `dropped_experts` (indices
-        of experts that no token picked); `balance_loss` and `z_loss` (unweighted); `expert_names` if the adapter has them, in
-        the order of `load`. Shared experts are not counted. A base expert counts as one more in entropy and losses, and has its
-        share of the picks in `base_share`, so that this and `load` have the sum 1.
+        of experts that no token picked); `mean_experts` (experts that a token used, mean over tokens: `top_k`, or fewer with
+        `top_p` or a base expert, which does not count); `balance_loss` and `z_loss` (unweighted); `expert_names` if the adapter
+        has them, in the order of `load`. Shared experts are not counted. A base expert counts as one more in entropy and losses,
+        and has its share of the picks in `base_share`, so that this and `load` have the sum 1.
 
     Raises:
         ValueError: the model has no LoRA-Switch adapter, or the name is unknown or ambiguous.

@@ -49,7 +49,7 @@ class Fusion:
     """What `fuse_for_inference()` returns. As a context manager it unfuses at the end of the block.
 
     Attributes:
-        strategy: "fused", "merge", or "none" if fusing would have changed nothing and was left out.
+        strategy: "fused", "merge", or "none" if fusing was left out, because it would have gained nothing.
         reason: why the kernels are not used, or None if they are.
         groups: names of the linears that share a launch.
     """
@@ -79,7 +79,8 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
         model: a model with LoRA-Switch layers, usually a `PeftModel`.
         strategy: "fused": base weights and experts in one pass, nothing merged, no copy of the backbone. "merge": the
             paper's method, the experts of a single token are merged into all weights before it runs; needs a second copy
-            of the adapted weights. "auto": "fused" on a GPU; on a CPU, where it gains nothing, the model stays as it is.
+            of the adapted weights. "auto": "fused" on a CUDA GPU, and on a CPU, where the experts that single tokens (decoding)
+            chose are read and no others; elsewhere it gains nothing, and the model stays as it is.
         in_place: with "merge": merge into the backbone's own weights, without a second copy on the device (one on the
             host is kept for `unfuse()`). Each token adds a rounding error: docs/kernel_log.md has the measured drift.
 
@@ -105,15 +106,19 @@ def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
         raise ValueError(f"{type(model).__name__} carries no LoRA-Switch adapter: there is nothing to fuse.")
     if is_fused(model):
         raise RuntimeError("This model is fused already: call unfuse() first.")
-    on_gpu = any(device_of(base_of(layer)).type == "cuda" for layer in layers)
-    reason = kernels.why_not() if on_gpu else "the model is on a CPU"
-    if strategy == "auto" and not on_gpu:
-        logger.warning(
-            "LoRA-Switch: fuse_for_inference() changes nothing on a CPU: the model's own forward is as fast."
-        )
+    devices = {device_of(base_of(layer)).type for layer in layers}
+    on_gpu, on_cpu = "cuda" in devices, devices == {"cpu"}
+    reason = kernels.why_not() if on_gpu else f"the model is on a {'CPU' if on_cpu else ', '.join(sorted(devices))}"
+    if strategy == "auto" and not (on_gpu or on_cpu):
+        logger.warning(f"LoRA-Switch: fuse_for_inference() changes nothing: {reason}, and it gains nothing there.")
         return Fusion(model, "none", reason, [])
-    if reason is not None:
+    if reason is not None and not on_cpu:
         logger.warning(f"LoRA-Switch: fused without kernels, by PyTorch operations: {reason}.")
+    elif on_cpu and strategy != "merge":
+        logger.info(
+            "LoRA-Switch: fused on a CPU, by PyTorch operations: single tokens read only the experts that they chose; "
+            "batches and prompts take as long as before."
+        )
 
     watch = Watch(model, layers)
     try:

@@ -126,14 +126,21 @@ class FusedGroup(nn.Module):
             if context.length == 1 and context.previous is not None:
                 real = None if context.real is None else context.real.flatten()
                 experts, gates, sums = ops.route_context(
-                    x, weight, context.previous, options.decay, options.top_k, options.normalize_gates, real
+                    x,
+                    weight,
+                    context.previous,
+                    options.decay,
+                    options.top_k,
+                    options.normalize_gates,
+                    real,
+                    options.top_p,
                 )
                 context.keep(sums.unsqueeze(1))
             else:
                 logits = context.logits(router_logits(x, weight))
-                experts, gates = decide(logits, options.top_k, options.normalize_gates)
+                experts, gates = decide(logits, options.top_k, options.normalize_gates, options.top_p)
         else:
-            experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates)
+            experts, gates = ops.route(x, weight, options.top_k, options.normalize_gates, options.top_p)
         routing = routing_of(experts, gates, options)
         if not torch.compiler.is_compiling():
             frame.used.add(adapter)

@@ -6,7 +6,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int6
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
 TUNING_STREAMING, TUNING_REGISTERS, TUNING_PERSISTENT, TUNING_TWO_LAUNCHES, TUNING_IMPATIENT = 1, 2, 3, 4, 8
 TUNING_NARROW, TUNING_WIDE = 16, 32
@@ -120,8 +120,8 @@ SIGNATURES = {
     "ls_device_count": (c_int, [POINTER(c_int)]),
     "ls_device_supported": (c_int, [c_int]),
     "ls_driver_version": (c_int, [POINTER(c_int)]),
-    "ls_router": (c_int, [c_void_p] * 4 + [c_int32] * 8 + [c_void_p]),
-    "ls_router_context": (c_int, [c_void_p] * 7 + [c_float] + [c_int32] * 8 + [c_void_p]),
+    "ls_router": (c_int, [c_void_p] * 4 + [c_int32] * 5 + [c_float] + [c_int32] * 3 + [c_void_p]),
+    "ls_router_context": (c_int, [c_void_p] * 7 + [c_float] + [c_int32] * 5 + [c_float] + [c_int32] * 3 + [c_void_p]),
     "ls_set_workspace": (c_int, [c_int32, c_void_p, c_int64]),
     "ls_workspace_left": (c_int64, [c_int32]),
     "ls_hidden_elements": (c_int64, [POINTER(Group)]),

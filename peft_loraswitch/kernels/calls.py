@@ -25,14 +25,16 @@ from .abi import (
 from .loader import check, library, log_once, stream_of
 
 
-def router(x: torch.Tensor, weight: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def router(
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, normalize: bool, top_p: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, in], weight [E, in], contiguous -> experts int64 [T, top_k], gates float32 [T, top_k]."""
     tokens, num_experts, device = x.shape[0], weight.shape[0], x.get_device()
     experts = torch.empty((tokens, top_k), dtype=torch.int64, device=x.device)
     gates = torch.empty((tokens, top_k), dtype=torch.float32, device=x.device)
     code = library().ls_router(
         x.data_ptr(), weight.data_ptr(), experts.data_ptr(), gates.data_ptr(), tokens, x.shape[1], num_experts, top_k,
-        int(normalize), DTYPES[x.dtype], DTYPES[weight.dtype], device, stream_of(device),
+        int(normalize), top_p, DTYPES[x.dtype], DTYPES[weight.dtype], device, stream_of(device),
     )  # fmt: skip
     check(code, "ls_router")
     return experts, gates
@@ -40,7 +42,7 @@ def router(x: torch.Tensor, weight: torch.Tensor, top_k: int, normalize: bool) -
 
 def router_context(
     x: torch.Tensor, weight: torch.Tensor, previous: torch.Tensor, decay: float, top_k: int, normalize: bool,
-    real: torch.Tensor | None,
+    real: torch.Tensor | None, top_p: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [T, in], weight [E, in], previous float32 [T, E + 1], real bool [T] or None, contiguous -> experts int64 [T, top_k],
     gates float32 [T, top_k], sums float32 [T, E + 1]."""
@@ -51,7 +53,7 @@ def router_context(
     code = library().ls_router_context(
         x.data_ptr(), weight.data_ptr(), previous.data_ptr(), None if real is None else real.data_ptr(),
         experts.data_ptr(), gates.data_ptr(), sums.data_ptr(), decay, tokens, x.shape[1], num_experts, top_k,
-        int(normalize), DTYPES[x.dtype], DTYPES[weight.dtype], device, stream_of(device),
+        int(normalize), top_p, DTYPES[x.dtype], DTYPES[weight.dtype], device, stream_of(device),
     )  # fmt: skip
     check(code, "ls_router_context")
     return experts, gates, sums

@@ -1,6 +1,6 @@
 """The contract of every op: schema, what it checks, and its fake (shapes and dtypes of the results, for compilers).
 
-    route   x, router                                   -> experts, gates
+    route   x, router                                   -> experts, gates (top_p < 1: id E, gate 0 for those left out)
     route_context  x, router, sums so far, decay        -> experts, gates by context, and the sums with x (`router_decay`)
     linear  x, experts, gates, a group of linears       -> their outputs, experts included
     expand  all experts' hidden, a group of linears     -> what their chosen experts add, plus the biases (many tokens)
@@ -32,10 +32,10 @@ def _the_only_library() -> torch.library.Library:
 
 
 library = _the_only_library()
-library.define("route(Tensor x, Tensor router, int top_k, bool normalize) -> (Tensor, Tensor)")
+library.define("route(Tensor x, Tensor router, int top_k, bool normalize, float top_p=1.0) -> (Tensor, Tensor)")
 library.define(
-    "route_context(Tensor x, Tensor router, Tensor previous, float decay, int top_k, bool normalize, Tensor? real=None) "
-    "-> (Tensor, Tensor, Tensor)"
+    "route_context(Tensor x, Tensor router, Tensor previous, float decay, int top_k, bool normalize, Tensor? real=None, "
+    "float top_p=1.0) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
     "linear(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, "
@@ -62,21 +62,22 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_route(x: Tensor, router: Tensor, top_k: int) -> None:
+def check_route(x: Tensor, router: Tensor, top_k: int, top_p: float) -> None:
     _require(x.dim() >= 1 and router.dim() == 2, f"route: x must be [..., in], router [E, in], not {router.dim()}-d")
     _require(x.shape[-1] == router.shape[1], f"route: x has {x.shape[-1]} features, router {router.shape[1]}")
     limit = min(router.shape[0], kernels.MAX_TOP_K)
     _require(router.shape[0] <= kernels.MAX_EXPERTS, f"route: {router.shape[0]} experts, at most {kernels.MAX_EXPERTS}")
     _require(1 <= top_k <= limit, f"route: top_k={top_k} must be between 1 and {limit}")
+    _require(0 < top_p <= 1, f"route: top_p={top_p} must be above 0 and at most 1")
     _require(
         x.dtype in FLOATS and router.dtype in FLOATS, f"route: {x.dtype} and {router.dtype} must be float32 or 16-bit"
     )
 
 
 def check_route_context(
-    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, real: Tensor | None
+    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, real: Tensor | None, top_p: float
 ) -> None:
-    check_route(x, router, top_k)
+    check_route(x, router, top_k, top_p)
     width, tokens = router.shape[0] + 1, x.shape[:-1].numel()
     _require(
         previous.dtype == torch.float32 and previous.shape == (tokens, width),
@@ -202,17 +203,18 @@ def check_merge(
 # ------------------------------------------------------------------------------------------------------------ fakes
 
 
-def _route_fake(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    check_route(x, router, top_k)
+def _route_fake(x: Tensor, router: Tensor, top_k: int, normalize: bool, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    check_route(x, router, top_k, top_p)
     shape = (*x.shape[:-1], top_k)
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.float32)
 
 
 def _route_context_fake(
-    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_route_context(x, router, previous, decay, top_k, real)
-    experts, gates = _route_fake(x, router, top_k, normalize)
+    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_route_context(x, router, previous, decay, top_k, real, top_p)
+    experts, gates = _route_fake(x, router, top_k, normalize, top_p)
     return experts, gates, previous.new_empty(previous.shape)
 
 

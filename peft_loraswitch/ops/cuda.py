@@ -23,25 +23,26 @@ def _usable(*tensors: Tensor) -> bool:
     return all(t.is_contiguous() for t in tensors) and kernels.available(tensors[0].get_device())
 
 
-def _route_cuda(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def _route_cuda(x: Tensor, router: Tensor, top_k: int, normalize: bool, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     if not kernels.available(x.get_device()):
-        return route_pytorch(x, router, top_k, normalize)
-    check_route(x, router, top_k)
+        return route_pytorch(x, router, top_k, normalize, top_p)
+    check_route(x, router, top_k, top_p)
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    experts, gates = kernels.router(tokens, router.contiguous(), top_k, normalize)
+    experts, gates = kernels.router(tokens, router.contiguous(), top_k, normalize, top_p)
     return experts.view(*x.shape[:-1], top_k), gates.view(*x.shape[:-1], top_k)
 
 
 def _route_context_cuda(
-    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not kernels.available(x.get_device()):
-        return route_context_pytorch(x, router, previous, decay, top_k, normalize, real)
-    check_route_context(x, router, previous, decay, top_k, real)
+        return route_context_pytorch(x, router, previous, decay, top_k, normalize, real, top_p)
+    check_route_context(x, router, previous, decay, top_k, real, top_p)
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     experts, gates, sums = kernels.router_context(
         tokens, router.contiguous(), previous.contiguous(), decay, top_k, normalize,
-        None if real is None else real.contiguous(),
+        None if real is None else real.contiguous(), top_p,
     )  # fmt: skip
     return experts.view(*x.shape[:-1], top_k), gates.view(*x.shape[:-1], top_k), sums
 

@@ -14,6 +14,18 @@ from .contract import check_delta, check_expand, check_linear, check_merge, chec
 from .dense_products import all_hidden, dense, gated, wide
 
 
+def _one_by_one(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """What the chosen experts of a few tokens add, [T, out], on a CPU: each is read where it lies, and no copy is made of it.
+    The ids are looked at here, which makes a GPU's host wait, but costs nothing on a CPU."""
+    result = x.new_zeros(x.shape[0], lora_b.shape[1])
+    for t, (ids, factors) in enumerate(zip(experts.tolist(), gates.tolist(), strict=True)):
+        row, total = x[t : t + 1], result[t : t + 1]
+        for e, gate in zip(ids, factors, strict=True):
+            if 0 <= e < lora_a.shape[0]:
+                total.addmm_(F.linear(row, lora_a[e]).mul_(gate * scaling), lora_b[e].T)
+    return result
+
+
 def _add_chosen(x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """What the chosen experts of a few tokens add, [T, out]: reads those experts only."""
     tokens, top_k = experts.shape
@@ -31,6 +43,8 @@ def _experts_reference(
     x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
     """x [T, in], experts and gates [T, k] -> [T, out]"""
+    if x.device.type == "cpu" and experts.numel() <= lora_a.shape[0]:
+        return _one_by_one(x, experts, gates, lora_a, lora_b, scaling)
     if experts.numel() < lora_a.shape[0]:
         return _add_chosen(x, experts, gates, lora_a, lora_b, scaling)
     factors, chosen = dense(experts, gates, lora_a.shape[0])
@@ -38,21 +52,22 @@ def _experts_reference(
     return hidden @ wide(lora_b).T
 
 
-def route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    check_route(x, router, top_k)
+def route_pytorch(x: Tensor, router: Tensor, top_k: int, normalize: bool, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    check_route(x, router, top_k, top_p)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        return decide(F.linear(x.float(), router.float()), top_k, normalize)
+        return decide(F.linear(x.float(), router.float()), top_k, normalize, top_p)
 
 
 def route_context_pytorch(
-    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_route_context(x, router, previous, decay, top_k, real)
+    x: Tensor, router: Tensor, previous: Tensor, decay: float, top_k: int, normalize: bool, real: Tensor | None = None,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_route_context(x, router, previous, decay, top_k, real, top_p)
     with torch.autocast(device_type=x.device.type, enabled=False):
         own = F.linear(x.float(), router.float())
         grid = own.reshape(-1, 1, own.shape[-1])
         sums = decayed_sums(weighted(grid, None if real is None else real.unsqueeze(-1)), decay, previous=previous)
-        experts, gates = decide(mean_of(sums, grid).view(own.shape), top_k, normalize)
+        experts, gates = decide(mean_of(sums, grid).view(own.shape), top_k, normalize, top_p)
     return experts, gates, sums.squeeze(1)
 
 

@@ -32,7 +32,8 @@ class RoutingReport:
         has_base: whether it is.
         texts: for each text `text`, `tokens` and `totals`. A token has `text`, `token_id`, `experts` (indices in `names`, the
             best first), their `gates`, and the `probabilities` of all names. Totals have `tokens` (their number), `shares` (of
-            the picks, for each name) and `entropy` (of the softmax, nats, mean over the tokens).
+            the picks, for each name), `entropy` (of the softmax, nats, mean over the tokens) and `mean_experts` (that a token
+            has, the base expert not counted).
         totals: of all texts.
     """
 
@@ -125,9 +126,10 @@ def routing_report(
             text = several[len(routed)]
             ids = sequences[len(routed)]
             tokens = tuple(map(RoutedToken, pieces(text, ids, tokenizer), ids, *decided))
-            routed.append(RoutedText(text, tokens, Totals.of(tokens, options.num_choices)))
+            routed.append(RoutedText(text, tokens, Totals.of(tokens, options.num_choices, options.base_expert)))
     names = tuple(choice_name(config, index) for index in range(options.num_choices))
-    totals = Totals.of([token for text in routed for token in text.tokens], options.num_choices)
+    every_token = [token for text in routed for token in text.tokens]
+    totals = Totals.of(every_token, options.num_choices, options.base_expert)
     return RoutingReport(adapter, names, options.base_expert, tuple(routed), totals)
 
 
@@ -143,6 +145,11 @@ def _decisions(
     gates = batch.routing.gates.reshape(*shape, -1)[..., :k]
     logits = averaged(router_logits(batch.x, weight.to(batch.x.device)), decay)
     columns = [each.cpu().tolist() for each in (experts, gates, logits.softmax(-1))]
+    if options.top_p < 1:  # those that were not taken have gate 0
+        for rows in zip(*columns[:2], strict=True):
+            for chosen, weights in zip(*rows, strict=True):
+                taken = sum(gate != 0 for gate in weights)
+                del chosen[taken:], weights[taken:]
     lengths = batch.real.sum(1).tolist()
     return [tuple([tuple(row) for row in column[i][:n]] for column in columns) for i, n in enumerate(lengths)]  # type: ignore[misc]
 

@@ -66,7 +66,7 @@ def given_routing(choices: torch.Tensor, options: RoutingOptions) -> Routing:
         experts=torch.cat([routing.experts[..., :1], nothing, routing.experts[..., 1:]], dim=-1),
         gates=torch.cat([gates, gates.new_zeros(nothing.shape), routing.gates[..., 1:]], dim=-1),
         dense_gates=routing.dense_gates,
-        has_base_expert=options.base_expert or left > 0,
+        has_null_index=options.base_expert or left > 0,
         is_given=True,
     )
     given.chosen()  # as in `decision.route`

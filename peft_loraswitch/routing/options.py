@@ -15,6 +15,7 @@ class RoutingOptions:
     normalize_gates: bool
     num_shared_experts: int = 0
     base_expert: bool = False
+    top_p: float = 1.0
     jitter: float = 0.0
     decay: float = 0.0
     aux_loss_coef: float = 0.0
@@ -37,7 +38,7 @@ class RoutingOptions:
 
     @property
     def num_active(self) -> int:
-        """Experts that compute for a token; the base expert is one that has nothing to compute."""
+        """Experts that compute for a token, at most; the base expert is one that has nothing to compute."""
         return (self.top_k if self.is_routed else 0) + self.num_shared_experts
 
     def shared_only(self) -> RoutingOptions:

@@ -18,7 +18,8 @@ from .router import router_logits
 
 @dataclass
 class RoutedTokens:
-    """The tokens of one pass of a forward, with their decision, flattened: x [T, d], experts [T, k], real float32 [T, 1]."""
+    """The tokens of one pass of a forward, with their decision, flattened: x [T, d], experts [T, k] (E for one that was not
+    taken), real float32 [T, 1]."""
 
     x: torch.Tensor
     experts: torch.Tensor
@@ -37,8 +38,10 @@ class RoutedTokens:
             logits = router_logits(self.x, weight)
         self.probabilities, self.logsumexp = logits.softmax(-1), logits.logsumexp(-1)
         chosen = self.real.expand(-1, self.experts.shape[-1]).flatten()
-        counts = torch.zeros(num_experts, dtype=torch.float32, device=self.x.device)
-        counts = counts.scatter_add(0, self.experts.flatten(), chosen)
+        counts = torch.zeros(
+            num_experts + 1, dtype=torch.float32, device=self.x.device
+        )  # the last of what was not taken
+        counts = counts.scatter_add(0, self.experts.flatten(), chosen)[:num_experts]
         z = (self.logsumexp.square() * self.real.squeeze(-1)).sum()
         self.sums = self.real.sum(), counts, (self.probabilities * self.real).sum(0), z
 
@@ -98,8 +101,10 @@ class RoutingRecord(nn.Module):
 
     def summary(self) -> dict[str, Any]:
         """tokens (int), load (E floats, sum 1), entropy of the router's softmax (nats, mean over tokens), dropped_experts
-        (indices never chosen), balance_loss and z_loss (unweighted), and expert_names if the experts have some; with a base
-        expert also its share of the picks, base_share, which makes up with load the sum of 1. Waits for the device."""
+        (indices never chosen), mean_experts (routed experts that a token used, mean over tokens: top_k, or fewer with `top_p`
+        or a base expert, which does not count), balance_loss and z_loss (unweighted), and expert_names if the experts have some;
+        with a base expert also its share of the picks, base_share, which makes up with load the sum of 1. Waits for the
+        device."""
         tokens = max(float(self.tokens), 1.0)
         counts = self.counts.double().cpu()
         probabilities = self.probabilities.double().cpu() / tokens
@@ -113,6 +118,7 @@ class RoutingRecord(nn.Module):
             "load": shares[: self.num_experts],
             "entropy": float(self.entropy) / tokens,
             "dropped_experts": [int(e) for e in dropped] if seen else [],
+            "mean_experts": float(counts[: self.num_experts].sum()) / tokens,
             "balance_loss": float(len(counts) * (counts / tokens * probabilities).sum()),
             "z_loss": float(self.z) / tokens,
         }

@@ -324,7 +324,9 @@ def _settings(config: dict[str, Any], shapes: dict[str, list[int]]) -> Iterator[
     gates = f"gates {'' if normalize else 'not '}renormalised to sum 1"
     if normalize and config.get("top_k") == 1:
         gates = "with gate 1"
-    yield "experts per token (top-k)", f"{_number(config.get('top_k'))}, {gates}"
+    share = config.get("top_p", 1.0)
+    fewer = f", or the first whose probabilities sum to {_number(share)} (top-p)" if share != 1 else ""
+    yield "experts per token (top-k)", f"{_number(config.get('top_k'))}{fewer}, {gates}"
     scale = "lora_alpha / sqrt(r)" if config.get("use_rslora") else "lora_alpha / r"
     yield "lora_alpha", f"{_number(config.get('lora_alpha'))} (scaled by {scale})"
     for name in ("rank_pattern", "alpha_pattern"):

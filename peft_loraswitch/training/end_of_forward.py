@@ -59,6 +59,8 @@ def _routed_tokens(
     chosen = routing.experts[..., :picks]  # without the shared experts, which nobody chose
     if options.base_expert:
         chosen = chosen.clamp(max=options.num_experts)  # its index is behind the shared ones' as well
+    if options.top_p < 1:  # which leaves experts out by gate 0
+        chosen = chosen.where(routing.gates[..., :picks] != 0, options.num_choices)
     x, experts = (each.reshape(-1, each.shape[-1]) for each in (routing.router_input, chosen))
     logits = None if routing.logits is None else routing.logits.reshape(-1, options.num_choices)
     return RoutedTokens(x, experts, frame.real_tokens(adapter, routing), options.num_choices, weight, logits)

@@ -46,6 +46,7 @@ REFUSED = {
     "bias": ("none", "biases of the backbone that were trained"),
     "modules_to_save": (None, "modules that were trained in full"),
     "trainable_token_indices": (None, "embeddings of tokens that were trained"),
+    "top_p": (1, "a number of experts that differs from token to token"),
     "router_decay": (0, "a router that remembers earlier tokens: vLLM keeps no such state for a request"),
 }
 

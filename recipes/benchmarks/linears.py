@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from recipes.benchmarks.decode.plan import NUM_EXPERTS, TOP_K
+from recipes.benchmarks.decode.plan import NUM_EXPERTS, TOP_K, Adapter
 
 SHAPES = {  # hidden, intermediate, key and value width
     "llama-2-7b": (4096, 11008, 4096),
@@ -91,24 +91,27 @@ class Layers:
                     at += out * inp
                 self.weights.append(tensors)
 
-    def experts(self, rank: int):
+    def experts(self, rank: int, number: int):
         import torch
 
         def make(*shape):
             return torch.empty(*shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
 
         return [
-            ([make(NUM_EXPERTS, rank, w.shape[1]) for w in g], [make(NUM_EXPERTS, w.shape[0], rank) for w in g])
+            ([make(number, rank, w.shape[1]) for w in g], [make(number, w.shape[0], rank) for w in g])
             for g in self.weights
         ]
 
 
-def measure(shape: str, layers: int, token_counts: list[int], ranks: list[int], torch, tunings=(0,)) -> dict:
+def measure(
+    shape: str, layers: int, token_counts: list[int], ranks: list[int], torch, tunings=(0,), adapter: Adapter | None = None
+) -> dict:  # fmt: skip
     """Milliseconds of all linears, and ratios to pure reading of the same bytes and to cuBLAS without an adapter."""
     import torch.nn.functional as F
 
     from peft_loraswitch import kernels
 
+    adapter = adapter or Adapter()
     torch.manual_seed(0)
     kernels.give_workspace(torch.cuda.current_device())
     model = Layers(shape, layers)
@@ -128,8 +131,8 @@ def measure(shape: str, layers: int, token_counts: list[int], ranks: list[int], 
             for g in model.weights
             for w in g
         }
-        ids = torch.rand(tokens, NUM_EXPERTS, device="cuda").topk(TOP_K).indices
-        gates = torch.rand(tokens, TOP_K, device="cuda")
+        ids = torch.rand(tokens, adapter.experts, device="cuda").topk(adapter.top_k).indices
+        gates = torch.rand(tokens, adapter.top_k, device="cuda")
 
         def all_linears(call, gaps):
             outs = []
@@ -145,8 +148,8 @@ def measure(shape: str, layers: int, token_counts: list[int], ranks: list[int], 
         base, base_gaps = (graph_ms(lambda: all_linears(cublas, gaps)) for gaps in (0, 1))  # noqa: B023
         print(f"tokens {tokens}: cuBLAS {base:.4f} ms, {base / read:.3f} x read; with gaps {base_gaps:.4f}", flush=True)
         for rank in ranks:
-            experts = model.experts(rank)
-            chosen = min(1.0, TOP_K * tokens / NUM_EXPERTS)
+            experts = model.experts(rank, adapter.experts)
+            chosen = adapter.distinct(tokens) / adapter.experts
             extra = sum(t.numel() for a, b in experts for t in (*a, *b)) * chosen
             floor = read * (1 + extra / model.buffer.numel())
             for tuning in tunings:
@@ -163,6 +166,8 @@ def measure(shape: str, layers: int, token_counts: list[int], ranks: list[int], 
                     "tokens": tokens,
                     "rank": rank,
                     "kernel": tuning,
+                    "experts": adapter.experts,
+                    "top_k": adapter.top_k,
                     "ms": round(ms, 4),
                     "over_read": round(ms / floor, 4),
                 }
@@ -179,6 +184,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--ranks", type=int, nargs="+", default=[0, 8, 64])
+    parser.add_argument("--experts", type=int, default=NUM_EXPERTS)
+    parser.add_argument("--top-k", type=int, default=TOP_K)
     parser.add_argument(
         "--kernels", type=int, nargs="+", default=[0], help="LS_TUNING_* of csrc/loraswitch.h; 0: choose"
     )
@@ -189,7 +196,8 @@ def main() -> None:
 
     if not torch.cuda.is_available() or not kernels.available():
         parser.error(f"needs a CUDA GPU and the kernels: {kernels.why_not()}")
-    measure(args.shape, args.layers, args.tokens, args.ranks, torch, args.kernels)
+    adapter = Adapter(args.experts, args.top_k)
+    measure(args.shape, args.layers, args.tokens, args.ranks, torch, args.kernels, adapter)
 
 
 if __name__ == "__main__":

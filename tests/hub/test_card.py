@@ -377,6 +377,7 @@ STRINGS = {
     "num_experts": lambda text: text,
     "num_shared_experts": lambda text: text,
     "top_k": lambda text: text,
+    "top_p": lambda text: text,
     "lora_alpha": lambda text: text,
     "task_type": lambda text: text,
     "auto_mapping": lambda text: {"base_model_class": text, "parent_library": "transformers.models"},

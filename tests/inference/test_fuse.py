@@ -12,7 +12,7 @@ from torch import nn
 
 from fusing import MAKERS, adapted, close, devices, gradients, ids, logits, randomize, trainable
 from helpers import LAYERS, tiny_bert, tiny_llama
-from peft_loraswitch import LoRASwitchConfig, LoRASwitchLinear
+from peft_loraswitch import LoRASwitchConfig, LoRASwitchLinear, record_routing
 from peft_loraswitch.inference import fuse as fusing
 from peft_loraswitch.inference.fuse import is_fused
 from peft_loraswitch.inference.fused_layer import FusedLeader
@@ -447,11 +447,39 @@ def test_a_model_that_takes_no_input_ids_is_served_without_groups(caplog):
     assert "not grouped" in caplog.text
 
 
-def test_auto_on_a_cpu_says_plainly_that_it_changes_nothing(caplog):
+def test_auto_on_a_cpu_fuses_and_says_what_that_is_good_for(caplog):
     model = adapted(tiny_llama())
+    with caplog.at_level("INFO"):
+        fusion = model.fuse_for_inference()
+    assert fusion.strategy == "fused" and is_fused(model) and fusion.reason == "the model is on a CPU"
+    assert "single tokens read only the experts that they chose" in caplog.text
+    model.unfuse()
+
+
+def test_auto_elsewhere_says_plainly_that_it_changes_nothing(caplog):
+    model = adapted(tiny_llama()).to("meta")
     fusion = model.fuse_for_inference()
-    assert fusion.strategy == "none" and not is_fused(model) and "changes nothing on a CPU" in caplog.text
+    assert (
+        fusion.strategy == "none" and not is_fused(model) and "changes nothing: the model is on a meta" in caplog.text
+    )
     model.unfuse()  # harmless
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_token_on_a_cpu_reads_the_chosen_experts_alone(dtype):
+    """NaN in all others, of A and of B."""
+    model = adapted(tiny_llama(), dtype=dtype, num_experts=6)
+    token = ids(1, 1, "cpu")
+    expected = logits(model, token)
+    with record_routing(model) as recorded:
+        logits(model, token)
+    unused = recorded.summary()["dropped_experts"]
+    assert len(unused) == 4
+    for name, parameter in model.named_parameters():
+        if "loraswitch_A" in name or "loraswitch_B" in name:
+            parameter[unused] = float("nan")
+    with model.fuse_for_inference():
+        assert close(logits(model, token).float(), expected.float(), 2e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_refusals():

@@ -147,7 +147,7 @@ def test_launches_without_a_gpu_return_an_error_and_do_not_crash(library):
         setattr(other.items[0], field, value)
         assert lib.ls_expand_takes(ctypes.byref(other)) == 0 and lib.ls_expand(bytes(other), None) == 100001
         assert lib.ls_widen_takes(ctypes.byref(other)) == widens
-    assert lib.ls_router(None, None, None, None, 1, 8, 4, 5, 1, 0, 0, 0, None) == 100001  # top_k > num_experts
+    assert lib.ls_router(None, None, None, None, 1, 8, 4, 5, 1, 1.0, 0, 0, 0, None) == 100001  # top_k > num_experts
     assert b"NULL" in lib.ls_error_string(100002)
 
 

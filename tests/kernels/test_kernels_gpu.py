@@ -245,6 +245,75 @@ def test_router(x_dtype, router_dtype, num_experts, top_k, in_features):
         assert all(len(set(row)) == top_k for row in experts.tolist())
 
 
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(2, 2), (8, 2), (8, 8), (33, 5), (256, 8)])
+@pytest.mark.parametrize("in_features", [7, 4096])
+def test_router_with_top_p(x_dtype, num_experts, top_k, in_features):
+    x = randn(37, in_features, dtype=x_dtype)
+    router = randn(num_experts, in_features, dtype=torch.float32, scale=in_features**-0.5)
+    for normalize in (False, True):
+        for top_p in (0.05, 0.4, 0.9, 1.0):
+            oracle.poison_allocator()
+            experts, gates = kernels.router(x, router, top_k, normalize, top_p)
+            reference_experts, reference_gates = oracle.route(x, router, top_k, normalize, top_p)
+            # they may differ only where probabilities are equal to float32 rounding, or their sum is top_p
+            same = (experts == reference_experts).all(-1)
+            assert same.float().mean() > 0.9
+            assert torch.allclose(gates[same].double(), reference_gates[same], rtol=1e-4, atol=1e-7)
+            assert torch.equal(experts == num_experts, (gates == 0) & (experts == num_experts))
+            assert ((experts >= 0) & (experts <= num_experts)).all() and (experts[:, 0] < num_experts).all()
+            single = (experts < num_experts).sum(-1) == 1
+            assert not normalize or (gates[single, 0] == 1).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 32, 256])
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize(
+    "tuning", [0, kernels.abi.TUNING_STREAMING, kernels.abi.TUNING_REGISTERS, kernels.abi.TUNING_PERSISTENT]
+)
+def test_experts_that_top_p_leaves_out_are_not_read(tokens, rank, tuning):
+    """With id num_experts, as the router writes it: NaN in the A of experts that nobody takes reaches nothing, whatever the path;
+    nor that in their B for few tokens (for more, B of all experts is one matrix)."""
+    group = make_group([128, 64], 256, [rank, rank], 8, torch.bfloat16)
+    x = randn(tokens, 256, dtype=torch.bfloat16)
+    experts, gates = oracle.random_ids(tokens, 4, 3, "cuda")
+    left_out = torch.rand(tokens, 3, device="cuda") < 0.6
+    left_out[:, 0] = False
+    experts, gates = experts.masked_fill(left_out, 8), gates.masked_fill(left_out, 0.0)
+    for tensor in (*group["lora_a"], *(group["lora_b"] if 3 * tokens <= 8 else ())):
+        tensor[4:] = float("nan")
+    packed = kernels.PackedGroup(**group, tuning=tuning)
+    oracle.poison_allocator()
+    for i, result in enumerate(packed(x, experts, gates)):
+        w, bias, a, b, s = (group[name][i] for name in ("weights", "biases", "lora_a", "lora_b", "scalings"))
+        reference = oracle.linear(x, experts, gates, w, bias, a, b, s)
+        assert oracle.relative_error(result, reference) < oracle.limit(result)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "tokens"), [(32, 4, 8), (64, 2, 32), (40, 8, 5), (256, 8, 32), (33, 3, 7)]
+)
+@pytest.mark.parametrize("rank", [8, 16, 72])
+@pytest.mark.parametrize("tuning", [0, kernels.abi.TUNING_REGISTERS, kernels.abi.TUNING_PERSISTENT])
+def test_many_experts_of_which_some_are_chosen(num_experts, top_k, tokens, rank, tuning):
+    """More experts than choices: an entry has its part of B to itself. Some choices are none at all; NaN in who is not chosen."""
+    group = make_group([520, 48, 264], 576, [rank, 8, rank], num_experts, torch.bfloat16)
+    x = randn(tokens, 576, dtype=torch.bfloat16)
+    experts, gates = oracle.random_ids(tokens, num_experts, top_k, "cuda")
+    experts[torch.rand_like(gates) < 0.2] = num_experts
+    gates = oracle.poison_gates(experts, gates, num_experts)
+    unused = ~torch.isin(torch.arange(num_experts, device="cuda"), experts)
+    for tensor in (*group["lora_a"], *group["lora_b"]):
+        tensor[unused] = float("nan")
+    packed = kernels.PackedGroup(**group, tuning=tuning)
+    for _ in oracle.rounds(50):
+        poison_allocator()
+        for i, result in enumerate(packed(x, experts, gates)):
+            w, bias, a, b, s = (group[name][i] for name in ("weights", "biases", "lora_a", "lora_b", "scalings"))
+            reference = oracle.linear(x, experts, gates, w, bias, a, b, s)
+            assert oracle.relative_error(result, reference) < oracle.limit(result)
+
+
 def test_router_ties_and_broken_inputs_give_valid_ids():
     x = torch.zeros(3, 64, device="cuda")
     x[1], x[2, 5] = float("nan"), float("inf")

@@ -131,6 +131,39 @@ def test_route_against_the_oracle(device, normalize, shape):
     assert torch.allclose(gates.view(-1, 3).double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@devices
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("context", [False, True])
+def test_top_p_against_the_oracle(device, normalize, context):
+    """Of what is not taken the id is that of no expert, and the gate 0."""
+    x, router, previous, decay, *_, real = context_arguments(device, shape=(300,), real=context)
+    arguments = (x, router, previous, decay, 5, normalize, real) if context else (x, router, 5, normalize)
+    op, reference = (ops.route_context, oracle.route_context) if context else (ops.route, oracle.route)
+    for top_p in (1e-6, 0.3, 0.6, 0.999):
+        experts, gates = op(*arguments, top_p)[:2]
+        expected_ids, expected = reference(*arguments, top_p=top_p)[:2]
+        assert torch.equal(experts, expected_ids)
+        assert torch.allclose(gates.double(), expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(experts == 9, gates == 0)
+        left = (experts < 9).sum(1)
+        assert left.min() >= 1 and (top_p > 0.01 or (left == 1).all())
+        if normalize:
+            assert (gates[left == 1, 0] == 1).all()
+    assert torch.equal(op(*arguments, 1.0)[0], op(*arguments)[0])
+    for top_p in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="top_p"):
+            op(*arguments, top_p)
+
+
+@devices
+def test_top_p_keeps_broken_tokens_visible(device):
+    x, router = torch.randn(3, 32, device=device), torch.randn(9, 32, device=device)
+    x[1] = float("nan")
+    experts, gates = ops.route(x, router, 3, True, 0.1)
+    assert gates[1].isnan().all() and (experts[1] < 9).all()
+    assert gates[::2].isfinite().all()
+
+
 def context_arguments(device="cpu", dtype=torch.float32, shape=(6,), experts=9, real=True):
     tokens = int(torch.tensor(shape).prod())
     x, router = torch.randn(*shape, 32, device=device).to(dtype), torch.randn(experts, 32, device=device)
@@ -226,7 +259,9 @@ def test_opcheck(device, tokens):
     torch.library.opcheck(ops.delta, delta_arguments(g))
     torch.library.opcheck(ops.expand, expand_arguments(g))
     torch.library.opcheck(ops.route, (g["x"], torch.randn(5, 24, device=device), 2, True))
+    torch.library.opcheck(ops.route, (g["x"], torch.randn(5, 24, device=device), 2, True, 0.5))
     torch.library.opcheck(ops.route_context, context_arguments(device))
+    torch.library.opcheck(ops.route_context, (*context_arguments(device), 0.5))
     torch.library.opcheck(ops.merge, merge_arguments(g))
 
 

@@ -65,6 +65,8 @@ CONFIGS = {
     "top1": {"top_k": 1},
     "top1-hard-gate": {"top_k": 1, "normalize_gates": True},
     "top3-raw-gates": {"num_experts": 7, "top_k": 3, "normalize_gates": False, "r": 1},
+    "top-p": {"top_k": 3, "top_p": 0.95},
+    "top-p-raw-gates": {"num_experts": 7, "top_k": 5, "normalize_gates": False, "top_p": 0.9},
     "rslora": {"use_rslora": True, "r": 5},
     "patterns": {"rank_pattern": {"down_proj": 5, "1.self_attn.q_proj": 1}, "alpha_pattern": {"v_proj": 1.5}},
     "deeper-router": {"router_module": "layers.1.self_attn.q_proj"},

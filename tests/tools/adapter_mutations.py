@@ -37,7 +37,7 @@ FIELDS = [
     "lora_alpha", "use_rslora", "lora_dropout", "bias", "init_weights", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "layers_pattern", "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "router_aux_loss_coef",
     "router_z_loss_coef", "router_jitter", "router_decay", "task_type", "peft_type", "auto_mapping", "base_model_name_or_path",
-    "revision", "inference_mode", "peft_version", "trainable", "base_expert",
+    "revision", "inference_mode", "peft_version", "trainable", "base_expert", "top_p",
 ]  # fmt: skip
 TASKS = ["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 DTYPES = [

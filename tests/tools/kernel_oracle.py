@@ -19,18 +19,23 @@ def rounds(n: int) -> range:
     return range(max(4, n // 50) if SANITIZING else n)
 
 
-def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool, top_p: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, in], router [E, in] -> experts [T, k], gates [T, k] in float64: the highest logits (NaN is as high as +Inf), of
-    equal ones those that come first."""
+    equal ones those that come first. With top_p < 1 id E and gate 0 for those that come after the sum has reached it."""
     logits = x.double() @ router.double().T
     heights = logits.where(~logits.isnan(), float("inf"))
     experts = heights.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
     gates = torch.softmax(logits, dim=-1).gather(-1, experts)
+    if top_p < 1:
+        left_out = gates.cumsum(-1) - gates >= top_p
+        experts, gates = experts.masked_fill(left_out, router.shape[0]), gates.masked_fill(left_out, 0.0)
     return experts, gates / gates.sum(-1, keepdim=True) if normalize else gates
 
 
 def route_context(
-    x, router, previous, decay, top_k, normalize, real=None
+    x, router, previous, decay, top_k, normalize, real=None, top_p=1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, in], router [E, in], previous [T, E + 1], real bool [T] or None -> experts [T, k], gates [T, k] and sums
     [T, E + 1] in float64. The mean is routed as the input of a router that is the identity."""
@@ -40,7 +45,7 @@ def route_context(
     sums = decay * previous.double() + (own if real is None else own.where(real.unsqueeze(1), 0.0))
     some = sums[:, -1:] != 0
     mean = (sums[:, :-1] / sums[:, -1:].where(some, 1.0)).where(some, logits)
-    return *route(mean, torch.eye(router.shape[0], device=x.device), top_k, normalize), sums
+    return *route(mean, torch.eye(router.shape[0], device=x.device), top_k, normalize, top_p), sums
 
 
 def gate_of(expert: int, experts: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def assert_layers_equal_oracle(model, run) -> None:
     assert list(seen) and set(seen) == set(layers)
     router = next(name for name, layer in layers.items() if "default" in layer.loraswitch_router)
     weight = layers[router].loraswitch_router["default"].weight
-    chosen = oracle.decide(seen[router][0], weight, config.top_k, config.normalize_gates)
+    chosen = oracle.decide(seen[router][0], weight, config.top_k, config.normalize_gates, config.top_p)
     before = list(layers)[: list(layers).index(router)] if config.router_module else []
     for name, (x, y) in seen.items():
         layer = layers[name]

@@ -21,9 +21,10 @@ from peft_loraswitch import LoRASwitchConfig, LoRASwitchLinear
 Decision = list[list[tuple[int, torch.Tensor]]]  # for each token: (expert, gate) pairs, the likeliest expert first
 
 
-def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -> Decision:
+def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool, top_p: float = 1.0) -> Decision:
     """x [..., in] and router [E, in], both taken to float64 -> the decision for each token, in row-major order: the experts
-    with the highest logits (NaN is as high as +Inf), of equal ones those that come first."""
+    with the highest logits (NaN is as high as +Inf), of equal ones those that come first; with top_p < 1 the first of them alone
+    whose probabilities sum to top_p."""
     decision: Decision = []
     for token in x.double().reshape(-1, x.shape[-1]):
         logits = [(token * row).sum() for row in router.double()]
@@ -31,8 +32,11 @@ def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool) -
         probabilities = [e / sum(exponentials) for e in exponentials]
         heights = [math.inf if logit.isnan() else float(logit.detach()) for logit in logits]
         chosen = sorted(range(len(logits)), key=lambda e, heights=heights: -heights[e])[:top_k]  # a stable sort
+        if top_p < 1:
+            sums = [float(sum(probabilities[e].detach() for e in chosen[:n])) for n in range(1, len(chosen) + 1)]
+            chosen = chosen[: next((n for n, reached in enumerate(sums, 1) if reached >= top_p), len(chosen))]
         total = sum(probabilities[e] for e in chosen) if normalize else 1.0
-        if normalize and top_k == 1:  # the hard gate: 1 in value, the softmax in its gradient
+        if normalize and len(chosen) == 1:  # the hard gate: 1 in value, the softmax in its gradient
             probability = probabilities[chosen[0]]
             decision.append([(chosen[0], 1.0 + (probability - probability.detach()))])
         else:
@@ -114,7 +118,8 @@ class OracleLinear(nn.Module):
                 x_seen = in_context(x, self.config.router_decay, self.real)
             else:
                 x_seen = x
-            self.decision[:] = decide(x_seen, self.router, self.config.top_k, self.config.normalize_gates)
+            k, normalize, p = self.config.top_k, self.config.normalize_gates, self.config.top_p
+            self.decision[:] = decide(x_seen, self.router, k, normalize, p)
         decision = self.decision if self.routed else [[] for _ in range(x.shape[:-1].numel())]
         choice = with_shared(decision, self.config, self.routed)
         return base_output(self.base, x) + delta(x, self.A, self.B, choice, self.scaling)

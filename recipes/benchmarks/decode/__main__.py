@@ -3,6 +3,7 @@
     python -m recipes.benchmarks.decode                       # all of it, into recipes/results/decode_<gpu>.json and .png
     python -m recipes.benchmarks.decode --devices 0 1 2 3     # the models spread over four GPUs, into one file
     python -m recipes.benchmarks.decode --models llama-2-7b --methods backbone fused --modes static --profile
+    python -m recipes.benchmarks.decode --only many-experts high-rank --limit 190   # parts, into a file of their own
     python -m recipes.benchmarks.decode --device cpu          # a rehearsal with tiny models: everything but the numbers
     python -m recipes.benchmarks.decode.report                # the table into the README
 
@@ -31,7 +32,7 @@ from typing import Any
 
 from recipes.benchmarks.decode import report
 from recipes.benchmarks.decode.devices import run_devices
-from recipes.benchmarks.decode.plan import METHODS, MODES, NUM_EXPERTS, SHAPES, TOP_K, plan
+from recipes.benchmarks.decode.plan import FIRST, METHODS, MODES, NUM_EXPERTS, SETS, SHAPES, TOP_K, plan
 from recipes.benchmarks.decode.scheduler import Scheduler
 from recipes.checkout import ROOT, git
 
@@ -59,7 +60,10 @@ def header(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, help=f"left out: all, with --only {FIRST}")
+    parser.add_argument(
+        "--only", nargs="+", choices=SETS, help="parts to measure, each with its backbone; left out: the usual table"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--layers", type=int, help="depth of the models other than llama-2-7b; left out: their own")
@@ -79,7 +83,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-sharing", action="store_true", help="every process makes its own copy of the weights")
     parser.add_argument("--profile", action="store_true", help="also where the time of backbone and fused (r = 8) goes")
     parser.add_argument("--logs", type=Path, help="folder for the processes' logs; left out: a temporary one")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.models = args.models or ([FIRST] if args.only else list(SHAPES))
+    return args
 
 
 def main(argv: list[str]) -> None:
@@ -92,7 +98,7 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda" and not has_gpu():
         raise SystemExit("This benchmark needs a CUDA GPU. Without one: --device cpu, a rehearsal with tiny models.")
-    jobs = plan(args.models, args.methods, args.modes, args.device, args.layers, not args.no_linears)
+    jobs = plan(args.models, args.methods, args.modes, args.device, args.layers, not args.no_linears, args.only)
     print(
         f"{len(jobs)} jobs, about {sum(job.seconds() for job in jobs):.0f} processor seconds until all are ready",
         flush=True,
@@ -115,7 +121,8 @@ def main(argv: list[str]) -> None:
     if not result["rows"]:
         raise SystemExit(f"Nothing was measured: {result['header'].get('missing', [])[:3]}; logs in {folder}")
     gpu = result["header"]["gpu"].replace("NVIDIA ", "").replace(" ", "_").lower()
-    output = ROOT / "recipes" / "results" / f"decode_{gpu}.json" if default_output else args.output
+    part = "_" + "_".join(args.only) if args.only else ""
+    output = ROOT / "recipes" / "results" / f"decode_{gpu}{part}.json" if default_output else args.output
     report.write(result, output)
     for row in result["rows"]:
         print(report.line(row))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.benchmarks.decode.plan import CACHE, PROMPT
+from recipes.benchmarks.decode.plan import PROMPT, cache_of
 from recipes.benchmarks.token_times import token_times
 
 # Tokens of one sample: steps of a loop (and as many before them as give the host its lead), or of one `generate`. Short ones:
@@ -31,7 +31,7 @@ class Decoder:
         from transformers import StaticCache
 
         self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
+        self.cache = StaticCache(config=model.config, max_cache_len=cache_of(batch))
         # different tokens, so that different experts are chosen all over the batch
         ids = torch.randint(5, model.config.vocab_size, (batch, PROMPT), device=device)
         self.position = torch.full((batch, 1), PROMPT, dtype=torch.long, device=device)
@@ -49,30 +49,37 @@ class Decoder:
         return out.logits[:, -1:].argmax(-1)
 
 
-def compiled_loop(model: Any, batch: int, device: str) -> Loop:
-    """A loop over a step that torch.compile has turned into one CUDA graph."""
+def compiled_loop(model: Any, batch: int, device: str, tuned: bool = False, given: Any = None) -> Loop:
+    """A loop over a step that torch.compile has turned into one CUDA graph.
+
+    Args:
+        tuned: with max-autotune, which tries tiles and libraries for every product.
+        given: tokens [n, 1, 1] that the steps of a run get, one after the other, instead of those that they make.
+    """
     import torch
 
     decoder = Decoder(model, batch, device)
-    options: dict[str, Any] = {"mode": "reduce-overhead"} if device == "cuda" else {"backend": "eager"}
+    options: dict[str, Any] = {"mode": "max-autotune" if tuned else "reduce-overhead"}
+    if device != "cuda":
+        options = {"backend": "eager"}
     # dynamic=False: a second batch size in this process must not get a graph for any batch size
     step = torch.compile(decoder.step, fullgraph=True, dynamic=False, **options)
 
     def run(tokens: int) -> None:
         token = decoder.token
-        for _ in range(tokens):
+        for n in range(tokens):
             torch.compiler.cudagraph_mark_step_begin()
-            token = step(token, decoder.position).clone()
+            token = step(token if given is None else given[n % len(given)], decoder.position).clone()
 
     run(6)
     return Loop(run, decoder.rewind)
 
 
-def captured_loop(model: Any, device: str) -> Loop:
+def captured_loop(model: Any, batch: int, device: str) -> Loop:
     """A loop over one decode step captured into a CUDA graph as it is, without a compiler."""
     import torch
 
-    decoder = Decoder(model, 1, device)
+    decoder = Decoder(model, batch, device)
     if device != "cuda":
 
         def uncaptured(tokens: int) -> None:

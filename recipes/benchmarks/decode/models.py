@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from recipes.benchmarks.decode.plan import FUSED, NUM_EXPERTS, TARGETS, Job, top_k_of
+from recipes.benchmarks.decode.plan import FUSED, TARGETS, Job
 
 
 def empty_backbone(job: Job, device: str) -> Any:
@@ -63,13 +63,12 @@ def adapt(model: Any, job: Job, device: str) -> tuple[Any, float]:
     from peft_loraswitch import LoRASwitchConfig
 
     torch.manual_seed(1)
-    if job.method != "backbone":
+    if job.method not in ("backbone", "tuned"):
         config: Any = LoraConfig(r=job.rank, target_modules=TARGETS, init_lora_weights=False)
         if job.method != "lora":
             composed = {"normalize_gates": True, "base_expert": True, "router_decay": 1.0}
             config = LoRASwitchConfig(
-                r=max(job.rank, 1), num_experts=NUM_EXPERTS, top_k=top_k_of(job.method), target_modules=TARGETS,
-                init_weights=False, **(composed if job.method == "imported" else {}),
+                target_modules=TARGETS, init_weights=False, **_settings(job), **(composed if job.method == "imported" else {}),
             )  # fmt: skip
         with torch.device(device):
             model = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -92,6 +91,18 @@ def adapt(model: Any, job: Job, device: str) -> tuple[Any, float]:
     model.fuse_for_inference(strategy="merge" if job.method == "merge" else "fused")
     synchronize(device)
     return model, time.perf_counter() - start
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """The fields of the configuration that say how many experts there are, of which rank, and how many a token gets."""
+    adapter, rank = job.adapter, max(job.rank, 1)
+    experts, top_k = adapter.experts or 8, adapter.top_k or 2  # "kernels" takes their weights out again
+    settings: dict[str, Any] = {"r": rank, "num_experts": experts, "top_k": top_k, "num_shared_experts": adapter.shared}
+    before = job.shape.layers // 8 if adapter.deep_router else 0
+    if before:
+        settings["router_module"] = f"layers.{before}.self_attn.q_proj"
+        settings["rank_pattern"] = {rf"layers\.({'|'.join(map(str, range(before)))})\..*": rank * experts}
+    return settings
 
 
 def synchronize(device: str) -> None:

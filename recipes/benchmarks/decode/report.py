@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipes.benchmarks.decode.plan import FIRST, METHODS, SHAPES
+from recipes.benchmarks.decode.bars import BARS, BYTES_SAVED, LINEAR_BARS, Bar
+from recipes.benchmarks.decode.plan import FIRST, METHODS, PREFILL, SHAPES, Adapter, usual_adapter
 from recipes.checkout import ROOT
 
 Result = dict[str, Any]
@@ -32,29 +33,71 @@ BEGIN, END = "<!-- decode table: python -m recipes.benchmarks.decode.report -->"
 
 def line(row: Row) -> str:
     ratio = f"{row['ratio']:.3f}" if row["ratio"] else "     "
+    adapter = adapter_of(row)
+    kind = "" if adapter == usual_adapter(row["method"]) else str(adapter)
+    kind += f" {row['tokens']} tokens" if row["mode"] == "prefill" and row["tokens"] != PREFILL else ""
+    kind += f" on {row['backbone']}" if row.get("backbone", "bf16") != "bf16" else ""
+    faster = f"  over the faster backbone {row['over_faster']:.3f}" if "over_faster" in row else ""
     return (
         f"{row['model']:13s} {row['method']:9s} r={row['rank']:<3d} {row['mode']:9s} batch {row['batch']:<3d}"
-        f"{row['ms']:9.3f} ms  {ratio}  {row['gb_per_s']:6.0f} GB/s"
+        f"{row['ms']:9.3f} ms  {ratio}  {row['gb_per_s']:6.0f} GB/s{kind}{faster}"
     )
 
 
-def find(result: Result, model: str, method: str, rank: int, mode: str, batch: int = 1) -> Row | None:
-    """The row of a method in a mode, or None if it was not measured."""
+def adapter_of(row: Row) -> Adapter:
+    """Of a row, which may be older than the fields that say it."""
+    usual = usual_adapter(row["method"])
+    mean = row.get("mean_experts")
+    return Adapter(
+        row.get("experts", usual.experts), row.get("top_k", usual.top_k), row.get("shared_experts", 0),
+        None if mean is None else round(mean, 1), row.get("deep_router", False),
+    )  # fmt: skip
+
+
+def find(
+    result: Result, model: str, method: str, rank: int, mode: str, batch: int = 1, adapter: Adapter | None = None,
+    backbone: str = "bf16", tokens: int = PREFILL,
+) -> Row | None:  # fmt: skip
+    """The row of a method in a mode, or None if it was not measured.
+
+    Args:
+        adapter: None: the method's usual one.
+        tokens: of a prefill.
+    """
+    wanted = (model, method, rank, mode, batch, adapter or usual_adapter(method), backbone)
     for row in result["rows"]:
-        if (row["model"], row["method"], row["rank"], row["mode"], row["batch"]) == (model, method, rank, mode, batch):
+        what = tuple(row[name] for name in ("model", "method", "rank", "mode", "batch"))
+        right_length = mode != "prefill" or row.get("tokens", PREFILL) == tokens
+        if (*what, adapter_of(row), row.get("backbone", "bf16")) == wanted and right_length:
             return row
     return None
+
+
+def of_bar(result: Result, model: str, bar: Bar) -> list[Row]:
+    """The rows that a bar speaks of, in its order of modes; without those that were not measured."""
+    rows = [
+        find(result, model, bar.method, bar.rank, mode, bar.batch, bar.adapter, bar.backbone, bar.tokens)
+        for mode in bar.modes
+    ]
+    return [row for row in rows if row is not None]
 
 
 # ------------------------------------------------------------------------------------------------------ derived numbers
 
 
 def complete(result: Result) -> None:
-    """Add to the rows what needs two of them: a merge over its floor, a peak over backbone and adapter."""
+    """Add to the rows what needs two of them: a merge over its floor, a peak over backbone and adapter, and the time over the
+    faster of two compiled backbones, where both were measured."""
     for row in result["rows"]:
-        base = find(result, row["model"], "backbone", 0, row["mode"], row["batch"])
+        where = {"backbone": row.get("backbone", "bf16"), "tokens": row.get("tokens", PREFILL)}
+        base, tuned = (
+            find(result, row["model"], method, 0, row["mode"], row["batch"], **where)
+            for method in ("backbone", "tuned")
+        )
         if base is None or row["method"] == "backbone":
             continue
+        if tuned is not None and tuned["ratio"] and row["ratio"] and tuned is not row:
+            row["over_faster"] = round(row["ratio"] / min(1.0, tuned["ratio"]), 4)
         if row["method"] == "merge" and result["copy_tb_per_s"] and "adapted_bytes" in row:
             floor = base["ms"] + 2 * row["adapted_bytes"] / result["copy_tb_per_s"] / 1e9
             row["floor_ms"], row["over_floor"] = round(floor, 4), round(row["ms"] / floor, 4)
@@ -62,43 +105,47 @@ def complete(result: Result) -> None:
             row["peak_over_parts"] = round(row["peak_gib"] / (base["peak_gib"] + row["adapter_gib"]), 4)
 
 
-# what, method, rank, mode, batch, field, bar
-BARS: tuple[tuple[str, str, int, str, int, str, float], ...] = (
-    ("compiled, batch 1, r = 8", "fused", 8, "compiled", 1, "ratio", 1.00),
-    ("compiled, batch 1, r = 16", "fused", 16, "compiled", 1, "ratio", 1.00),
-    ("compiled, batch 1, r = 8, experts of LoRAs and context", "imported", 8, "compiled", 1, "ratio", 0.95),
-    ("compiled, batch 1, r = 64", "fused", 64, "compiled", 1, "ratio", 1.06),
-    ("generate, static cache, r = 8", "fused", 8, "static", 1, "ratio", 1.00),
-    ("generate, eager, r = 8", "fused", 8, "eager", 1, "ratio", 1.10),
-    ("compiled, batch 8, r = 8", "fused", 8, "compiled", 8, "ratio", 1.05),
-    ("compiled, batch 32, r = 8", "fused", 8, "compiled", 32, "ratio", 1.05),
-    ("prefill of 2,048 tokens, r = 8", "fused", 8, "prefill", 1, "ratio", 1.08),
-    ("prefill of 2,048 tokens, r = 64", "fused", 64, "prefill", 1, "ratio", 1.25),
-    ("merge over its floor, r = 8", "merge", 8, "graph", 1, "over_floor", 1.10),
-    ("peak memory over backbone and adapter, r = 8", "fused", 8, "compiled", 1, "peak_over_parts", 1.03),
-    ("peak memory over backbone and adapter, r = 64", "fused", 64, "compiled", 1, "peak_over_parts", 1.03),
-    ("seconds of fuse_for_inference(), r = 8", "fused", 8, "compiled", 1, "fuse_seconds", 2.0),
-)
-LINEAR_BARS = (
-    ("linears alone over pure reading, r = 8", "over_read", 1.20),
-    ("linears alone over cuBLAS, r = 8", "over_cublas", 0.85),
-)
-
-
 def bars(result: Result) -> list[dict[str, Any]]:
     """Each thing asked for and measured: model, what, value, bar, met."""
     found = []
+
+    def add(model: str, what: str, value: float, bar: float, met: bool) -> None:
+        found.append({"model": model, "what": what, "value": value, "bar": bar, "met": met})
+
     for model, shape in SHAPES.items():
-        for what, method, rank, mode, batch, name, bar in BARS:
-            row = find(result, model, method, rank, mode, batch)
-            if row is not None and row.get(name) is not None:
-                found.append({"model": model, "what": what, "value": row[name], "bar": bar, "met": row[name] <= bar})
+        for bar in BARS:
+            if (value := value_of(result, model, bar)) is not None:
+                add(model, bar.what, value, bar.bar, value <= bar.bar)
+        if (saved := saved_by_fewer(result, model)) is not None:
+            add(model, BYTES_SAVED.what, saved, BYTES_SAVED.bar, saved >= BYTES_SAVED.bar)
         linears = result["linears"].get(shape.linears)
-        for what, name, bar in LINEAR_BARS if linears and any(row["model"] == model for row in result["rows"]) else ():
+        for what, name, most in LINEAR_BARS if linears and any(row["model"] == model for row in result["rows"]) else ():
             value = next((row[name] for row in linears["rows"] if row["rank"] == 8 and row["tokens"] == 1), None)
             if value is not None:
-                found.append({"model": model, "what": what, "value": value, "bar": bar, "met": value <= bar})
+                add(model, what, value, most, value <= most)
     return found
+
+
+def value_of(result: Result, model: str, bar: Bar) -> float | None:
+    """What is compared with the bar. Of several modes the best, over the backbone's best."""
+    rows = of_bar(result, model, bar)
+    if not rows:
+        return None
+    if len(bar.modes) == 1:
+        value = rows[0].get("over_faster", rows[0]["ratio"]) if bar.field == "ratio" else rows[0].get(bar.field)
+        return None if value is None else float(value)
+    references = of_bar(result, model, bar._replace(method="backbone", rank=0, adapter=None))
+    return round(min(row["ms"] for row in rows) / min(row["ms"] for row in references), 4) if references else None
+
+
+def saved_by_fewer(result: Result, model: str) -> float | None:
+    """Of the time that a row's bytes let expect, how much fewer experts save: (1 - ratio of times) / (1 - ratio of bytes)."""
+    fewer = next(iter(of_bar(result, model, BYTES_SAVED)), None)
+    all_of_them = next(iter(of_bar(result, model, BYTES_SAVED._replace(adapter=None))), None)
+    if not fewer or not all_of_them or not fewer["ratio"] or not all_of_them["ratio"]:
+        return None
+    read = fewer["read_bytes"] / all_of_them["read_bytes"]
+    return round((1 - fewer["ratio"] / all_of_them["ratio"]) / (1 - read), 4)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -24,7 +24,16 @@ from recipes.benchmarks.decode.process import Process, WorkerFailed, process_con
 ROUNDS = {("fused", "static"): 9, ("fused", "eager"): 21}
 PROFILED = ("compiled:1", "static", "eager")
 LAST_WORDS = 10.0  # seconds before the limit in which nothing new is prepared, only measured
-Key = tuple[str, str, int, str]  # model, method, rank, mode
+Key = tuple[str, str]  # the job's name, mode
+
+
+def is_reference(reference: Job, job: Job) -> bool:
+    """Whether `reference` is the backbone that `job` is compared with."""
+    return (reference.method, reference.model, reference.backbone) == ("backbone", job.model, job.backbone)
+
+
+def reference_name(job: Job) -> str:
+    return f"{job.model} {job.backbone}"
 
 
 class Scheduler:
@@ -42,8 +51,8 @@ class Scheduler:
         self.memory: float | None = args.memory
         self.share = not args.no_sharing
         self.slowness = [1.3]  # measured over estimated time until ready
-        self.samples: dict[tuple[str, str], list[float]] = {}  # of the backbone
-        self.planned: list[Key] = [(j.model, j.method, j.rank, mode) for j in jobs for mode in j.modes]
+        self.samples: dict[Key, list[float]] = {}  # of the backbone
+        self.planned: list[Key] = [(j.name, mode) for j in jobs for mode in j.modes]
         self.measured: set[Key] = set()
         self.reasons: dict[Key, str] = {}
         self.rows: dict[Key, dict[str, Any]] = {}
@@ -77,7 +86,7 @@ class Scheduler:
 
     def say_why(self, job: Job, why: str) -> None:
         for mode in job.modes:
-            self.reasons.setdefault((job.model, job.method, job.rank, mode), why)
+            self.reasons.setdefault((job.name, mode), why)
 
     def drop(self, process: Process, why: str) -> None:
         """Give a job up."""
@@ -203,8 +212,8 @@ class Scheduler:
             self.stop_sharing(content)
         elif message == "skipped":
             mode, why = content
-            self.say(f"SKIPPED {job.model} {job.method} r={job.rank} {mode}: {why}; see {process.log}")
-            self.reasons[(job.model, job.method, job.rank, mode)] = why
+            self.say(f"SKIPPED {job.name} {mode}: {why}; see {process.log}")
+            self.reasons[(job.name, mode)] = why
         elif message == "ready":
             process.state, process.modes, process.todo = "ready", list(content), list(content)
             took = time.monotonic() - process.started
@@ -227,14 +236,14 @@ class Scheduler:
     def reference(self, job: Job, mode: str) -> Process | None:
         """The live process of the unadapted backbone in this mode."""
         for process in self.live:
-            if process.job.model == job.model and process.job.method == "backbone" and mode in process.job.modes:
+            if is_reference(process.job, job) and mode in process.job.modes:
                 return process
         return None
 
     def awaited(self, job: Job, mode: str) -> bool:
         """Whether a reference for this mode is still to come."""
         process = self.reference(job, mode)
-        queued = any(j.model == job.model and j.method == "backbone" and mode in j.modes for j in self.queue)
+        queued = any(is_reference(j, job) and mode in j.modes for j in self.queue)
         return queued or (process is not None and process.state != "ready")
 
     def measure_what_is_ready(self, everything: bool = False) -> None:
@@ -266,7 +275,7 @@ class Scheduler:
     def wanted(self, process: Process, mode: str) -> bool:
         """Whether a job that will be compared with this reference is still to come."""
         jobs = [*self.queue, *(p.job for p in self.live if p.state != "ready" or mode in p.todo)]
-        return any(j.method != "backbone" and j.model == process.job.model and mode in j.modes for j in jobs)
+        return any(j.method != "backbone" and is_reference(process.job, j) and mode in j.modes for j in jobs)
 
     def measure(self, process: Process, mode: str) -> None:
         """One mode of one job, its reference's samples in between; everybody else stands still."""
@@ -284,7 +293,7 @@ class Scheduler:
         try:
             if job.method == "ceilings":
                 self.keep_ceiling(mode, process.call("measure", mode))
-                self.measured.add((job.model, job.method, job.rank, mode))
+                self.measured.add((job.name, mode))
                 return
             for each in measured:
                 each.call("begin", mode)
@@ -296,7 +305,7 @@ class Scheduler:
                 self.keep_row(each, mode, times[id(each)], times[id(reference)] if reference else None)
             if self.args.profile and mode in PROFILED and (job.method, job.rank) in (("fused", 8), ("backbone", 0)):
                 for each in measured:
-                    name = f"{each.job.model} {each.job.method} r={each.job.rank} {mode}"
+                    name = f"{each.job.name} {mode}"
                     self.result.setdefault("profile", {})[name] = each.call("profile", mode)
         except WorkerFailed as error:
             self.drop(error.process, str(error))
@@ -318,27 +327,31 @@ class Scheduler:
         self.say(f"ceilings: {mode} " + (f"{value} TB/s" if mode == "copy" else f"{len(value['rows'])} rows"))
 
     def keep_row(self, process: Process, mode: str, times: list[float], reference: list[float] | None) -> None:
-        job, key = process.job, (process.job.model, process.job.method, process.job.rank, mode)
+        job, key = process.job, (process.job.name, mode)
+        reference_key = (reference_name(job), mode)
         facts = process.call("finish", mode)
         base = None if reference is None else statistics.median(reference)
         if job.method == "backbone":
-            times = self.samples.setdefault((job.model, mode), []) + times
-            self.samples[(job.model, mode)] = times
+            times = self.samples.setdefault(reference_key, []) + times
+            self.samples[reference_key] = times
             base = statistics.median(times)
-        elif base is None and (job.model, mode) in self.samples:  # its process had to go: memory
-            base = statistics.median(self.samples[(job.model, mode)])
+        elif base is None and reference_key in self.samples:  # its process had to go: memory
+            base = statistics.median(self.samples[reference_key])
         ms = statistics.median(times)
         self.measured.add(key)
         self.rows[key] = {
             "model": job.model, "layers": job.shape.layers, "method": job.method, "mode": kind_of(mode),
-            "batch": facts.pop("batch"), "tokens": facts.pop("tokens"), "rank": job.rank, "ms": round(ms, 4),
+            "batch": facts.pop("batch"), "tokens": facts.pop("tokens"), "rank": job.rank, "experts": job.adapter.experts,
+            "top_k": job.adapter.top_k, "shared_experts": job.adapter.shared, "deep_router": job.adapter.deep_router,
+            "backbone": job.backbone, "ms": round(ms, 4),
             "ratio": round(ms / base, 4) if base else None, "backbone_ms": round(base, 4) if base else None,
-            "gb_per_s": round(facts.pop("read_bytes") / ms / 1e6, 1), "samples": len(times),
+            "gb_per_s": round(facts["read_bytes"] / ms / 1e6, 1), "samples": len(times),
             "spread": round((max(times) - min(times)) / ms, 3), **facts,
         }  # fmt: skip
         if job.method == "backbone":  # who was measured before it, because memory let nobody wait, gets a ratio now
-            for (model, _, _, other_mode), row in self.rows.items():
-                if (model, other_mode) == (job.model, mode) and row["ratio"] is None:
+            for (_, other_mode), row in self.rows.items():
+                same = (row["model"], row["backbone"], other_mode) == (job.model, job.backbone, mode)
+                if same and row["ratio"] is None:
                     row["ratio"], row["backbone_ms"] = round(row["ms"] / ms, 4), round(ms, 4)
         if job.method != "backbone" or reference is None:
             row = self.rows[key]
@@ -387,8 +400,7 @@ class Scheduler:
         header = self.result["header"]
         missing = [key for key in self.planned if key not in self.measured]
         header["missing"] = [
-            f"{model} {method} r={rank} {mode}: {self.reasons.get((model, method, rank, mode), 'not reached yet')}"
-            for model, method, rank, mode in missing
+            f"{name} {mode}: {self.reasons.get((name, mode), 'not reached yet')}" for name, mode in missing
         ]
         header["seconds"] = round(time.monotonic() - self.start, 1)
         self.result["rows"] = [self.rows[key] for key in self.planned if key in self.rows]

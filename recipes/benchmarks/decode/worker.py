@@ -19,11 +19,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from recipes.benchmarks.decode.backbones import bytes_of, quantize
 from recipes.benchmarks.decode.device_lock import DeviceLock
 from recipes.benchmarks.decode.loops import LENGTHS, LOOP_STEPS, Loop, captured_loop, compiled_loop, generated
 from recipes.benchmarks.decode.models import adapt, empty_backbone, fill, synchronize, tensors_of
-from recipes.benchmarks.decode.plan import FUSED, NUM_EXPERTS, PREFILL, Job, batch_of, kind_of, top_k_of
+from recipes.benchmarks.decode.plan import FUSED, Job, batch_of, kind_of, tokens_of
 from recipes.benchmarks.decode.profiling import profile_forwards
+from recipes.benchmarks.decode.sure_router import make_sure
 from recipes.benchmarks.quiet_processor import QuietProcessor
 
 TRIES = 4  # of a sample, until one is undisturbed
@@ -42,6 +44,8 @@ class Worker:
         self.model: Any = None
         self.fuse_seconds = 0.0
         self.shared_bytes = 0
+        self.tokens: Any = None  # that the compiled loop gets, if the number of experts depends on them
+        self.mean_experts: float | None = None
         self.processor: QuietProcessor | None = None
         self.disturbed: Counter[str] = Counter()  # samples of a mode
 
@@ -71,13 +75,27 @@ class Worker:
 
     def build(self, tensors: dict[str, Any] | None) -> None:
         """`tensors`: the backbone's, if another process holds them."""
+        import torch
+        import torch._inductor.config
+
         if tensors is None:
             model = empty_backbone(self.job, self.device)
         else:
             model = empty_backbone(self.job, "meta")
             fill(model, tensors)
-            self.shared_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        if self.job.method == "tuned":
+            torch._inductor.config.compile_threads = max(
+                1, len(os.sched_getaffinity(0)) - 2
+            )  # this job's compiling is the longest
+        quantize(model, self.job.backbone, self.device)
+        if tensors is not None:
+            others = {tensor.data_ptr() for tensor in tensors.values()}
+            plain = [p for p in model.parameters() if type(p) is torch.nn.Parameter and p.data_ptr() in others]
+            self.shared_bytes = sum(bytes_of(p) for p in plain)
         self.model, self.fuse_seconds = adapt(model, self.job, self.device)
+        if self.job.adapter.mean_experts is not None:
+            steps = LOOP_STEPS["compiled"][0]
+            self.tokens, self.mean_experts = make_sure(self.model, self.job.adapter, steps, self.device)
 
     def prepare(self, mode: str) -> None:
         import torch
@@ -85,11 +103,13 @@ class Worker:
         before = self._allocated()
         kind = kind_of(mode)
         if kind == "compiled":
-            self.loops[mode] = compiled_loop(self.model, batch_of(mode), self.device)
+            self.loops[mode] = compiled_loop(
+                self.model, batch_of(mode), self.device, self.job.method == "tuned", self.tokens
+            )
         elif kind == "graph":
-            self.loops[mode] = captured_loop(self.model, self.device)
+            self.loops[mode] = captured_loop(self.model, batch_of(mode), self.device)
         elif kind == "prefill":
-            ids = torch.randint(5, self.model.config.vocab_size, (1, PREFILL), device=self.device)
+            ids = torch.randint(5, self.model.config.vocab_size, (1, tokens_of(mode)), device=self.device)
 
             def prefill(times: int) -> None:
                 for _ in range(times):
@@ -168,22 +188,22 @@ class Worker:
 
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
         peak += self.shared_bytes - sum(size for name, size in self.held.items() if name != mode)
-        sizes = {name: p.numel() * p.element_size() for name, p in self.model.named_parameters()}
+        sizes = {name: bytes_of(p) for name, p in self.model.named_parameters()}
         experts = sum(size for name, size in sizes.items() if "loraswitch_A" in name or "loraswitch_B" in name)
         adapter = sum(size for name, size in sizes.items() if "loraswitch_" in name or "lora_" in name)
         embedding = sum(size for name, size in sizes.items() if "embed_tokens" in name)
-        tokens = PREFILL if mode == "prefill" else batch_of(mode)
+        tokens, routed = tokens_of(mode), self.job.adapter
         read = sum(sizes.values()) - experts - (0 if self.job.shape.tied else embedding)
         # plain PyTorch multiplies with all experts; merging reads the chosen ones and reads and writes the weights
-        chosen = min(1.0, top_k_of(self.job.method) * tokens / NUM_EXPERTS)
-        read += experts * (chosen if self.job.method in (*FUSED, "merge") else 1)
+        chosen = routed.distinct(tokens) / routed.stacked if self.job.method in (*FUSED, "merge") else 1.0
+        read += experts * chosen
         adapted = 2 * self.job.shape.linear_elements()
         read += 2 * adapted if self.job.method == "merge" else 0
         return {
             "batch": batch_of(mode), "tokens": tokens, "read_bytes": int(read), "adapted_bytes": adapted,
             "adapter_gib": round(adapter / 2**30, 3), "peak_gib": round(peak / 2**30, 3),
             "fuse_seconds": round(self.fuse_seconds, 3), "compilations": self.compilations,
-            "disturbed": self.disturbed[mode],
+            "disturbed": self.disturbed[mode], "expert_bytes": int(experts * chosen), "mean_experts": self.mean_experts,
         }  # fmt: skip
 
     def profile(self, mode: str) -> dict[str, Any]:
