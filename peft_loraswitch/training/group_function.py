@@ -389,10 +389,11 @@ def _dense(
     spec: Spec, i: int, x: Tensor, gates: Tensor, chosen: Tensor | None, a: Tensor, b: Tensor, base: Sequence[Tensor]
 ) -> Tensor:
     """What linear i adds to its base layer's result, with that unless it is given, up to the bias."""
-    rows, columns = x.to(spec.dtype), spec.columns[i]
+    rows, columns = x.reshape(-1, x.shape[-1]).to(spec.dtype), spec.columns[i]  # gates have one row a token
     hidden = F.linear(rows, a.to(spec.dtype).flatten(0, 1)).unflatten(-1, a.shape[:2])
     if chosen is not None:
         hidden = hidden.where(chosen.unsqueeze(-1), 0.0)
     hidden = hidden * (gates * columns.scaling).to(spec.dtype).unsqueeze(-1)
     delta = hidden.flatten(-2) @ b.to(spec.dtype).transpose(1, 2).flatten(0, 1)
-    return delta if spec.given else delta + rows @ _matrix(base[i], spec)
+    result = delta if spec.given else delta + rows @ _matrix(base[i], spec)
+    return result.view(*x.shape[:-1], -1)

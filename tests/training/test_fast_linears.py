@@ -159,9 +159,9 @@ def test_outputs_and_gradients_equal_the_definition(tokens, masked, given):
         torch.testing.assert_close(g, h)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_gradcheck(given):
-    x, gates, chosen, a, b, weights, biases = operands(tokens=(3,))
+@pytest.mark.parametrize(("tokens", "given"), [((3,), False), ((3,), True), ((1, 2), False), ((1, 2), True)])
+def test_gradcheck(tokens, given):
+    x, gates, chosen, a, b, weights, biases = operands(tokens=tokens)
     leaves = [each.requires_grad_() for each in (x, gates, *a, *b)]
 
     def run(x, gates, *experts):
