@@ -160,10 +160,7 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
       if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = id[i], gates[entry] = gate[i];
     barrier(kHelping, kHelperThreads);
     if (shrinks) shrink.run(row_of_blocks, rows_of_blocks, most, ids, gates, more);
-    if (most)
-      fill(p, ids, slots);
-    else
-      prefetch_chosen_b<E, Expand<E, Shape, NT>::kFirst>(p, plan.begin, plan.n_tiles, ids);
+    if (most) fill(p, ids, slots);
     for (int panel = 0; panel < plan.panels; ++panel) {
       const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
       if (panel > 0) barrier(kSummed, kAllThreads);

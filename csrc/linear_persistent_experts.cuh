@@ -3,7 +3,6 @@
 //   Shrink   tiles of 16 rows of lora_a [E * rank, in] times all tokens; split-K over the blocks: each block takes one part of the
 //            features and publishes float32 partial sums of the hidden in memory
 //   collect  waits until all blocks have published, adds the parts up, rounds: hidden [tokens, top_k, rank] in shared memory
-//   Prefetch where an entry has its part of B to itself, that of the chosen experts to L2, while the hidden is waited for
 //   Expand   for each 16-row tile of the panel: lora_b [16, chosen ranks] times the hidden, a partial sum for the epilogue
 #pragma once
 #include "cp_async.cuh"
@@ -184,20 +183,6 @@ template <class E> __device__ __forceinline__ void collect(const GroupParams &p,
   }
   barrier(kHelping, kHelperThreads);
   if (thread == 0 && leave(p.sync, gridDim.x)) *p.sync = Sync{0, 0, 0, 0};
-}
-
-// The helpers: the block's rows of B of the chosen experts on their way to L2, where an entry has one to itself and Expand asks early
-// for fewer than there are. The hidden is still to be waited for, and each trip to memory for B after that would be, too.
-template <class E, int FIRST>
-__device__ __noinline__ void prefetch_chosen_b(const GroupParams &p, int first_tile, int n_tiles, const short *ids) {
-  const int entries = p.g.tokens * p.g.top_k;
-  for (int i = threadIdx.x - kThreads; i < n_tiles * entries; i += kHelperThreads) {
-    const int tile = first_tile + i / entries, item = find_item(p, tile), rank = p.g.items[item].rank, expert = ids[i % entries];
-    if (expert < 0 || entries * rank <= FIRST * kChunk) continue;
-    const int out = p.g.items[item].out_features, row = (tile - p.begin[item]) * kTile;
-    const char *b = static_cast<const char *>(p.g.items[item].lora_b) + (int64_t(expert) * out + row) * rank * 2;
-    for (int at = 0; at < min(kTile, out - row) * rank * 2; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + at));
-  }
 }
 
 // Where an expert's hidden lies among those of a token: which of its top_k; -1: the token did not choose it.

@@ -32,6 +32,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]
         choices, top_k = tl.load(settings), tl.load(settings + 1)
         normalize, hard = tl.load(settings + 2), tl.load(settings + 3)
         experts, stacked = tl.load(settings + 4), tl.load(settings + 5)
+        top_p = tl.load(settings + 6).to(tl.float32, bitcast=True)
         index = tl.arange(0, CHOICES)
         is_choice = index < choices
         x += token * x_row
@@ -56,17 +57,20 @@ def _route_kernel(  # type: ignore[no-untyped-def]
         # Highest first, of equal ones the lowest index; NaN counts as the highest, infinite ones as the largest number.
         height = tl.where(logits != logits, 3.4028234663852886e38, logits)
         height = tl.minimum(tl.maximum(height, -3.4028234663852886e38), 3.4028234663852886e38)
-        left = is_choice
-        chosen = tl.zeros([CHOICES], dtype=tl.float32)
-        for _ in range(top_k):
-            best = tl.max(tl.where(left, height, float("-inf")), axis=0)
-            pick = tl.min(tl.where(left & (height == best), index, CHOICES), axis=0)
-            chosen = tl.where(index == pick, 1.0, chosen)
-            left = left & (index != pick)
-
         peak = tl.max(tl.where(is_choice, logits, float("-inf")), axis=0)
         share = tl.where(is_choice, tl.exp(logits - peak), 0.0)
         share = share / tl.sum(share, axis=0)
+        left = is_choice
+        chosen = tl.zeros([CHOICES], dtype=tl.float32)
+        reached = 0.0
+        for place in range(top_k):
+            best = tl.max(tl.where(left, height, float("-inf")), axis=0)
+            pick = tl.min(tl.where(left & (height == best), index, CHOICES), axis=0)
+            enough = (place > 0) & (top_p < 1.0) & (reached >= top_p)  # not so for NaN
+            chosen = tl.where((index == pick) & (enough == 0), 1.0, chosen)
+            left = left & (index != pick)
+            reached += tl.sum(tl.where(index == pick, share, 0.0), axis=0)
+
         gates = share * chosen  # not where(): NaN stays
         gates = tl.where(normalize != 0, gates / tl.sum(gates, axis=0), gates)
         gates = tl.where(hard != 0, chosen + share * 0.0, gates)

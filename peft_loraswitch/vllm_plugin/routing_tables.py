@@ -4,7 +4,8 @@ vLLM compiles a model and captures it in CUDA graphs once, and loads adapters af
 adapters stands in tables that are written when one is loaded, a row for each of vLLM's slots, and a forward always runs the
 same operations. It leaves the decision as a mask, `[tokens, max_lora_rank]` (`wide_lora.py` says why one is enough).
 
-The rule is that of `routing/decision.py`: highest logits, of equal ones the lowest index, shared experts with gate 1 / top_k.
+The rule is that of `routing/decision.py`: highest logits, of equal ones the lowest index, until they sum to top_p; shared experts
+with gate 1 / top_k.
 Here it is written with PyTorch's operations, for CPUs and as the definition of what `route_kernel.py` does on a GPU.
 """
 
@@ -15,7 +16,7 @@ import torch
 from ..routing.options import RoutingOptions
 
 # Columns of the table of settings.
-CHOICES, TOP_K, NORMALIZE, HARD, EXPERTS, STACKED = range(6)
+CHOICES, TOP_K, NORMALIZE, HARD, EXPERTS, STACKED, TOP_P = range(7)
 
 
 class RoutingTables:
@@ -24,8 +25,8 @@ class RoutingTables:
     Attributes:
         mask: float32 [max_tokens, max_rank]: what the hidden vectors of each token are multiplied with. A row of ones for a
             plain LoRA, and for a LoRA-Switch adapter before its router; for the backbone alone, of zeros or not written.
-        settings: int32 [slots, 6], a row for each slot: choices of the router, top_k, gates normalised, gate 1 (top-1 with
-            normalised gates), routed experts, routed and shared experts.
+        settings: int32 [slots, 7], a row for each slot: choices of the router, top_k, gates normalised, gate 1 (top-1 with
+            normalised gates), routed experts, routed and shared experts, and the bits of top_p as a float32.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class RoutingTables:
     ) -> None:
         self.slots, self.max_choices, self.device = slots, max_choices, device
         self.mask = torch.ones(max_tokens, max_rank, device=device)
-        self.settings = torch.ones(slots, 6, dtype=torch.int32, device=device)
+        self.settings = torch.ones(slots, 7, dtype=torch.int32, device=device)
 
     def place(self, slot: int, options: RoutingOptions) -> None:
         """Write the settings of the adapter in `slot`. The base expert, if there is one, is the choice after the experts."""
@@ -41,7 +42,8 @@ class RoutingTables:
         row = [
             options.num_choices, options.top_k, options.normalize_gates, hard, options.num_experts, options.num_stacked,
         ]  # fmt: skip
-        self.settings[slot] = torch.tensor(row, dtype=torch.int32).to(self.device)
+        top_p = torch.tensor([options.top_p], dtype=torch.float32).view(torch.int32)
+        self.settings[slot] = torch.cat([torch.tensor(row, dtype=torch.int32), top_p]).to(self.device)
 
     def decide(self, logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """Mask rows float32 [tokens, max_rank] for logits float32 [tokens, max_choices] of adapters in `slot` int64 [tokens]."""
@@ -50,11 +52,14 @@ class RoutingTables:
 
 def decide(logits: torch.Tensor, settings: torch.Tensor, max_rank: int) -> torch.Tensor:
     """Mask rows [tokens, max_rank] for logits [tokens, max_choices] (float32, or float64 in tests), with the settings
-    [tokens, 6] of each token's adapter.
+    [tokens, 7] of each token's adapter.
 
     NaN among a token's logits make all of its row NaN, so that its output shows it.
     """
-    choices, top_k, normalize, hard, experts, stacked = settings.long().unsqueeze(2).unbind(1)  # each [tokens, 1]
+    choices, top_k, normalize, hard, experts, stacked = (
+        settings[:, :TOP_P].long().unsqueeze(2).unbind(1)
+    )  # each [tokens, 1]
+    top_p = settings[:, TOP_P:].contiguous().view(torch.float32)
     index = torch.arange(logits.shape[1], device=logits.device)
     closed = index >= choices  # no choice of the adapter
     limits = torch.finfo(logits.dtype)
@@ -62,8 +67,10 @@ def decide(logits: torch.Tensor, settings: torch.Tensor, max_rank: int) -> torch
     ours, others = heights.unsqueeze(2), heights.unsqueeze(1)
     earlier = index < index.unsqueeze(1)  # [choice, other]: other has the lower index
     ahead = (others > ours) | ((others == ours) & earlier)
-    chosen = (ahead.sum(-1) < top_k).to(logits.dtype)
     shares = torch.softmax(logits.masked_fill(closed, -torch.inf), dim=-1)
+    place, reached = ahead.sum(-1), (shares.unsqueeze(1) * ahead).sum(-1)  # how many are ahead, and their sum
+    enough = (place > 0) & (top_p < 1) & (reached >= top_p)  # not so for NaN
+    chosen = ((place < top_k) & ~enough).to(logits.dtype)
     gates = shares * chosen  # not where(): NaN stays
     gates = torch.where(normalize.bool(), gates / gates.sum(-1, keepdim=True), gates)
     gates = torch.where(hard.bool(), chosen + shares * 0, gates)

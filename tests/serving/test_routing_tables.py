@@ -27,6 +27,7 @@ def some_options(seed: int) -> RoutingOptions:
         normalize_gates=choose.random() < 0.5,
         num_shared_experts=choose.randint(0, 3),
         base_expert=choose.random() < 0.5,
+        top_p=choose.choice([1.0, 0.3, 0.7]),
     )
 
 

@@ -56,7 +56,7 @@ def test_ops_in_a_cuda_graph(tokens):
 def test_batches_without_loras_launch_nothing():
     none, groups = torch.tensor([True]), torch.tensor([2])
     x, router = torch.randn(4, 64, device="cuda"), torch.randn(1, 4, 64, device="cuda")
-    here, settings = torch.ones(1, dtype=torch.bool, device="cuda"), torch.ones(1, 6, dtype=torch.int32, device="cuda")
+    here, settings = torch.ones(1, dtype=torch.bool, device="cuda"), torch.ones(1, 7, dtype=torch.int32, device="cuda")
     slots, mask = torch.zeros(4, dtype=torch.long, device="cuda"), torch.zeros(4, 16, device="cuda")
     index, b = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.randn(1, 1, 64, 16, device="cuda")
     torch.cuda.synchronize()

@@ -107,7 +107,9 @@ def adapter_configs(family: str) -> dict[str, Any]:
             router_module=f"layers.0.self_attn.{v}",
             **common,
         ),  # fmt: skip
-        "mlp": LoRASwitchConfig(r=4, num_experts=4, top_k=2, lora_alpha=8, **{**common, "target_modules": mlp}),
+        "mlp": LoRASwitchConfig(
+            r=4, num_experts=4, top_k=3, top_p=0.6, lora_alpha=8, **{**common, "target_modules": mlp}
+        ),
         "all": LoRASwitchConfig(
             r=3, num_experts=5, top_k=5, normalize_gates=False, base_expert=True, lora_alpha=12, **common
         ),

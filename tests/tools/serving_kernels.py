@@ -28,6 +28,7 @@ def some_options(choose: random.Random, most: int, max_rank: int) -> RoutingOpti
         normalize_gates=choose.random() < 0.6,
         num_shared_experts=choose.randint(0, 2),
         base_expert=base,
+        top_p=choose.choice([1.0, 0.3, 0.7]),
     )
 
 
