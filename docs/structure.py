@@ -144,6 +144,7 @@ def draw(imports: Imports, path: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     table = ordered(rows(imports), imports)
     widest = max(map(len, table))
@@ -189,7 +190,9 @@ def draw(imports: Imports, path: str) -> None:
         fontsize=9,
     )
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
+    with Image.open(path) as picture:  # arrows in full colour would be a file of megabytes
+        picture.convert("RGB").quantize(48).save(path, optimize=True)
 
 
 def main() -> int:
