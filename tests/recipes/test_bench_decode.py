@@ -19,9 +19,9 @@ from decode_rehearsal import rehearse
 from recipes.benchmarks import quiet_processor
 from recipes.benchmarks.decode import __main__ as command
 from recipes.benchmarks.decode import devices, loops, models, report, scheduler, worker
+from recipes.benchmarks.decode import plan as decode_plan
 from recipes.benchmarks.decode.device_lock import DeviceLock
 from recipes.benchmarks.decode.plan import (
-    CACHE,
     METHODS,
     MODES,
     NUM_EXPERTS,
@@ -238,8 +238,9 @@ def test_a_model_filled_with_shared_tensors_is_the_same_model():
 
 
 @pytest.mark.slow
-def test_samples_can_be_taken_for_ever(tmp_path):
+def test_samples_can_be_taken_for_ever(tmp_path, monkeypatch):
     """A reference is sampled with each of its partners: more steps in all than its cache has room for."""
+    monkeypatch.setattr(decode_plan, "CACHE", 64)
     modes = ("graph", "prefill", "compiled:8", "compiled:32")
     it = dataclasses.replace(job("fused", 4, modes), shape=dataclasses.replace(SHAPE, layers=1))
     measuring = worker.Worker(it, "cpu", DeviceLock(tmp_path, "cpu"))
@@ -247,7 +248,7 @@ def test_samples_can_be_taken_for_ever(tmp_path):
         measuring.build(models.tensors_of(models.empty_backbone(it, "cpu")))
         for mode in it.modes:
             measuring.prepare(mode)
-        samples = CACHE // sum(loops.LOOP_STEPS["graph"]) + 2
+        samples = decode_plan.CACHE // sum(loops.LOOP_STEPS["graph"]) + 2
         assert all(measuring.sample("graph") > 0 for _ in range(samples)) and measuring.sample("prefill") > 0
         measuring.begin("graph")
         facts = measuring.finish("graph")
