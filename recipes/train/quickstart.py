@@ -56,7 +56,7 @@ class Size:
 
 
 FULL = Size(pretrain_steps=320, adapt_steps=80, held_out_blocks=32, new_tokens=32, every_domain=True)
-SMOKE = Size(pretrain_steps=20, adapt_steps=8, held_out_blocks=4, new_tokens=8, every_domain=False)
+SMOKE = Size(pretrain_steps=12, adapt_steps=6, held_out_blocks=4, new_tokens=8, every_domain=False)
 
 
 @contextmanager

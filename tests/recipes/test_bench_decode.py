@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,12 +15,13 @@ import pytest
 import torch
 
 import fake_decode_worker as fake
+from decode_rehearsal import rehearse
 from recipes.benchmarks import quiet_processor
 from recipes.benchmarks.decode import __main__ as command
 from recipes.benchmarks.decode import devices, loops, models, report, scheduler, worker
+from recipes.benchmarks.decode import plan as decode_plan
 from recipes.benchmarks.decode.device_lock import DeviceLock
 from recipes.benchmarks.decode.plan import (
-    CACHE,
     METHODS,
     MODES,
     NUM_EXPERTS,
@@ -33,7 +33,6 @@ from recipes.benchmarks.decode.plan import (
     plan,
 )
 from recipes.benchmarks.token_times import token_times
-from recipes.checkout import module_command, module_environment
 
 SHAPE = TINY_SHAPES["mistral-7b"]
 
@@ -239,8 +238,9 @@ def test_a_model_filled_with_shared_tensors_is_the_same_model():
 
 
 @pytest.mark.slow
-def test_samples_can_be_taken_for_ever(tmp_path):
+def test_samples_can_be_taken_for_ever(tmp_path, monkeypatch):
     """A reference is sampled with each of its partners: more steps in all than its cache has room for."""
+    monkeypatch.setattr(decode_plan, "CACHE", 64)
     modes = ("graph", "prefill", "compiled:8", "compiled:32")
     it = dataclasses.replace(job("fused", 4, modes), shape=dataclasses.replace(SHAPE, layers=1))
     measuring = worker.Worker(it, "cpu", DeviceLock(tmp_path, "cpu"))
@@ -248,7 +248,7 @@ def test_samples_can_be_taken_for_ever(tmp_path):
         measuring.build(models.tensors_of(models.empty_backbone(it, "cpu")))
         for mode in it.modes:
             measuring.prepare(mode)
-        samples = CACHE // sum(loops.LOOP_STEPS["graph"]) + 2
+        samples = decode_plan.CACHE // sum(loops.LOOP_STEPS["graph"]) + 2
         assert all(measuring.sample("graph") > 0 for _ in range(samples)) and measuring.sample("prefill") > 0
         measuring.begin("graph")
         facts = measuring.finish("graph")
@@ -264,17 +264,12 @@ def test_samples_can_be_taken_for_ever(tmp_path):
             assert measuring.compilations == 0
 
 
-def rehearsed(folder: Path, *options: str) -> tuple[dict[str, Any], dict[tuple, dict[str, Any]], str]:
+def rehearsed(
+    output: Path, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> tuple[dict[str, Any], dict[tuple, dict[str, Any]], str]:
     """What the command writes with tiny models of one layer, its rows by what they are of, and what it says."""
-    output = folder / "results" / "out.json"
-    command = module_command("recipes.benchmarks.decode", "--device", "cpu", "--slots", "2", "--layers", "1", *options)
-    result = subprocess.run(
-        [*command, "--limit", "300", "--output", str(output)],
-        cwd=folder, env=module_environment(), capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    written = json.loads(output.read_text())
-    assert written["header"]["missing"] == [], result.stdout
+    written, said = rehearse(output, monkeypatch, "--layers", "1", "--limit", "300", *options)
+    assert written["header"]["missing"] == [], said
     found = {(r["model"], r["method"], r["rank"], r["mode"], r["batch"]): r for r in written["rows"]}
     assert len(found) == len(written["rows"])
     for row in written["rows"]:
@@ -282,15 +277,15 @@ def rehearsed(folder: Path, *options: str) -> tuple[dict[str, Any], dict[tuple, 
         assert row["ms"] > 0 and row["samples"] >= 5
         assert row["ratio"] == 1.0 if row["method"] == "backbone" else row["ratio"] > 0
         assert row["ratio"] == pytest.approx(row["ms"] / row["backbone_ms"], abs=1e-3)
-    return written, found, result.stdout
+    return written, found, said
 
 
 @pytest.mark.slow
-def test_everything_but_the_numbers_on_two_devices(tmp_path):
+def test_everything_but_the_numbers_on_two_devices(tmp_path, monkeypatch):
     """Tiny models: real workers, shared weights, `generate`, fusing, one file and a picture."""
-    models = ("qwen3-0.6b", "mistral-7b")
+    output, models = tmp_path / "results" / "out.json", ("qwen3-0.6b", "mistral-7b")
     options = ("--devices", "0", "1", "--models", *models, "--methods", "backbone", "fused", "merge")
-    written, found, said = rehearsed(tmp_path, *options, "--modes", "graph", "static", "eager", "--profile")
+    written, found, said = rehearsed(output, monkeypatch, *options, "--modes", "graph", "static", "eager", "--profile")
     assert written["header"]["devices"] == 2 and written["header"]["torch"] == torch.__version__
     assert len(found) == 8, said
     assert found[("mistral-7b", "merge", 8, "graph", 1)]["over_floor"] > 0
@@ -300,15 +295,16 @@ def test_everything_but_the_numbers_on_two_devices(tmp_path):
 
 
 @pytest.mark.slow
-def test_everything_but_the_numbers_compiled(tmp_path):
+def test_everything_but_the_numbers_compiled(tmp_path, monkeypatch):
+    output = tmp_path / "results" / "out.json"
     options = ("--models", "qwen3-0.6b", "--methods", "backbone", "fused", "--modes", "compiled", "--profile")
-    written, found, said = rehearsed(tmp_path, *options)
+    written, found, said = rehearsed(output, monkeypatch, *options)
     assert set(found) == {
         ("qwen3-0.6b", method, rank, "compiled", 1) for method, rank in (("backbone", 0), ("fused", 8))
     }
     assert all(row["compilations"] == 0 for row in written["rows"]) and len(written["profile"]) == 2
     assert {bar["what"].partition(",")[0] for bar in written["bars"]} >= {"compiled"}, said
-    assert (tmp_path / "results" / "out.png").stat().st_size > 1000
+    assert output.with_suffix(".png").stat().st_size > 1000
 
 
 def test_without_a_gpu_it_says_so():

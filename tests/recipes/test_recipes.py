@@ -1,16 +1,20 @@
-"""The recipes run end to end as a user would start them: a process each, on the CPU, with nothing downloaded."""
+"""The recipes run end to end on the CPU, with nothing downloaded; the processes that they start are forks (tools/fresh.py)."""
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file, save_file
 
-from fresh import run_module
+from fresh import Finished, run_module
 from recipes.checkout import module_environment
 
 for _package in ("trl", "datasets", "matplotlib", "yaml"):
@@ -37,10 +41,44 @@ def run(folder: Path, module: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_quickstart(tmp_path: Path) -> None:
-    script = "recipes.train.quickstart"
-    printed = run(tmp_path, script, "--smoke")
+class Forks:
+    """In place of the module `subprocess` of a recipe: what it starts is a fork with the libraries imported."""
+
+    PIPE = subprocess.PIPE
+
+    @staticmethod
+    def run(command: list[str], env: dict[str, str], **options: Any) -> Finished:
+        assert command[:2] == [sys.executable, "-m"] and env["PYTHONPATH"].startswith(str(ROOT))
+        done = run_module(*command[2:], environment=env, timeout=600, libraries=TRL)
+        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return done
+
+    class Popen:
+        """`accelerate launch` for one process, which starts another Python: only that one runs."""
+
+        def __init__(self, command: list[str], env: dict[str, str], cwd: Path) -> None:
+            assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+            args, *_ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
+            started, variables = prepare_simple_launcher_cmd_env(args)
+            assert started[1] == "-m"
+            environment = {**variables, **env}
+            self.done = run_module(*started[2:], cwd=cwd, environment=environment, timeout=600, libraries=TRL)
+            self.returncode = self.done.returncode
+
+        def wait(self) -> int:
+            assert self.returncode == 0, f"{self.done.stdout[-4000:]}\n{self.done.stderr[-4000:]}"
+            return self.returncode
+
+        poll = wait
+
+
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from recipes.train import quickstart
+
+    monkeypatch.setattr(quickstart, "subprocess", Forks)
     folder = tmp_path / "outputs" / "quickstart"
+    assert quickstart.main(folder, quickstart.SMOKE) == 0
+    printed = capsys.readouterr().out
     assert (folder / "experts.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((folder / "result.json").read_text())
     assert len(result["checks"]) == 5 and all(result["checks"].values())
@@ -58,7 +96,8 @@ def test_quickstart(tmp_path: Path) -> None:
     path = folder / "adapter" / "adapter_model.safetensors"
     weights = {name: -8 * weight if "_B." in name else weight for name, weight in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
-    assert json.loads(run(tmp_path, script, "--reload", str(folder)).splitlines()[-1]) != result["tokens"]
+    quickstart.reload(folder)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) != result["tokens"]
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -113,9 +152,7 @@ def test_configurations_parse(monkeypatch: pytest.MonkeyPatch, method: str, mode
 @pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2"])
 def test_accelerate_reads_its_configurations(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What `accelerate launch --config_file` makes of each, up to the point where it would start processes."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import FullyShardedDataParallelPlugin
-    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
     path = CONFIGS.parent / "accelerate" / f"{name}.yaml"
     module = "recipes.train.sft"
@@ -166,10 +203,13 @@ def test_corpora_hold_out_whole_groups() -> None:
         corpora.split([corpora.Document("a", "x")])
 
 
-def test_real_size_rehearsed(tmp_path: Path) -> None:
-    """Every step of `real_size` with a tiny model; its own checks have to hold (exit status)."""
+def test_real_size_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of `real_size` with a tiny model; its own checks have to hold (it raises otherwise)."""
+    from recipes.train import real_size
+
+    monkeypatch.setattr(real_size, "subprocess", Forks)
     options = ["--tiny", "--steps", "4", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "rows.json")]
-    run(tmp_path, "recipes.train.real_size", "sft_mistral_7b", *options)
+    real_size.main(["sft_mistral_7b", *options])
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row["failed"] == [] and len(row["losses"]) == 4 and len(row["resumed_losses"]) == 2
     assert math.isclose(row["fresh"]["loss"], row["eval_loss"], rel_tol=1e-4)

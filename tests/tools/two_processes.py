@@ -50,7 +50,7 @@ def process(rank: int, port: int, job: Any, directory: str) -> None:
 
 
 @functools.cache
-def _start_fork_server() -> None:
+def start_fork_server() -> None:
     """With this process's import path, which Python before 3.13 does not hand on: what is to be imported would not be found, and
     nobody would be told."""
     mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
@@ -71,7 +71,7 @@ def on_two(job: Any, directory: Any) -> list[Any]:
     They are forks of a process that has imported everything and done nothing (a fork server, one for each worker of pytest): an
     import of all that Transformers brings takes longer than the tests.
     """
-    _start_fork_server()
+    start_fork_server()
     mp.start_processes(process, (free_port(), job, str(directory)), nprocs=WORLD, start_method="forkserver")
     return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 

@@ -4,6 +4,7 @@ on, the next step is the plain form's, and what can still be fused is. Each case
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -42,11 +43,18 @@ def planned(monkeypatch) -> Iterator[list[str]]:
     yield names
 
 
-def trained(checkpointed: bool) -> Any:
+@functools.cache
+def untrained() -> Any:
+    """Copied by whoever takes it."""
     model = adapted(tiny_llama(attention_bias=True), **CONFIG).train()
     for name, settings in {"other": {"r": 3, "num_experts": 3, "rank_pattern": {"up_proj": 5}}, "third": {}}.items():
         model.add_adapter(name, switch_config(**{**CONFIG, **settings}))
         randomize_adapter(model, name, seed=len(name))
+    return model
+
+
+def trained(checkpointed: bool) -> Any:
+    model = copy.deepcopy(untrained())
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
