@@ -189,10 +189,13 @@ def test_saved_and_loaded(kind, tmp_path):
     assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
 
 
-def test_vllm_refuses_it_by_name(tmp_path):
+def test_vllm_reads_it(tmp_path):
     model_of("top-2").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"top_p=0.6 cannot be served by vLLM"):
-        read_adapter(str(tmp_path), read_settings(str(tmp_path)))
+    settings = read_settings(str(tmp_path))
+    assert read_adapter(str(tmp_path), settings).options.top_p == 0.6
+    for wrong in (0, 1.5, "half", True):
+        with pytest.raises(ValueError, match="top_p=.* must be a number above 0 and at most 1"):
+            read_adapter(str(tmp_path), {**settings, "top_p": wrong})
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
