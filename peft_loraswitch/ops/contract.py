@@ -18,20 +18,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..op_library import only_library
 
-
-def _the_only_library() -> torch.library.Library:
-    """PyTorch lets a namespace be defined once in a process. After a re-import of this package (importlib.reload, a purged
-    sys.modules) the new ops take the place of the old ones."""
-    before = vars(torch.ops.loraswitch).get("defined_by")
-    if before is not None:
-        before._destroy()
-    made = torch.library.Library("loraswitch", "DEF")
-    torch.ops.loraswitch.defined_by = made  # type: ignore[attr-defined]
-    return made
-
-
-library = _the_only_library()
+library = only_library("loraswitch")
 library.define("route(Tensor x, Tensor router, int top_k, bool normalize, float top_p=1.0) -> (Tensor, Tensor)")
 library.define(
     "route_context(Tensor x, Tensor router, Tensor previous, float decay, int top_k, bool normalize, Tensor? real=None, "

@@ -38,9 +38,8 @@ class RoutedTokens:
             logits = router_logits(self.x, weight)
         self.probabilities, self.logsumexp = logits.softmax(-1), logits.logsumexp(-1)
         chosen = self.real.expand(-1, self.experts.shape[-1]).flatten()
-        counts = torch.zeros(
-            num_experts + 1, dtype=torch.float32, device=self.x.device
-        )  # the last of what was not taken
+        # the last is of what was not taken
+        counts = torch.zeros(num_experts + 1, dtype=torch.float32, device=self.x.device)
         counts = counts.scatter_add(0, self.experts.flatten(), chosen)[:num_experts]
         z = (self.logsumexp.square() * self.real.squeeze(-1)).sum()
         self.sums = self.real.sum(), counts, (self.probabilities * self.real).sum(0), z

@@ -88,10 +88,7 @@ class _Call:
     ) -> None:
         """Everything up to the gated hidden, and what is kept of it."""
         spec = self.spec
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        if rows.dtype != spec.dtype:
-            rows = rows.to(spec.dtype)
-        self.rows = rows
+        self.rows = rows = _rows(x, spec.dtype)
         self.packed = packed = Packed(rows.shape[0], a, b, spec)
         packed.write(a, b)
         hidden = _hidden(rows, packed, a, spec)
@@ -175,7 +172,7 @@ class _Group(torch.autograd.Function):
         d_x = d_gates = None
         with _NoAutocast(present[0]):
             if x is not None:
-                rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+                rows = _by_token(x)
             d_rows = [None if d is None else _rows(d, spec.dtype) for d in d_outputs]
             packed = Packed(present[0].numel() // present[0].shape[-1], a, b, spec, memory)
             d_gated = _d_gated(d_rows, packed.wide_b(), spec)
@@ -247,12 +244,13 @@ class _NoAutocast:
 
 
 def _by_token(each: Tensor) -> Tensor:
+    """[..., n] -> [T, n]"""
     return each if each.dim() == 2 else each.reshape(-1, each.shape[-1])
 
 
-def _rows(d: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., out] -> [T, out]"""
-    rows = d if d.dim() == 2 else d.reshape(-1, d.shape[-1])
+def _rows(each: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., n] -> [T, n], in this dtype."""
+    rows = _by_token(each)
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 
@@ -389,7 +387,7 @@ def _dense(
     spec: Spec, i: int, x: Tensor, gates: Tensor, chosen: Tensor | None, a: Tensor, b: Tensor, base: Sequence[Tensor]
 ) -> Tensor:
     """What linear i adds to its base layer's result, with that unless it is given, up to the bias."""
-    rows, columns = x.reshape(-1, x.shape[-1]).to(spec.dtype), spec.columns[i]  # gates have one row a token
+    rows, columns = _rows(x, spec.dtype), spec.columns[i]  # gates have one row a token
     hidden = F.linear(rows, a.to(spec.dtype).flatten(0, 1)).unflatten(-1, a.shape[:2])
     if chosen is not None:
         hidden = hidden.where(chosen.unsqueeze(-1), 0.0)

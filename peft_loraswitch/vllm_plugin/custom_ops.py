@@ -13,20 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..op_library import only_library
 from .routing_tables import write_mask
 
-
-def _the_only_library() -> torch.library.Library:
-    """A namespace can be defined once in a process; after a re-import the new ops take the place of the old ones."""
-    before = vars(torch.ops.loraswitch_vllm).get("defined_by")
-    if before is not None:
-        before._destroy()
-    made = torch.library.Library("loraswitch_vllm", "DEF")
-    torch.ops.loraswitch_vllm.defined_by = made  # type: ignore[attr-defined]
-    return made
-
-
-library = _the_only_library()
+library = only_library("loraswitch_vllm")
 library.define(
     "route(Tensor x, Tensor? router, Tensor here, Tensor settings, Tensor token_slots, Tensor no_lora, bool first, "
     "Tensor(a!) mask) -> ()"

@@ -45,10 +45,6 @@ class RoutingTables:
         top_p = torch.tensor([options.top_p], dtype=torch.float32).view(torch.int32)
         self.settings[slot] = torch.cat([torch.tensor(row, dtype=torch.int32), top_p]).to(self.device)
 
-    def decide(self, logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """Mask rows float32 [tokens, max_rank] for logits float32 [tokens, max_choices] of adapters in `slot` int64 [tokens]."""
-        return decide(logits, self.settings[slot], self.mask.shape[1])
-
 
 def decide(logits: torch.Tensor, settings: torch.Tensor, max_rank: int) -> torch.Tensor:
     """Mask rows [tokens, max_rank] for logits [tokens, max_choices] (float32, or float64 in tests), with the settings

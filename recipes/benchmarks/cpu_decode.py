@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -27,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")  # before PyTorch is imported
 
 from recipes.benchmarks.decode.plan import TARGETS
-from recipes.checkout import ROOT, git
+from recipes.checkout import ROOT, processor, versions
 
 SIZE = {"vocabulary": 8192, "hidden": 1024, "intermediate": 2816, "layers": 2, "heads": 16}
 TINY = {"vocabulary": 96, "hidden": 32, "intermediate": 48, "layers": 2, "heads": 4}
@@ -120,7 +118,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "results" / "cpu_decode.json")
     args = parser.parse_args(argv)
     import torch
-    import transformers
 
     threads, rows = torch.get_num_threads(), []
     torch.set_num_threads(args.threads)
@@ -133,9 +130,7 @@ def main(argv: list[str]) -> None:
                 print(line(rows[-1]), flush=True)
     torch.set_num_threads(threads)
     header = {
-        "date": datetime.date.today().isoformat(), "commit": git("rev-parse", "HEAD"), "processor": platform.machine(),
-
-        "threads": args.threads, "torch": torch.__version__, "transformers": transformers.__version__, "rounds": args.rounds,
+        **versions("torch", "transformers"), "processor": processor(), "threads": args.threads, "rounds": args.rounds,
         "size": TINY if args.tiny else SIZE,
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)

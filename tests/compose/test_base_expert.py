@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import oracle
+from fusing import check_fused, check_fused_in_16_bit, check_merged
 from helpers import (
     adapted,
     adapter_gradients,
@@ -224,24 +225,13 @@ def test_mixed_batch():
 @kinds
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 7), (4, 30)], ids=str)
 def test_fused(kind, shape):
-    model = model_of(kind)
-    ids = tokens(*shape)
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        model.fuse_for_inference("fused")
-        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    check_fused(model_of(kind), tokens(*shape))
 
 
 @pytest.mark.parametrize("kind", ["hard", "top-2", "shared"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_merged(kind, in_place):
-    model = model_of(kind)
-    ids = tokens(1, 12)
-    with torch.no_grad():
-        expected = [model(input_ids=ids[:, i : i + 1]).logits for i in range(12)]
-        model.fuse_for_inference("merge", in_place=in_place)
-        for i in range(12):
-            torch.testing.assert_close(model(input_ids=ids[:, i : i + 1]).logits, expected[i], rtol=1e-4, atol=1e-4)
+    check_merged(model_of(kind), tokens(1, 12), in_place)
 
 
 @pytest.mark.gpu
@@ -251,15 +241,7 @@ def test_merged(kind, in_place):
 def test_fused_on_a_gpu(kind, shape):
     """The kernels take an index behind the stack for an expert that adds nothing: see csrc/loraswitch.h."""
     model = model_of(kind, tiny_llama(hidden_size=128, intermediate_size=256), r=8).to("cuda", torch.bfloat16)
-    ids = tokens(*shape).cuda()
-    with torch.no_grad():
-        wide = copy.deepcopy(model).float()
-        expected = wide(input_ids=ids).logits
-        unfused = model(input_ids=ids).logits
-        model.fuse_for_inference("fused")
-        fused = model(input_ids=ids).logits
-    error, bound = (fused.float() - expected).abs().mean(), (unfused.float() - expected).abs().mean()
-    assert error < 2 * bound + 1e-3
+    check_fused_in_16_bit(model, tokens(*shape).cuda())
 
 
 @pytest.mark.parametrize("strategy", ["fused", "merge"])

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 import oracle
+from fusing import check_fused, check_fused_in_16_bit, check_merged
 from helpers import (
     adapted,
     adapter_gradients,
@@ -255,24 +256,13 @@ def test_experts_that_are_left_out_reach_nothing(fused):
 @kinds
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 7), (4, 30)], ids=str)
 def test_fused(kind, shape):
-    model = model_of(kind)
-    ids = tokens(*shape)
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        model.fuse_for_inference("fused")
-        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    check_fused(model_of(kind), tokens(*shape))
 
 
 @pytest.mark.parametrize("kind", ["top-2", "base", "shared"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_merged(kind, in_place):
-    model = model_of(kind)
-    ids = tokens(1, 12)
-    with torch.no_grad():
-        expected = [model(input_ids=ids[:, i : i + 1]).logits for i in range(12)]
-        model.fuse_for_inference("merge", in_place=in_place)
-        for i in range(12):
-            torch.testing.assert_close(model(input_ids=ids[:, i : i + 1]).logits, expected[i], rtol=1e-4, atol=1e-4)
+    check_merged(model_of(kind), tokens(1, 12), in_place)
 
 
 @pytest.mark.gpu
@@ -281,14 +271,7 @@ def test_merged(kind, in_place):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 7), (4, 30), (8, 200)], ids=str)
 def test_fused_on_a_gpu(kind, shape):
     model = model_of(kind, tiny_llama(hidden_size=128, intermediate_size=256), r=8).to("cuda", torch.bfloat16)
-    ids = tokens(*shape).cuda()
-    with torch.no_grad():
-        expected = copy.deepcopy(model).float()(input_ids=ids).logits
-        unfused = model(input_ids=ids).logits
-        model.fuse_for_inference("fused")
-        fused = model(input_ids=ids).logits
-    error, bound = (fused.float() - expected).abs().mean(), (unfused.float() - expected).abs().mean()
-    assert error < 2 * bound + 1e-3
+    check_fused_in_16_bit(model, tokens(*shape).cuda())
 
 
 @kinds

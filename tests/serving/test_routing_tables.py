@@ -11,7 +11,7 @@ from peft_loraswitch.routing.decision import route
 from peft_loraswitch.routing.options import RoutingOptions
 from peft_loraswitch.vllm_plugin import custom_ops
 from peft_loraswitch.vllm_plugin.routing_site import RoutingSite
-from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables
+from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables, decide
 from peft_loraswitch.vllm_plugin.wide_lora import wide_a, wide_b, with_unrouted
 
 MAX_RANK, MAX_CHOICES, TOKENS = 48, 9, 40
@@ -29,6 +29,10 @@ def some_options(seed: int) -> RoutingOptions:
         base_expert=choose.random() < 0.5,
         top_p=choose.choice([1.0, 0.3, 0.7]),
     )
+
+
+def mask_of(tables: RoutingTables, logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    return decide(logits, tables.settings[slot], tables.mask.shape[1])
 
 
 def expected(logits: torch.Tensor, options: RoutingOptions) -> torch.Tensor:
@@ -53,7 +57,7 @@ def test_the_mask_is_the_decision(seed, kind):
         tables.place(slot, options)
         if kind == "-inf" and options.num_choices == 1:
             continue  # a token with nothing but -inf has no decision
-        mask = tables.decide(logits, torch.full((TOKENS,), slot))
+        mask = mask_of(tables, logits, torch.full((TOKENS,), slot))
         torch.testing.assert_close(mask, expected(logits[:, : options.num_choices], options), rtol=1e-6, atol=1e-7)
 
 
@@ -64,7 +68,7 @@ def test_nan_shows(seed):
     tables.place(0, options)
     logits = torch.randn(TOKENS, MAX_CHOICES)
     logits[3, 0] = torch.nan
-    mask = tables.decide(logits, torch.zeros(TOKENS, dtype=torch.long))
+    mask = mask_of(tables, logits, torch.zeros(TOKENS, dtype=torch.long))
     assert mask[3].isnan().any() and not mask[:3].isnan().any() and not mask[4:].isnan().any()
 
 
@@ -72,7 +76,7 @@ def test_the_hard_gate_is_exactly_one():
     options = RoutingOptions(num_experts=3, top_k=1, normalize_gates=True)
     tables = RoutingTables(slots=1, max_rank=6, max_choices=4, max_tokens=TOKENS)
     tables.place(0, options)
-    mask = tables.decide(torch.randn(TOKENS, 4) * 30, torch.zeros(TOKENS, dtype=torch.long))
+    mask = mask_of(tables, torch.randn(TOKENS, 4) * 30, torch.zeros(TOKENS, dtype=torch.long))
     assert set(mask.unique().tolist()) == {0.0, 1.0} and (mask.sum(-1) == 2).all()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -58,3 +60,32 @@ def gradients(model: nn.Module, tokens: torch.Tensor, parameters: list[nn.Parame
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
+
+
+@torch.no_grad()
+def check_fused(model: nn.Module, tokens: torch.Tensor) -> None:
+    """Fusing changes no logits. The model stays fused."""
+    expected = model(input_ids=tokens).logits
+    model.fuse_for_inference("fused")
+    torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def check_merged(model: nn.Module, tokens: torch.Tensor, in_place: bool) -> None:
+    """Nor does merging the experts of one token after the other."""
+    one_by_one = tokens.split(1, dim=1)
+    expected = [model(input_ids=token).logits for token in one_by_one]
+    model.fuse_for_inference("merge", in_place=in_place)
+    for token, wanted in zip(one_by_one, expected, strict=True):
+        torch.testing.assert_close(model(input_ids=token).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def check_fused_in_16_bit(model: nn.Module, tokens: torch.Tensor) -> None:
+    """Of a model in 16 bit, whose own forward rounds too: fused it is about as near to the float32 model."""
+    expected = copy.deepcopy(model).float()(input_ids=tokens).logits
+    unfused = model(input_ids=tokens).logits
+    model.fuse_for_inference("fused")
+    fused = model(input_ids=tokens).logits
+    error, bound = (fused.float() - expected).abs().mean(), (unfused.float() - expected).abs().mean()
+    assert error < 2 * bound + 1e-3
