@@ -84,7 +84,7 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
   __shared__ Plan plan_;
   __shared__ short ids[kIds];
   __shared__ float gates[kIds];
-  __shared__ Slots slots;
+  __shared__ Chosen<Shape::kTokens> chosen;
   __shared__ bool there;
   __shared__ __align__(8) uint64_t expanded_;
   float *partial = reinterpret_cast<float *>(raw + Shape::kRingBytes), *more = partial + kWarps * Shape::kPartial;
@@ -121,6 +121,8 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
         lists[at + i] = source;
       }
     }
+    if (threadIdx.x < kExpertWords) chosen.bits[threadIdx.x] = 0;
+    if (threadIdx.x == 0) chosen.twice = false;
     if (threadIdx.x == 0) mbarrier_init(expanded, kHelperThreads), plan_ = Plan{begin, n_tiles, panels, int(blockIdx.x % splits_of(in))};
   }
   __syncthreads();
@@ -129,12 +131,10 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
 
   if (warp >= kWarps) {
     if (!p.has_rank) return;
-    const int thread = threadIdx.x - kThreads, helper = warp - kWarps, num_experts = p.g.num_experts, entries = p.g.tokens * p.g.top_k;
-    const bool most = entries > num_experts;  // of the experts will have been chosen
+    const int thread = threadIdx.x - kThreads, entries = p.g.tokens * p.g.top_k;
     // Every `parts` blocks in a row have all parts of the features, and multiply the same tiles of A by them.
     const int parts = parts_of(in), row_of_blocks = blockIdx.x / parts, rows_of_blocks = p.sync ? gridDim.x / parts : 0;
-    const int with_tiles = p.sync ? min(rows_of_blocks, p.shrink_begin[p.g.n_items]) : 0;
-    const bool shrinks = row_of_blocks < with_tiles;
+    const bool every = p.shrink_begin[p.g.n_items] <= rows_of_blocks;
     pdl_wait();
     // What does not depend on each other is asked for at once: a round trip takes long beside the weights.
     constexpr int kEach = (kIds + kHelperThreads - 1) / kHelperThreads;
@@ -145,40 +145,27 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
       const int entry = thread + i * kHelperThreads;
       id[i] = entry < entries ? valid_id(p, entry) : short(-1), gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
     }
-    Shrink<E, Shape, NT> shrink(p, blockIdx.x % parts);
-    if (shrinks) shrink.load(shrink_tile(p, row_of_blocks), shrink.first);
-    if (most) {  // every expert's B will be needed
-      for (int i = thread; i < plan.n_tiles * num_experts; i += kHelperThreads) {
-        const int tile = plan.begin + i / num_experts, item = find_item(p, tile), rank = p.g.items[item].rank;
-        const int out = p.g.items[item].out_features, row = (tile - p.begin[item]) * kTile;
-        const char *b = static_cast<const char *>(p.g.items[item].lora_b) + (int64_t(i % num_experts) * out + row) * rank * 2;
-        for (int at = 0; at < min(kTile, out - row) * rank * 2; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + at));
-      }
-    }
+    Shrink<E, Shape, NT> shrink(p, chosen, every, blockIdx.x % parts);
+    if (every && row_of_blocks < shrink.tiles()) shrink.load(row_of_blocks, shrink.first);
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
       if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = id[i], gates[entry] = gate[i];
+    chosen.add(id, p.g.num_experts);
     barrier(kHelping, kHelperThreads);
-    if (shrinks) shrink.run(row_of_blocks, rows_of_blocks, most, ids, gates, more);
-    if (most) fill(p, ids, slots);
+    chosen.make_list(p.g.num_experts, p.g.tokens);
+    const int with_tiles = min(rows_of_blocks, shrink.tiles());
+    const bool shrinks = row_of_blocks < with_tiles;
+    if (shrinks && !every) shrink.load(row_of_blocks, shrink.first);
+    prefetch_b(p, chosen, plan.begin, tiles_of(0));
+    if (shrinks) shrink.run(row_of_blocks, rows_of_blocks, ids, gates, more);
+    chosen.make_slots(ids, p.g.tokens, p.g.top_k);
     for (int panel = 0; panel < plan.panels; ++panel) {
       const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
+      if (panel > 0) prefetch_b(p, chosen, begin, tiles);
+      Expand<E, Shape, NT> expand(p, chosen, p.sync ? hidden : static_cast<const E *>(p.g.hidden), begin, tiles);
       if (panel > 0) barrier(kSummed, kAllThreads);
-      using Expand = Expand<E, Shape, NT>;
-      constexpr int kEarly = 2;  // tiles whose B is on its way while the hidden is waited for
-      uint4 b[kEarly][Expand::kFirst][2];
-#pragma unroll
-      for (int q = 0; q < kEarly; ++q)
-        if (const int m = helper + q * kHelpers; m < tiles) Expand(p, begin + m, hidden).load_first(ids, b[q]);
       if (panel == 0 && p.sync) collect<E>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, hidden, there);
-#pragma unroll
-      for (int q = 0; q < kEarly; ++q)
-        if (const int m = helper + q * kHelpers; m < tiles) Expand(p, begin + m, hidden).run(ids, slots, b[q], more + m * kTile);
-      for (int m = helper + kEarly * kHelpers; m < tiles; m += kHelpers) {
-        const Expand expand(p, begin + m, hidden);
-        expand.load_first(ids, b[0]);
-        expand.run(ids, slots, b[0], more + m * kTile);
-      }
+      expand.run(more);
       mbarrier_arrive(expanded);
     }
     return;

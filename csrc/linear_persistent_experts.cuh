@@ -1,10 +1,13 @@
 // The four helper warps of a block of linear_persistent.cu, and the sizes that both files share.
 //
-//   Shrink   tiles of 16 rows of lora_a [E * rank, in] times all tokens; split-K over the blocks: each block takes one part of the
+//   Chosen   the list of the experts that any token chose, and where a token's hidden of each of them is
+//   Shrink   tiles of 16 rows of the chosen experts' lora_a times all tokens; split-K over the blocks: each block takes one part of the
 //            features and publishes float32 partial sums of the hidden in memory
+//   prefetch the chosen experts' lora_b to L2, while the shrink and the other blocks' parts of it are waited for
 //   collect  waits until all blocks have published, adds the parts up, rounds: hidden [tokens, top_k, rank] in shared memory
 //   Expand   for each 16-row tile of the panel: lora_b [16, chosen ranks] times the hidden, a partial sum for the epilogue
 #pragma once
+#include "chosen_experts.cuh"
 #include "cp_async.cuh"
 #include "mma.cuh"
 
@@ -59,62 +62,124 @@ __device__ __forceinline__ float4 operator+(const float4 &a, const float4 &b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Which tile of all experts' A: of which linear, beginning with which row.
-struct ShrinkTile {
-  int item, row;
+// The experts that any token chose, ascending, and where a token's hidden of each of them lies among those of the token.
+template <int TOKENS> struct Chosen {
+  static constexpr int kMost = TOKENS * LS_MAX_TOP_K;
+  static_assert(kMost <= LS_MAX_EXPERTS && kMost % 4 == 0, "filled four at a time; a place is a short");
+  unsigned bits[kExpertWords];  // the set; empty at first
+  int count;                    // of the list
+  bool twice;                   // a token has an expert twice; false at first
+  short list[kMost];
+  alignas(4) signed char slots[TOKENS * kMost];  // [tokens][count]: which of a token's top_k it is; -1: the token did not choose it
+
+  // The ids that this thread has read join the set. A barrier later, make_list().
+  template <int N> __device__ __forceinline__ void add(const short (&id)[N], int num_experts) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    for (int word = 0; word * 32 < num_experts; ++word) {
+      unsigned mine = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (id[i] >> 5 == word) mine |= 1u << (id[i] & 31);
+      mine = __reduce_or_sync(0xffffffffu, mine);
+      if (threadIdx.x % 32 == 0 && mine) atomicOr(&bits[word], mine);
+    }
+#endif
+  }
+  __device__ __forceinline__ bool has(int expert) const { return bits[expert / 32] >> expert % 32 & 1; }
+
+  // By all helpers, a barrier at the end.
+  __device__ __forceinline__ void make_list(int num_experts, int tokens) {
+    const int thread = threadIdx.x - kThreads, lane = thread % 32, n = place_of(bits, (num_experts + 31) / 32 * 32);
+    for (int word = thread / 32; word * 32 < num_experts; word += kHelpers)
+      if (const int expert = word * 32 + lane; has(expert)) list[place_of(bits, expert)] = short(expert);
+    if (thread == 0) count = n;
+    for (int i = thread; i < (tokens * n + 3) / 4; i += kHelperThreads) reinterpret_cast<int *>(slots)[i] = -1;
+    barrier(kHelping, kHelperThreads);
+  }
+
+  // By all helpers, after make_list(), a barrier at the end. If a token has an expert twice, which is unusual, every choice of every
+  // token gets a place of its own in the list.
+  __device__ __forceinline__ void make_slots(const short *ids, int tokens, int top_k) {
+    const int thread = threadIdx.x - kThreads;
+    if (thread < tokens)
+      for (int j = 0; j < top_k; ++j) {
+        const int expert = ids[thread * top_k + j];
+        if (expert < 0) continue;
+        signed char &slot = slots[thread * count + place_of(bits, expert)];
+        if (slot >= 0) twice = true;
+        slot = static_cast<signed char>(j);
+      }
+    barrier(kHelping, kHelperThreads);
+    if (!twice) return;
+    const int entries = tokens * top_k;
+    for (int i = thread; i < tokens * entries; i += kHelperThreads) {
+      const int entry = i % entries;
+      slots[i] = entry / top_k == i / entries && ids[entry] >= 0 ? static_cast<signed char>(entry % top_k) : static_cast<signed char>(-1);
+    }
+    for (int i = thread; i < entries; i += kHelperThreads) list[i] = ids[i];  // -1 stays -1: none
+    if (thread == 0) count = entries;
+    barrier(kHelping, kHelperThreads);
+  }
 };
-__device__ __forceinline__ ShrinkTile shrink_tile(const GroupParams &p, int tile) {
-  int item = 0;
-  while (tile >= p.shrink_begin[item + 1]) ++item;
-  return ShrinkTile{item, (tile - p.shrink_begin[item]) * kTile};
-}
 
 // The helpers' shrink: tiles of A, every `stride`-th from `tile`, times one part of the features, for the other blocks to see.
+//
+// The tiles are those of the chosen experts, so A is asked for when the ids have been read. But if there is a tile of all experts for
+// each row of blocks, each takes that one (`every`): it can be asked for together with the ids.
 template <class E, class Shape, int NT> struct Shrink {
   static constexpr int kChunks = kSlice * kWarps / kHelpers / kChunk;  // of a helper, of one split
   const GroupParams &p;
+  const Chosen<Shape::kTokens> &chosen;
+  const bool every;
   const int part, first, last;  // splits
   uint4 w[kChunks][2], x[kChunks][NT];
 
-  __device__ __forceinline__ Shrink(const GroupParams &params, int number)
+  __device__ __forceinline__ Shrink(const GroupParams &params, const Chosen<Shape::kTokens> &experts, bool all, int number)
       : p(params),
+        chosen(experts),
+        every(all),
         part(number),
         first(number * splits_each(p.g.in_features)),
         last(min(first + splits_each(p.g.in_features), splits_of(p.g.in_features))) {}
 
-  __device__ __forceinline__ void load(const ShrinkTile &at, int split) {
+  __device__ __forceinline__ int experts() const { return every ? p.g.num_experts : chosen.count; }
+  __device__ __forceinline__ int tiles() const { return every ? p.shrink_begin[p.g.n_items] : shrink_tiles(p.g.items, p.g.n_items, experts()); }
+  __device__ __forceinline__ int expert(int place) const { return place < 0 || every ? place : chosen.list[place]; }
+
+  __device__ __forceinline__ void load(int tile, int split) {
+    const ShrinkTile at = shrink_tile(p.g.items, experts(), tile);
     const int helper = (threadIdx.x - kThreads) / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, in = p.g.in_features;
     const ls_item &item = p.g.items[at.item];
-    const int feature = (split * kHelpers + helper) * kChunks * kChunk + t * kUnit, last_row = p.g.num_experts * item.rank - 1;
+    const int feature = (split * kHelpers + helper) * kChunks * kChunk + t * kUnit;
     const E *a = static_cast<const E *>(item.lora_a) + feature, *input = static_cast<const E *>(p.g.x) + feature;
     const uint4 zero = make_uint4(0, 0, 0, 0);
+    const E *rows[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool there = at.place[h] >= 0;  // in place of rows that there are not the first: nobody takes those sums
+      rows[h] = a + (int64_t(expert(there ? at.place[h] : at.place[0])) * item.rank + (there ? at.rank[h] : at.rank[0]) + g) * in;
+    }
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const bool inside = feature + c * kChunk < in;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) w[c][h] = inside ? load_static(a + int64_t(min(at.row + h * 8 + g, last_row)) * in + c * kChunk) : zero;
+      for (int h = 0; h < 2; ++h) w[c][h] = inside ? load_static(rows[h] + c * kChunk) : zero;
 #pragma unroll
       for (int n = 0; n < NT; ++n)
         x[c][n] = inside && n * 8 + g < p.g.tokens ? load_shared_input(input + int64_t(n * 8 + g) * in + c * kChunk) : zero;
     }
   }
 
-  __device__ __forceinline__ bool chosen(const ShrinkTile &at, const short *ids) const {
-    const int rank = p.g.items[at.item].rank, entries = p.g.tokens * p.g.top_k;
-    bool any = false;
-    for (int i = threadIdx.x % 32; i < entries; i += 32) any |= ids[i] >= at.row / rank && ids[i] <= (at.row + kTile - 1) / rank;
-    return __any_sync(0xffffffffu, any);
-  }
-
   // Of the first tile, the first split has been asked for.
-  __device__ __forceinline__ void run(int tile, int stride, bool most, const short *ids, const float *gates, float *partial) {
+  __device__ __forceinline__ void run(int tile, int stride, const short *ids, const float *gates, float *partial) {
     const int thread = threadIdx.x - kThreads, helper = thread / 32, g = thread % 32 / 4, t = thread % 4, top_k = p.g.top_k;
-    for (bool loaded = true; tile < p.shrink_begin[p.g.n_items]; tile += stride, loaded = false) {
-      const ShrinkTile at = shrink_tile(p, tile);
-      if (!most && !chosen(at, ids)) continue;  // nobody will read it
+    for (bool loaded = true; tile < tiles(); tile += stride, loaded = false) {
+      const ShrinkTile at = shrink_tile(p.g.items, experts(), tile);
+      const int of[2] = {expert(at.place[0]), expert(at.place[1])};
+      if (every && !chosen.has(of[0]) && !(of[1] >= 0 && chosen.has(of[1]))) break;  // nobody will read it; and there is no other
       float sum[NT][4] = {};
       for (int split = first; split < last; ++split, loaded = false) {
-        if (!loaded) load(at, split);
+        if (!loaded) load(tile, split);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c)
 #pragma unroll
@@ -129,19 +194,20 @@ template <class E, class Shape, int NT> struct Shrink {
       barrier(kHelping, kHelperThreads);
       // Four rows of A and a token for each thread. Ranks are divisible by 8: the rows are of one expert.
       const ls_item &item = p.g.items[at.item];
-      const int rank = item.rank, quad = thread % 4 * 4, row = at.row + quad, token = thread / 4;
+      const int quad = thread % 4 * 4, token = thread / 4, owner = quad < kRanksOfUnit ? of[0] : of[1];
+      const int rank = (quad < kRanksOfUnit ? at.rank[0] : at.rank[1]) + quad % kRanksOfUnit;
       float *sums = static_cast<float *>(p.g.hidden) + part * p.hidden_elements + p.hidden[at.item];
       static_assert(Shape::kTokens <= kHelperThreads / 4, "one token for each thread");
-      if (row >= p.g.num_experts * rank || token >= p.g.tokens) continue;
+      if (owner < 0 || token >= p.g.tokens) continue;
       float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
       for (int k = 0; k < kHelpers; ++k)
         total = total + *reinterpret_cast<const float4 *>(partial + k * Shape::kShrinkPartial + token * Shape::kShrinkStride + quad);
       for (int j = 0; j < top_k; ++j) {
         const int entry = token * top_k + j;
-        if (ids[entry] != row / rank) continue;
+        if (ids[entry] != owner) continue;
         const float gate = gates[entry] * item.scaling;
-        *reinterpret_cast<float4 *>(sums + int64_t(entry) * rank + row % rank) =
+        *reinterpret_cast<float4 *>(sums + int64_t(entry) * item.rank + rank) =
             make_float4(gate * total.x, gate * total.y, gate * total.z, gate * total.w);
       }
     }
@@ -185,92 +251,116 @@ template <class E> __device__ __forceinline__ void collect(const GroupParams &p,
   if (thread == 0 && leave(p.sync, gridDim.x)) *p.sync = Sync{0, 0, 0, 0};
 }
 
-// Where an expert's hidden lies among those of a token: which of its top_k; -1: the token did not choose it.
-struct Slots {
-  static constexpr int kMost = 2048;
-  signed char of[kMost];  // [tokens][num_experts]
-  bool useful;            // there is room, and no token has an expert twice
-};
-
-__device__ __forceinline__ void fill(const GroupParams &p, const short *ids, Slots &slots) {
-  const int thread = threadIdx.x - kThreads, experts = p.g.num_experts, n = p.g.tokens * experts;
-  if (thread == 0) slots.useful = n <= Slots::kMost;
-  for (int i = thread; i < min(n, Slots::kMost); i += kHelperThreads) slots.of[i] = -1;
-  barrier(kHelping, kHelperThreads);
-  if (n <= Slots::kMost && thread < p.g.tokens)
-    for (int j = 0; j < p.g.top_k; ++j) {
-      const int e = ids[thread * p.g.top_k + j];
-      if (e < 0) continue;
-      if (slots.of[thread * experts + e] >= 0) slots.useful = false;
-      slots.of[thread * experts + e] = static_cast<signed char>(j);
-    }
-  barrier(kHelping, kHelperThreads);
+// The chosen experts' rows of B of these tiles of the weights on their way to L2, in the order in which they will be needed: as much of
+// it as stays there until then.
+constexpr int kPrefetchedBytes = 128 << 10;
+template <class List> __device__ __forceinline__ void prefetch_b(const GroupParams &p, const List &chosen, int first_tile, int n_tiles) {
+  const int count = chosen.count;
+  for (int i = threadIdx.x - kThreads; i < n_tiles * count; i += kHelperThreads) {
+    const int tile = first_tile + i / count, item = find_item(p, tile), rank = p.g.items[item].rank, expert = chosen.list[i % count];
+    if (i * kTile * rank * 2 >= kPrefetchedBytes) break;
+    if (expert < 0) continue;
+    const int out = p.g.items[item].out_features, row = (tile - p.begin[item]) * kTile;
+    const char *b = static_cast<const char *>(p.g.items[item].lora_b) + (int64_t(expert) * out + row) * rank * 2;
+    for (int at = 0; at < min(kTile, out - row) * rank * 2; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + at));
+  }
 }
 
-// A helper's part of the second product: what the experts add to one tile of the weight.
+// A helper's part of the second product: what the experts add to every fourth tile of a panel of the weights, `tiles` from `begin` on.
+// A lane takes the units of B (Units) one after the other through all of them, and asks for each kAhead of them before it is multiplied.
 template <class E, class Shape, int NT> struct Expand {
-  static constexpr int kFirst = 2;  // chunks of B that are asked for early
-  ExpertColumns experts;
-  int row, last;
+  static constexpr int kAhead = 8;
+  using List = Chosen<Shape::kTokens>;
+  const GroupParams &p;
+  const List &chosen;
+  const E *hidden;  // of the group
+  const int begin, tiles, count;
 
-  __device__ __forceinline__ Expand(const GroupParams &p, int tile, const E *hidden) : Expand(p, tile, find_item(p, tile), hidden) {}
-  __device__ __forceinline__ Expand(const GroupParams &p, int tile, int item, const E *hidden) : experts(p, item) {
-    if (p.sync) experts.hidden = reinterpret_cast<const char *>(hidden + p.hidden[item]);
-    row = (tile - p.begin[item]) * kTile + threadIdx.x % 32 / 4, last = p.g.items[item].out_features - 1;
-    if (experts.rank == 0) experts.chunks = 0;
-  }
-  __device__ __forceinline__ void load(int chunk, const short *ids, uint4 (&to)[2]) const {
-    experts.template load_b<E>(experts.unit_of(chunk, ids), min(row, last), min(row + 8, last), to);
-  }
-  __device__ __forceinline__ void load_first(const short *ids, uint4 (&b)[kFirst][2]) const {
+  struct Source {  // what is asked for next
+    int tile, per_expert;  // elements
+    const E *rows[2];      // this lane's, of the first expert
+    Units units;
+  };
+  struct Step {  // what is multiplied next
+    int tile;
+    const uint4 *hidden;  // of the linear
+    Units units;
+  };
+  Source source;
+  Step step;
+  uint4 b[kAhead][2];
+
+  __device__ __forceinline__ Expand(const GroupParams &params, const List &experts, const E *hidden, int begin, int tiles)
+      : p(params), chosen(experts), hidden(hidden), begin(begin), tiles(tiles), count(experts.count) {
+    const int helper = (threadIdx.x - kThreads) / 32;
+    enter(source, helper), enter(step, helper);
 #pragma unroll
-    for (int c = 0; c < kFirst; ++c)
-      if (c < experts.chunks) load(c, ids, b[c]);
+    for (int i = 0; i < kAhead; ++i) load(b[i]);
   }
-  __device__ __forceinline__ void multiply(int chunk, const short *ids, const Slots &slots, const uint4 (&up)[2],
-                                           float (&sum)[NT][4]) const {
-    const ExpertColumns::Unit unit = experts.unit_of(chunk, ids);
-    uint4 h[NT];
-    if (experts.by_pair || !slots.useful) {
-      experts.template load_hidden<E, NT>(unit, ids, h);
-    } else {
-      int slot[NT];
+  __device__ __forceinline__ void enter(Source &at, int tile) const {
+    at.tile = tile;
+    if (tile >= tiles) return;
+    const int i = find_item(p, begin + tile);
+    const ls_item &item = p.g.items[i];
+    const int rank = item.rank, row = (begin + tile - p.begin[i]) * kTile + threadIdx.x % 32 / 4, last = item.out_features - 1;
+    at.per_expert = item.out_features * rank;
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const int token = n * 8 + threadIdx.x % 32 / 4;
-        slot[n] = unit.expert >= 0 && token < experts.tokens ? slots.of[token * experts.num_experts + unit.expert] : -1;
-      }
+    for (int h = 0; h < 2; ++h) at.rows[h] = static_cast<const E *>(item.lora_b) + int64_t(min(row + h * 8, last)) * rank;
+    at.units = Units(rank, count, threadIdx.x % 4);
+  }
+  __device__ __forceinline__ void enter(Step &at, int tile) const {
+    at.tile = tile;
+    if (tile >= tiles) return;
+    const int i = find_item(p, begin + tile);
+    at.hidden = reinterpret_cast<const uint4 *>(hidden + p.hidden[i]);
+    at.units = Units(p.g.items[i].rank, count, threadIdx.x % 4);
+  }
+  __device__ __forceinline__ void load(uint4 (&to)[2]) {
+    if (source.tile >= tiles) return;
+    const int expert = source.units.place < count ? chosen.list[source.units.place] : -1;
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const int entry = (n * 8 + threadIdx.x % 32 / 4) * experts.top_k + slot[n];
-        h[n] = make_uint4(0, 0, 0, 0);
-        if (slot[n] >= 0) h[n] = load_shared_input(reinterpret_cast<const E *>(experts.hidden) + entry * experts.rank + unit.offset);
-      }
+    for (int h = 0; h < 2; ++h) {
+      to[h] = make_uint4(0, 0, 0, 0);
+      if (expert >= 0) to[h] = load_static(source.rows[h] + (int64_t(expert) * source.per_expert + source.units.unit * kUnit));
+    }
+    if (!source.units.next()) enter(source, source.tile + kHelpers);
+  }
+  __device__ __forceinline__ void multiply(const uint4 (&up)[2], float (&sum)[NT][4]) const {
+    int slot[NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int token = n * 8 + threadIdx.x % 32 / 4;
+      slot[n] = step.units.place < count && token < p.g.tokens ? chosen.slots[token * count + step.units.place] : -1;
     }
 #pragma unroll
-    for (int n = 0; n < NT; ++n) mma32<E>(sum[n], up, h[n]);
+    for (int n = 0; n < NT; ++n) {
+      const int entry = (n * 8 + threadIdx.x % 32 / 4) * p.g.top_k + slot[n];
+      uint4 h = make_uint4(0, 0, 0, 0);
+      if (slot[n] >= 0) h = load_shared_input(step.hidden + entry * step.units.each + step.units.unit);
+      mma32<E>(sum[n], up, h);
+    }
   }
-  // [kTokens][kStride] from `sums`. b: what load_first() loaded.
-  __device__ __forceinline__ void run(const short *ids, const Slots &slots, const uint4 (&b)[kFirst][2], float *sums) const {
+  // sums: [kTokens][kStride] for the panel. The hidden must be there.
+  __device__ __forceinline__ void run(float *sums) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float sum[NT][4] = {};
+    while (step.tile < tiles) {
 #pragma unroll
-    for (int c = 0; c < kFirst; ++c)
-      if (c < experts.chunks) multiply(c, ids, slots, b[c], sum);
-    constexpr int kAhead = 4;
-    for (int chunk = kFirst; chunk < experts.chunks; chunk += kAhead) {
-      uint4 more[kAhead][2];
+      for (int i = 0; i < kAhead; ++i) {
+        if (step.tile >= tiles) break;
+        multiply(b[i], sum);
+        load(b[i]);
+        if (step.units.next()) continue;
 #pragma unroll
-      for (int c = 0; c < kAhead; ++c)
-        if (chunk + c < experts.chunks) load(chunk + c, ids, more[c]);
+        for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int c = 0; c < kAhead; ++c)
-        if (chunk + c < experts.chunks) multiply(chunk + c, ids, slots, more[c], sum);
+          for (int k = 0; k < 4; ++k) {
+            sums[(n * 8 + t * 2 + k % 2) * Shape::kStride + step.tile * kTile + k / 2 * 8 + g] = sum[n][k];
+            sum[n][k] = 0.f;
+          }
+        enter(step, step.tile + kHelpers);
+      }
     }
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[(n * 8 + t * 2 + i % 2) * Shape::kStride + i / 2 * 8 + g] = sum[n][i];
   }
 };
 
