@@ -8,7 +8,7 @@
 //   for each panel
 //   block: 8 warps with a share of the input features each (split-K inside the block), 4 helper warps for the experts
 //   shared memory (up to 226 KB): for each of the 8 warps a ring of STAGES stages (16 rows of 64 features of x or of the weight),
-//   filled by cp.async; 9 partial tiles in float32; the hidden
+//   filled by cp.async; 9 partial tiles in float32, before that what the helpers ask for; the hidden
 //
 // From a few tokens on, reading x again for every 16 or 32 rows takes as long as reading the weight. So a block owns panels, goes over
 // the input features once for each, and partial sums meet once, in the panel's epilogue.
@@ -28,6 +28,8 @@
 namespace ls {
 namespace {
 
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
 // NT tiles of 8 tokens; a panel has up to MT tiles of 16 rows. A stage is 2 KB: a tile, 64 features wide, or with more tokens two
 // tiles, 32 features wide, so that x takes half the registers.
 template <class E, int NT, int MT, int STAGES> struct Panel {
@@ -38,7 +40,11 @@ template <class E, int NT, int MT, int STAGES> struct Panel {
   static constexpr int kStageBytes = kTiles * kTile * kWide * 2;
   static constexpr int kStride = kTile * MT + 4, kPartial = kTokens * kStride;     // floats of a warp's partial sums of a panel
   static constexpr int kShrinkStride = kTile + 4, kShrinkPartial = kTokens * kShrinkStride;  // and a helper, for a tile of A
-  static constexpr int kRingBytes = kWarps * STAGES * kStageBytes, kPartialBytes = (kWarps + 1) * kPartial * 4;
+  // What a helper thread asks for at once, in pieces of 16 bytes: of a split of a tile of A, of x for it, and at most.
+  static constexpr int kPiecesOfA = 8, kPiecesOfX = 4 * NT;
+  static constexpr int kPieces = larger(2 * (kPiecesOfA + kPiecesOfX), 3 * kPiecesOfA + kPiecesOfX);
+  static constexpr int kRoomBytes = larger(kWarps * kPartial * 4, kPieces * kHelperThreads * 16);  // of those, then of partial sums
+  static constexpr int kRingBytes = kWarps * STAGES * kStageBytes, kPartialBytes = kRoomBytes + kPartial * 4;
   static constexpr int kBytes = kRingBytes + kPartialBytes + kPersistentHidden * 2;
   static_assert(NT <= 2 * kTiles && MT % kTiles == 0, "x is one stage, a panel a number of them");
   static_assert(kHelpers * kShrinkPartial <= kPartial, "a tile of A needs room");
@@ -86,12 +92,13 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
   __shared__ float gates[kIds];
   __shared__ Chosen<Shape::kTokens> chosen;
   __shared__ bool there;
-  __shared__ __align__(8) uint64_t expanded_;
-  float *partial = reinterpret_cast<float *>(raw + Shape::kRingBytes), *more = partial + kWarps * Shape::kPartial;
+  __shared__ __align__(8) uint64_t expanded_, free_;
+  float *partial = reinterpret_cast<float *>(raw + Shape::kRingBytes), *more = partial + Shape::kRoomBytes / 4;
   E *hidden = reinterpret_cast<E *>(raw + Shape::kRingBytes + Shape::kPartialBytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, in = p.g.in_features;
   const volatile Plan &plan = plan_;
   const uint32_t expanded = shared_address(&expanded_);  // barrier: the helpers have written their partial sum of a panel
+  const uint32_t free = shared_address(&free_);          // barrier: they need the room of the other warps' partial sums no longer
   pdl_trigger();
   {
     const unsigned total = p.begin[p.g.n_items];
@@ -123,7 +130,8 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
     }
     if (threadIdx.x < kExpertWords) chosen.bits[threadIdx.x] = 0;
     if (threadIdx.x == 0) chosen.twice = false;
-    if (threadIdx.x == 0) mbarrier_init(expanded, kHelperThreads), plan_ = Plan{begin, n_tiles, panels, int(blockIdx.x % splits_of(in))};
+    if (threadIdx.x == 0) mbarrier_init(expanded, kHelperThreads), mbarrier_init(free, kHelperThreads);
+    if (threadIdx.x == 0) plan_ = Plan{begin, n_tiles, panels, int(blockIdx.x % splits_of(in))};
   }
   __syncthreads();
   auto first_tile = [&](int panel) { return (list_of[panel] - panel) * kTiles; };
@@ -145,8 +153,12 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
       const int entry = thread + i * kHelperThreads;
       id[i] = entry < entries ? valid_id(p, entry) : short(-1), gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
     }
-    Shrink<E, Shape, NT> shrink(p, chosen, every, blockIdx.x % parts);
-    if (every && row_of_blocks < shrink.tiles()) shrink.load(row_of_blocks, shrink.first);
+    uint4 *room = reinterpret_cast<uint4 *>(partial) + thread;
+    Shrink<E, Shape, NT> shrink(p, chosen, every, blockIdx.x % parts, row_of_blocks, rows_of_blocks, room);
+    if (row_of_blocks < min(rows_of_blocks, p.shrink_begin[p.g.n_items])) {
+      shrink.begin_with_x();
+      if (every) shrink.begin();
+    }
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
       if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = id[i], gates[entry] = gate[i];
@@ -155,16 +167,20 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
     chosen.make_list(p.g.num_experts, p.g.tokens);
     const int with_tiles = min(rows_of_blocks, shrink.tiles());
     const bool shrinks = row_of_blocks < with_tiles;
-    if (shrinks && !every) shrink.load(row_of_blocks, shrink.first);
+    if (shrinks && !every) shrink.begin();
     prefetch_b(p, chosen, plan.begin, tiles_of(0));
-    if (shrinks) shrink.run(row_of_blocks, rows_of_blocks, ids, gates, more);
+    if (shrinks) shrink.run(row_of_blocks, ids, gates, more);
+    copy_commit();
+    copy_wait<0>();  // also of what was asked for in vain: its room is used again
     chosen.make_slots(ids, p.g.tokens, p.g.top_k);
     for (int panel = 0; panel < plan.panels; ++panel) {
       const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
       if (panel > 0) prefetch_b(p, chosen, begin, tiles);
       Expand<E, Shape, NT> expand(p, chosen, p.sync ? hidden : static_cast<const E *>(p.g.hidden), begin, tiles);
       if (panel > 0) barrier(kSummed, kAllThreads);
-      if (panel == 0 && p.sync) collect<E>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, hidden, there);
+      if (panel == 0 && p.sync)
+        collect<E, Shape::kPieces>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, room, hidden, there);
+      if (panel == 0) mbarrier_arrive(free);
       expand.run(more);
       mbarrier_arrive(expanded);
     }
@@ -292,6 +308,7 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
     } while ((slice = next_slice(slice)) != first_slice());
 
     if (panel > 0) barrier(kMultiplying, kThreads);  // the panel before this one has been summed up
+    if (panel == 0 && p.has_rank) mbarrier_wait(free, 0);
     float *sums = partial + warp * Shape::kPartial + t * 2 * Shape::kStride + g;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {

@@ -122,68 +122,129 @@ template <int TOKENS> struct Chosen {
   }
 };
 
+// What a helper thread asks for itself lies in shared memory of its own, a piece of 16 bytes every kHelperThreads pieces: no other
+// thread reads it, so there are no barriers. It is where the other warps' partial sums of the first panel come later.
+__device__ __forceinline__ uint4 &piece(uint4 *room, int i) { return room[i * kHelperThreads]; }
+
 // The helpers' shrink: tiles of A, every `stride`-th from `tile`, times one part of the features, for the other blocks to see.
 //
 // The tiles are those of the chosen experts, so A is asked for when the ids have been read. But if there is a tile of all experts for
-// each row of blocks, each takes that one (`every`): it can be asked for together with the ids.
+// each row of blocks, each takes that one (`every`): it can be asked for together with the ids. Two to four stages, each a split of a
+// tile, are on their way at once, so that a tile costs its bytes and not a trip to memory. x is the same for all tiles: a part of one
+// split stays, of more it comes with each stage.
 template <class E, class Shape, int NT> struct Shrink {
   static constexpr int kChunks = kSlice * kWarps / kHelpers / kChunk;  // of a helper, of one split
+  static constexpr int kA = Shape::kPiecesOfA, kX = Shape::kPiecesOfX;
+  static constexpr int kMany = (Shape::kPieces - kX) / kA;  // stages where x stays
+  static_assert(kA == 2 * kChunks && kX == NT * kChunks && kMany > 2 && Shape::kPieces >= 2 * (kA + kX), "room for the stages");
   const GroupParams &p;
   const Chosen<Shape::kTokens> &chosen;
   const bool every;
   const int part, first, last;  // splits
-  uint4 w[kChunks][2], x[kChunks][NT];
+  const int stride;
+  uint4 *const room;
+  int tile, split, stage;  // what is asked for next, and where
 
-  __device__ __forceinline__ Shrink(const GroupParams &params, const Chosen<Shape::kTokens> &experts, bool all, int number)
+  __device__ __forceinline__ Shrink(const GroupParams &params, const Chosen<Shape::kTokens> &experts, bool all, int number, int begin,
+                                    int stride, uint4 *room)
       : p(params),
         chosen(experts),
         every(all),
         part(number),
         first(number * splits_each(p.g.in_features)),
-        last(min(first + splits_each(p.g.in_features), splits_of(p.g.in_features))) {}
+        last(min(first + splits_each(p.g.in_features), splits_of(p.g.in_features))),
+        stride(stride),
+        room(room),
+        tile(begin),
+        split(first),
+        stage(0) {}
 
   __device__ __forceinline__ int experts() const { return every ? p.g.num_experts : chosen.count; }
   __device__ __forceinline__ int tiles() const { return every ? p.shrink_begin[p.g.n_items] : shrink_tiles(p.g.items, p.g.n_items, experts()); }
   __device__ __forceinline__ int expert(int place) const { return place < 0 || every ? place : chosen.list[place]; }
+  __device__ __forceinline__ bool x_stays() const { return last - first == 1; }
+  __device__ __forceinline__ int stages() const { return x_stays() ? kMany : 2; }
+  __device__ __forceinline__ int pieces_of_a(int stage) const { return kX + stage * (x_stays() ? kA : kA + kX); }
+  __device__ __forceinline__ int pieces_of_x(int stage) const { return x_stays() ? 0 : stage * (kA + kX); }
+  // This thread's first feature of a split; with chunks of 32 from there on, all lanes of a warp are inside in_features, or none.
+  __device__ __forceinline__ int feature(int split) const {
+    return (split * kHelpers + (threadIdx.x - kThreads) / 32) * kChunks * kChunk + threadIdx.x % 4 * kUnit;
+  }
+  __device__ __forceinline__ int token(int n) const { return n * 8 + threadIdx.x % 32 / 4; }
 
-  __device__ __forceinline__ void load(int tile, int split) {
-    const ShrinkTile at = shrink_tile(p.g.items, experts(), tile);
-    const int helper = (threadIdx.x - kThreads) / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, in = p.g.in_features;
-    const ls_item &item = p.g.items[at.item];
-    const int feature = (split * kHelpers + helper) * kChunks * kChunk + t * kUnit;
-    const E *a = static_cast<const E *>(item.lora_a) + feature, *input = static_cast<const E *>(p.g.x) + feature;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    const E *rows[2];
+  __device__ __forceinline__ void ask_for_x(int split, int at) const {
+    const int in = p.g.in_features, from = feature(split);
+    const E *x = static_cast<const E *>(p.g.x) + from;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const bool there = at.place[h] >= 0;  // in place of rows that there are not the first: nobody takes those sums
-      rows[h] = a + (int64_t(expert(there ? at.place[h] : at.place[0])) * item.rank + (there ? at.rank[h] : at.rank[0]) + g) * in;
-    }
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const bool inside = feature + c * kChunk < in;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) w[c][h] = inside ? load_static(rows[h] + c * kChunk) : zero;
+    for (int c = 0; c < kChunks; ++c)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
-        x[c][n] = inside && n * 8 + g < p.g.tokens ? load_shared_input(input + int64_t(n * 8 + g) * in + c * kChunk) : zero;
+        if (from + c * kChunk < in && token(n) < p.g.tokens)
+          copy16(&piece(room, at + c * NT + n), x + int64_t(token(n)) * in + c * kChunk);
+  }
+  __device__ __forceinline__ void ask_for_a(int tile, int split, int at) const {
+    const ShrinkTile of = shrink_tile(p.g.items, experts(), tile);
+    const ls_item &item = p.g.items[of.item];
+    const int in = p.g.in_features, from = feature(split);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool there = of.place[h] >= 0;  // in place of rows that there are not the first: nobody takes those sums
+      const int owner = expert(there ? of.place[h] : of.place[0]), rank = there ? of.rank[h] : of.rank[0];
+      const E *a = static_cast<const E *>(item.lora_a) + (int64_t(owner) * item.rank + rank + threadIdx.x % 32 / 4) * in + from;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+        if (from + c * kChunk < in) copy16(&piece(room, at + c * 2 + h), a + c * kChunk);
+    }
+  }
+  // One stage, if there is one more: always one group of copies.
+  __device__ __forceinline__ void ask(bool with_x) {
+    if (tile < tiles()) {
+      ask_for_a(tile, split, pieces_of_a(stage));
+      if (with_x && !x_stays()) ask_for_x(split, pieces_of_x(stage));
+    }
+    copy_commit();
+    if (++split == last) split = first, tile += stride;
+    if (++stage == stages()) stage = 0;
+  }
+  // Before begin(); needs no ids.
+  __device__ __forceinline__ void begin_with_x() const { ask_for_x(first, pieces_of_x(0)); }
+  __device__ __forceinline__ void begin() {
+#pragma unroll 1
+    for (int i = 0; i < stages(); ++i) ask(i > 0);
+  }
+
+  __device__ __forceinline__ void multiply(int split, int stage, float (&sum)[NT][4]) const {
+    const int from = feature(split);
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (from + c * kChunk >= p.g.in_features) break;
+      const uint4 a[2] = {piece(room, pieces_of_a(stage) + c * 2), piece(room, pieces_of_a(stage) + c * 2 + 1)};
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const uint4 x = token(n) < p.g.tokens ? piece(room, pieces_of_x(stage) + c * NT + n) : zero;
+        mma32<E>(sum[n], a, x);
+      }
     }
   }
 
-  // Of the first tile, the first split has been asked for.
-  __device__ __forceinline__ void run(int tile, int stride, const short *ids, const float *gates, float *partial) {
+  // After begin().
+  __device__ __forceinline__ void run(int tile, const short *ids, const float *gates, float *partial) {
     const int thread = threadIdx.x - kThreads, helper = thread / 32, g = thread % 32 / 4, t = thread % 4, top_k = p.g.top_k;
-    for (bool loaded = true; tile < tiles(); tile += stride, loaded = false) {
+    int stage = 0;
+    for (; tile < tiles(); tile += stride) {
       const ShrinkTile at = shrink_tile(p.g.items, experts(), tile);
       const int of[2] = {expert(at.place[0]), expert(at.place[1])};
       if (every && !chosen.has(of[0]) && !(of[1] >= 0 && chosen.has(of[1]))) break;  // nobody will read it; and there is no other
       float sum[NT][4] = {};
-      for (int split = first; split < last; ++split, loaded = false) {
-        if (!loaded) load(tile, split);
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-          for (int n = 0; n < NT; ++n) mma32<E>(sum[n], w[c], x[c][n]);
+      for (int split = first; split < last; ++split) {
+        if (x_stays())
+          copy_wait<kMany - 1>();
+        else
+          copy_wait<1>();
+        multiply(split, stage, sum);
+        ask(true);
+        if (++stage == stages()) stage = 0;
       }
       barrier(kHelping, kHelperThreads);  // the tile before this one has been summed up
 #pragma unroll
@@ -217,8 +278,9 @@ template <class E, class Shape, int NT> struct Shrink {
 };
 
 // The helpers: the hidden of the block's linears, once `published` blocks have published theirs.
-template <class E> __device__ __forceinline__ void collect(const GroupParams &p, int published, int parts, int first_tile, int n_tiles,
-                                                           const short *ids, E *hidden, volatile bool &there) {
+template <class E, int PIECES>
+__device__ __forceinline__ void collect(const GroupParams &p, int published, int parts, int first_tile, int n_tiles, const short *ids,
+                                        uint4 *room, E *hidden, volatile bool &there) {
   const int thread = threadIdx.x - kThreads;
   if (thread == 0) {
     long long start, now;
@@ -234,15 +296,31 @@ template <class E> __device__ __forceinline__ void collect(const GroupParams &p,
   const int begin = int(p.hidden[find_item(p, first_tile)]), end = int(last + 1 < p.g.n_items ? p.hidden[last + 1] : p.hidden_elements);
   barrier(kHelping, kHelperThreads);
   if (there) {
-    static_assert(kMostParts == 8, "all in flight at once");
-    const float *sums = static_cast<const float *>(p.g.hidden);
-    for (int i = begin + thread * 4; i < end; i += kHelperThreads * 4) {
-      float4 v[kMostParts];
+    // Four elements at a time, so that sums of all parts are asked for at once, of as many as there is room for.
+    constexpr int kAtOnce = PIECES / kMostParts;
+    static_assert(kMostParts == 8, "of the sum below");
+    const float *sums = static_cast<const float *>(p.g.hidden) + begin;
+    const int quads = (end - begin) / 4;
+    for (int first = thread; first < quads; first += kHelperThreads * kAtOnce) {
 #pragma unroll
-      for (int k = 0; k < kMostParts; ++k)
-        v[k] = k < parts ? __ldcg(reinterpret_cast<const float4 *>(sums + k * p.hidden_elements + i)) : make_float4(0.f, 0.f, 0.f, 0.f);
-      const float4 sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-      *reinterpret_cast<uint2 *>(hidden + i) = make_uint2(pack2<E>(sum.x, sum.y), pack2<E>(sum.z, sum.w));
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int k = 0; k < kMostParts; ++k)
+          if (const int quad = first + i * kHelperThreads; quad < quads && k < parts)
+            copy16(&piece(room, i * kMostParts + k), sums + k * p.hidden_elements + quad * 4);
+      copy_commit();
+      copy_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int quad = first + i * kHelperThreads;
+        if (quad >= quads) break;
+        float4 v[kMostParts];
+#pragma unroll
+        for (int k = 0; k < kMostParts; ++k)
+          v[k] = k < parts ? reinterpret_cast<const float4 &>(piece(room, i * kMostParts + k)) : make_float4(0.f, 0.f, 0.f, 0.f);
+        const float4 sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+        *reinterpret_cast<uint2 *>(hidden + begin + quad * 4) = make_uint2(pack2<E>(sum.x, sum.y), pack2<E>(sum.z, sum.w));
+      }
     }
   } else {
     shrink_alone<E>(p, ids, hidden);
