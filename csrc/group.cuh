@@ -53,7 +53,7 @@ __device__ __forceinline__ bool leave(Sync *sync, unsigned blocks) {
   return atomicAdd(&sync->left, 1u) == blocks - 1;
 }
 
-constexpr int kPersistentHidden = 4096;   // elements of the hidden that a block of linear_persistent.cu has room for
+constexpr int kPersistentHidden = 12288;  // elements of the hidden that a block of linear_persistent.cu has room for
 constexpr int kHiddenInside = 2048;  // elements of the hidden (linear_registers.cu: of one linear's) that a block has room for on chip
 
 Sync *next_sync(int device, void *stream, int words);  // workspace.cu
