@@ -49,16 +49,16 @@ enum Kernel { kGeneric, kStreaming, kPersistent, kRegisters, kSm90 };
 constexpr int kFewColumns = 256;  // up to so many columns of the hidden, shrink_sm90.cu is faster than linear_sm90.cu
 constexpr int kStreamingTokens = 2;  // for more tokens linear_registers.cu is faster than linear_streaming.cu
 
-// Whether the kernel can compute the hidden itself. linear_streaming.cu reads lora_a of the chosen experts only; the others read that of
-// all experts, which does not pay if only few of many experts were chosen.
+// Whether the kernel can compute the hidden itself. linear_registers.cu reads lora_a of all experts, which does not pay if only few of
+// many experts were chosen.
 bool can_shrink_inside(GroupParams &p, Kernel kernel) {
   const ls_group &g = p.g;
   if (kernel == kGeneric) return false;
   for (int i = 0; i < g.n_items; ++i)
     if (!aligned16(g.items[i].lora_a)) return false;
   if (kernel == kStreaming) return p.hidden_elements <= kHiddenInside;
-  if (g.num_experts > 4 * g.tokens * g.top_k) return false;
   if (kernel == kPersistent) return persistent_can_shrink(p);
+  if (g.num_experts > 4 * g.tokens * g.top_k) return false;
   for (int i = 0; i < g.n_items; ++i)
     if (g.tokens * g.top_k * g.items[i].rank > kHiddenInside) return false;
   return true;
