@@ -411,8 +411,6 @@ bool persistent_can_shrink(GroupParams &p) {
   const int blocks = with_shape(p, Blocks{p.g.device}), tiles = p.begin[p.g.n_items], entries = p.g.tokens * p.g.top_k;
   const int rows_of_blocks = (tiles < blocks ? tiles : blocks) / parts_of(p.g.in_features);
   if (p.hidden_elements > kPersistentHidden || rows_of_blocks == 0) return false;
-  // For a token or two there is linear_streaming.cu: only what was measured to be faster than that.
-  if (p.g.tokens <= 2) return p.g.num_experts <= 4 * entries && p.shrink_begin[p.g.n_items] <= rows_of_blocks * 1.5f;
   // Tiles of A that a block may have if as many experts are chosen as can be: with more, a launch of its own is faster.
   constexpr int kMostShrinkTiles = 12;
   const int chosen = entries < p.g.num_experts ? entries : p.g.num_experts;
