@@ -64,14 +64,15 @@ bool can_shrink_inside(GroupParams &p, Kernel kernel) {
   return true;
 }
 
-// Measured on an H200 (docs/kernel_log.md): linear_persistent.cu wherever its hidden is small enough.
+// linear_persistent.cu wherever it can, but for a token or two only if it shrinks inside (measurements: docs/kernel_log.md).
 Kernel choose(GroupParams &p) {
   if (takes_sm90(p.g)) return kSm90;
   if (!fast(p.g)) return kGeneric;
   const int wanted = p.g.tuning & 3;
   const bool panel = (wanted == LS_TUNING_PERSISTENT || wanted == 0) && can_persistent(p);
-  if (panel && (wanted == LS_TUNING_PERSISTENT || !any_rank(p.g) || can_shrink_inside(p, kPersistent))) return kPersistent;
-  if ((wanted == LS_TUNING_STREAMING || (wanted == 0 && p.g.tokens <= kStreamingTokens)) && can_streaming(p)) return kStreaming;
+  const bool few = wanted == 0 && p.g.tokens <= kStreamingTokens;
+  if (panel && (!few || !any_rank(p.g) || can_shrink_inside(p, kPersistent))) return kPersistent;
+  if ((wanted == LS_TUNING_STREAMING || few) && can_streaming(p)) return kStreaming;
   return kRegisters;
 }
 
