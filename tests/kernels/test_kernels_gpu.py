@@ -273,14 +273,15 @@ def test_router_with_top_p(x_dtype, num_experts, top_k, in_features):
 )
 def test_experts_that_top_p_leaves_out_are_not_read(tokens, rank, tuning):
     """With id num_experts, as the router writes it: NaN in the A of experts that nobody takes reaches nothing, whatever the path;
-    nor that in their B for few tokens (for more, B of all experts is one matrix)."""
+    nor that in their B for few tokens (for more, B of all experts is one matrix), and never in linear_persistent.cu."""
     group = make_group([128, 64], 256, [rank, rank], 8, torch.bfloat16)
     x = randn(tokens, 256, dtype=torch.bfloat16)
     experts, gates = oracle.random_ids(tokens, 4, 3, "cuda")
     left_out = torch.rand(tokens, 3, device="cuda") < 0.6
     left_out[:, 0] = False
     experts, gates = experts.masked_fill(left_out, 8), gates.masked_fill(left_out, 0.0)
-    for tensor in (*group["lora_a"], *(group["lora_b"] if 3 * tokens <= 8 else ())):
+    persistent = tuning == kernels.TUNING_PERSISTENT and tokens <= kernels.FAST_TOKENS
+    for tensor in (*group["lora_a"], *(group["lora_b"] if 3 * tokens <= 8 or persistent else ())):
         tensor[4:] = float("nan")
     packed = kernels.PackedGroup(**group, tuning=tuning)
     oracle.poison_allocator()
@@ -312,6 +313,69 @@ def test_many_experts_of_which_some_are_chosen(num_experts, top_k, tokens, rank,
             w, bias, a, b, s = (group[name][i] for name in ("weights", "biases", "lora_a", "lora_b", "scalings"))
             reference = oracle.linear(x, experts, gates, w, bias, a, b, s)
             assert oracle.relative_error(result, reference) < oracle.limit(result)
+
+
+def choices(how, tokens, num_experts, top_k):
+    """Ids and gates: every token's the same, no two the same as far as that goes, any (some gates being 0), some twice."""
+    ids, gates = oracle.random_ids(tokens, num_experts, top_k, "cuda")
+    if how == "the same":
+        ids = ids[:1].expand(tokens, top_k).contiguous()
+    elif how == "all different":
+        ids = torch.arange(tokens * top_k, device="cuda").remainder(num_experts).view(tokens, top_k)
+    elif how == "any":
+        gates[torch.rand_like(gates) < 0.3] = 0.0
+    elif how == "some twice":
+        ids = torch.randint(-1, num_experts + 1, (tokens, top_k), device="cuda")
+        ids[-1] = ids[-1, 0].clone()
+    return ids, oracle.poison_gates(ids, gates, num_experts)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "rank", "tokens", "in_features"),
+    [
+        (8, 2, 8, 32, 4096),  # a tile of A for each row of blocks: asked for with the ids
+        (8, 2, 8, 8, 11008),  # the same, in parts of three splits
+        (8, 2, 16, 16, 4096),
+        (8, 2, 128, 1, 4096),
+        (8, 2, 128, 8, 4096),  # nine tiles of A for a row of blocks
+        (8, 2, 128, 8, 11008),
+        (8, 4, 256, 8, 4096),  # more: the shrink is a launch of its own
+        (32, 4, 8, 8, 4096),
+        (32, 4, 8, 9, 11008),
+        (32, 8, 64, 2, 2080),
+        (64, 2, 16, 32, 4096),
+        (64, 1, 24, 17, 8224),  # tiles of two experts; the last split has 32 features
+        (256, 8, 8, 32, 4096),
+        (256, 8, 16, 1, 14336),
+    ],
+)
+def test_persistent_with_every_kind_of_choice(num_experts, top_k, rank, tokens, in_features):
+    group = make_group([4096, 1000, 520], in_features, [rank, 8, rank], num_experts, torch.bfloat16)
+    x = randn(tokens, in_features, dtype=torch.bfloat16)
+    pristine = [t.clone() for t in (*group["lora_a"], *group["lora_b"])]
+    for how in ("the same", "all different", "any", "some twice"):
+        experts, gates = choices(how, tokens, num_experts, top_k)
+        unused = ~torch.isin(torch.arange(num_experts, device="cuda"), experts)
+        for tensor, was in zip((*group["lora_a"], *group["lora_b"]), pristine, strict=True):
+            tensor.copy_(was)
+            tensor[unused] = float("nan")
+        references = [
+            oracle.linear(x, experts, gates, *(group[name][i] for name in ("weights", "biases", "lora_a", "lora_b", "scalings")))
+            for i in range(3)
+        ]  # fmt: skip
+        results = {}
+        for flags in (0, kernels.TUNING_IMPATIENT, kernels.TUNING_TWO_LAUNCHES):
+            packed = kernels.PackedGroup(**group, tuning=kernels.TUNING_PERSISTENT + flags)
+            poison_allocator()
+            results[flags] = packed(x, experts, gates)
+            for result, reference in zip(results[flags], references, strict=True):
+                error = oracle.relative_error(result, reference)
+                assert error < oracle.limit(result), f"{how}, flags {flags}: error {error:.2e}"
+        packed = kernels.PackedGroup(**group, tuning=kernels.TUNING_PERSISTENT)
+        for _ in oracle.rounds(50):
+            poison_allocator()
+            again = packed(x, experts, gates)
+            assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
 
 def test_router_ties_and_broken_inputs_give_valid_ids():
@@ -379,15 +443,18 @@ def test_merge_from_pristine_does_not_drift_over_20000_steps():
     assert oracle.relative_error(weights[0], reference) < oracle.limit(weights[0])
 
 
-def test_graph_replay_with_everything_poisoned_between_replays():
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "rank", "tokens"), [(8, 2, 8, 4), (32, 4, 8, 8), (64, 2, 16, 32), (8, 2, 128, 1)]
+)
+def test_graph_replay_with_everything_poisoned_between_replays(num_experts, top_k, rank, tokens):
     """A captured chain of dependent launches: each replay must wait for its own inputs, never see the last replay's."""
     dtype, width = torch.bfloat16, 1024
-    packed = [kernels.PackedGroup(**make_group([width, width], width, [8, 8], 8, dtype)) for _ in range(6)]
-    router = randn(8, width, dtype=dtype, scale=width**-0.5)
-    x = randn(4, width, dtype=dtype)
+    packed = [kernels.PackedGroup(**make_group([width] * 2, width, [rank] * 2, num_experts, dtype)) for _ in range(6)]
+    router = randn(num_experts, width, dtype=dtype, scale=width**-0.5)
+    x = randn(tokens, width, dtype=dtype)
 
     def chain():
-        ids, gates = kernels.router(x, router, 2, True)
+        ids, gates = kernels.router(x, router, top_k, True)
         made, h = [ids, gates], x
         for group in packed:
             h, other = group(h, ids, gates)
