@@ -164,15 +164,21 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
       if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = id[i], gates[entry] = gate[i];
     chosen.add(id, p.g.num_experts);
     barrier(kHelping, kHelperThreads);
-    chosen.make_list(p.g.num_experts, p.g.tokens);
+    if (!every) chosen.make_list(p.g.num_experts, p.g.tokens);
     const int with_tiles = min(rows_of_blocks, shrink.tiles());
     const bool shrinks = row_of_blocks < with_tiles;
-    if (shrinks && !every) shrink.begin();
-    prefetch_b(p, chosen, plan.begin, tiles_of(0));
+    if (!every) {
+      if (shrinks) shrink.begin();
+      prefetch_b(p, chosen, plan.begin, tiles_of(0));
+    }
     if (shrinks) shrink.run(row_of_blocks, ids, gates, more);
-    copy_commit();
-    copy_wait<0>();  // also of what was asked for in vain: its room is used again
+    if (every) {  // now, because A has arrived together with the ids, and other blocks wait for what becomes of it
+      chosen.make_list(p.g.num_experts, p.g.tokens);
+      prefetch_b(p, chosen, plan.begin, tiles_of(0));
+    }
     chosen.make_slots(ids, p.g.tokens, p.g.top_k);
+    copy_commit();
+    copy_wait<0>();  // also for what was asked for in vain: its room is used again
     for (int panel = 0; panel < plan.panels; ++panel) {
       const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
       if (panel > 0) prefetch_b(p, chosen, begin, tiles);

@@ -160,7 +160,9 @@ template <class E, class Shape, int NT> struct Shrink {
         stage(0) {}
 
   __device__ __forceinline__ int experts() const { return every ? p.g.num_experts : chosen.count; }
-  __device__ __forceinline__ int tiles() const { return every ? p.shrink_begin[p.g.n_items] : shrink_tiles(p.g.items, p.g.n_items, experts()); }
+  __device__ __forceinline__ int tiles() const {
+    return every ? p.shrink_begin[p.g.n_items] : shrink_tiles(p.g.items, p.g.n_items, chosen.count);
+  }
   __device__ __forceinline__ int expert(int place) const { return place < 0 || every ? place : chosen.list[place]; }
   __device__ __forceinline__ bool x_stays() const { return last - first == 1; }
   __device__ __forceinline__ int stages() const { return x_stays() ? kMany : 2; }
@@ -179,8 +181,7 @@ template <class E, class Shape, int NT> struct Shrink {
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
-        if (from + c * kChunk < in && token(n) < p.g.tokens)
-          copy16(&piece(room, at + c * NT + n), x + int64_t(token(n)) * in + c * kChunk);
+        if (from + c * kChunk < in && token(n) < p.g.tokens) copy16(&piece(room, at + c * NT + n), x + int64_t(token(n)) * in + c * kChunk);
   }
   __device__ __forceinline__ void ask_for_a(int tile, int split, int at) const {
     const ShrinkTile of = shrink_tile(p.g.items, experts(), tile);
@@ -278,9 +279,9 @@ template <class E, class Shape, int NT> struct Shrink {
 };
 
 // The helpers: the hidden of the block's linears, once `published` blocks have published theirs.
-template <class E, int PIECES>
-__device__ __forceinline__ void collect(const GroupParams &p, int published, int parts, int first_tile, int n_tiles, const short *ids,
-                                        uint4 *room, E *hidden, volatile bool &there) {
+template <class E, int PIECES> __device__ __forceinline__ void collect(const GroupParams &p, int published, int parts, int first_tile,
+                                                                       int n_tiles, const short *ids, uint4 *room, E *hidden,
+                                                                       volatile bool &there) {
   const int thread = threadIdx.x - kThreads;
   if (thread == 0) {
     long long start, now;
