@@ -69,7 +69,9 @@ Kernel choose(GroupParams &p) {
   if (takes_sm90(p.g)) return kSm90;
   if (!fast(p.g)) return kGeneric;
   const int wanted = p.g.tuning & 3;
-  const bool panel = (wanted == LS_TUNING_PERSISTENT || wanted == 0) && can_persistent(p);
+  bool panel = (wanted == LS_TUNING_PERSISTENT || wanted == 0) && can_persistent(p);
+  // With fewer tiles than parts of the features there are too few blocks to shrink in.
+  if (panel && wanted == 0 && any_rank(p.g) && p.begin[p.g.n_items] < persistent_parts(p.g)) panel = false;
   const bool few = wanted == 0 && p.g.tokens <= kStreamingTokens;
   if (panel && (!few || !any_rank(p.g) || can_shrink_inside(p, kPersistent))) return kPersistent;
   if ((wanted == LS_TUNING_STREAMING || few) && can_streaming(p)) return kStreaming;

@@ -7,7 +7,7 @@
 //   the block: partial sums meet in shared memory); grid: the row tiles of all linears of the group
 //   shared memory: 8 partial tiles in float32; before that, the hidden
 //
-// For what linear_streaming.cu and linear_persistent.cu do not take: in_features not divisible by 32, the experts alone, without a weight
+// For what linear_streaming.cu and linear_persistent.cu do not take: in_features not divisible by 32, few rows, experts without a weight
 // (`ls_item.weight` NULL), and on GPUs with less shared memory more than two tokens.
 //
 // The shrink runs in the first blocks of the grid: their tiles are rows of lora_a (of all experts, as one matrix) times all tokens,
