@@ -144,14 +144,15 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
     const int parts = parts_of(in), row_of_blocks = blockIdx.x / parts, rows_of_blocks = p.sync ? gridDim.x / parts : 0;
     const bool every = p.shrink_begin[p.g.n_items] <= rows_of_blocks;
     pdl_wait();
-    // What does not depend on each other is asked for at once: a round trip takes long beside the weights.
+    // What does not depend on each other is asked for at once: a round trip takes long beside the weights. So ids are not looked at yet:
+    // that would be a wait for them.
     constexpr int kEach = (kIds + kHelperThreads - 1) / kHelperThreads;
-    short id[kEach];
+    int64_t given[kEach];
     float gate[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int entry = thread + i * kHelperThreads;
-      id[i] = entry < entries ? valid_id(p, entry) : short(-1), gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
+      given[i] = entry < entries ? given_id(p, entry) : -1, gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
     }
     uint4 *room = reinterpret_cast<uint4 *>(partial) + thread;
     Shrink<E, Shape, NT> shrink(p, chosen, every, blockIdx.x % parts, row_of_blocks, rows_of_blocks, room);
@@ -159,9 +160,12 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
       shrink.begin_with_x();
       if (every) shrink.begin();
     }
+    int id[kEach];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = id[i], gates[entry] = gate[i];
+    for (int i = 0; i < kEach; ++i) {
+      id[i] = expert_of(p, given[i]);
+      if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = short(id[i]), gates[entry] = gate[i];
+    }
     chosen.add(id, p.g.num_experts);
     barrier(kHelping, kHelperThreads);
     if (!every) chosen.make_list(p.g.num_experts, p.g.tokens);

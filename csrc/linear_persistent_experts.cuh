@@ -73,7 +73,7 @@ template <int TOKENS> struct Chosen {
   alignas(4) signed char slots[TOKENS * kMost];  // [tokens][count]: which of a token's top_k it is; -1: the token did not choose it
 
   // The ids that this thread has read join the set. A barrier later, make_list().
-  template <int N> __device__ __forceinline__ void add(const short (&id)[N], int num_experts) {
+  template <int N> __device__ __forceinline__ void add(const int (&id)[N], int num_experts) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     for (int word = 0; word * 32 < num_experts; ++word) {
       unsigned mine = 0;
