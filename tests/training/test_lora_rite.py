@@ -124,6 +124,7 @@ def test_what_it_refuses(library):
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    for name in ("pytorch_optimizer", "pytorch_optimizer.optimizer.lora_rite"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install pytorch_optimizer"):
         create_lorarite_optimizer(adapted(tiny_llama()), lr=0.1)
