@@ -1,6 +1,6 @@
 """A table of results that stand in a file of their own: optimizers, or `top_p`.
 
-    python -m recipes.quality.aside recipes/quality/aside.csv
+    python -m recipes.quality.aside outputs/quality/aside.csv
 
 Markdown, a line for each method: means over seeds and their standard deviation, the learning rate that the search found, the mean
 number of experts that a token of the domains chose, and milliseconds of a step (other methods ran on the same GPU at that time).
