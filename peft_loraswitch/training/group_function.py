@@ -148,14 +148,14 @@ class _Group(torch.autograd.Function):
             if spec.given:
                 outputs = _added(ctx, tensors[2 * n :], gated, gates, wide_b, call)
             elif call.order is not None:
-                outputs = []
-                gates_by_token = group_pairs.side_by_side(_by_token(gates))
-                for i, (weight, bias) in enumerate(zip(call.base, call.biases, strict=True)):
-                    y = rows.new_empty((*x.shape[:-1], b[i].shape[1]))
-                    flat = y if y.dim() == 2 else y.view(-1, y.shape[-1])
-                    group_pairs.write_up(flat, gated, gates_by_token, call.packed, spec, call.order, i, bias)
-                    flat.addmm_(rows, _matrix(weight, spec))
-                    outputs.append(y)
+                outputs = [
+                    rows.new_empty((*x.shape[:-1], each.shape[1])) for each in b
+                ]  # no views: a model may write to them
+                places = outputs if x.dim() == 2 else [y.view(-1, y.shape[-1]) for y in outputs]
+                gate_rows = group_pairs.side_by_side(_by_token(gates))
+                group_pairs.write_up(places, gated, gate_rows, call.packed, spec, call.order, call.biases)
+                for place, weight in zip(places, call.base, strict=True):
+                    place.addmm_(rows, _matrix(weight, spec))
             else:
                 if x.dim() != 2:
                     gated = gated.view(*x.shape[:-1], spec.width)
@@ -225,9 +225,8 @@ class _Group(torch.autograd.Function):
                     d_x = d_x.to(ctx.x_dtype)
                 d_x = d_x.view(ctx.x_shape)
             if order is not None:
-                for i, d in enumerate(d_rows):
-                    if b_needed[i] and d is not None:
-                        d_b[i] = group_pairs.d_b(d, packed.hidden(), gate_rows, b[i], spec, order, i)
+                if any(b_needed):
+                    d_b = group_pairs.d_b(d_rows, packed.hidden(), gate_rows, b, b_needed, spec, order)
                 if any(a_needed):
                     whole = group_pairs.d_a(d_hidden, rows, a, spec, order)
                     d_a = [each if need else None for each, need in zip(whole, a_needed, strict=True)]
@@ -329,21 +328,19 @@ def _added(
     spec = call.spec
     outputs, dirty = [], []
     if call.order is not None:
-        gates = group_pairs.side_by_side(_by_token(gates))
-        for i, (result, in_place) in enumerate(zip(results, spec.in_place, strict=True)):
-            other = result.dtype != spec.dtype
-            if other:
+        for result, in_place in zip(results, spec.in_place, strict=True):
+            if result.dtype != spec.dtype:
                 y = torch.zeros_like(result, dtype=spec.dtype, memory_format=torch.contiguous_format)
             elif in_place and result.is_contiguous():
                 y = result
                 dirty.append(result)
             else:
                 y = result.clone(memory_format=torch.contiguous_format)
-            flat = y.view(-1, y.shape[-1])
-            group_pairs.add_to(flat, gated, gates, call.packed, spec, call.order, i)
-            outputs.append(result + y.to(result.dtype) if other else y)
+            outputs.append(y)
+        flat = [y.view(-1, y.shape[-1]) for y in outputs]
+        group_pairs.add_up(flat, gated, group_pairs.side_by_side(_by_token(gates)), call.packed, spec, call.order)
         ctx.mark_dirty(*dirty)
-        return outputs
+        return [y if y.dtype == r.dtype else r + y.to(r.dtype) for r, y in zip(results, outputs, strict=True)]
     for result, part, up, in_place in zip(results, _parts(gated, spec), wide_b, spec.in_place, strict=True):
         if result.dtype != spec.dtype:
             outputs.append(result + (part @ up.t()).to(result.dtype).view(result.shape))

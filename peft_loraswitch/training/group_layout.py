@@ -76,14 +76,21 @@ class Layout:
         self.start_a = _aligned(self.hidden[0] * self.hidden[1])
         end = self.start_a + _aligned(spec.width * self.features if self.holds_a else 0)
         self.places_a, self.places_b, self.wide_b = [], [], []  # size, strides, start
+        self.pair_a: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+        self.pair_b: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         for columns, width, up in zip(spec.columns, spec.widths, b, strict=True):
             experts, out, rank = up.shape
             size, strides = (experts, rank, self.features), (rank * self.features, self.features, 1)
             self.places_a.append((size, strides, self.start_a + columns.start * self.features))
             self.places_b.append(((experts, out, rank), (rank, width, 1), end))
             self.wide_b.append(((out, width), (width, 1), end))
+            self.pair_b.append(((1, experts, rank, out), (out * width, rank, 1, width), end))
             end += _aligned(out * width)
         self.end = end
+        for first, count in runs(spec.columns):
+            alike = (count, first.experts, first.rank, self.features)
+            steps = (first.experts * first.rank * self.features, first.rank * self.features, self.features, 1)
+            self.pair_a.append((alike, steps, self.start_a + first.start * self.features))
 
 
 def _aligned(size: int) -> int:
@@ -133,20 +140,12 @@ class Packed:
         """[out, E * r] each"""
         return [self.memory.as_strided(*place) for place in self.layout.wide_b]
 
-    def pair_a(self, a: Sequence[Tensor], spec: Spec) -> list[Tensor]:
+    def pair_a(self, a: Sequence[Tensor]) -> list[Tensor]:
         """[linears, E, r, in] each, in the order of the linears; those alike in one, if they lie side by side."""
         if not self.layout.holds_a:
             return [each.detach().unsqueeze(0) for each in a]
-        found, features = [], self.layout.features
-        for first, count in runs(spec.columns):
-            size = (count, first.experts, first.rank, features)
-            strides = (first.experts * first.rank * features, first.rank * features, features, 1)
-            found.append(self.memory.as_strided(size, strides, self.layout.start_a + first.start * features))
-        return found
+        return [self.memory.as_strided(*place) for place in self.layout.pair_a]
 
-    def pair_b(self, spec: Spec) -> list[Tensor]:
+    def pair_b(self) -> list[Tensor]:
         """[1, E, r, out] each"""
-        return [
-            each.view(1, -1, columns.experts, columns.rank).permute(0, 2, 3, 1)
-            for each, columns in zip(self.wide_b(), spec.columns, strict=True)
-        ]
+        return [self.memory.as_strided(*place) for place in self.layout.pair_b]

@@ -19,21 +19,27 @@ from .pair_products import from_rank, to_rank, to_rank_backward, weight_gradient
 def write_hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec, order: PairOrder) -> Tensor:
     """[P, sum of r], from rows [T, in]."""
     hidden = packed.hidden()
-    for w, part in _with_columns(packed.pair_a(a, spec), hidden):
+    for w, part in _with_columns(packed.pair_a(a), hidden):
         to_rank(side_by_side(rows), w, order, part)
     return hidden
 
 
-def add_to(result: Tensor, hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder, i: int) -> None:
-    """Adds to result [T, out] what the experts of linear i make of the hidden."""
-    from_rank(*_up(hidden, packed, spec, i), order, result, None, True, gates, spec.columns[i].scaling)
+def add_up(
+    results: Sequence[Tensor], hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder
+) -> None:
+    """Adds to the results [T, out] of all linears what their experts make of the hidden."""
+    for result, part, w, columns in zip(results, _parts(hidden, spec), packed.pair_b(), spec.columns, strict=True):
+        from_rank(part, w, order, result, None, True, gates, columns.scaling)
 
 
 def write_up(
-    result: Tensor, hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder, i: int, bias: Tensor | None
+    results: Sequence[Tensor], hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder,
+    biases: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
-    """Writes it there, with the base layer's bias."""
-    from_rank(*_up(hidden, packed, spec, i), order, result, bias, False, gates, spec.columns[i].scaling)
+    """Writes it there, with the base layers' biases."""
+    operands = zip(results, _parts(hidden, spec), packed.pair_b(), spec.columns, biases, strict=True)
+    for result, part, w, columns, bias in operands:
+        from_rank(part, w, order, result, bias, False, gates, columns.scaling)
 
 
 def hidden_backward(
@@ -43,7 +49,7 @@ def hidden_backward(
     first = next(d for d in d_rows if d is not None)
     d_hidden = torch.empty_like(hidden)
     d_pairs = gates.new_empty(spec.size, order.pairs, dtype=torch.promote_types(gates.dtype, hidden.dtype))
-    parts = zip(_parts(d_hidden, spec), _parts(hidden, spec), packed.pair_b(spec), strict=True)
+    parts = zip(_parts(d_hidden, spec), _parts(hidden, spec), packed.pair_b(), strict=True)
     for i, (d_part, part, w) in enumerate(parts):
         d = d_rows[i]
         if d is None:
@@ -60,18 +66,26 @@ def d_input(d_hidden: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec, o
     """[T, in], of the experts alone."""
     total = d_hidden.new_empty(tokens, packed.layout.features)
     add = False
-    for w, part in _with_columns(packed.pair_a(a, spec), d_hidden):
+    for w, part in _with_columns(packed.pair_a(a), d_hidden):
         from_rank(part, w, order, total, None, add)
         add = True
     return total
 
 
-def d_b(d_rows: Tensor, hidden: Tensor, gates: Tensor, b: Tensor, spec: Spec, order: PairOrder, i: int) -> Tensor:
-    """[E, out, r] of linear i, in the dtype of its B."""
-    gradient = torch.empty(b.shape, dtype=b.dtype, device=b.device)
-    w = gradient.transpose(1, 2).unsqueeze(0)
-    weight_gradient(side_by_side(d_rows), _parts(hidden, spec)[i], order, w, gates, spec.columns[i].scaling)
-    return gradient
+def d_b(
+    d_rows: Sequence[Tensor | None], hidden: Tensor, gates: Tensor, b: Sequence[Tensor], wanted: Sequence[bool], spec: Spec,
+    order: PairOrder,
+) -> list[Tensor | None]:  # fmt: skip
+    """[E, out, r] of each linear that wants one and has a gradient, in the dtype of its B."""
+    found: list[Tensor | None] = []
+    for d, part, each, want, columns in zip(d_rows, _parts(hidden, spec), b, wanted, spec.columns, strict=True):
+        if d is None or not want:
+            found.append(None)
+            continue
+        gradient = torch.empty(each.shape, dtype=each.dtype, device=each.device)
+        weight_gradient(side_by_side(d), part, order, gradient.transpose(1, 2).unsqueeze(0), gates, columns.scaling)
+        found.append(gradient)
+    return found
 
 
 def d_a(d_hidden: Tensor, rows: Tensor, a: Sequence[Tensor], spec: Spec, order: PairOrder) -> list[Tensor]:
@@ -91,10 +105,6 @@ def side_by_side(each: Tensor) -> Tensor:
 
 def _parts(hidden: Tensor, spec: Spec) -> Sequence[Tensor]:
     return hidden.split_with_sizes(spec.hidden_widths, -1)
-
-
-def _up(hidden: Tensor, packed: Packed, spec: Spec, i: int) -> tuple[Tensor, Tensor]:
-    return _parts(hidden, spec)[i], packed.pair_b(spec)[i]
 
 
 def _with_columns(weights: Sequence[Tensor], hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
