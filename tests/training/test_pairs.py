@@ -104,7 +104,7 @@ def by_pairs(x, gates, chosen, a, b, weights, biases, given: str = "own") -> lis
         columns.append(Columns(start, EXPERTS, weight.shape[1], scaling))
         start = columns[-1].stop
     spec = Spec(x.dtype, tuple(columns), given != "own", in_place=(given == "in place",) * 3, slots=chosen.shape[1])
-    mask = torch.zeros(len(x), EXPERTS + 1, dtype=torch.bool).scatter(1, chosen, True)[:, :EXPERTS]
+    mask = torch.zeros(len(x), EXPERTS + 1, dtype=torch.bool, device=x.device).scatter(1, chosen, True)[:, :EXPERTS]
     order = order_of(chosen, EXPERTS)
     if given == "own":
         return list(group_function.run(spec, x, gates, mask, a, b, weights, biases, order))
@@ -366,7 +366,7 @@ def test_when_pairs_pay(monkeypatch):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_models_on_a_gpu_equal_float32_on_a_cpu(config, kind, checkpointed, slots_seen):
-    """They stray from the exact gradients no further than the plain form does; the same bits twice."""
+    """They stray from the exact gradients no further than the plain form does."""
     exact_model = adapted(tiny_llama(hidden_size=64, intermediate_size=160), **config)
     if kind != "float32":
         exact_model.to(torch.bfloat16).float()
@@ -374,9 +374,6 @@ def test_models_on_a_gpu_equal_float32_on_a_cpu(config, kind, checkpointed, slot
     for name, parameter in model.named_parameters():
         if kind == "bfloat16" or kind == "autocast" and "loraswitch_" not in name:
             parameter.data = parameter.data.bfloat16()
-    for module in model.modules():
-        if hasattr(module, "tie_to_stack"):
-            module.tie_to_stack()
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -394,17 +391,31 @@ def test_models_on_a_gpu_equal_float32_on_a_cpu(config, kind, checkpointed, slot
     slots_seen.clear()
     with pair_products.forced(True):
         gpu_step()
-        fast, again = gpu_step(), gpu_step()
+        fast = gpu_step()
     assert slots_seen and all(slots_seen)
     with fast_linears.plain():
         slow = gpu_step()
     for name, gradient in exact.items():
-        assert torch.equal(fast[name], again[name]), name
         allowed = 1e-4 if kind == "float32" else 1.5 * relative(slow[name], gradient) + 0.02
         assert relative(fast[name], gradient) < allowed, name
 
 
 # ------------------------------------------------------------------------------------------------------------- the kernels
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_same_bits_in_every_run(slots):
+    values = operands(torch.bfloat16, 500, slots, True)
+    on_gpu = [[e.cuda() for e in v] if isinstance(v, list) else v.cuda() for v in values]
+    leaves = [each.requires_grad_() for each in (*on_gpu[:2], *on_gpu[3], *on_gpu[4])]
+    runs = []
+    for _ in range(3):
+        outputs = by_pairs(*on_gpu)
+        runs.append([*outputs, *torch.autograd.grad([y.float().square().sum() for y in outputs], leaves)])
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.vllm
