@@ -148,9 +148,7 @@ class _Group(torch.autograd.Function):
             if spec.given:
                 outputs = _added(ctx, tensors[2 * n :], gated, gates, wide_b, call)
             elif call.order is not None:
-                outputs = [
-                    rows.new_empty((*x.shape[:-1], each.shape[1])) for each in b
-                ]  # no views: a model may write to them
+                outputs = [rows.new_empty((*x.shape[:-1], each.shape[1])) for each in b]  # no views, as below
                 places = outputs if x.dim() == 2 else [y.view(-1, y.shape[-1]) for y in outputs]
                 gate_rows = group_pairs.side_by_side(_by_token(gates))
                 group_pairs.write_up(places, gated, gate_rows, call.packed, spec, call.order, call.biases)
