@@ -28,6 +28,8 @@ from ..tensor_parallel import is_split
 from .gate_hidden import Columns
 from .group_function import autocast_dtype, run
 from .group_layout import Spec
+from .pair_order import PairOrder, order_of
+from .pair_products import pays
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -154,8 +156,10 @@ class Plan:
         self._specs: dict[Any, Spec] = {}
         self.dtype: torch.dtype | None = None
 
-    def spec(self, adapter: str, given: bool, in_place: tuple[bool, ...], checkpointed: bool, last: bool) -> Spec:
-        key = (adapter, given, in_place, checkpointed, last)
+    def spec(
+        self, adapter: str, given: bool, in_place: tuple[bool, ...], checkpointed: bool, last: bool, slots: int
+    ) -> Spec:
+        key = (adapter, given, in_place, checkpointed, last, slots)
         found = self._specs.get(key)
         if found is None:
             columns, start = [], 0
@@ -165,7 +169,7 @@ class Plan:
                 start = columns[-1].stop
             transposed = not given and type(self.layers[0].base_layer) is Conv1D
             assert self.dtype is not None
-            found = Spec(self.dtype, tuple(columns), given, transposed, in_place, checkpointed, last)
+            found = Spec(self.dtype, tuple(columns), given, transposed, in_place, checkpointed, last, slots)
             self._specs[key] = found
         return found
 
@@ -206,6 +210,7 @@ class SharedInputs:
         self.newest: int | None = None
         self._ends: set[int] = set()
         self._operands: dict[str, tuple[Any, ...]] = {}
+        self._orders: dict[str, tuple[Tensor, torch.device, PairOrder]] = {}
         self.waiting: dict[int, tuple[Tensor, int, Tensor]] = {}  # by linear: input, its version, output
         self._last: tuple[Any, int, list[Any]] | None = None  # the newest input (weakly), its version, who received it
         self._runs: list[list[Any]] = []
@@ -215,6 +220,7 @@ class SharedInputs:
         """For a checkpointed block's second run: the same groups, computed in the same way."""
         again = SharedInputs(self.state, self.known, False)
         again.plans, again.second_run, again.checkpointed = self.plans, True, True
+        again._orders = self._orders
         return again
 
     @contextmanager
@@ -239,6 +245,15 @@ class SharedInputs:
                 chosen = None if chosen is None else chosen.reshape(-1, chosen.shape[-1])
             made = self._operands[adapter] = (routing, key, gates, chosen)
         return made[2], made[3]
+
+    def order(self, adapter: str, routing: Any, experts: int, device: torch.device) -> PairOrder:
+        """The (token, expert) pairs of a decision, sorted once for all linears that follow it, also in a checkpointed block's
+        second run."""
+        made = self._orders.get(adapter)
+        if made is None or made[0] is not routing.experts or made[1] != device:
+            chosen = routing.experts.reshape(-1, routing.experts.shape[-1]).to(device)
+            made = self._orders[adapter] = (routing.experts, device, order_of(chosen, experts))
+        return made[2]
 
     def others(self, layer: Any) -> tuple[Any, ...]:
         return self.known.groups.get(id(layer), ())
@@ -339,14 +354,21 @@ def _with_adapter(
     a = [_weight_of(one._modules["loraswitch_A"]._modules[adapter]) for one in layers]
     b = [_weight_of(one._modules["loraswitch_B"]._modules[adapter]) for one in layers]
     last = inputs.checkpointed and id(first) in inputs.known.last
+    experts, slots, order = gates.shape[1], routing.experts.shape[-1], None
+    assert plan.dtype is not None
+    if pays(x.device, plan.dtype, gates.shape[0], slots, experts, [each.shape[1] for each in a]):
+        order = inputs.order(adapter, routing, experts, x.device)
+    slots = 0 if order is None else slots
     if results is None:
         bases = [one._modules["base_layer"]._parameters for one in layers]
-        spec = plan.spec(adapter, False, (), inputs.checkpointed, last)
-        return run(spec, x, gates, chosen, a, b, [base["weight"] for base in bases], [base["bias"] for base in bases])
+        spec = plan.spec(adapter, False, (), inputs.checkpointed, last, slots)
+        weights, biases = [base["weight"] for base in bases], [base["bias"] for base in bases]
+        return run(spec, x, gates, chosen, a, b, weights, biases, order)
     # What this path has computed itself may be added to; of a base layer's result it must be known that nobody holds it.
     again = plan.own or adapter != plan.adapters[0]
     free = tuple(again or _is_fresh(one.base_layer, y) for one, y in zip(layers, results, strict=True))
-    return run(plan.spec(adapter, True, free, inputs.checkpointed, False), x, gates, chosen, a, b, results)
+    spec = plan.spec(adapter, True, free, inputs.checkpointed, False, slots)
+    return run(spec, x, gates, chosen, a, b, results, (), order)
 
 
 def _weight_of(experts: Any) -> Tensor:

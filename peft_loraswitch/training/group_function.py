@@ -9,6 +9,7 @@ float32 and back, sums of two results, copies. So there is none here:
 - what the experts add is computed first, and the base layer's product adds to it (`addmm`, beta = 1) as it writes its result;
 - the gradient of the input is one tensor to which each product of the group adds, where autograd would sum one a linear;
 - gates, scaling and mask are one launch each way (`gate_hidden.py`);
+- of many experts each token's own alone are multiplied, where that takes less time (`group_pairs.py`);
 - for backward it keeps its input (only if A trains), the hidden, [tokens, E * r], from which the gated hidden is made again, and
   the weights as it has cast them.
 
@@ -33,8 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import group_pairs
 from .gate_hidden import gate, gate_backward
 from .group_layout import Packed, Spec
+from .pair_order import PairOrder
 
 
 def run(
@@ -46,6 +49,7 @@ def run(
     b: Sequence[Tensor],
     base: Sequence[Tensor],
     biases: Sequence[Tensor | None] = (),
+    order: PairOrder | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs [..., out] of each linear, for x [..., in].
 
@@ -54,8 +58,9 @@ def run(
         a: [E, r, in] each; b: [E, out, r] each.
         base: the base layers' weights, which ask for no gradient, or their results if `spec.given`.
         biases: of the base layers, unless `spec.given`.
+        order: of the tokens' pairs, with `spec.slots`.
     """
-    call, token = _Call(spec, base, biases), None
+    call, token = _Call(spec, base, biases, order), None
     if spec.last and torch.is_grad_enabled():
         trains = [each.requires_grad for each in (x, gates, *a, *b)]
         if any(trains):
@@ -72,10 +77,12 @@ def run(
 class _Call:
     """What the steps of a forward hand to each other. `base` and `biases` as in `run`."""
 
-    def __init__(self, spec: Spec, base: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-        self.spec, self.base, self.biases = spec, base, biases
+    def __init__(
+        self, spec: Spec, base: Sequence[Tensor], biases: Sequence[Tensor | None], order: PairOrder | None
+    ) -> None:
+        self.spec, self.base, self.biases, self.order = spec, base, biases, order
         self.keeper: Any = None  # the context of `_Keep`
-        self.gated: Tensor | None = None
+        self.gated: Tensor | None = None  # by pairs: not yet
 
     def begin(
         self,
@@ -91,8 +98,11 @@ class _Call:
         self.rows = rows = _rows(x, spec.dtype)
         self.packed = packed = Packed(rows.shape[0], a, b, spec)
         packed.write(a, b)
-        hidden = _hidden(rows, packed, a, spec)
-        self.gated = gate(hidden, _by_token(gates), None if chosen is None else _by_token(chosen), spec.columns)
+        if self.order is not None:
+            self.gated = group_pairs.write_hidden(rows, packed, a, spec, self.order)
+        else:
+            hidden = _hidden(rows, packed, a, spec)
+            self.gated = gate(hidden, _by_token(gates), None if chosen is None else _by_token(chosen), spec.columns)
         same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
         kept = (rows if not same else None, x if same else None) if keep_x else (None, None)
         self.kept = (*kept, packed.memory)
@@ -136,7 +146,14 @@ class _Group(torch.autograd.Function):
             assert gated is not None
             wide_b = call.packed.wide_b()
             if spec.given:
-                outputs = _added(ctx, tensors[2 * n :], gated, wide_b, spec)
+                outputs = _added(ctx, tensors[2 * n :], gated, gates, wide_b, call)
+            elif call.order is not None:
+                outputs = [rows.new_empty((*x.shape[:-1], each.shape[1])) for each in b]  # no views, as below
+                places = outputs if x.dim() == 2 else [y.view(-1, y.shape[-1]) for y in outputs]
+                gate_rows = group_pairs.side_by_side(_by_token(gates))
+                group_pairs.write_up(places, gated, gate_rows, call.packed, spec, call.order, call.biases)
+                for place, weight in zip(places, call.base, strict=True):
+                    place.addmm_(rows, _matrix(weight, spec))
             else:
                 if x.dim() != 2:
                     gated = gated.view(*x.shape[:-1], spec.width)
@@ -146,7 +163,7 @@ class _Group(torch.autograd.Function):
                     flat = y if y.dim() == 2 else y.view(-1, y.shape[-1])
                     flat.addmm_(rows, _matrix(weight, spec))
                     outputs.append(y)
-        ctx.spec, ctx.x_shape, ctx.x_dtype = spec, x.shape, x.dtype
+        ctx.spec, ctx.order, ctx.x_shape, ctx.x_dtype = spec, call.order, x.shape, x.dtype
         # What lies outside of the function is referred to where it is. In a checkpointed block, that is all: keeping would
         # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
         ctx.outside, ctx.keeper = (gates, chosen, a, b, () if spec.given else call.base), call.keeper
@@ -175,24 +192,43 @@ class _Group(torch.autograd.Function):
                 rows = _by_token(x)
             d_rows = [None if d is None else _rows(d, spec.dtype) for d in d_outputs]
             packed = Packed(present[0].numel() // present[0].shape[-1], a, b, spec, memory)
-            d_gated = _d_gated(d_rows, packed.wide_b(), spec)
-            b_trains = any(b_needed)
-            d_hidden, d_gate_rows, gated = gate_backward(
-                d_gated,
-                packed.hidden(),
-                _by_token(gates),
-                None if chosen is None else _by_token(chosen),
-                spec.columns,
-                want_gates=gates_needed,
-                want_gated=b_trains,
-            )
-            if d_gate_rows is not None:
-                d_gates = d_gate_rows.to(gates.dtype).view(gates.shape)
+            order: PairOrder | None = ctx.order
+            gate_rows = group_pairs.side_by_side(_by_token(gates)) if order else _by_token(gates)
+            d_gate_rows: Tensor | None
+            gated: Tensor | None
+            if order is not None:
+                gated = None
+                d_hidden, d_gate_rows = group_pairs.hidden_backward(
+                    d_rows, packed.hidden(), gate_rows, packed, spec, order
+                )
+            else:
+                d_hidden, d_gate_rows, gated = gate_backward(
+                    _d_gated(d_rows, packed.wide_b(), spec),
+                    packed.hidden(),
+                    gate_rows,
+                    None if chosen is None else _by_token(chosen),
+                    spec.columns,
+                    want_gates=gates_needed,
+                    want_gated=any(b_needed),
+                )
+            if gates_needed and d_gate_rows is not None:
+                d_gates = d_gate_rows.to(gates.dtype).reshape(gates.shape)
             if x_needed:
-                d_x = _d_input(d_hidden, d_rows, packed.wide_a(a), base, spec)
+                if order is not None:
+                    d_x = group_pairs.d_input(d_hidden, packed, a, spec, order, gate_rows.shape[0])
+                else:
+                    d_x = _d_input(d_hidden, packed.wide_a(a), spec)
+                _add_base(d_x, d_rows, base, spec)
                 if d_x.dtype != ctx.x_dtype:
                     d_x = d_x.to(ctx.x_dtype)
                 d_x = d_x.view(ctx.x_shape)
+            if order is not None:
+                if any(b_needed):
+                    d_b = group_pairs.d_b(d_rows, packed.hidden(), gate_rows, b, b_needed, spec, order)
+                if any(a_needed):
+                    whole = group_pairs.d_a(d_hidden, rows, a, spec, order)
+                    d_a = [each if need else None for each, need in zip(whole, a_needed, strict=True)]
+                return (None, None, d_x, d_gates, None, *d_a, *d_b, *(d_outputs if spec.given else ()))
             if gated is not None:
                 for i, (d, part) in enumerate(zip(d_rows, _parts(gated, spec), strict=True)):
                     if b_needed[i] and d is not None:
@@ -283,9 +319,26 @@ def _up(part: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _added(ctx: Any, results: Sequence[Tensor], gated: Tensor, wide_b: list[Tensor], spec: Spec) -> list[Tensor]:
+def _added(
+    ctx: Any, results: Sequence[Tensor], gated: Tensor, gates: Tensor, wide_b: list[Tensor], call: _Call
+) -> list[Tensor]:
     """The base layers' results with what the experts add."""
+    spec = call.spec
     outputs, dirty = [], []
+    if call.order is not None:
+        for result, in_place in zip(results, spec.in_place, strict=True):
+            if result.dtype != spec.dtype:
+                y = torch.zeros_like(result, dtype=spec.dtype, memory_format=torch.contiguous_format)
+            elif in_place and result.is_contiguous():
+                y = result
+                dirty.append(result)
+            else:
+                y = result.clone(memory_format=torch.contiguous_format)
+            outputs.append(y)
+        flat = [y.view(-1, y.shape[-1]) for y in outputs]
+        group_pairs.add_up(flat, gated, group_pairs.side_by_side(_by_token(gates)), call.packed, spec, call.order)
+        ctx.mark_dirty(*dirty)
+        return [y if y.dtype == r.dtype else r + y.to(r.dtype) for r, y in zip(results, outputs, strict=True)]
     for result, part, up, in_place in zip(results, _parts(gated, spec), wide_b, spec.in_place, strict=True):
         if result.dtype != spec.dtype:
             outputs.append(result + (part @ up.t()).to(result.dtype).view(result.shape))
@@ -317,23 +370,24 @@ def _d_gated(d_rows: list[Tensor | None], wide_b: Sequence[Tensor], spec: Spec) 
     return d_gated
 
 
-def _d_input(
-    d_hidden: Tensor, d_rows: list[Tensor | None], wide_a: Sequence[Tensor], base: Sequence[Tensor], spec: Spec
-) -> Tensor:
-    """[T, in]: the smallest product first, each other one added to it."""
+def _d_input(d_hidden: Tensor, wide_a: Sequence[Tensor], spec: Spec) -> Tensor:
+    """[T, in], of the experts alone: the smallest product first, each other one added to it."""
     if len(wide_a) == 1:
-        total = d_hidden @ wide_a[0]
-    else:
-        first, *others = zip(_parts(d_hidden, spec), wide_a, strict=True)
-        total = first[0] @ first[1]
-        for part, each in others:
-            total.addmm_(part, each)
-    for d, weight in zip(d_rows, base, strict=False):  # no weights if the base layers have their own backward
+        return d_hidden @ wide_a[0]
+    first, *others = zip(_parts(d_hidden, spec), wide_a, strict=True)
+    total = first[0] @ first[1]
+    for part, each in others:
+        total.addmm_(part, each)
+    return total
+
+
+def _add_base(total: Tensor, d_rows: list[Tensor | None], base: Sequence[Tensor], spec: Spec) -> None:
+    """Adds to the gradient [T, in] what comes through the base layers, unless they have their own backward: no weights then."""
+    for d, weight in zip(d_rows, base, strict=False):
         if d is not None:
             if weight.dtype != spec.dtype:
                 weight = weight.to(spec.dtype)
             total.addmm_(d, weight.t() if spec.transposed else weight)
-    return total
 
 
 def _d_b(each: Tensor, b: Tensor) -> Tensor:

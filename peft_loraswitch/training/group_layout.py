@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gate_hidden import Columns
+from .gate_hidden import Columns, runs
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Spec:
         in_place: with `given`, whether each result may be added to.
         checkpointed: the call is in a checkpointed block.
         last: and nothing that comes after it in the block is known to be needed in backward.
+        slots: experts of a token, where products go by (token, expert) pairs (`group_pairs.py`); 0: with all experts at once.
     """
 
     dtype: torch.dtype
@@ -33,6 +34,7 @@ class Spec:
     in_place: tuple[bool, ...] = ()
     checkpointed: bool = False
     last: bool = False
+    slots: int = 0
 
     @property
     def size(self) -> int:
@@ -52,6 +54,11 @@ class Spec:
     def width(self) -> int:
         return self.columns[-1].stop
 
+    @functools.cached_property
+    def hidden_widths(self) -> list[int]:
+        """Columns of each linear in the hidden, whose rows are tokens, or pairs."""
+        return [each.rank for each in self.columns] if self.slots else self.widths
+
 
 class Layout:
     """Where in `Packed` something begins. Made once for a number of tokens.
@@ -63,19 +70,27 @@ class Layout:
     """
 
     def __init__(self, tokens: int, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> None:
-        self.tokens, self.width, self.features = tokens, spec.width, a[0].shape[-1]
+        self.width, self.features = spec.width, a[0].shape[-1]
+        self.hidden = (tokens * max(spec.slots, 1), sum(spec.hidden_widths))
         self.holds_a = len(a) > 1 and a[0].is_cuda or any(each.dtype != spec.dtype for each in a)
-        self.start_a = _aligned(tokens * spec.width)
+        self.start_a = _aligned(self.hidden[0] * self.hidden[1])
         end = self.start_a + _aligned(spec.width * self.features if self.holds_a else 0)
         self.places_a, self.places_b, self.wide_b = [], [], []  # size, strides, start
+        self.pair_a: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+        self.pair_b: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         for columns, width, up in zip(spec.columns, spec.widths, b, strict=True):
             experts, out, rank = up.shape
             size, strides = (experts, rank, self.features), (rank * self.features, self.features, 1)
             self.places_a.append((size, strides, self.start_a + columns.start * self.features))
             self.places_b.append(((experts, out, rank), (rank, width, 1), end))
             self.wide_b.append(((out, width), (width, 1), end))
+            self.pair_b.append(((1, experts, rank, out), (out * width, rank, 1, width), end))
             end += _aligned(out * width)
         self.end = end
+        for first, count in runs(spec.columns):
+            alike = (count, first.experts, first.rank, self.features)
+            steps = (first.experts * first.rank * self.features, first.rank * self.features, self.features, 1)
+            self.pair_a.append((alike, steps, self.start_a + first.start * self.features))
 
 
 def _aligned(size: int) -> int:
@@ -85,7 +100,8 @@ def _aligned(size: int) -> int:
 
 class Packed:
     """What a call makes and keeps, in the dtype of the products and in one piece of memory, so that it is allocated and kept as
-    one: the hidden of its tokens [T, N]; A of all linears [N, in]; each linear's B [out, E * r]. Views are made when asked for.
+    one: the hidden of its tokens [T, N] (of their pairs [P, sum of r]); A of all linears [N, in]; each linear's B [out, E * r].
+    Views are made when asked for.
 
     Args:
         memory: as it was kept; None: a new one.
@@ -111,7 +127,7 @@ class Packed:
 
     def hidden(self) -> Tensor:
         layout = self.layout
-        return self.memory.as_strided((layout.tokens, layout.width), (layout.width, 1), 0)
+        return self.memory.as_strided(layout.hidden, (layout.hidden[1], 1), 0)
 
     def wide_a(self, a: Sequence[Tensor]) -> list[Tensor]:
         """One matrix [N, in], or one [E * r, in] for each linear."""
@@ -123,3 +139,13 @@ class Packed:
     def wide_b(self) -> list[Tensor]:
         """[out, E * r] each"""
         return [self.memory.as_strided(*place) for place in self.layout.wide_b]
+
+    def pair_a(self, a: Sequence[Tensor]) -> list[Tensor]:
+        """[linears, E, r, in] each, in the order of the linears; those alike in one, if they lie side by side."""
+        if not self.layout.holds_a:
+            return [each.detach().unsqueeze(0) for each in a]
+        return [self.memory.as_strided(*place) for place in self.layout.pair_a]
+
+    def pair_b(self) -> list[Tensor]:
+        """[1, E, r, out] each"""
+        return [self.memory.as_strided(*place) for place in self.layout.pair_b]

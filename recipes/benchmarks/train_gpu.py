@@ -4,15 +4,19 @@
     python -m recipes.benchmarks.train_gpu --modes checkpointing            # rows of one mode; those of others stay in the file
     python -m recipes.benchmarks.train_gpu --rows floor fused-8x8 --steps 3
     python -m recipes.benchmarks.train_gpu --modes 4bit compiled --rows floor fused-8x8 --seconds 200
+    python -m recipes.benchmarks.train_gpu --crossover --layers 8           # many experts, both ways; its own file
 
 A step is what Trainer and TRL make of it: bf16 autocast, a float32 adapter on a bf16 backbone, forward, backward, fused AdamW.
 "floor" is the same step with nothing adapted: gradients of activations only. All rows run in one process on one backbone, whose
 adapter is put on and taken off; times are medians, ratios are over the floor of the same mode and number of tokens.
 
 A row is named `method-ExR`: lora-16 (PEFT's LoRA of rank 16), dense-8x8 (LoRA-Switch in the plain form of `layer.py`, 8
-experts of rank 8), fused-8x8 (as it trains by itself), router_only-8x8 (experts frozen), layerwise-8x8 (a router in every
-linear, `recipes/quality/moe_lora.py`). Modes: checkpointing (2 x 2,048 tokens, the default of TRL), plain (1 x 2,048, nothing
-checkpointed), compiled (as checkpointing, `torch.compile` of the model), 4bit (as checkpointing, bitsandbytes' NF4 linears).
+experts of rank 8), fused-8x8 (as it trains by itself), contracted-8x8 and pairs-8x8 (the same, but made to multiply by all
+experts at once, or to go by (token, expert) pairs: what `CROSSOVER` of `training/pair_products.py` chooses between),
+router_only-8x8 (experts frozen), layerwise-8x8 (a router in every linear, `recipes/quality/moe_lora.py`). With k3 at the end
+(pairs-64x16k3) a token takes 3 experts. Modes: checkpointing (2 x 2,048 tokens, the default of TRL), plain (1 x 2,048,
+nothing checkpointed), compiled (as checkpointing, `torch.compile` of the model), 4bit (as checkpointing, bitsandbytes' NF4
+linears).
 
 `bound_gib` is the floor's peak and the adapter's parameters, gradients and optimizer state; `peak_gib` is what was measured.
 `loss` is that of the first step, `loss_end` of the last: from the same seeds, dense and fused rows start alike
@@ -29,7 +33,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_loraswitch import LoRASwitchConfig
 from peft_loraswitch.training import fast_linears
+from peft_loraswitch.training.pair_products import forced
 from recipes.checkout import ROOT, versions
 from recipes.quality.moe_lora import MoELoRAModel
 
@@ -51,12 +56,17 @@ ROWS = {
     "compiled": ["floor", "lora-16", "fused-8x8"],
     "4bit": ["floor", "lora-16", "dense-8x8", "fused-8x8"],
 }  # fmt: skip
+# Both ways at sizes around the computed crossover, for 2, 1 and 4 experts a token.
+CROSSOVER_SIZES = ["16x16k2", "32x16k2", "48x16k2", "64x16k2", "128x16k2", "8x128k2",
+                   "16x16k1", "32x16k1", "64x16k1", "64x16k4", "96x16k4", "128x16k4"]  # fmt: skip
+CROSSOVER_ROWS = ["floor", *(f"{method}-{size}" for size in CROSSOVER_SIZES for method in ("contracted", "pairs"))]
 BARS = {
     ("checkpointing", "fused-8x8"): 1.15, ("checkpointing", "fused-8x16"): 1.18, ("checkpointing", "fused-8x64"): 1.28,
     ("checkpointing", "fused-32x16"): 1.22, ("checkpointing", "router_only-8x8"): 1.08, ("plain", "fused-8x8"): 1.25,
     ("compiled", "fused-8x8"): 1.15, ("4bit", "fused-8x8"): 1.15,
 }  # fmt: skip
 KINDS = (  # of kernels, by words in their names; the first that fits
+    ("pairs", ("_to_rank_kernel", "_from_rank_kernel", "_weight_gradient_kernel")),
     ("attention", ("flash", "fmha", "attention", "softmax_warp")),
     ("products", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "gemv", "wgmma", "xmma")),
     ("gates", ("_gate_kernel", "_gate_backward_kernel")),
@@ -69,18 +79,26 @@ KINDS = (  # of kernels, by words in their names; the first that fits
 
 
 class Row(NamedTuple):
-    """What is measured, from its name."""
+    """What is measured, from its name; top_k: 0 is that of all rows."""
 
     name: str
     method: str
     experts: int
     rank: int
+    top_k: int = 0
 
     @classmethod
     def of(cls, name: str) -> Row:
         method, _, size = name.partition("-")
+        size, _, top_k = size.partition("k")
         experts, _, rank = size.rpartition("x")
-        return cls(name, method, int(experts or 0), int(rank or 0))
+        return cls(name, method, int(experts or 0), int(rank or 0), int(top_k or 0))
+
+    def way(self) -> AbstractContextManager[None]:
+        """Within which the row's steps run."""
+        if self.method == "dense":
+            return fast_linears.plain()
+        return forced(self.method == "pairs") if self.method in ("contracted", "pairs") else nullcontext()
 
 
 def backbone(args: argparse.Namespace, quantised: bool) -> LlamaForCausalLM:
@@ -120,7 +138,7 @@ def adapted(model: LlamaForCausalLM, row: Row, args: argparse.Namespace) -> tupl
         return model, lambda: None
     if row.method == "layerwise":
         ranks = {name: row.rank for name, _ in model.named_modules() if name.rpartition(".")[2] in TARGETS}
-        mixture = MoELoRAModel(model, ranks, row.experts, args.top_k)
+        mixture = MoELoRAModel(model, ranks, row.experts, row.top_k or args.top_k)
         for module in mixture.modules():
             if hasattr(module, "experts_b"):
                 torch.nn.init.normal_(module.experts_b, std=0.02)
@@ -134,7 +152,7 @@ def adapted(model: LlamaForCausalLM, row: Row, args: argparse.Namespace) -> tupl
         config: Any = LoraConfig(r=row.rank, target_modules=TARGETS, init_lora_weights=False)
     else:
         config = LoRASwitchConfig(
-            r=row.rank, num_experts=row.experts, top_k=args.top_k, target_modules=TARGETS, init_weights=False,
+            r=row.rank, num_experts=row.experts, top_k=row.top_k or args.top_k, target_modules=TARGETS, init_weights=False,
             trainable="router" if row.method == "router_only" else "all",
         )  # fmt: skip
     with torch.device(args.device):
@@ -173,7 +191,7 @@ def measure(model: LlamaForCausalLM, row: Row, mode: str, args: argparse.Namespa
         return loss.detach()
 
     start = time.perf_counter()
-    with fast_linears.plain() if row.method == "dense" else nullcontext():
+    with row.way():
         losses = [step() for _ in range(args.warmup)]
         synchronize(args.device)
         warm = time.perf_counter() - start
@@ -193,7 +211,7 @@ def measure(model: LlamaForCausalLM, row: Row, mode: str, args: argparse.Namespa
     )
     result = {
         "model": args.model, "method": row.method, "mode": mode, "experts": row.experts,
-        "top_k": args.top_k if row.experts else 0, "rank": row.rank, "tokens": samples * args.length,
+        "top_k": (row.top_k or args.top_k) if row.experts else 0, "rank": row.rank, "tokens": samples * args.length,
         "ms": round(statistics.median(times), 2), "ms_fastest": round(min(times), 2), "ms_slowest": round(max(times), 2),
         "ratio": 0.0, "peak_gib": round(peak, 3), "adapter_gib": round((16 * adapter + frozen) / 2**30, 3),
         "loss": round(losses[0].item(), 5), "loss_end": round(losses[-1].item(), 5), "warmup_s": round(warm, 1),
@@ -272,7 +290,9 @@ def write(report: dict[str, Any], path: Path) -> None:
         )
         for row in earlier["rows"] if alike else ():
             rows.setdefault(_key(row), row)
-    ordered = sorted(rows.values(), key=lambda row: (MODES.index(row["mode"]), row["experts"], row["rank"]))
+    ordered = sorted(
+        rows.values(), key=lambda row: (MODES.index(row["mode"]), row["experts"], row["rank"], row["top_k"])
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"header": report["header"], "rows": ordered}, indent=1) + "\n")
 
@@ -286,12 +306,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         size = f"{row['experts']}x{row['rank']}" if row["experts"] else f"{row['rank']}"
         name = row["method"] + (f"-{size}" if row["rank"] else "")
+        shown_name = name + ("" if row["top_k"] in (0, 2) else f"k{row['top_k']}")
         bar = BARS.get((row["mode"], name))
         kinds = row.get("kernels", {}).get("by_kind", {})
         shown = ", ".join(f"{kind} {took:.0f} ({count})" for kind, (took, count) in kinds.items())
         over = row["peak_gib"] / row["bound_gib"] if row.get("bound_gib") else 0.0
         lines.append(
-            f"{row['mode']:14}{name:18}{row['ms']:>9.1f}{row['ratio']:>7.3f}{bar or '':>6}{row['peak_gib']:>8.2f}{over:>6.3f}"
+            f"{row['mode']:14}{shown_name:18}{row['ms']:>9.1f}{row['ratio']:>7.3f}{bar or '':>6}{row['peak_gib']:>8.2f}"
+            f"{over:>6.3f}"
             f"   {shown}"
         )
     return "\n".join(lines)
@@ -301,6 +323,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rows", nargs="+", default=None, help="names of rows; without it those of each mode")
+    parser.add_argument("--crossover", action="store_true", help="the rows of CROSSOVER_SIZES, checkpointing alone")
     parser.add_argument("--model", default="llama-3.1-8b", help="its name in the file")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=14336)
@@ -320,7 +343,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output is None:
         gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0] if args.device == "cuda" else args.device
-        args.output = ROOT / "recipes" / "results" / f"train_{gpu.lower()}.json"
+        what = "train_crossover" if args.crossover else "train"
+        args.output = ROOT / "recipes" / "results" / f"{what}_{gpu.lower()}.json"
+    if args.crossover:
+        args.modes, args.rows = ["checkpointing"], args.rows or CROSSOVER_ROWS
     return args
 
 

@@ -60,6 +60,30 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def with_earlier(
+    path: Path, head: dict[str, Any], rows: list[dict[str, Any]], runs: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(header, rows, runs) with those that `path` holds of runs that have not been made again; as they are if there is no file.
+
+    Raises:
+        Incompatible: the file answers another question; nothing is written.
+    """
+    if not path.exists():
+        return head, rows, runs
+    earlier = results.read(path)
+    _same_question(path, earlier["header"], Path("the new results"), head)
+    new = {(run["method"], run["seed"]) for run in runs}
+    kept = [run for run in earlier["runs"] if (run["method"], run["seed"]) not in new]
+    if not kept:
+        return head, rows, runs
+    rows = [row for row in earlier["rows"] if (row["method"], row["seed"]) not in new] + rows
+    order = list(methods.EVERY)
+    runs = sorted([*kept, *runs], key=lambda run: (order.index(run["method"]), run["seed"]))
+    rows = sorted(rows, key=lambda row: (order.index(row["method"]), row["seed"]))
+    mine = {"header": head, "runs": runs}
+    return _header([{"header": earlier["header"], "runs": kept}, mine]), rows, runs
+
+
 def _same_question(one: Path, a: dict[str, Any], other: Path, b: dict[str, Any]) -> None:
     for name in sorted({*a["settings"], *b["settings"]}):
         first, second = a["settings"].get(name), b["settings"].get(name)

@@ -18,10 +18,11 @@ from torch import nn
 
 from peft_loraswitch import LoRASwitchConfig
 from peft_loraswitch.layer import LoRASwitchLayer
-from recipes.quality import routers
+from recipes.quality import optimizers, routers
 from recipes.quality.moe_lora import MoELoRALinear, MoELoRAModel
 
 FAMILIES = ("baselines", "paper", "routers", "combined")
+ASIDE_FAMILIES = ("optimizers", "top_p")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 64  # E * r of the paper's shape here, and the rank of the LoRA that has as many parameters
 SCALE = 8.0  # s of LoRA
@@ -35,6 +36,7 @@ class Method:
         what: one sentence for the table.
         build: frozen base -> model with trainable adapter, whose forward takes input_ids and labels.
         equal: whether it has the parameters of a LoRA of rank 64.
+        optimizer: what it is trained with.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Method:
     what: str
     build: Callable[[nn.Module], nn.Module]
     equal: bool = True
+    optimizer: optimizers.Maker = optimizers.adamw
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -199,19 +202,44 @@ METHODS: tuple[Method, ...] = (
 BY_NAME = {method.name: method for method in METHODS}
 
 
+def frozen_a(model: nn.Module) -> nn.Module:
+    adapted = switch()(model)
+    for module in adapted.modules():
+        if isinstance(module, LoRASwitchLayer):
+            module.loraswitch_A["default"].weight.requires_grad_(False)
+    return adapted
+
+
+# What stands in files of its own (aside.py): it is asked with other steps, and is no variant of the table above.
+PAPER = "The paper's LoRA-Switch, trained"
+ASIDE: tuple[Method, ...] = (
+    Method("switch-loraplus", "optimizers", f"{PAPER} by LoRA+: B has 16 times the learning rate of A and the router.",
+           switch(), optimizer=optimizers.loraplus),
+    Method("switch-lorafa", "optimizers", f"{PAPER} by LoRA-FA: A stays as it began.", frozen_a, equal=False,
+           optimizer=optimizers.lorafa),
+    Method("switch-riemannian", "optimizers", f"{PAPER} by AdamW with Riemannian preconditioning.", switch(),
+           optimizer=optimizers.riemannian),
+    Method("switch-lorarite", "optimizers", f"{PAPER} by LoRA-RITE, the router by AdamW.", switch(),
+           optimizer=optimizers.lorarite),
+    *(Method(f"switch-k{k}-p{round(100 * p)}", "top_p", f"At most {k} experts per token, fewer from top_p = {p} on.",
+             switch(k, top_p=p)) for k in (2, 4) for p in (0.5, 0.7, 0.9)),
+)  # fmt: skip
+EVERY = {method.name: method for method in (*METHODS, *ASIDE)}
+
+
 def chosen(families: Sequence[str] | None, names: Sequence[str] | None) -> list[Method]:
-    """The methods of these families, or these; in the order of the table.
+    """The methods of these families, or these; in the order of the table. None of either: all that the table has.
 
     Raises:
         ValueError: an unknown name.
     """
-    for kind, given, known in (("family", families, FAMILIES), ("method", names, tuple(BY_NAME))):
+    for kind, given, known in (("family", families, (*FAMILIES, *ASIDE_FAMILIES)), ("method", names, tuple(EVERY))):
         unknown = [name for name in given or () if name not in known]
         if unknown:
             raise ValueError(f"unknown {kind} {', '.join(unknown)}: choose from {', '.join(known)}.")
     if not families and not names:
         families = FAMILIES
-    return [m for m in METHODS if m.family in (families or ()) or m.name in (names or ())]
+    return [m for m in EVERY.values() if m.family in (families or ()) or m.name in (names or ())]
 
 
 # ------------------------------------------------------------------------------------------------ a built model

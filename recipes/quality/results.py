@@ -73,7 +73,7 @@ def data_sizes(prepared: Any, settings: Settings) -> dict[str, Any]:
 def of_runs(folder: Path, base_digest: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, one entry per run) of every finished run in `folder` that started from this base, in the order of the table."""
     rows, runs = [], []
-    for method in methods.METHODS:
+    for method in methods.EVERY.values():
         found = [files.read_json(path) for path in folder.glob(f"{method.name}-[0-9]*.json")]
         fitting = [run for run in found if run and run["base"] == base_digest and run["method"] == method.name]
         tuning = (files.read_json(folder / f"{method.name}-tuning.json") or {}).get("scores", {})

@@ -3,6 +3,7 @@
 Every figure is of test rows. With several routers (layer-wise MoE-LoRA) it is the mean over them. Of the domains together, in
 nats:
 
+mean_experts             how many experts a token chose
 effective_experts        exp of the entropy of the mean load: how many experts, used evenly, would be as diverse
 mi_domain                I(expert; domain) of the picks, each domain with the same weight
 context_information      I(best expert; context | token): the expert is a function of token and context, so this is the
@@ -142,6 +143,7 @@ def _of_one_router(
     load = loads.mean(0)
     best = gates.argmax(-1)
     return {
+        "mean_experts": float((gates > 0).sum(-1).double().mean()),
         "effective_experts": float(entropy(load).exp()),
         "mi_domain": float(entropy(load) - entropy(loads).mean()),
         "context_information": context_information(best, tokens, gates.shape[-1], vocabulary),

@@ -28,6 +28,7 @@ import torch
 
 from recipes.checkout import module_command, module_environment
 from recipes.quality import base, methods, prepare, results
+from recipes.quality.merge import with_earlier
 from recipes.quality.methods import Method
 from recipes.quality.settings import SIZES, Settings
 from recipes.quality.worker import Job, OutOfTime, Worker
@@ -44,7 +45,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Compare routed adapters on equal footing: pretrain a base, adapt it with each method, measure.",
     )
-    parser.add_argument("--family", nargs="+", metavar="NAME", help=f"families to run: {', '.join(methods.FAMILIES)}")
+    parser.add_argument(
+        "--family",
+        nargs="+",
+        metavar="NAME",
+        help=f"families to run: {', '.join((*methods.FAMILIES, *methods.ASIDE_FAMILIES))} "
+        "(default: all but the last two)",
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="single methods to run (--list names them)")
     parser.add_argument("--list", action="store_true", help="list the methods and stop")
     parser.add_argument("--size", choices=list(SIZES), default="full", help="full: a GPU; smoke: seconds on a CPU")
@@ -57,7 +64,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, metavar="X", help="for every method, instead of the search")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no run that would end after that time")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
-    parser.add_argument("--results", type=Path, help="where the results go besides <out>/results.csv (a .csv file)")
+    parser.add_argument(
+        "--results", type=Path, help="where the results go besides <out>/results.csv (a .csv file), to those it has"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # used by the command itself
     parser.add_argument("--deadline", type=float, default=float("inf"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -230,7 +239,7 @@ def worker_arguments(options: argparse.Namespace, method: Method, device: str) -
 def main(options: argparse.Namespace) -> int:
     chosen = methods.chosen(options.family, options.methods)
     if options.list:
-        for method in methods.METHODS:
+        for method in methods.EVERY.values():
             print(f"{method.family:<10} {method.name:<16} {method.what}")
         return 0
     devices = devices_of(options)
@@ -269,8 +278,9 @@ def main(options: argparse.Namespace) -> int:
     rows, runs = results.of_runs(options.out / "runs", info["sha256"])
     head = results.header(settings_of(options), info, getattr(prepared, "sources", None))
     head["data"] = results.data_sizes(prepared, settings_of(options))
-    for path in dict.fromkeys(filter(None, (options.out / "results.csv", options.results))):
-        results.write(path, head, rows, runs)
+    results.write(options.out / "results.csv", head, rows, runs)
+    if options.results is not None:
+        results.write(options.results, *with_earlier(options.results, head, rows, runs))
     say(f"{len(runs)} runs, {len(rows)} rows: {options.results or options.out / 'results.csv'}")
     if failed:
         print(f"failed: {', '.join(failed)} (their messages are above)", file=sys.stderr)

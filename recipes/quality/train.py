@@ -12,6 +12,7 @@ from torch import nn
 
 from recipes.quality import methods
 from recipes.quality.base import autocast
+from recipes.quality.optimizers import Maker, adamw
 from recipes.quality.pool import Pool, plan
 from recipes.quality.settings import Settings
 
@@ -22,10 +23,15 @@ class Trainer:
     Args:
         model: the adapted base in train mode, adapter in float32.
         pool: training rows, on the device of the model.
+        make_optimizer: from the model and its learning rate.
         compiled: whether to compile the model; with some thousand small kernels a step this halves the time of a step.
     """
 
-    def __init__(self, model: nn.Module, pool: Pool, settings: Settings, device: torch.device, compiled: bool) -> None:
+    def __init__(
+        self, model: nn.Module, pool: Pool, settings: Settings, device: torch.device, compiled: bool,
+        make_optimizer: Maker = adamw,
+    ) -> None:  # fmt: skip
+        self.make_optimizer = make_optimizer
         self.model, self.pool, self.settings, self.device = model, pool, settings, device
         self.forward: Any = torch.compile(model) if compiled else model
         self.after_step: list[Callable[[], None]] = [
@@ -40,7 +46,7 @@ class Trainer:
         return time.perf_counter() - begun
 
     def run(self, learning_rate: float, seed: int, steps: int | None = None) -> float:
-        """Train from new weights. AdamW without weight decay, warm-up and cosine; the seed fixes weights and data order.
+        """Train from new weights. No weight decay, warm-up and cosine; the seed fixes weights and data order.
 
         Returns:
             Mean training loss of the last tenth of the steps (with the router's losses).
@@ -49,7 +55,8 @@ class Trainer:
         methods.reset(self.model, seed)
         self.model.train()
         parameters = methods.trainable(self.model)
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=self.device.type == "cuda")
+        optimizer = self.make_optimizer(self.model, learning_rate)
+        rates = [group["lr"] for group in optimizer.param_groups]
         rows = plan(pool, settings, seed).to(self.device)
         tail = max(1, settings.steps // 10)
         last_losses = torch.zeros((), device=self.device)
@@ -61,9 +68,10 @@ class Trainer:
                 loss = self.forward(input_ids=batch, labels=labels, use_cache=False).loss
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.param_groups[0]["lr"] = learning_rate * schedule(step, settings)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(step, settings)
             optimizer.step()
-            optimizer.zero_grad()
+            self.model.zero_grad()
             for call in self.after_step:
                 call()
             if step >= total - tail:

@@ -107,7 +107,7 @@ class Worker:
         self.test = evaluate.rows_of(prepared.test, tasks, *size)
         size = (self.settings.routing_rows, self.settings.routing_rows, device)
         self.routed = evaluate.rows_of(prepared.test, tasks, *size)
-        self.trainer = Trainer(self.model, self.pool, self.settings, device, job.compiled)
+        self.trainer = Trainer(self.model, self.pool, self.settings, device, job.compiled, method.optimizer)
         self.run_seconds = 0.0  # of the longest run so far
         if self.trainable:
             seconds = self.trainer.warm_up()

@@ -37,6 +37,23 @@ def test_rows_of_two_modes_come_into_one_file(tmp_path, capsys):
     assert "fused-3x2" in capsys.readouterr().out
 
 
+def test_both_ways_with_many_experts(tmp_path, capsys):
+    """From the same seeds they start alike; each is what its name says."""
+    sizes = ["floor", "contracted-6x2k3", "pairs-6x2k3", "pairs-6x2"]
+    rows = run(tmp_path / "out.json", "--crossover", "--rows", *sizes)
+    assert [(row["method"], row["top_k"]) for row in rows] == [
+        ("floor", 0),
+        ("pairs", 2),
+        ("contracted", 3),
+        ("pairs", 3),
+    ]
+    assert rows[2]["loss"] == pytest.approx(rows[3]["loss"], abs=2e-2)
+    assert "pairs-6x2k3" in capsys.readouterr().out
+    args = bench.parse(["--crossover"])
+    assert args.modes == ["checkpointing"] and args.output.name.startswith("train_crossover_")
+    assert {"pairs-128x16k2", "contracted-32x16k1"} < set(args.rows)
+
+
 def test_a_row_leaves_the_backbone_as_it_was():
     args = bench.parse(TINY)
     model = bench.backbone(args, False)

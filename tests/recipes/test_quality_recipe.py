@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.quality import base, evaluate, files, methods, pool, results, routers, routing_statistics, train
+from recipes.quality import aside, base, evaluate, files, methods, pool, results, routers, routing_statistics, train
 from recipes.quality import run as command
 from recipes.quality.moe_lora import MoELoRALinear, MoELoRAModel
 from recipes.quality.settings import FULL, LENGTH, SMOKE
@@ -184,10 +185,10 @@ def test_equal_parameters() -> None:
     """Methods that are compared as equals train the same number of parameters to one percent, at the published size."""
     with torch.device("meta"):
         budget = methods.budget(base.new_model(16_384, FULL))
-    for method in methods.METHODS:
+    for method in methods.EVERY.values():
         with torch.device("meta"):
             model = method.build(base.new_model(16_384, FULL).requires_grad_(False))
-        assert method.family in methods.FAMILIES
+        assert method.family in (methods.ASIDE_FAMILIES if method in methods.ASIDE else methods.FAMILIES)
         if method.equal:
             assert methods.count(model) / budget == pytest.approx(1, abs=0.01), method.name
             assert methods.count(model) <= budget, method.name
@@ -204,7 +205,7 @@ def test_active_rank(name: str, rank: int) -> None:
     assert methods.active_rank(model) == pytest.approx(rank, abs=0.5)
 
 
-@pytest.mark.parametrize("method", methods.METHODS[1:], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", list(methods.EVERY.values())[1:], ids=lambda method: method.name)
 def test_a_new_adapter_changes_nothing_and_all_of_it_trains(method: methods.Method) -> None:
     rows = torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     expected = tiny()(input_ids=rows).logits
@@ -363,6 +364,39 @@ def test_a_run_learns_and_repeats_itself() -> None:
     assert learned < idle - 0.05 and again == learned and losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("name", ["switch", *(m.name for m in methods.ASIDE if m.family == "optimizers")])
+def test_every_optimizer_learns_repeats_itself_and_keeps_the_schedule(name: str) -> None:
+    """The weights that it is to move move, and no others: LoRA-FA leaves A where it is."""
+    if name == "switch-lorarite":
+        pytest.importorskip("pytorch_optimizer")
+    method, settings = methods.EVERY[name], SMOKE.with_changes(steps=12, rows=4)
+    rates: list[list[float]] = []
+
+    def watched(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        optimizer = method.optimizer(model, rate)
+        groups = [group for group in optimizer.param_groups if group["params"]]
+        model.zero_grad = lambda: (rates.append([each["lr"] for each in groups]), nn.Module.zero_grad(model))  # type: ignore
+        return optimizer
+
+    model = method.build(tiny())
+    trainer = train.Trainer(model, a_pool(), settings, CPU, False, watched)
+    losses = [trainer.run(rate, seed=0) for rate in (4e-3, 4e-3, 1e-9)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] < losses[2]
+    methods.reset(model, 0)
+    begun = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer.run(4e-3, seed=0)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, begun[name])}
+    assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("loraswitch_A" in each for each in moved) == (name != "switch-lorafa")
+    assert any("router" in each for each in moved)
+    factors = [train.schedule(step, settings) for step in range(12)]
+    first = [rate / factors[0] for rate in rates[0]]
+    assert min(first) == pytest.approx(4e-3)
+    assert max(first) == pytest.approx(4e-3 * (16 if name == "switch-loraplus" else 1))
+    for factor, found in zip(factors, rates, strict=False):
+        assert found == pytest.approx([rate * factor for rate in first])
+
+
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     settings = FULL.with_changes(steps=100)
     factors = [train.schedule(step, settings) for step in range(100)]
@@ -484,6 +518,30 @@ def test_the_command_runs_and_goes_on_where_it_stopped(
     assert command.main(command.parse(words)) == 0
     printed = capfd.readouterr().out
     assert all(f"{name}: finished before" in printed for name in ("base", "lora-r64", "moe-lora"))
+
+
+@pytest.mark.slow
+def test_results_of_a_file_of_their_own_are_kept_beside_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the folder of the runs is new, as long as the base is the same one; and are a table."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    words = ["--size", "smoke", "--steps", "2", "--results", "aside.csv", "--learning-rate", "0.004", "--out"]
+    assert command.main(command.parse([*words, "one", "--methods", "switch-lorafa", "switch-k2-p50"])) == 0
+    first = results.read(Path("aside.csv"))
+    shutil.copytree("one/base", "two/base")
+    assert command.main(command.parse([*words, "two", "--methods", "switch-k2-p50", "switch"])) == 0
+    both = results.read(Path("aside.csv"))
+    assert [run["method"] for run in both["runs"]] == ["switch", "switch-lorafa", "switch-k2-p50"]
+    kept = [row for row in both["rows"] if row["method"] == "switch-lorafa"]
+    assert kept == [row for row in first["rows"] if row["method"] == "switch-lorafa"]
+    assert {row["method"] for row in results.read(Path("two/results.csv"))["rows"]} == {"switch", "switch-k2-p50"}
+    table = "\n".join(aside.lines(Path("aside.csv")))
+    assert table.count("\n| `switch") == 3 and "| 0.004 |" in table and "| 2.00 |" in table
+    with pytest.raises(ValueError, match="different settings"):
+        command.main(command.parse(["--size", "smoke", "--steps", "3", *words[4:], "two", "--methods", "base"]))
+    assert results.read(Path("aside.csv")) == both
 
 
 @pytest.mark.parametrize(

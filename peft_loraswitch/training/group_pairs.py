@@ -1,0 +1,116 @@
+"""What the experts of a group of linears compute where products go by (token, expert) pairs: the steps of `group_function.py`
+which it takes in place of products with all experts. The hidden has a row for each pair, [P, sum of r], and no gates in it: the
+products that read it apply them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .gate_hidden import runs
+from .group_layout import Packed, Spec
+from .pair_order import PairOrder
+from .pair_products import from_rank, to_rank, to_rank_backward, weight_gradient
+
+
+def write_hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec, order: PairOrder) -> Tensor:
+    """[P, sum of r], from rows [T, in]."""
+    hidden = packed.hidden()
+    for w, part in _with_columns(packed.pair_a(a), hidden):
+        to_rank(side_by_side(rows), w, order, part)
+    return hidden
+
+
+def add_up(
+    results: Sequence[Tensor], hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder
+) -> None:
+    """Adds to the results [T, out] of all linears what their experts make of the hidden."""
+    for result, part, w, columns in zip(results, _parts(hidden, spec), packed.pair_b(), spec.columns, strict=True):
+        from_rank(part, w, order, result, None, True, gates, columns.scaling)
+
+
+def write_up(
+    results: Sequence[Tensor], hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder,
+    biases: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Writes it there, with the base layers' biases."""
+    operands = zip(results, _parts(hidden, spec), packed.pair_b(), spec.columns, biases, strict=True)
+    for result, part, w, columns, bias in operands:
+        from_rank(part, w, order, result, bias, False, gates, columns.scaling)
+
+
+def hidden_backward(
+    d_rows: Sequence[Tensor | None], hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder
+) -> tuple[Tensor, Tensor]:
+    """(d_hidden [P, sum of r], d_gates [T, E]) from the gradients [T, out] of the outputs."""
+    first = next(d for d in d_rows if d is not None)
+    d_hidden = torch.empty_like(hidden)
+    d_pairs = gates.new_empty(spec.size, order.pairs, dtype=torch.promote_types(gates.dtype, hidden.dtype))
+    parts = zip(_parts(d_hidden, spec), _parts(hidden, spec), packed.pair_b(), strict=True)
+    for i, (d_part, part, w) in enumerate(parts):
+        d = d_rows[i]
+        if d is None:
+            d_part.zero_()
+            d_pairs[i].zero_()
+        else:
+            to_rank_backward(side_by_side(d), w, order, part, gates, spec.columns[i].scaling, d_part, d_pairs[i])
+    d_gates = d_pairs.new_zeros(first.shape[0], order.experts + 1)
+    d_gates.view(-1).scatter_(0, order.gate_places, d_pairs.sum(dim=0) if spec.size > 1 else d_pairs[0])
+    return d_hidden, d_gates[:, : order.experts]  # without the null index
+
+
+def d_input(d_hidden: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec, order: PairOrder, tokens: int) -> Tensor:
+    """[T, in], of the experts alone."""
+    total = d_hidden.new_empty(tokens, packed.layout.features)
+    add = False
+    for w, part in _with_columns(packed.pair_a(a), d_hidden):
+        from_rank(part, w, order, total, None, add)
+        add = True
+    return total
+
+
+def d_b(
+    d_rows: Sequence[Tensor | None], hidden: Tensor, gates: Tensor, b: Sequence[Tensor], wanted: Sequence[bool], spec: Spec,
+    order: PairOrder,
+) -> list[Tensor | None]:  # fmt: skip
+    """[E, out, r] of each linear that wants one and has a gradient, in the dtype of its B."""
+    found: list[Tensor | None] = []
+    for d, part, each, want, columns in zip(d_rows, _parts(hidden, spec), b, wanted, spec.columns, strict=True):
+        if d is None or not want:
+            found.append(None)
+            continue
+        gradient = torch.empty(each.shape, dtype=each.dtype, device=each.device)
+        weight_gradient(side_by_side(d), part, order, gradient.transpose(1, 2).unsqueeze(0), gates, columns.scaling)
+        found.append(gradient)
+    return found
+
+
+def d_a(d_hidden: Tensor, rows: Tensor, a: Sequence[Tensor], spec: Spec, order: PairOrder) -> list[Tensor]:
+    """[E, r, in] of each linear."""
+    gradients: list[Tensor] = []
+    alike = [a[0].new_empty(count, first.experts, first.rank, rows.shape[1]) for first, count in runs(spec.columns)]
+    for w, part in _with_columns(alike, d_hidden):
+        weight_gradient(side_by_side(rows), part, order, w)
+        gradients += w.unbind(0)
+    return gradients
+
+
+def side_by_side(each: Tensor) -> Tensor:
+    """With the columns of a row one after the other, as kernels read them."""
+    return each if each.stride(-1) == 1 else each.contiguous()
+
+
+def _parts(hidden: Tensor, spec: Spec) -> Sequence[Tensor]:
+    return hidden.split_with_sizes(spec.hidden_widths, -1)
+
+
+def _with_columns(weights: Sequence[Tensor], hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each [linears, E, r, features] with its columns of the hidden."""
+    start = 0
+    for w in weights:
+        end = start + w.shape[0] * w.shape[2]
+        yield w, hidden[:, start:end]
+        start = end

@@ -1,0 +1,243 @@
+"""`pair_products.py` as Triton kernels: three, of which each takes the strides of weights of any layout.
+
+Rows are read where they lie, by the token of each pair, so nothing is gathered in memory. Grids depend on numbers of tokens and
+experts alone. No atomics: every number is written by one program, and what is added up over a token's experts is added by one
+launch after the other, so the bits are the same in every run. Products and sums are float32.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from .gate_kernels import _on
+from .pair_order import TILE, PairOrder, order_of
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU build of PyTorch
+    triton = None
+
+logger = logging.getLogger(__name__)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_RANK = 128  # one program sums up a gate's gradient
+COLUMNS = 128  # of small matrices, in one program that makes them
+FEATURES = 64  # of wide matrices: read at a time
+WRITTEN = 128  # and written by one program
+_compiles: dict[torch.device, bool] = {}
+
+
+def usable(device: torch.device, dtype: torch.dtype, largest_rank: int) -> bool:
+    """Whether the kernels take products of this dtype on this device (a GPU)."""
+    if triton is None or dtype not in FLOATS or largest_rank > LARGEST_RANK:
+        return False
+    if device not in _compiles:
+        _compiles[device] = _compile(device)
+    return _compiles[device]
+
+
+def _compile(device: torch.device) -> bool:
+    """Whether Triton can compile for this device: it wants a C compiler on the machine."""
+    one = torch.ones(1, 16, device=device)
+    try:
+        order = order_of(torch.zeros(1, 1, dtype=torch.int64, device=device), 1)
+        to_rank(one, one.view(1, 1, 1, 16), order, torch.empty(1, 1, device=device))
+        return True
+    except Exception as error:
+        logger.warning(f"LoRA-Switch: all experts are multiplied at once, because Triton fails: {error}")
+        return False
+
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _to_rank_kernel(  # type: ignore[no-untyped-def]
+        features, w, small, tokens, tiles, gates, hidden, d_gates,
+        width, features_row, experts, small_row, hidden_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
+        RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
+        BACKWARD: tl.constexpr,
+    ):  # fmt: skip
+        tile = tiles + tl.program_id(0) * 3
+        expert = tl.load(tile)
+        if (expert < 0) | (expert >= experts):
+            return
+        row = tl.load(tile + 1) + tl.arange(0, TILE)
+        there = row < tl.load(tile + 2)
+        token = tl.load(tokens + row, mask=there, other=0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        is_column = column < COLUMNS
+        weight = w + expert.to(tl.int64) * w_expert + (column // RANK).to(tl.int64) * w_linear + column % RANK * w_rank
+        source = features + token * features_row
+        total = tl.zeros([TILE, BLOCK], dtype=tl.float32)
+        for start in range(0, width, FEATURES):
+            feature = start + tl.arange(0, FEATURES)
+            is_feature = feature < width
+            left = tl.load(source[:, None] + feature[None, :], mask=there[:, None] & is_feature[None, :], other=0.0)
+            at = weight[None, :] + feature[:, None] * w_feature
+            right = tl.load(at, mask=is_column[None, :] & is_feature[:, None], other=0.0)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        inside = there[:, None] & is_column[None, :]
+        place = row.to(tl.int64)
+        if BACKWARD:
+            gate = tl.load(gates + token * gate_row + expert, mask=there, other=0.0).to(tl.float32)
+            h = tl.load(hidden + place[:, None] * hidden_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(d_gates + place, tl.sum(total * h, axis=1) * scaling, mask=there)
+            total = total * (gate * scaling)[:, None]
+        tl.store(small + place[:, None] * small_row + column[None, :], total.to(small.dtype.element_ty), mask=inside)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _from_rank_kernel(  # type: ignore[no-untyped-def]
+        small, w, out, bias, tokens, tiles, gates,
+        width, out_row, experts, small_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
+        RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
+        ADD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    ):  # fmt: skip
+        blocks = tl.cdiv(width, FEATURES)
+        tile = tiles + tl.program_id(0) // blocks * 3
+        expert = tl.load(tile)
+        if expert < 0:
+            return
+        if ADD:
+            if expert >= experts:  # else these rows begin as all do: from the bias, or from 0
+                return
+        row, end = tl.load(tile + 1) + tl.arange(0, TILE), tl.load(tile + 2)
+        there = row < end
+        columns = tl.where(expert < experts, COLUMNS, 0)  # the null index has none
+        token = tl.load(tokens + row, mask=there, other=0).to(tl.int64)
+        feature = tl.program_id(0) % blocks * FEATURES + tl.arange(0, FEATURES)
+        is_feature = feature < width
+        weight = w + expert.to(tl.int64) * w_expert
+        source = small + row.to(tl.int64) * small_row
+        factor = tl.full([TILE], 1.0, dtype=tl.float32)
+        if GATED:
+            factor = tl.load(
+                gates + token * gate_row + expert, mask=row < tl.where(expert < experts, end, 0), other=0.0
+            )
+            factor = factor.to(tl.float32) * scaling
+        total = tl.zeros([TILE, FEATURES], dtype=tl.float32)
+        for start in range(0, COLUMNS, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            is_column = column < columns
+            left = tl.load(source[:, None] + column[None, :], mask=there[:, None] & is_column[None, :], other=0.0)
+            at = weight + (column // RANK).to(tl.int64) * w_linear + column % RANK * w_rank
+            right = tl.load(
+                at[:, None] + feature[None, :] * w_feature, mask=is_column[:, None] & is_feature[None, :], other=0.0
+            )
+            if GATED:
+                left = (left.to(tl.float32) * factor[:, None]).to(left.dtype)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        if BIAS:
+            total += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
+        place = out + token[:, None] * out_row + feature[None, :]
+        inside = there[:, None] & is_feature[None, :]
+        if ADD:
+            total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(place, total.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
+        features, small, d_w, tokens, bounds, gates,
+        width, features_row, small_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
+        RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
+        GATED: tl.constexpr,
+    ):  # fmt: skip
+        expert = tl.program_id(0)
+        first, end = tl.load(bounds + expert), tl.load(bounds + expert + 1)
+        feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+        is_feature = feature < width
+        column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+        is_column = column < COLUMNS
+        total = tl.zeros([FEATURES, BLOCK], dtype=tl.float32)
+        for start in range(first, end, TILE):
+            row = start + tl.arange(0, TILE)
+            there = row < end
+            token = tl.load(tokens + row, mask=there, other=0).to(tl.int64)
+            left = tl.load(
+                features + token[None, :] * features_row + feature[:, None],
+                mask=there[None, :] & is_feature[:, None], other=0.0,
+            )  # fmt: skip
+            right = tl.load(
+                small + row.to(tl.int64)[:, None] * small_row + column[None, :],
+                mask=there[:, None] & is_column[None, :], other=0.0,
+            )  # fmt: skip
+            if GATED:
+                factor = tl.load(gates + token * gate_row + expert, mask=there, other=0.0).to(tl.float32) * scaling
+                right = (right.to(tl.float32) * factor[:, None]).to(right.dtype)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        at = expert.to(tl.int64) * w_expert + (column // RANK).to(tl.int64) * w_linear + column % RANK * w_rank
+        at = d_w + at[None, :] + feature.to(tl.int64)[:, None] * w_feature
+        tl.store(at, total.to(d_w.dtype.element_ty), mask=is_feature[:, None] & is_column[None, :])
+
+
+def to_rank(features: Tensor, w: Tensor, order: PairOrder, small: Tensor) -> None:
+    """As `pair_products.to_rank`."""
+    _to_rank(features, w, order, small, features, features, features, 0, 1.0, False)
+
+
+def to_rank_backward(
+    d_out: Tensor, w: Tensor, order: PairOrder, hidden: Tensor, gates: Tensor, scaling: float, d_hidden: Tensor, d_gates: Tensor
+) -> None:  # fmt: skip
+    """As `pair_products.to_rank_backward`."""
+    _to_rank(d_out, w, order, d_hidden, gates, hidden, d_gates, hidden.stride(0), scaling, True)
+
+
+def _to_rank(
+    features: Tensor, w: Tensor, order: PairOrder, small: Tensor, gates: Tensor, hidden: Tensor, d_gates: Tensor,
+    hidden_row: int, scaling: float, backward: bool,
+) -> None:  # fmt: skip
+    columns = w.shape[0] * w.shape[2]
+    block = _power(columns, COLUMNS)
+    with _on(features):
+        _to_rank_kernel[(order.tiles.shape[0], -(-columns // block))](
+            features, w, small, order.tokens, order.tiles, gates, hidden, d_gates,
+            features.shape[1], features.stride(0), order.experts, small.stride(0), hidden_row, *w.stride(),
+            gates.stride(0), scaling,
+            RANK=w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=FEATURES, BACKWARD=backward,
+            num_warps=4, num_stages=_stages(features),
+        )  # fmt: skip
+
+
+def from_rank(
+    small: Tensor, w: Tensor, order: PairOrder, out: Tensor, bias: Tensor | None, add: bool,
+    gates: Tensor | None = None, scaling: float = 1.0,
+) -> None:  # fmt: skip
+    """As `pair_products.from_rank`."""
+    columns, gated = w.shape[0] * w.shape[2], gates is not None
+    factors = small if gates is None else gates
+    blocks = -(-out.shape[1] // WRITTEN)
+    with _on(out):
+        for slot in range(order.slots):
+            _from_rank_kernel[(order.slot_tiles.shape[1] * blocks,)](
+                small, w, out, out if bias is None else bias, order.tokens, order.slot_tiles[slot], factors,
+                out.shape[1], out.stride(0), order.experts, small.stride(0), *w.stride(), factors.stride(0), scaling,
+                RANK=w.shape[2], COLUMNS=columns, BLOCK=_power(columns, FEATURES), TILE=TILE, FEATURES=WRITTEN,
+                ADD=add or slot > 0, GATED=gated, BIAS=bias is not None and slot == 0, num_warps=4, num_stages=2,
+            )  # fmt: skip
+
+
+def weight_gradient(
+    features: Tensor, small: Tensor, order: PairOrder, d_w: Tensor, gates: Tensor | None = None, scaling: float = 1.0
+) -> None:
+    """As `pair_products.weight_gradient`."""
+    columns, factors = d_w.shape[0] * d_w.shape[2], small if gates is None else gates
+    block = _power(columns, FEATURES)
+    with _on(features):
+        _weight_gradient_kernel[(order.experts, -(-features.shape[1] // WRITTEN), -(-columns // block))](
+            features, small, d_w, order.tokens, order.bounds, factors,
+            features.shape[1], features.stride(0), small.stride(0), *d_w.stride(), factors.stride(0), scaling,
+            RANK=d_w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=WRITTEN, GATED=gates is not None,
+            num_warps=4, num_stages=_stages(features),
+        )  # fmt: skip
+
+
+def _power(columns: int, most: int) -> int:
+    """The power of two that holds the columns, at least what a product of tiles takes."""
+    return min(most, max(16, 1 << (columns - 1).bit_length()))
+
+
+def _stages(features: Tensor) -> int:
+    """Of tiles in flight: what shared memory holds."""
+    return 4 if features.element_size() == 2 else 2

@@ -1,0 +1,129 @@
+"""Products over (token, expert) pairs: the work of a token's own experts, where the product with all of them does that of all.
+
+    to_rank           small[p, l, :]  = W[l, e_p] features[t_p]                    A in the forward
+    to_rank_backward  d[p, :]         = W[e_p] d_out[t_p];  d_hidden = s g d;  d_gate[p] = s d . hidden[p]
+    from_rank         out[t, :]       = sum over t's pairs of small[p] W[:, e_p]   B in the forward, and dX
+    weight_gradient   d_W[l, e]       = sum over e's pairs of small[p, l] features[t_p]^T    dA, dB
+
+for pair p of token t_p and expert e_p in a `PairOrder`, and linear l of those that share the rows. W is [linears, experts, r,
+features], of any strides but for the kernels' unit ones between features of rows. Sums over a token's experts are rounded to the
+dtype of the result after each.
+
+On a GPU with Triton these are kernels (`pair_kernels.py`). The PyTorch operations below define them; they read the order on the
+host, so they are for a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import pair_kernels
+from .pair_order import PairOrder
+
+# From how many columns of all experts together, E * r, pairs take less time, by the number of experts of a token. Computed in
+# docs/training_log.md, and measured by the command there.
+CROSSOVER = {1: 384, 2: 768, 3: 1280, 4: 1664}
+LEAST_PAIRS = 32  # an expert, on average: with fewer, tiles are mostly empty
+_forced: bool | None = None
+
+
+@contextmanager
+def forced(pairs: bool) -> Iterator[None]:
+    """Within it, pairs are computed wherever they can be, or nowhere: to measure and to compare."""
+    global _forced
+    before, _forced = _forced, pairs
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def pays(device: torch.device, dtype: torch.dtype, tokens: int, slots: int, experts: int, ranks: Sequence[int]) -> bool:
+    """Whether linears of these ranks take less time by pairs.
+
+    Args:
+        dtype: of the products.
+        slots: experts of a token.
+    """
+    if _forced is not None:
+        return _forced and (device.type != "cuda" or pair_kernels.usable(device, dtype, max(ranks)))
+    least = CROSSOVER.get(slots)
+    if least is None or device.type != "cuda" or experts * sum(ranks) < least * len(ranks):
+        return False
+    return tokens * slots >= LEAST_PAIRS * experts and pair_kernels.usable(device, dtype, max(ranks))
+
+
+def to_rank(features: Tensor, w: Tensor, order: PairOrder, small: Tensor) -> None:
+    """Writes small [P, linears * r] from features [T, F] and w [linears, E, r, F]."""
+    if features.is_cuda:
+        return pair_kernels.to_rank(features, w, order, small)
+    for expert, rows, tokens in _segments(order):
+        small[rows] = features[tokens] @ w[:, expert].flatten(0, 1).t()
+
+
+def to_rank_backward(
+    d_out: Tensor, w: Tensor, order: PairOrder, hidden: Tensor, gates: Tensor, scaling: float, d_hidden: Tensor, d_gates: Tensor
+) -> None:  # fmt: skip
+    """Writes d_hidden [P, r], and d_gates [P] (of the null index: left as it is), of one linear.
+
+    Args:
+        d_out: [T, F]; w: [1, E, r, F]; hidden: [P, r], of `to_rank`; gates: [T, E].
+    """
+    if d_out.is_cuda:
+        return pair_kernels.to_rank_backward(d_out, w, order, hidden, gates, scaling, d_hidden, d_gates)
+    for expert, rows, tokens in _segments(order):
+        d = d_out[tokens] @ w[0, expert].t()
+        d_gates[rows] = (d.to(d_gates.dtype) * hidden[rows]).sum(dim=1) * scaling
+        d_hidden[rows] = d * _factors(gates, tokens, expert, scaling, d)
+
+
+def from_rank(
+    small: Tensor, w: Tensor, order: PairOrder, out: Tensor, bias: Tensor | None, add: bool,
+    gates: Tensor | None = None, scaling: float = 1.0,
+) -> None:  # fmt: skip
+    """Writes out [T, F], or adds to it, from small [P, linears * r] and w [linears, E, r, F].
+
+    Args:
+        bias: [F], only if not `add`.
+        gates: [T, E]: each pair counts by `scaling` times that of its token and expert; None: by 1.
+    """
+    if out.is_cuda:
+        return pair_kernels.from_rank(small, w, order, out, bias, add, gates, scaling)
+    if not add:
+        out.zero_() if bias is None else out.copy_(bias)
+    for expert, rows, tokens in _segments(order):
+        part = small[rows]
+        if gates is not None:
+            part = part * _factors(gates, tokens, expert, scaling, part)
+        out.index_add_(0, tokens, (part @ w[:, expert].flatten(0, 1)).to(out.dtype))
+
+
+def weight_gradient(
+    features: Tensor, small: Tensor, order: PairOrder, d_w: Tensor, gates: Tensor | None = None, scaling: float = 1.0
+) -> None:
+    """Writes d_w [linears, E, r, F], of any strides, from features [T, F] and small [P, linears * r]; gates as in `from_rank`."""
+    if features.is_cuda:
+        return pair_kernels.weight_gradient(features, small, order, d_w, gates, scaling)
+    d_w.zero_()
+    for expert, rows, tokens in _segments(order):
+        part = small[rows]
+        if gates is not None:
+            part = part * _factors(gates, tokens, expert, scaling, part)
+        d_w[:, expert] = (part.t() @ features[tokens]).view(d_w.shape[0], d_w.shape[2], -1).to(d_w.dtype)
+
+
+def _segments(order: PairOrder) -> Iterator[tuple[int, slice, Tensor]]:
+    """(expert, its rows, their tokens) of the experts that have any."""
+    bounds = order.bounds.tolist()
+    for expert, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if first < end:
+            yield expert, slice(first, end), order.tokens[first:end].long()
+
+
+def _factors(gates: Tensor, tokens: Tensor, expert: int, scaling: float, like: Tensor) -> Tensor:
+    """[pairs, 1]"""
+    return (gates[tokens, expert] * scaling).to(like.dtype).unsqueeze(1)
