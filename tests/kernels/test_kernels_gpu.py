@@ -307,11 +307,11 @@ def test_many_experts_of_which_some_are_chosen(num_experts, top_k, tokens, rank,
     for tensor in (*group["lora_a"], *group["lora_b"]):
         tensor[unused] = float("nan")
     packed = kernels.PackedGroup(**group, tuning=tuning)
+    names = ("weights", "biases", "lora_a", "lora_b", "scalings")
+    references = [oracle.linear(x, experts, gates, *(group[name][i] for name in names)) for i in range(3)]
     for _ in oracle.rounds(50):
         poison_allocator()
-        for i, result in enumerate(packed(x, experts, gates)):
-            w, bias, a, b, s = (group[name][i] for name in ("weights", "biases", "lora_a", "lora_b", "scalings"))
-            reference = oracle.linear(x, experts, gates, w, bias, a, b, s)
+        for result, reference in zip(packed(x, experts, gates), references, strict=True):
             assert oracle.relative_error(result, reference) < oracle.limit(result)
 
 
