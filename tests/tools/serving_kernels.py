@@ -6,12 +6,14 @@ TRITON_INTERPRET=1 python tests/tools/serving_kernels.py     # where Triton is i
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from peft_loraswitch.routing.options import RoutingOptions
-from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables, write_mask
+from peft_loraswitch.vllm_plugin.kept_sums import Places
+from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables, decide, own_logits, write_mask
 
 POISON = 12345.0
 # slots, most choices, max_rank, in_features
@@ -68,6 +70,94 @@ def check_route(shape: tuple[int, int, int, int], dtype: torch.dtype, device: st
                 source, weights, here.to(device), tables.settings.to(device), token_slots.to(device), first, actual
             )
             torch.testing.assert_close(actual.cpu().double(), expected64, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+def sums_so_far(logits: Tensor, decay: float) -> Tensor:
+    """float64 [tokens, n + 1]: the decayed sums of logits [tokens, n] and of their weights, token by token."""
+    sums, rows = torch.zeros(logits.shape[1] + 1, dtype=torch.float64), []
+    for row in logits.double():
+        sums = decay * sums + torch.cat([row, torch.ones(1, dtype=torch.float64)])
+        rows.append(sums)
+    return torch.stack(rows)
+
+
+def check_context(most: int, device: str, seed: int, lengths: tuple[int, ...] = (1, 1, 2, 7)) -> None:
+    """Requests in the middle of their text, in blocks anywhere in the cache, with adapters of every decay, and none; padding.
+    `lengths`: of which the parts are that are computed now. Without routers the logits are given."""
+    from peft_loraswitch.vllm_plugin import context_kernel, route_kernel
+
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    slots, features, max_rank, size, padding = 4, 24, 32, 4, 3
+    requests = choose.choice([1, 3, 6])
+    new = [choose.choice(lengths) for _ in range(requests)]
+    past = [choose.choice([0, 1, size - 1, size, 2 * size, 9]) for _ in range(requests)]
+    tokens, rows = sum(new), sum(-(-(p + n) // size) for p, n in zip(past, new, strict=True))
+    tables = RoutingTables(slots, max_rank, most, tokens + padding)
+    router, decays = torch.randn(slots, most, features), []
+    for slot in range(slots):
+        decays.append(choose.choice([0.0, 0.5, 0.98, 1.0]))
+        tables.place(slot, replace(some_options(choose, most, max_rank), decay=decays[-1]))
+    here = torch.tensor([True, True, True, False])  # the last routes elsewhere
+    free = torch.randperm(rows + 2).tolist()
+    sums = torch.full(((rows + 2) * size, most + 1), torch.nan)
+    starts = torch.full((requests + 3,), tokens, dtype=torch.int32)
+    blocks = torch.full((requests + 2, 9 + max(lengths)), 2**30, dtype=torch.int32)
+    positions, cache_slots = torch.zeros(tokens + padding, dtype=torch.long), torch.full((tokens + padding,), -1)
+    token_slots = torch.zeros(tokens + padding, dtype=torch.long)
+    x = torch.randn(tokens + padding, features)
+    expected_sums, expected = sums.double(), torch.zeros(tokens, max_rank, dtype=torch.float64)
+    begin = 0
+    for request, (before, count) in enumerate(zip(past, new, strict=True)):
+        end, slot = begin + count, choose.randrange(-1, slots)
+        starts[request] = begin
+        needed = -(-(before + count) // size)
+        blocks[request, :needed] = torch.tensor([free.pop() for _ in range(needed)], dtype=torch.int32)
+        places = torch.tensor([int(blocks[request, p // size]) * size + p % size for p in range(before + count)])
+        positions[begin:end], cache_slots[begin:end] = torch.arange(before, before + count), places[before:]
+        token_slots[begin:end] = slot
+        if slot >= 0:
+            text = torch.cat([torch.randn(before, features), x[begin:end]])
+            logits = text @ router[slot].T
+            routed = bool(here[slot])
+            if routed and decays[slot]:
+                so_far = sums_so_far(logits, decays[slot])
+                sums[places[:before]] = so_far[:before].float()
+                expected_sums[places] = so_far
+                logits = so_far[:, :-1] / so_far[:, -1:]
+            settings = tables.settings[slot].expand(count, -1)
+            expected[begin:end] = decide(logits[before:].double(), settings, max_rank) if routed else 1.0
+        begin = end
+    choices = tables.settings[:, 0]
+    shape = dict(rtol=2e-5, atol=2e-6)  # of sums; gates are compared where no two choices are that near
+    where = Places(starts, positions, cache_slots, blocks, size)
+    for given in (False, True):
+        logits = own_logits(x, router, token_slots.clamp(min=0))
+        source, weights = (logits, None) if given else (x, router)
+        moved = [None if each is None else each.to(device) for each in (source, weights, here)]
+        settings, token_slots_there = tables.settings.to(device), token_slots.to(device)
+        kept = RoutingTables(slots, max_rank, most, tokens + padding, device).kept
+        kept.allocate(len(sums))
+        assert kept.sums is not None
+        for on_kernels in (False, True):
+            if not on_kernels and device != "cpu":
+                continue
+            kept.sums.copy_(sums)
+            kept.own = torch.full((tokens + padding, most), torch.nan, device=device)
+            there = Places(*(each.to(device) for each in where[:4]), size)
+            kept.places = lambda there=there: there  # type: ignore[misc]
+            mask = torch.full((tokens + padding, max_rank), POISON, device=device)
+            if on_kernels:
+                route_kernel.route(*moved, settings, token_slots_there, True, mask, kept.own)
+                context_kernel.route(tokens + padding, moved[2], settings, token_slots_there, mask, kept, there)
+            else:
+                write_mask(*moved, settings, token_slots_there, True, mask, kept)
+            torch.testing.assert_close(mask[:tokens].cpu().double(), expected, rtol=1e-3, atol=1e-4)
+            for place in range(len(sums)):  # beyond an adapter's choices nobody reads
+                found, wanted = kept.sums[place].cpu().double(), expected_sums[place]
+                (token,) = (cache_slots == place).nonzero().flatten().tolist() or [None]
+                columns = [*range(int(choices[token_slots[token]]) if token is not None else most), most]
+                torch.testing.assert_close(found[columns], wanted[columns], equal_nan=True, **shape)
 
 
 def check_padded_rows(device: str) -> None:
@@ -202,8 +292,13 @@ def check_all(device: str, route_seeds: int = 6) -> int:
             for add_inputs in (True, False):
                 check_expand(tokens, rank, widths, dtype, device, add_inputs)
                 checks += 1
+    for most in (1, 9, 33):
+        for seed in range(2 * route_seeds):
+            check_context(most, device, seed)
+            checks += 1
+    check_context(5, device, 0, lengths=(150,))
     check_padded_rows(device)
-    return checks + 1
+    return checks + 2
 
 
 if __name__ == "__main__":
