@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import served_files
 import vllm_server
 from peft_loraswitch import LoRASwitchConfig
-from served_files import BASE, CHAT, TOKENS, ServedFiles
+from served_files import BASE, CHAT, CONTEXT, PROMPTS, TOKENS, ServedFiles
 from vllm_server import Server
 
 pytestmark = pytest.mark.vllm
@@ -86,7 +86,7 @@ def test_all_adapters_in_one_batch(llama, llama_files):
 
 def test_stream_and_chat_and_several_answers(llama, llama_files):
     jobs = jobs_for(llama_files, kind="stream")
-    chat = len(llama_files.prompts) - 1
+    chat = len(PROMPTS) - 1
     jobs += [
         {"model": name, "kind": "chat", "messages": CHAT, "max_tokens": TOKENS, "answer": chat}
         for name in llama_files.answers
@@ -99,13 +99,43 @@ def test_stream_and_chat_and_several_answers(llama, llama_files):
 
 
 def test_prefix_cache_is_used_and_not_shared_by_adapters(llama, llama_files):
-    longest = max(range(len(llama_files.prompts)), key=lambda index: len(llama_files.prompts[index]))
+    longest = max(range(len(PROMPTS)), key=lambda index: len(llama_files.prompts[index]))
     assert len(llama_files.prompts[longest]) > served_files.BLOCK
     jobs = [job for job in jobs_for(llama_files) if job["answer"] == longest]
     for _ in range(2):
         before = llama.metric("vllm:prefix_cache_hits_total")
         compare(llama_files, jobs, llama.ask(jobs))
     assert llama.metric("vllm:prefix_cache_hits_total") - before >= served_files.BLOCK * len(jobs)
+
+
+def long_jobs(files: ServedFiles, **settings: Any) -> list[dict[str, Any]]:
+    """Long prompts that share their beginnings, for adapters whose router sees context."""
+    return [job for job in jobs_for(files, **settings) if job["answer"] >= len(PROMPTS)]
+
+
+def test_context_goes_on_from_the_prefix_cache(llama, llama_files):
+    """Cached beginnings that end with a block, within one, and with the prompt: one request after the other."""
+    jobs = long_jobs(llama_files)
+    before = llama.metric("vllm:prefix_cache_hits_total")
+    compare(llama_files, jobs, llama.ask(jobs, clients=1))
+    shared = llama.metric("vllm:prefix_cache_hits_total") - before
+    assert shared >= (1 + 1 + 2) * served_files.BLOCK * len(CONTEXT)
+    compare(llama_files, jobs, llama.ask(jobs, clients=1))
+    again = llama.metric("vllm:prefix_cache_hits_total") - before - shared
+    assert again >= (2 + 1 + 2 + 2) * served_files.BLOCK * len(CONTEXT)
+
+
+def test_a_router_that_forgets_gives_other_tokens(llama, llama_files, tmp_path):
+    """The negative control: without its sums, an adapter's answers are others."""
+    for name in CONTEXT:
+        folder = tmp_path / name
+        shutil.copytree(llama_files.folder / name, folder)
+        edited({"router_decay": 0.0})(folder)
+        assert llama.load("forgets", folder)[0] == 200
+        jobs = [{**job, "model": "forgets"} for job in long_jobs(llama_files) if job["model"] == name]
+        wanted = [answer.tokens for answer in llama_files.answers[name][len(PROMPTS) :]]
+        assert not any(answer["tokens"][0] == tokens for answer, tokens in zip(llama.ask(jobs), wanted, strict=True))
+        assert llama.unload("forgets")[0] == 200
 
 
 def test_a_router_that_is_rolled_gives_other_tokens(llama, llama_files, tmp_path):
@@ -166,7 +196,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "biases": (edited({"bias": "all"}), ["bias='all'"]),
     "modules in full": (edited({"modules_to_save": ["lm_head"]}), ["modules_to_save"]),
     "token embeddings": (edited({"trainable_token_indices": [1, 2]}), ["trainable_token_indices"]),
-    "a router with state": (edited({"router_decay": 0.9}), ["router_decay=0.9"]),
+    "more than all context": (edited({"router_decay": 1.5}), ["router_decay=1.5", "from 0 to 1"]),
     "a field of a newer version": (edited({"router_depth": 2}), ["router_depth", "newer version"]),
     "other settings": (edited({"num_experts": 7}), ["num_experts=7", "do not belong"]),
     "other ranks": (edited({"r": 2}), ["rank 4", "do not belong"]),
@@ -239,16 +269,21 @@ def test_an_unload_lets_running_requests_end(llama, llama_files):
 
 
 def test_two_slots_twenty_adapters(tmp_path):
-    """Least recently used adapters leave; memory stays level. Prompts in chunks of 64 tokens."""
+    """Least recently used adapters leave; memory stays level. Prompts in chunks of 64 tokens; requests that have begun wait for
+    others, because the KV cache has ten blocks."""
     files = served_files.make(tmp_path / "qwen3", "qwen3", seeds=20)
     differing(files)
     names = [name for name in files.answers if name.startswith("seed_")]
     arguments = served_files.arguments(files, "qwen3")
     arguments[arguments.index("--max-loras") + 1] = "2"
     arguments += ["--max-cpu-loras", "5", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
+    arguments += ["--num-gpu-blocks-override", "10"]
     with vllm_server.serving(files.folder / BASE, files.folder / "log", *arguments) as server:
         jobs = jobs_for(files)
         compare(files, jobs, server.ask(jobs, clients=32))
+        jobs = long_jobs(files) * 2
+        compare(files, jobs, server.ask(jobs, clients=len(jobs)))
+        assert server.metric("vllm:num_preemptions_total") > 0
         levels = []
         for turn in range(5):  # 500 requests
             jobs = [
