@@ -5,6 +5,9 @@ has a row: the decayed sum of the router's logits up to that token, and that of 
 request's next token takes the row of the token before it, through the same table. So whatever vLLM does with blocks is right
 without any bookkeeping of ours: who shares a block shares its sums, and who computes a block again writes its sums again.
 
+A request may share blocks that another one computes in the very same forward, since vLLM counts on their keys being there before
+anybody attends to them. Then its sums go on from those of the other.
+
 `mean_logits` is written with PyTorch's operations, for CPUs and as the definition of what `context_kernel.py` does on a GPU.
 """
 
@@ -98,11 +101,13 @@ def mean_logits(logits: torch.Tensor, decays: torch.Tensor, places: Places, sums
         sums: as in `KeptSums`, with as many choices.
     """
     means = logits.clone()
+    requests = []
     for request, (begin, behind) in enumerate(pairwise(places.starts.tolist())):
         end = min(behind, logits.shape[0])
-        if begin >= end or decays[begin] == 0 or places.slots[begin] < 0:
-            continue
-        position, previous = int(places.positions[begin]), None
+        if begin < end and decays[begin] > 0 and places.slots[begin] >= 0:
+            requests.append((int(places.positions[begin]), request, begin, end))
+    for position, request, begin, end in sorted(requests):  # who shares what another one computes now begins behind it
+        previous = None
         if position > 0:
             block, offset = divmod(position - 1, places.block_size)
             previous = sums[int(places.blocks[request, block]) * places.block_size + offset].unsqueeze(0)
