@@ -131,11 +131,12 @@ def test_a_router_that_forgets_gives_other_tokens(llama, llama_files, tmp_path):
         folder = tmp_path / name
         shutil.copytree(llama_files.folder / name, folder)
         edited({"router_decay": 0.0})(folder)
-        assert llama.load("forgets", folder)[0] == 200
-        jobs = [{**job, "model": "forgets"} for job in long_jobs(llama_files) if job["model"] == name]
-        wanted = [answer.tokens for answer in llama_files.answers[name][len(PROMPTS) :]]
-        assert not any(answer["tokens"][0] == tokens for answer, tokens in zip(llama.ask(jobs), wanted, strict=True))
-        assert llama.unload("forgets")[0] == 200
+        assert llama.load(f"forgets_{name}", folder)[0] == 200
+    jobs = [{**job, "model": f"forgets_{job['model']}"} for job in long_jobs(llama_files)]
+    wanted = [llama_files.answers[job["model"]][job["answer"]].tokens for job in long_jobs(llama_files)]
+    assert not any(answer["tokens"][0] == tokens for answer, tokens in zip(llama.ask(jobs), wanted, strict=True))
+    for name in CONTEXT:
+        assert llama.unload(f"forgets_{name}")[0] == 200
 
 
 def test_a_router_that_is_rolled_gives_other_tokens(llama, llama_files, tmp_path):
@@ -331,6 +332,37 @@ def tell(what, function):
         print(what, "->", type(error).__name__, error)
 
 tell("supported", start)
+
+from types import SimpleNamespace as Some
+from vllm.config import AttentionConfig, CacheConfig, KVTransferConfig, ParallelConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
+from peft_loraswitch.vllm_plugin import internals
+import torch
+
+def config(transfer=None, cache={{}}, **parallel):
+    changed = ParallelConfig()
+    for name, value in parallel.items():
+        setattr(changed, name, value)
+    cached = CacheConfig()
+    for name, value in cache.items():
+        setattr(cached, name, value)
+    return Some(parallel_config=changed, cache_config=cached, kv_transfer_config=transfer, attention_config=AttentionConfig(),
+                speculative_config=None)
+
+tell("context", lambda: internals.why_no_context(config()))
+tell("context, connector", lambda: internals.why_no_context(config(KVTransferConfig())))
+tell("context, dcp", lambda: internals.why_no_context(config(decode_context_parallel_size=2)))
+tell("context, pcp", lambda: internals.why_no_context(config(prefill_context_parallel_size=2)))
+tell("context, dbo", lambda: internals.why_no_context(config(enable_dbo=True)))
+tell("context, fast prefill", lambda: internals.why_no_context(config(cache={{"kv_sharing_fast_prefill": True}})))
+size = dict(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+full, window = FullAttentionSpec(**size), SlidingWindowSpec(**size, sliding_window=4)
+
+def group(*specs):
+    groups = [KVCacheGroupSpec([str(index)], spec) for index, spec in enumerate(specs)]
+    return internals.full_attention_group(Some(kv_cache_config=Some(num_blocks=10, kv_cache_groups=groups)))
+
+tell("groups", lambda: [group(full), group(window, full), group(window), group(), internals.full_attention_group(Some())])
 tell("report", lambda: report().replace(chr(10), " "))
 tell("without the plugin", lambda: LoRAModel.from_local_checkpoint(
     {folder!r}, {{"q_proj"}}, PEFTHelper.from_local_dir({folder!r}, 512), device="cpu"))
@@ -350,6 +382,16 @@ def test_another_version_or_a_changed_name_stops_vllm(llama_files):
     said = dict(line.split(" -> ", 1) for line in done.stdout.splitlines() if " -> " in line)
     assert said["supported"] == "None", done.stderr
     assert "LoRA-Switch adapters are served" in said["report"]
+    assert said["context"] == ""
+    parts = {
+        "connector": "KV connector",
+        "dcp": "context parallelism",
+        "pcp": "context parallelism",
+        "dbo": "--enable-dbo",
+    }
+    for name, part in {**parts, "fast prefill": "--kv-sharing-fast-prefill"}.items():
+        assert part in said[f"context, {name}"], said
+    assert said["groups"] == "[(0, 160), (1, 160), None, None, None]"
     assert "is unsupported LoRA weight" in said["without the plugin"]  # not served as something else
     assert (
         said["a changed name"].startswith("UnsupportedVLLM")
