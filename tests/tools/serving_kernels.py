@@ -91,11 +91,13 @@ class Request:
     blocks: list[int]
 
 
-def check_context(most: int, device: str, seed: int, lengths: tuple[int, ...] = (1, 1, 2, 7)) -> None:
+def check_context(
+    most: int, device: str, seed: int, lengths: tuple[int, ...] = (1, 1, 2, 7), counts: tuple[int, ...] = (1, 3, 7)
+) -> None:
     """Requests in the middle of their text, in blocks anywhere in the cache, some of which others share or compute now; adapters
     of every decay, and none; padding.
 
-    `lengths`: of which the parts are that are computed now. Without routers the logits are given."""
+    `lengths`: of which the parts are that are computed now; `counts`: of requests. Without routers the logits are given."""
     from peft_loraswitch.vllm_plugin import context_kernel, route_kernel
 
     choose = random.Random(seed)
@@ -105,7 +107,7 @@ def check_context(most: int, device: str, seed: int, lengths: tuple[int, ...] = 
     here = torch.tensor([True, True, True, False])  # the last routes elsewhere
     requests: list[Request] = []
     blocks_used = 0
-    for _ in range(choose.choice([1, 3, 7])):
+    for _ in range(choose.choice(counts)):
         new, parent = choose.choice(lengths), choose.choice(requests) if requests and choose.random() < 0.5 else None
         past = choose.choice([0, 1, size - 1, size, 2 * size, 9])
         slot, text, blocks = choose.randrange(-1, slots), torch.randn(past + new, features), []
@@ -302,6 +304,49 @@ def check_cuda_graph(tokens: int) -> None:
             torch.testing.assert_close(result[token].cpu().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def check_context_while_decoding(device: str) -> None:
+    """Two requests, token by token. On a GPU in a CUDA graph that was captured before any adapter with a decay came, and before
+    there was room for sums; as in vLLM."""
+    from peft_loraswitch.vllm_plugin.routing_site import RoutingSite
+
+    torch.manual_seed(0)
+    steps, features, rank, size, options = 9, 24, 16, 4, RoutingOptions(4, 2, True, decay=0.9)
+    tables = RoutingTables(1, rank, 8, 4, device)
+    site = RoutingSite(tables, features, first=True)
+    text, router, no_lora = torch.randn(steps, 2, features), torch.randn(4, features), torch.tensor([False])
+    x, token_slots = torch.zeros(2, features, device=device), torch.zeros(2, dtype=torch.long, device=device)
+    starts, positions = torch.tensor([0, 1, 2, 2]).int().to(device), torch.zeros(2, dtype=torch.long, device=device)
+    slots = torch.full((2,), -1, device=device)
+    blocks = torch.tensor([[3, 0, 5], [1, 4, 2]]).int().to(device)
+    places = Places(starts, positions, slots, blocks, size)
+    tables.kept.places = lambda: places
+
+    def step() -> None:
+        site.route(x, token_slots, no_lora)
+
+    run = step
+    if device != "cpu":
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    tables.kept.allocate(6 * size)
+    tables.place(0, options)
+    site.place(0, router)
+    for now in range(steps):
+        x.copy_(text[now])
+        positions.fill_(now)
+        slots.copy_(blocks[:, now // size] * size + now % size)
+        run()
+        for request in range(2):
+            so_far = sums_so_far(text[: now + 1, request] @ router.T, options.decay)[-1:]
+            wanted = decide(so_far[:, :-1] / so_far[:, -1:], tables.settings.cpu(), rank)
+            torch.testing.assert_close(tables.mask[request : request + 1].cpu().double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 EXPANDS = [
     (1, 64, (130,)), (7, 16, (64, 33, 17)), (17, 48, (200, 200)), (70, 8, (5,)), (3, 320, (70, 20, 20)), (2, 1, (9,)),
     (5, 64, (8, 9, 10, 11, 12, 13)), (130, 64, (129,)),
@@ -323,9 +368,10 @@ def check_all(device: str, route_seeds: int = 6) -> int:
         for seed in range(route_seeds):
             check_context(most, device, seed)
             checks += 1
-    check_context(5, device, 3, lengths=(70,))
+    check_context(5, device, 3, lengths=(70,), counts=(2,))
+    check_context_while_decoding(device)
     check_padded_rows(device)
-    return checks + 2
+    return checks + 3
 
 
 if __name__ == "__main__":
