@@ -4,6 +4,10 @@
 tokens in this batch, as far back as their weight counts, and the sums that the token before them has in the KV cache. If that
 token is computed in this batch, too, by a request that shares its block, it goes on with that one's logits instead. So it reads
 no row that another program of the launch writes, and programs need not wait for each other: a long prompt takes them all.
+
+It reads the buffers in which vLLM tells attention where tokens lie. Their addresses stay, so it is captured in CUDA graphs with
+the rest of the model; an op at which vLLM splits the model would cut its graphs in two at each linear that routes. The launch is
+the same whatever the batch: tokens of padding have no slot in the KV cache, and their programs end at once.
 """
 
 from __future__ import annotations
