@@ -39,14 +39,14 @@ WITHOUT_EFFECT = {
 # Fields that are read, with what they are where the file does not have them.
 READ = {
     "alpha_pattern": {}, "base_expert": False, "lora_alpha": 8, "normalize_gates": None, "num_experts": 8,
-    "num_shared_experts": 0, "r": 8, "rank_pattern": {}, "router_module": None, "top_k": 2, "top_p": 1.0, "use_rslora": False,
+    "num_shared_experts": 0, "r": 8, "rank_pattern": {}, "router_module": None, "router_decay": 0.0, "top_k": 2, "top_p": 1.0,
+    "use_rslora": False,
 }  # fmt: skip
 # Fields that must be off, and why.
 REFUSED = {
     "bias": ("none", "biases of the backbone that were trained"),
     "modules_to_save": (None, "modules that were trained in full"),
     "trainable_token_indices": (None, "embeddings of tokens that were trained"),
-    "router_decay": (0, "a router that remembers earlier tokens: vLLM keeps no such state for a request"),
 }
 
 
@@ -189,6 +189,9 @@ def _routing_options(where: str, fields: Mapping[str, Any]) -> RoutingOptions:
     top_p = fields["top_p"]
     if not _is_positive(top_p) or top_p > 1:
         raise ValueError(f"{where}: top_p={shown(top_p)} must be a number above 0 and at most 1.")
+    decay = fields["router_decay"]
+    if decay != 0 and (not _is_positive(decay) or decay > 1):
+        raise ValueError(f"{where}: router_decay={shown(decay)} must be a number from 0 to 1.")
     if not isinstance(normalize, (bool, type(None))):
         raise ValueError(f"{where}: normalize_gates={shown(normalize)} must be true, false or null.")
     if not isinstance(fields["router_module"], (str, type(None))):
@@ -202,6 +205,7 @@ def _routing_options(where: str, fields: Mapping[str, Any]) -> RoutingOptions:
         num_shared_experts=fields["num_shared_experts"],
         base_expert=fields["base_expert"],
         top_p=float(top_p),
+        decay=float(decay),
     )
 
 

@@ -4,7 +4,8 @@ So both return at once, without a launch, for a batch in which no token has a Lo
 graphs for such batches apart. The flag that says so is a tensor in host memory, because a compiler would take a bool for a
 constant.
 
-    route    write the mask of the tokens of a batch, or leave it
+    route    write the mask of the tokens of a batch, or leave it; for routers that see context also their sums, which it finds by
+             the number `kept`
     expand   add what the tokens' LoRAs give, masked, to a linear's outputs: GPUs only
 """
 
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..op_library import only_library
+from .kept_sums import find
 from .routing_tables import write_mask
 
 library = only_library("loraswitch_vllm")
 library.define(
     "route(Tensor x, Tensor? router, Tensor here, Tensor settings, Tensor token_slots, Tensor no_lora, bool first, "
-    "Tensor(a!) mask) -> ()"
+    "Tensor(a!) mask, Tensor kept) -> ()"
 )
 library.define(
     "expand(Tensor hidden, Tensor[] lora_b, Tensor mask, Tensor(a!) out, Tensor order, Tensor counts, Tensor starts, Tensor ids, "
@@ -29,16 +31,19 @@ library.define(
 
 def _route(
     x: Tensor, router: Tensor | None, here: Tensor, settings: Tensor, token_slots: Tensor, no_lora: Tensor, first: bool,
-    mask: Tensor,
+    mask: Tensor, kept: Tensor,
 ) -> None:  # fmt: skip
     if no_lora.item() or x.shape[0] == 0:
         return
-    if x.is_cuda:
-        from . import route_kernel
+    sums = find(kept)
+    if not x.is_cuda:
+        write_mask(x, router, here, settings, token_slots, first, mask, sums)
+        return
+    from . import context_kernel, route_kernel
 
-        route_kernel.route(x, router, here, settings, token_slots, first, mask)
-    else:
-        write_mask(x, router, here, settings, token_slots, first, mask)
+    route_kernel.route(x, router, here, settings, token_slots, first, mask, None if sums is None else sums.own)
+    if sums is not None and context_kernel.is_needed(sums) and (places := sums.places()) is not None:
+        context_kernel.route(x.shape[0], here, settings, token_slots, mask, sums, places)
 
 
 def _expand(

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
+from vllm import forward_context
 from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.logger import init_logger
 from vllm.lora import model_manager, utils, worker_manager
 from vllm.lora.layers import base_linear, row_parallel_linear
 from vllm.lora.lora_model import LoRAModel
@@ -20,11 +23,16 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper import punica_base
 from vllm.v1.worker import lora_model_runner_mixin
 
+from .kept_sums import Places
 from .versions import unsupported
 
 # What is called or replaced, and the arguments that it must take.
 FUNCTIONS: list[tuple[Any, str, tuple[str, ...]]] = [
     (lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", ("vllm_config", "device", "embedding_modules")),
+    (lora_model_runner_mixin.LoRAModelRunnerMixin, "load_lora_model", ("self", "model", "vllm_config", "device")),
+    (forward_context, "get_forward_context", ()),
+    (forward_context, "is_forward_context_available", ()),
+    (forward_context, "ForwardContext", ("slot_mapping",)),
     (worker_manager.LRUCacheWorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
     (worker_manager.LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
     (model_manager.LRUCacheLoRAModelManager, "__init__", ("self", "model", "max_num_batched_tokens", "vllm_config")),
@@ -55,12 +63,18 @@ WORKER_ATTRIBUTES = ("_adapter_manager", "_lora_model_cls", "_manager_cls", "lor
 WRAPPER_ATTRIBUTES = ("_token_lora_indices",)
 GPU_WRAPPER_ATTRIBUTES = ("token_mapping_meta", "lora_config")
 RENAMING = ("get_rename_mapper", "get_unstacked_mapper")  # of a model's WeightsMapper, newest name first
+# Of the two model runners, where they tell attention where tokens lie.
+RUNNER_ATTRIBUTES = ("positions", "query_start_loc", "input_batch")
+RUNNER_2_ATTRIBUTES = ("input_buffers", "block_tables")
+# KV caches whose blocks stay as long as their request, one place for each token.
+FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec", "TQFullAttentionSpec")
 LINEAR_ATTRIBUTES = ("base_layer", "lora_a_stacked", "lora_b_stacked", "punica_wrapper", "tp_rank", "tp_size")
 
 BaseLinear = base_linear.BaseLinearLayerWithLoRA
 RowParallelLinear = row_parallel_linear.RowParallelLinearWithLoRA
 ModelManager = model_manager.LRUCacheLoRAModelManager
 WorkerManager = worker_manager.LRUCacheWorkerLoRAManager
+logger = init_logger("vllm.loraswitch")
 parse_name = utils.parse_fine_tuned_lora_name
 adapter_folder_of = utils.get_adapter_absolute_path
 
@@ -89,8 +103,22 @@ def require(thing: Any, attributes: Iterable[str]) -> None:
 
 
 def replace_worker_manager(manager: type) -> None:
-    """Have vLLM's workers make `manager` in place of their own."""
+    """Have vLLM's workers make `manager` in place of their own, and call its `loraswitch_belongs_to(model runner)`."""
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = manager
+    mixin = lora_model_runner_mixin.LoRAModelRunnerMixin
+    load = mixin.load_lora_model
+    if getattr(load, "tells_runner", False):
+        return
+
+    @wraps(load)
+    def load_lora_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, *args, **kwargs)
+        if isinstance(self.lora_manager, manager):
+            self.lora_manager.loraswitch_belongs_to(self)  # type: ignore[attr-defined]
+        return model
+
+    load_lora_model.tells_runner = True  # type: ignore[attr-defined]
+    mixin.load_lora_model = load_lora_model
 
 
 def full_input(linear: Any) -> int:
@@ -205,6 +233,83 @@ def make_lora(worker: Any, lora_id: int, tensors: dict[str, Any], rank: int) -> 
         dtype=worker.lora_config.lora_dtype,
         model_vocab_size=worker.vocab_size,
         weights_mapper=_renaming(manager.model),
+    )
+
+
+def why_no_context(vllm_config: Any) -> str:
+    """Why sums beside the KV cache would be wrong with this configuration; empty if they are right."""
+    parallel = vllm_config.parallel_config
+    if vllm_config.kv_transfer_config is not None:
+        return "a KV connector moves or offloads blocks of the KV cache, and the router's sums are not moved with them"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        return "context parallelism spreads a request's KV cache over processes: start the server without it"
+    if parallel.use_ubatching:
+        return "a batch is split in two (--enable-dbo): start the server without it"
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        return "--kv-sharing-fast-prefill leaves tokens out of a part of the model: start the server without it"
+    if getattr(vllm_config.attention_config, "hisparse_config", None) is not None:
+        return "HiSparse keeps blocks of the KV cache in host memory: start the server without it"
+    if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
+        return "adaptive verification of drafts changes where tokens lie: start the server without it"
+    return ""
+
+
+def full_attention_group(runner: Any) -> tuple[int, int] | None:
+    """Of a model runner: which group of layers of the KV cache keeps its blocks as long as a request lasts, and how many
+    slots it has. None if there is none, or no KV cache."""
+    config: Any = getattr(runner, "kv_cache_config", None)
+    for index, group in enumerate([] if config is None else config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        specs = getattr(spec, "kv_cache_specs", None)  # of each layer, where they differ in size alone
+        kinds = [spec] if specs is None else list(specs.values())
+        if all(_keeps_each_token(kind) for kind in kinds):
+            return index, int(config.num_blocks) * int(spec.block_size)
+    return None
+
+
+def _keeps_each_token(spec: Any) -> bool:
+    per_token = getattr(spec, "tokens_per_state", 1) == 1 and getattr(spec, "compress_ratio", 1) == 1
+    return type(spec).__name__ in FULL_ATTENTION and per_token
+
+
+def require_places(runner: Any, group: int) -> None:
+    """Raise an UnsupportedVLLM unless `places` works."""
+    is_second = hasattr(runner, "input_buffers")
+    require(runner, RUNNER_2_ATTRIBUTES if is_second else RUNNER_ATTRIBUTES)
+    if is_second:
+        require(runner.input_buffers, ("query_start_loc", "positions"))
+        require(runner.block_tables, ("input_block_tables", "slot_mappings", "block_sizes"))
+    else:
+        require(runner.query_start_loc, ("gpu",))
+        require(runner.input_batch, ("block_table",))
+        table = runner.input_batch.block_table[group]
+        require(table, ("block_size", "block_table", "slot_mapping"))
+        require(table.block_table, ("gpu",))
+        require(table.slot_mapping, ("gpu",))
+
+
+def places(runner: Any) -> Places | None:
+    """Where the tokens of the present forward are, by what the runner tells attention. The tensors are those that it writes
+    before each forward. None if this is a run without a KV cache."""
+    if not forward_context.is_forward_context_available() or not forward_context.get_forward_context().slot_mapping:
+        return None
+    group = full_attention_group(runner)
+    if group is None:
+        return None
+    index = group[0]
+    if hasattr(runner, "input_buffers"):
+        buffers, tables = runner.input_buffers, runner.block_tables
+        sizes = getattr(tables, "kernel_block_sizes", tables.block_sizes)
+        return Places(
+            buffers.query_start_loc,
+            buffers.positions,
+            tables.slot_mappings[index],
+            tables.input_block_tables[index],
+            sizes[index],
+        )
+    table = runner.input_batch.block_table[index]
+    return Places(
+        runner.query_start_loc.gpu, runner.positions, table.slot_mapping.gpu, table.block_table.gpu, table.block_size
     )
 
 

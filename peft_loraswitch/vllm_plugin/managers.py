@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
 
     loraswitch_tables: RoutingTables | None = None  # None: nothing is routed here, for `loraswitch_reason`
     loraswitch_reason = ""
+    loraswitch_runner: Any = None  # vLLM's model runner, once it has told
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         self.loraswitch_options = ServingOptions.read(vllm_config.additional_config)
@@ -53,6 +55,7 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
                 "pipeline parallelism splits the model, and the decision made in one part does not reach the next: start the "
                 "server with --pipeline-parallel-size 1, and --tensor-parallel-size for several GPUs"
             )
+        self.loraswitch_no_context = internals.why_no_context(vllm_config)
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         internals.require(self, internals.MANAGER_ATTRIBUTES)
         if isinstance(vllm_config.additional_config, dict):
@@ -172,7 +175,33 @@ class LoRASwitchModelManager(internals.ModelManager):  # type: ignore[misc]
             dtype = self.lora_config.lora_dtype
             tensors[f"base_model.model.{linear}.lora_A.weight"] = wide_a(a).to(dtype).contiguous()
             tensors[f"base_model.model.{linear}.lora_B.weight"] = wide_b(b, scale).to(dtype).contiguous()
+        if options.decay:
+            self._keep_sums(folder, options.decay)
         return tensors, widest, Placement(options, site, router)
+
+    def _keep_sums(self, folder: str, decay: float) -> None:
+        """Make room for the sums of routers that see context, if this is the first."""
+        assert self.loraswitch_tables is not None
+        kept, reason = self.loraswitch_tables.kept, self.loraswitch_no_context
+        group = None if self.loraswitch_runner is None else internals.full_attention_group(self.loraswitch_runner)
+        if not reason and group is None:
+            reason = "no layer of this model keeps the keys of all tokens of a request, and the router's sums lie beside them"
+        if reason:
+            raise ValueError(f"{folder}: router_decay={decay} cannot be served by this server: {reason}.")
+        assert group is not None
+        internals.require_places(self.loraswitch_runner, group[0])
+        try:
+            size = kept.allocate(group[1])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{folder}: router_decay={decay} needs {4 * group[1] * (kept.max_choices + 1) / 2**20:.0f} MiB for the router's "
+                "sums, which are not free: start the server with a lower --gpu-memory-utilization, or a smaller max_experts, "
+                + self.loraswitch_options.advice(max_experts=8)
+            ) from error
+        if size:
+            internals.logger.info(
+                "LoRA-Switch: the sums of routers with router_decay take %.1f MiB beside the KV cache.", size / 2**20
+            )
 
     def loraswitch_packed(self, folder: str, linear: str) -> tuple[str, int | None]:
         """vLLM's linear for one of the checkpoint, and which part of it that is, if it packs several.
@@ -262,6 +291,13 @@ class LoRASwitchWorkerManager(internals.WorkerManager):  # type: ignore[misc]
         if not isinstance(self._adapter_manager, LoRASwitchModelManager):
             raise unsupported(f"it made a {type(self._adapter_manager).__name__}")
         return model
+
+    def loraswitch_belongs_to(self, runner: Any) -> None:
+        """What vLLM's model runner is asked where the tokens of a batch lie."""
+        manager = self._adapter_manager
+        manager.loraswitch_runner = runner
+        if manager.loraswitch_tables is not None:
+            manager.loraswitch_tables.kept.places = partial(internals.places, runner)
 
     def _load_adapter(self, lora_request: Any) -> Any:
         folder = internals.adapter_folder_of(lora_request.lora_path)

@@ -51,4 +51,6 @@ class RoutingSite:
         if self.sum_shards is not None:
             slot = token_slots[: x.shape[0]].clamp(0, tables.slots - 1)
             x, router = self.sum_shards(own_logits(x, self.router, slot)), None
-        custom_ops.route(x, router, self.here, tables.settings, token_slots, no_lora, self.first, tables.mask)
+        custom_ops.route(
+            x, router, self.here, tables.settings, token_slots, no_lora, self.first, tables.mask, tables.kept.number
+        )

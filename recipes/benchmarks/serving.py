@@ -138,7 +138,7 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
         name: None if name == "base" else LoRARequest(name, number + 1, str(args.folder / name))
         for number, name in enumerate(answers)
     }
-    jobs = [(name, index) for index in range(len(content["prompts"])) for name in answers]
+    jobs = [(name, index) for index in range(len(content["prompts"])) for name in answers if index < len(answers[name])]
     loras = [requests[name] for name, _ in jobs]
     forced = [(name, index, place) for name, index in jobs for place in range(len(answers[name][index]["tokens"]))]
     scored = llm.generate(
@@ -178,7 +178,7 @@ def equality_engine(args: argparse.Namespace) -> dict[str, Any]:
         "cuda_graphs": not args.eager,
         "mean_logprob_difference_prefill": prefill,
         "mean_logprob_difference_decode_until_tokens_differ": decode,
-        "first_tokens_equal": {name: f"{count} of {len(content['prompts'])}" for name, count in first.items()},
+        "first_tokens_equal": {name: f"{count} of {len(answers[name])}" for name, count in first.items()},
         "passed": all(value <= NOISE_FACTOR * noise for name, value in prefill.items() if name != "rolled")
         and prefill["rolled"] > NOISE_FACTOR * noise,
     }

@@ -135,7 +135,17 @@ def test_the_op_is_what_compilers_expect(fresh_compiler):
     site = RoutingSite(tables, 8, first=True)
     site.place(0, torch.randn(4, 8))
     slots = torch.randint(-1, 2, (TOKENS,))
-    arguments = (torch.randn(5, 8), site.router, site.here, tables.settings, slots, SOME, True, tables.mask)
+    arguments = (
+        torch.randn(5, 8),
+        site.router,
+        site.here,
+        tables.settings,
+        slots,
+        SOME,
+        True,
+        tables.mask,
+        tables.kept.number,
+    )
     torch.library.opcheck(custom_ops.route.default, arguments)
 
     def masked_sum(x: torch.Tensor, no_lora: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 import serving_kernels
 import vllm_server
 from peft_loraswitch.vllm_plugin import custom_ops
+from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables
 
 TOOLS = Path(serving_kernels.__file__).parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -56,12 +57,13 @@ def test_ops_in_a_cuda_graph(tokens):
 def test_batches_without_loras_launch_nothing():
     none, groups = torch.tensor([True]), torch.tensor([2])
     x, router = torch.randn(4, 64, device="cuda"), torch.randn(1, 4, 64, device="cuda")
-    here, settings = torch.ones(1, dtype=torch.bool, device="cuda"), torch.ones(1, 7, dtype=torch.int32, device="cuda")
+    tables = RoutingTables(1, 16, 4, 4, "cuda")
+    here = torch.ones(1, dtype=torch.bool, device="cuda")
     slots, mask = torch.zeros(4, dtype=torch.long, device="cuda"), torch.zeros(4, 16, device="cuda")
     index, b = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.randn(1, 1, 64, 16, device="cuda")
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        custom_ops.route(x, router, here, settings, slots, none, True, mask)
+        custom_ops.route(x, router, here, tables.settings, slots, none, True, mask, tables.kept.number)
         custom_ops.expand(mask[None], [b], mask, x, index, index, index, index, none, groups, 0, True)
         torch.cuda.synchronize()
     assert not [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]

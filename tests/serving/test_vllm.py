@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import served_files
 import vllm_server
 from peft_loraswitch import LoRASwitchConfig
-from served_files import BASE, CHAT, TOKENS, ServedFiles
+from served_files import BASE, CHAT, CONTEXT, PROMPTS, TOKENS, ServedFiles
 from vllm_server import Server
 
 pytestmark = pytest.mark.vllm
@@ -86,7 +86,7 @@ def test_all_adapters_in_one_batch(llama, llama_files):
 
 def test_stream_and_chat_and_several_answers(llama, llama_files):
     jobs = jobs_for(llama_files, kind="stream")
-    chat = len(llama_files.prompts) - 1
+    chat = len(PROMPTS) - 1
     jobs += [
         {"model": name, "kind": "chat", "messages": CHAT, "max_tokens": TOKENS, "answer": chat}
         for name in llama_files.answers
@@ -99,13 +99,44 @@ def test_stream_and_chat_and_several_answers(llama, llama_files):
 
 
 def test_prefix_cache_is_used_and_not_shared_by_adapters(llama, llama_files):
-    longest = max(range(len(llama_files.prompts)), key=lambda index: len(llama_files.prompts[index]))
+    longest = max(range(len(PROMPTS)), key=lambda index: len(llama_files.prompts[index]))
     assert len(llama_files.prompts[longest]) > served_files.BLOCK
     jobs = [job for job in jobs_for(llama_files) if job["answer"] == longest]
     for _ in range(2):
         before = llama.metric("vllm:prefix_cache_hits_total")
         compare(llama_files, jobs, llama.ask(jobs))
     assert llama.metric("vllm:prefix_cache_hits_total") - before >= served_files.BLOCK * len(jobs)
+
+
+def long_jobs(files: ServedFiles, **settings: Any) -> list[dict[str, Any]]:
+    """Long prompts that share their beginnings, for adapters whose router sees context."""
+    return [job for job in jobs_for(files, **settings) if job["answer"] >= len(PROMPTS)]
+
+
+def test_context_goes_on_from_the_prefix_cache(llama, llama_files):
+    """Cached beginnings that end with a block, within one, and with the prompt: one request after the other."""
+    jobs = long_jobs(llama_files)
+    before = llama.metric("vllm:prefix_cache_hits_total")
+    compare(llama_files, jobs, llama.ask(jobs, clients=1))
+    shared = llama.metric("vllm:prefix_cache_hits_total") - before
+    assert shared >= (1 + 1 + 2) * served_files.BLOCK * len(CONTEXT)
+    compare(llama_files, jobs, llama.ask(jobs, clients=1))
+    again = llama.metric("vllm:prefix_cache_hits_total") - before - shared
+    assert again >= (2 + 1 + 2 + 2) * served_files.BLOCK * len(CONTEXT)
+
+
+def test_a_router_that_forgets_gives_other_tokens(llama, llama_files, tmp_path):
+    """The negative control: without its sums, an adapter's answers are others."""
+    for name in CONTEXT:
+        folder = tmp_path / name
+        shutil.copytree(llama_files.folder / name, folder)
+        edited({"router_decay": 0.0})(folder)
+        assert llama.load(f"forgets_{name}", folder)[0] == 200
+    jobs = [{**job, "model": f"forgets_{job['model']}"} for job in long_jobs(llama_files)]
+    wanted = [llama_files.answers[job["model"]][job["answer"]].tokens for job in long_jobs(llama_files)]
+    assert not any(answer["tokens"][0] == tokens for answer, tokens in zip(llama.ask(jobs), wanted, strict=True))
+    for name in CONTEXT:
+        assert llama.unload(f"forgets_{name}")[0] == 200
 
 
 def test_a_router_that_is_rolled_gives_other_tokens(llama, llama_files, tmp_path):
@@ -166,7 +197,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "biases": (edited({"bias": "all"}), ["bias='all'"]),
     "modules in full": (edited({"modules_to_save": ["lm_head"]}), ["modules_to_save"]),
     "token embeddings": (edited({"trainable_token_indices": [1, 2]}), ["trainable_token_indices"]),
-    "a router with state": (edited({"router_decay": 0.9}), ["router_decay=0.9"]),
+    "more than all context": (edited({"router_decay": 1.5}), ["router_decay=1.5", "from 0 to 1"]),
     "a field of a newer version": (edited({"router_depth": 2}), ["router_depth", "newer version"]),
     "other settings": (edited({"num_experts": 7}), ["num_experts=7", "do not belong"]),
     "other ranks": (edited({"r": 2}), ["rank 4", "do not belong"]),
@@ -239,16 +270,21 @@ def test_an_unload_lets_running_requests_end(llama, llama_files):
 
 
 def test_two_slots_twenty_adapters(tmp_path):
-    """Least recently used adapters leave; memory stays level. Prompts in chunks of 64 tokens."""
+    """Least recently used adapters leave; memory stays level. Prompts in chunks of 64 tokens; requests that have begun wait for
+    others, because the KV cache has ten blocks."""
     files = served_files.make(tmp_path / "qwen3", "qwen3", seeds=20)
     differing(files)
     names = [name for name in files.answers if name.startswith("seed_")]
     arguments = served_files.arguments(files, "qwen3")
     arguments[arguments.index("--max-loras") + 1] = "2"
     arguments += ["--max-cpu-loras", "5", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
+    arguments += ["--num-gpu-blocks-override", "10"]
     with vllm_server.serving(files.folder / BASE, files.folder / "log", *arguments) as server:
         jobs = jobs_for(files)
         compare(files, jobs, server.ask(jobs, clients=32))
+        jobs = long_jobs(files) * 2
+        compare(files, jobs, server.ask(jobs, clients=len(jobs)))
+        assert server.metric("vllm:num_preemptions_total") > 0
         levels = []
         for turn in range(5):  # 500 requests
             jobs = [
@@ -296,6 +332,37 @@ def tell(what, function):
         print(what, "->", type(error).__name__, error)
 
 tell("supported", start)
+
+from types import SimpleNamespace as Some
+from vllm.config import AttentionConfig, CacheConfig, KVTransferConfig, ParallelConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
+from peft_loraswitch.vllm_plugin import internals
+import torch
+
+def config(transfer=None, cache={{}}, **parallel):
+    changed = ParallelConfig()
+    for name, value in parallel.items():
+        setattr(changed, name, value)
+    cached = CacheConfig()
+    for name, value in cache.items():
+        setattr(cached, name, value)
+    return Some(parallel_config=changed, cache_config=cached, kv_transfer_config=transfer, attention_config=AttentionConfig(),
+                speculative_config=None)
+
+tell("context", lambda: internals.why_no_context(config()))
+tell("context, connector", lambda: internals.why_no_context(config(KVTransferConfig())))
+tell("context, dcp", lambda: internals.why_no_context(config(decode_context_parallel_size=2)))
+tell("context, pcp", lambda: internals.why_no_context(config(prefill_context_parallel_size=2)))
+tell("context, dbo", lambda: internals.why_no_context(config(enable_dbo=True)))
+tell("context, fast prefill", lambda: internals.why_no_context(config(cache={{"kv_sharing_fast_prefill": True}})))
+size = dict(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+full, window = FullAttentionSpec(**size), SlidingWindowSpec(**size, sliding_window=4)
+
+def group(*specs):
+    groups = [KVCacheGroupSpec([str(index)], spec) for index, spec in enumerate(specs)]
+    return internals.full_attention_group(Some(kv_cache_config=Some(num_blocks=10, kv_cache_groups=groups)))
+
+tell("groups", lambda: [group(full), group(window, full), group(window), group(), internals.full_attention_group(Some())])
 tell("report", lambda: report().replace(chr(10), " "))
 tell("without the plugin", lambda: LoRAModel.from_local_checkpoint(
     {folder!r}, {{"q_proj"}}, PEFTHelper.from_local_dir({folder!r}, 512), device="cpu"))
@@ -315,6 +382,16 @@ def test_another_version_or_a_changed_name_stops_vllm(llama_files):
     said = dict(line.split(" -> ", 1) for line in done.stdout.splitlines() if " -> " in line)
     assert said["supported"] == "None", done.stderr
     assert "LoRA-Switch adapters are served" in said["report"]
+    assert said["context"] == ""
+    parts = {
+        "connector": "KV connector",
+        "dcp": "context parallelism",
+        "pcp": "context parallelism",
+        "dbo": "--enable-dbo",
+    }
+    for name, part in {**parts, "fast prefill": "--kv-sharing-fast-prefill"}.items():
+        assert part in said[f"context, {name}"], said
+    assert said["groups"] == "[(0, 160), (1, 160), None, None, None]"
     assert "is unsupported LoRA weight" in said["without the plugin"]  # not served as something else
     assert (
         said["a changed name"].startswith("UnsupportedVLLM")

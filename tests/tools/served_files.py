@@ -24,10 +24,19 @@ PROMPTS = [
     "The quick brown fox jumps over the lazy dog. It did so before. ",  # more than one block of the prefix cache
     "user: hi\nassistant:",  # the chat template's text for CHAT
 ]
+_LONG = "It was the best of times, it was the worst of times, it was the age of wisdom, it was "  # 86 tokens
+# For routers that see context: a text, and others that share with it two blocks, a block and a part of one, and all of it.
+LONG_PROMPTS = [_LONG, _LONG[:64], _LONG[:50] + "def f(x): return x", _LONG + "the age"]
 CHAT = [{"role": "user", "content": "hi"}]
 FAMILIES = ("llama", "qwen3", "phi3")
 BLOCK = 32  # tokens in a block of vLLM's KV cache; on CPUs a multiple of 32
 BASE = "base"
+# Adapters of imported LoRAs whose router sees context, with answers to LONG_PROMPTS, too.
+CONTEXT: dict[str, dict[str, Any]] = {
+    "context_0.98": {"router_decay": 0.98, "top_k": 1, "normalize_gates": True},  # a hard gate
+    "context_0.9": {"router_decay": 0.9, "top_k": 2, "base_expert": True},
+    "context_1": {"router_decay": 1.0, "top_k": 1, "normalize_gates": False},  # the softmax' value
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,8 @@ class ServedFiles:
     """A folder with a backbone in `base`, an adapter in each other folder, and PEFT's answers.
 
     Attributes:
-        prompts: token ids of PROMPTS.
-        answers: by the name of the adapter, or "base": one for each prompt.
+        prompts: token ids of PROMPTS, then of LONG_PROMPTS.
+        answers: by the name of the adapter, or "base": one for each of PROMPTS; CONTEXT's also for LONG_PROMPTS.
     """
 
     folder: Path
@@ -122,6 +131,16 @@ def adapter_configs(family: str) -> dict[str, Any]:
             router_module="layers.1.mlp.down_proj",
             **common,
         ),  # fmt: skip
+        "context_row": LoRASwitchConfig(
+            r=4,
+            num_experts=5,
+            top_k=2,
+            num_shared_experts=1,
+            lora_alpha=8,
+            router_decay=0.8,
+            router_module="layers.1.mlp.down_proj",
+            **common,
+        ),  # fmt: skip
         "lora": LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
         ),
@@ -158,13 +177,13 @@ def make(folder: Path, family: str, seeds: int = 0) -> ServedFiles:
         torch.manual_seed(0)
         backbone_class = tf.AutoModelForCausalLM.from_config
         backbone_class(backbone_config(family, len(fast))).float().save_pretrained(folder / BASE)
-    prompts = [fast(prompt)["input_ids"] for prompt in PROMPTS]
+    prompts = [fast(prompt)["input_ids"] for prompt in (*PROMPTS, *LONG_PROMPTS)]
     named = adapter_configs(family)
     for name, config in named.items():
         _save_adapter(folder, name, config)
     if family != "phi3":
         _save_composed(folder)
-        named["composed"] = None
+        named |= dict.fromkeys(("composed", *CONTEXT))
     seeded = [f"seed_{seed}" for seed in range(seeds)]
     for name in seeded:
         config = LoRASwitchConfig(
@@ -177,7 +196,10 @@ def make(folder: Path, family: str, seeds: int = 0) -> ServedFiles:
             init_weights=False,
         )
         _save_adapter(folder, name, config)
-    answers = {name: _answers(folder, name, prompts, TOKENS) for name in (BASE, *named)}
+    answers = {
+        name: _answers(folder, name, prompts if name in CONTEXT else prompts[: len(PROMPTS)], TOKENS)
+        for name in (BASE, *named)
+    }
     answers |= {name: _answers(folder, name, prompts[:SEED_PROMPTS], SEED_TOKENS) for name in seeded}
     files = ServedFiles(folder, prompts, answers)
     files.save()
@@ -201,7 +223,7 @@ def _save_adapter(folder: Path, name: str, config: Any) -> None:
 
 
 def _save_composed(folder: Path) -> None:
-    """Two LoRAs of different rank that became experts, the hard gate, the choice of none, and experts with names."""
+    """Adapters of two LoRAs of different rank: one with the hard gate, the choice of none, and experts with names; CONTEXT."""
     with torch.random.fork_rng(devices=[]):
         for seed, rank in ((1, 4), (2, 3)):
             torch.manual_seed(seed)
@@ -210,11 +232,13 @@ def _save_composed(folder: Path) -> None:
             )
             get_peft_model(_backbone(folder), config).save_pretrained(folder / "loras" / f"lora_{seed}")
         loras = [str(folder / "loras" / f"lora_{seed}") for seed in (1, 2)]
-        model = from_loras(_backbone(folder), loras, top_k=1, normalize_gates=True, base_expert=True)
-        for name, parameter in model.named_parameters():
-            if "router" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(folder / "composed")
+        composed = {"top_k": 1, "normalize_gates": True, "base_expert": True}
+        for name, settings in (("composed", composed), *CONTEXT.items()):
+            model = from_loras(_backbone(folder), loras, **settings)
+            for parameter_name, parameter in model.named_parameters():
+                if "router" in parameter_name:
+                    torch.nn.init.normal_(parameter, std=0.3)
+            model.save_pretrained(folder / name)
 
 
 def _answers(folder: Path, name: str, prompts: list[list[int]], length: int) -> list[Answer]:

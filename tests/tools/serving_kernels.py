@@ -6,12 +6,14 @@ TRITON_INTERPRET=1 python tests/tools/serving_kernels.py     # where Triton is i
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from peft_loraswitch.routing.options import RoutingOptions
-from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables, write_mask
+from peft_loraswitch.vllm_plugin.kept_sums import Places
+from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables, decide, own_logits, write_mask
 
 POISON = 12345.0
 # slots, most choices, max_rank, in_features
@@ -68,6 +70,123 @@ def check_route(shape: tuple[int, int, int, int], dtype: torch.dtype, device: st
                 source, weights, here.to(device), tables.settings.to(device), token_slots.to(device), first, actual
             )
             torch.testing.assert_close(actual.cpu().double(), expected64, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+def sums_so_far(logits: Tensor, decay: float) -> Tensor:
+    """float64 [tokens, n + 1]: the decayed sums of logits [tokens, n] and of their weights, token by token."""
+    sums, rows = torch.zeros(logits.shape[1] + 1, dtype=torch.float64), []
+    for row in logits.double():
+        sums = decay * sums + torch.cat([row, torch.ones(1, dtype=torch.float64)])
+        rows.append(sums)
+    return torch.stack(rows)
+
+
+@dataclass
+class Request:
+    """text [tokens, features], of which the first `past` tokens were computed before; its adapter's slot; its blocks."""
+
+    slot: int
+    text: Tensor
+    past: int
+    blocks: list[int]
+
+
+def check_context(
+    most: int, device: str, seed: int, lengths: tuple[int, ...] = (1, 1, 2, 7), counts: tuple[int, ...] = (1, 3, 7)
+) -> None:
+    """Requests in the middle of their text, in blocks anywhere in the cache, some of which others share or compute now; adapters
+    of every decay, and none; padding.
+
+    `lengths`: of which the parts are that are computed now; `counts`: of requests. Without routers the logits are given."""
+    from peft_loraswitch.vllm_plugin import context_kernel, route_kernel
+
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    slots, features, max_rank, size, padding = 4, 24, 32, 4, 3
+    decays = [choose.choice([0.0, 0.5, 0.98, 1.0]) for _ in range(slots)]
+    here = torch.tensor([True, True, True, False])  # the last routes elsewhere
+    requests: list[Request] = []
+    blocks_used = 0
+    for _ in range(choose.choice(counts)):
+        new, parent = choose.choice(lengths), choose.choice(requests) if requests and choose.random() < 0.5 else None
+        past = choose.choice([0, 1, size - 1, size, 2 * size, 9])
+        slot, text, blocks = choose.randrange(-1, slots), torch.randn(past + new, features), []
+        if parent is not None:  # shares full blocks with one that may compute them now
+            past = choose.randint(0, len(parent.blocks) * size - 1) // size * size
+            past = min(past, len(parent.text) // size * size)
+            slot, text = parent.slot, torch.cat([parent.text[:past], text[:new]])
+            blocks = parent.blocks[: past // size]
+        more = -(-(past + new) // size) - len(blocks)
+        requests.append(Request(slot, text, past, [*blocks, *range(blocks_used, blocks_used + more)]))
+        blocks_used += more
+    choose.shuffle(requests)
+    renamed = torch.randperm(blocks_used + 2).tolist()
+    tokens = sum(len(request.text) - request.past for request in requests)
+
+    tables = RoutingTables(slots, max_rank, most, tokens + padding)
+    router = torch.randn(slots, most, features)
+    for slot in range(slots):
+        tables.place(slot, replace(some_options(choose, most, max_rank), decay=decays[slot]))
+    sums = torch.full(((blocks_used + 2) * size, most + 1), torch.nan)
+    starts = torch.full((len(requests) + 3,), tokens, dtype=torch.int32)
+    blocks_of = torch.full((len(requests) + 2, 32 + max(lengths)), 2**30, dtype=torch.int32)
+    positions, cache_slots = torch.zeros(tokens + padding, dtype=torch.long), torch.full((tokens + padding,), -1)
+    token_slots = torch.zeros(tokens + padding, dtype=torch.long)
+    x = torch.randn(tokens + padding, features)
+    expected_sums, expected = sums.double(), torch.zeros(tokens, max_rank, dtype=torch.float64)
+    begin = 0
+    for number, request in enumerate(requests):
+        slot, past, length = request.slot, request.past, len(request.text)
+        end = begin + length - past
+        starts[number] = begin
+        blocks_of[number, : len(request.blocks)] = torch.tensor([renamed[block] for block in request.blocks])
+        places = torch.tensor([renamed[request.blocks[p // size]] * size + p % size for p in range(length)])
+        positions[begin:end], cache_slots[begin:end] = torch.arange(past, length), places[past:]
+        token_slots[begin:end], x[begin:end] = slot, request.text[past:]
+        if slot >= 0:
+            logits, routed = request.text @ router[slot].T, bool(here[slot])
+            if routed and decays[slot]:
+                so_far = sums_so_far(logits, decays[slot])
+                sums[places[:past]] = so_far[:past].float()
+                expected_sums[places] = so_far
+                logits = so_far[:, :-1] / so_far[:, -1:]
+            settings = tables.settings[slot].expand(end - begin, -1)
+            expected[begin:end] = decide(logits[past:].double(), settings, max_rank) if routed else 1.0
+        begin = end
+    sums[cache_slots[cache_slots >= 0]] = torch.nan  # what is computed now is not there yet
+    choices = tables.settings[:, 0]
+    shape = {
+        "rtol": 2e-5,
+        "atol": 1e-6 * (5 + max(lengths)),
+    }  # of sums; gates are compared where no two choices are that near
+    where = Places(starts, positions, cache_slots, blocks_of, size)
+    for given in (False, True):
+        logits = own_logits(x, router, token_slots.clamp(min=0))
+        source, weights = (logits, None) if given else (x, router)
+        moved = [None if each is None else each.to(device) for each in (source, weights, here)]
+        settings, token_slots_there = tables.settings.to(device), token_slots.to(device)
+        kept = RoutingTables(slots, max_rank, most, tokens + padding, device).kept
+        kept.allocate(len(sums))
+        assert kept.sums is not None
+        for on_kernels in (False, True):
+            if not on_kernels and device != "cpu":
+                continue
+            kept.sums.copy_(sums)
+            kept.own = torch.full((tokens + padding, most), torch.nan, device=device)
+            there = Places(*(each.to(device) for each in where[:4]), size)
+            kept.places = lambda there=there: there  # type: ignore[misc]
+            mask = torch.full((tokens + padding, max_rank), POISON, device=device)
+            if on_kernels:
+                route_kernel.route(*moved, settings, token_slots_there, True, mask, kept.own)
+                context_kernel.route(tokens + padding, moved[2], settings, token_slots_there, mask, kept, there)
+            else:
+                write_mask(*moved, settings, token_slots_there, True, mask, kept)
+            torch.testing.assert_close(mask[:tokens].cpu().double(), expected, rtol=1e-3, atol=1e-4)
+            for place in range(len(sums)):  # beyond an adapter's choices nobody reads
+                found, wanted = kept.sums[place].cpu().double(), expected_sums[place]
+                (token,) = (cache_slots == place).nonzero().flatten().tolist() or [None]
+                columns = [*range(int(choices[token_slots[token]]) if token is not None else most), most]
+                torch.testing.assert_close(found[columns], wanted[columns], equal_nan=True, **shape)
 
 
 def check_padded_rows(device: str) -> None:
@@ -188,6 +307,49 @@ def check_cuda_graph(tokens: int) -> None:
             torch.testing.assert_close(result[token].cpu().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def check_context_while_decoding(device: str) -> None:
+    """Two requests, token by token. On a GPU in a CUDA graph that was captured before any adapter with a decay came, and before
+    there was room for sums; as in vLLM."""
+    from peft_loraswitch.vllm_plugin.routing_site import RoutingSite
+
+    torch.manual_seed(0)
+    steps, features, rank, size, options = 9, 24, 16, 4, RoutingOptions(4, 2, True, decay=0.9)
+    tables = RoutingTables(1, rank, 8, 4, device)
+    site = RoutingSite(tables, features, first=True)
+    text, router, no_lora = torch.randn(steps, 2, features), torch.randn(4, features), torch.tensor([False])
+    x, token_slots = torch.zeros(2, features, device=device), torch.zeros(2, dtype=torch.long, device=device)
+    starts, positions = torch.tensor([0, 1, 2, 2]).int().to(device), torch.zeros(2, dtype=torch.long, device=device)
+    slots = torch.full((2,), -1, device=device)
+    blocks = torch.tensor([[3, 0, 5], [1, 4, 2]]).int().to(device)
+    places = Places(starts, positions, slots, blocks, size)
+    tables.kept.places = lambda: places
+
+    def step() -> None:
+        site.route(x, token_slots, no_lora)
+
+    run = step
+    if device != "cpu":
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    tables.kept.allocate(6 * size)
+    tables.place(0, options)
+    site.place(0, router)
+    for now in range(steps):
+        x.copy_(text[now])
+        positions.fill_(now)
+        slots.copy_(blocks[:, now // size] * size + now % size)
+        run()
+        for request in range(2):
+            so_far = sums_so_far(text[: now + 1, request] @ router.T, options.decay)[-1:]
+            wanted = decide(so_far[:, :-1] / so_far[:, -1:], tables.settings.cpu(), rank)
+            torch.testing.assert_close(tables.mask[request : request + 1].cpu().double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 EXPANDS = [
     (1, 64, (130,)), (7, 16, (64, 33, 17)), (17, 48, (200, 200)), (70, 8, (5,)), (3, 320, (70, 20, 20)), (2, 1, (9,)),
     (5, 64, (8, 9, 10, 11, 12, 13)), (130, 64, (129,)),
@@ -205,8 +367,13 @@ def check_all(device: str, route_seeds: int = 6) -> int:
             for add_inputs in (True, False):
                 check_expand(tokens, rank, widths, dtype, device, add_inputs)
                 checks += 1
+    for seed in range(2 * route_seeds):
+        check_context((1, 9, 33)[seed % 3], device, seed)
+        checks += 1
+    check_context(5, device, 3, lengths=(66,), counts=(1,))
+    check_context_while_decoding(device)
     check_padded_rows(device)
-    return checks + 1
+    return checks + 3
 
 
 if __name__ == "__main__":
