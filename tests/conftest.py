@@ -77,9 +77,8 @@ def pytest_collection_finish() -> None:
     import torch
 
     torch.set_num_threads(1)
-    gc.set_threshold(
-        20_000, 20, 20
-    )  # models are made and thrown away all the time: rarer collections, a twentieth of the time
+    # models are made and thrown away all the time: rarer collections, and of everything only at the end of each file
+    gc.set_threshold(50_000, 20, 1000)
     keep_out_of_garbage_collections()
 
 
