@@ -55,16 +55,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --fast: the first case of each function. Always: what is slow begins first, so that no worker ends alone with it."""
+    """With --fast: the first case of each function. Always: what is slow begins first, so that no worker ends alone with it.
+    Without a GPU the first of a function's cases that need one says so for all of them: two thousand say the same."""
     if config.getoption("--fast"):
         chosen: dict[str, pytest.Item] = {}
         for item in items:
             if not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
                 chosen.setdefault(item.nodeid.partition("[")[0], item)
-        kept = list(chosen.values())
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+        keep_alone(config, items, list(chosen.values()))
+    elif not torch_has_a_gpu():
+        first: dict[Any, pytest.Item] = {}
+        for item in items:
+            first.setdefault(item.nodeid.partition("[")[0] if item.get_closest_marker("gpu") else item, item)
+        keep_alone(config, items, list(first.values()))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def keep_alone(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
+
+
+def torch_has_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def keep_out_of_garbage_collections() -> None:

@@ -31,13 +31,6 @@ def test_graphs_are_those_without_it(run):
     assert found[1] == [outputs + 2 for outputs in found[0]]
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_no_graph_breaks(training):
-    model = switch(one_layer(), router_decay=0.8).train(training)
-    report = torch._dynamo.explain(model)(**padded([7, 5]))
-    assert (report.graph_count, report.graph_break_count) == (1, 0)
-
-
 def test_training_equals_eager():
     plain = switch(one_layer(), router_decay=0.8).train()
     model = copy.deepcopy(plain)
