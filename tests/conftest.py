@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
+
+HANGS = 600  # seconds
+watched_since = -HANGS  # of a monotonic clock
 
 # PyTorch is imported within functions here: the process that hands the tests out to workers, before it starts them, runs none.
 
@@ -26,9 +32,12 @@ pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    """What `torch.manual_seed(0)` does, but for devices that are not there: for each it would keep the seed and a traceback."""
     import torch
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture
@@ -96,6 +105,19 @@ def pytest_collection_finish() -> None:
     # models are made and thrown away all the time: rarer collections, and of everything only at the end of each file
     gc.set_threshold(50_000, 20, 1000)
     keep_out_of_garbage_collections()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that hangs says where, thread by thread. (pytest's `faulthandler_timeout` starts and ends a thread for each test.)"""
+    global watched_since
+    if time.monotonic() > watched_since + 60:
+        watched_since = time.monotonic()
+        faulthandler.dump_traceback_later(HANGS, file=item.config.stash[fault_handler_stderr_fd_key])
+
+
+def pytest_unconfigure() -> None:
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(trylast=True)

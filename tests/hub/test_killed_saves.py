@@ -239,7 +239,7 @@ def test_permissions_and_several_adapters(tmp_path):
     assert files[0].stat().st_mode & 0o777 == 0o640
     assert all(UNFINISHED not in (file.parent / "adapter_config.json").read_text() for file in files)
     assert sorted(os.listdir(tmp_path / "other")) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert len(switch_layers(copy.deepcopy(model))) == 2
+    assert len(switch_layers(copy.deepcopy(model))) == 7
 
 
 def test_a_pickle_beside_old_weights(tmp_path):

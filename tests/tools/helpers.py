@@ -183,7 +183,7 @@ def randomize_adapter(model: nn.Module, adapter: str | None = None, std: float =
 def adapted(model: nn.Module, seed: int = 1, **config: Any) -> PeftModel:
     """`model` with one adapter (`switch_config(**config)`) whose weights all differ from zero, in eval mode."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = get_peft_model(model, switch_config(**config))
     randomize_adapter(model, seed=seed)
     return model.eval()
