@@ -17,9 +17,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # and inductor would start, in each process that uses it, two more that import torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Temporary files in memory, where there is room: some thousand adapters are saved, and a disk takes milliseconds for each change.
+if os.access("/dev/shm", os.W_OK):
+    _shm = os.statvfs("/dev/shm")
+    if _shm.f_bavail * _shm.f_frsize > 2**32 and not _shm.f_flag & os.ST_NOEXEC:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
-import pytest
-from _pytest.faulthandler import fault_handler_stderr_fd_key
+import pytest  # noqa: E402
+from _pytest.faulthandler import fault_handler_stderr_fd_key  # noqa: E402
 
 HANGS = 600  # seconds
 watched_since = -HANGS  # of a monotonic clock
@@ -109,7 +114,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test that hangs says where, thread by thread. (pytest's `faulthandler_timeout` starts and ends a thread for each test.)"""
+    """A test that hangs says where, thread by thread. pytest's `faulthandler_timeout` starts and ends a thread for each test."""
     global watched_since
     if time.monotonic() > watched_since + 60:
         watched_since = time.monotonic()
