@@ -23,8 +23,8 @@ if os.access("/dev/shm", os.W_OK):
     if _shm.f_bavail * _shm.f_frsize > 2**32 and not _shm.f_flag & os.ST_NOEXEC:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
-import pytest  # noqa: E402
-from _pytest.faulthandler import fault_handler_stderr_fd_key  # noqa: E402
+import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 HANGS = 600  # seconds
 watched_since = -HANGS  # of a monotonic clock
