@@ -272,12 +272,17 @@ ONE_OF_THE_TWO = "adapter 'new' .*'first' on this model .*PEFT can do only one o
 
 
 def seconds(first: Options) -> list[Options]:
-    """What is loaded beside `first`: every way to train the embeddings of its backbone, saved in one of the two ways in turns."""
-    found: dict[Options, list[Options]] = {}
+    """What is loaded beside `first`: for every way in which embeddings of its backbone are wrapped one of the options that
+    make it, two of many, in turns: every option of the backbone is loaded beside some adapter."""
+    found: dict[tuple[tuple[str, str], ...], list[Options]] = {}
     for options in (c for c in WITH_EMBEDDINGS if c[:3] == first[:3]):
-        found.setdefault(options._replace(save_embedding_layers=True), []).append(options)
-    turn = WITH_EMBEDDINGS.index(first) // 4
-    return [ways[(place + turn) % len(ways)] for place, ways in enumerate(found.values())]
+        found.setdefault(tuple(sorted(embeddings_trained(options).items())), []).append(options)
+    turn = [other for other in WITH_EMBEDDINGS[::4] if other[:3] == first[:3]].index(first)
+    return [
+        ways[(place + turn + further) % len(ways)]
+        for place, ways in enumerate(found.values())
+        for further in (range(0, len(ways), len(ways) // 2) if len(ways) > 4 else [0])
+    ]
 
 
 def check_both(model: PeftModel, first: torch.Tensor, new: torch.Tensor) -> None:

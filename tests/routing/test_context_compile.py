@@ -40,10 +40,10 @@ def test_training_equals_eager():
 @pytest.mark.slow
 def test_cached_decoding_is_one_graph():
     graphs = Graphs()
-    run_cached_decoding(switch(one_layer(), router_decay=0.8), graphs, prefill=False)
+    run_cached_decoding(switch(one_layer(), router_decay=0.8), graphs)
     without = Graphs()
     torch._dynamo.reset()
-    run_cached_decoding(switch(one_layer()), without, prefill=False)
+    run_cached_decoding(switch(one_layer()), without)
     assert len(graphs.outputs) == len(without.outputs) > 0
 
 

@@ -109,15 +109,13 @@ def run_lengths(model: nn.Module, graphs: Graphs) -> None:
             step(input_ids=tokens(2, length), use_cache=False)
 
 
-def run_cached_decoding(model: nn.Module, graphs: Graphs, prefill: bool = True) -> None:
-    """The cache grows by one with each token: no graph for each. `prefill`: the first tokens are compiled, too."""
+def run_cached_decoding(model: nn.Module, graphs: Graphs) -> None:
+    """The cache grows by one with each token: no graph for each."""
     step = compiled(model.eval(), graphs)
     past, ids = None, tokens(2, 5)
     with torch.no_grad():
         for seed in range(9):
-            past = (step if seed or prefill else model)(
-                input_ids=ids, past_key_values=past, use_cache=True
-            ).past_key_values
+            past = (step if seed else model)(input_ids=ids, past_key_values=past, use_cache=True).past_key_values
             ids = tokens(2, 1, seed=seed)
 
 
