@@ -57,13 +57,17 @@ def run_python(
     paths: tuple[Path, ...] = (ROOT, TOOLS),
     cwd: Path | str = ROOT,
     timeout: int = 300,
+    libraries: tuple[str, ...] = (),
 ) -> str:
     """Standard output of `code`, run as `__main__` with these `sys.argv[1:]`, import paths and environment.
+
+    Args:
+        libraries: `LIBRARIES`, where it does not matter when Transformers and PEFT are imported.
 
     Raises:
         AssertionError: it ended with another status than 0; the message holds what it printed.
     """
-    done = _run(code, arguments, environment, paths, cwd, timeout, libraries=())
+    done = _run(code, arguments, environment, paths, cwd, timeout, libraries)
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
