@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -42,9 +43,23 @@ def _built_once(make: Maker) -> Maker:
         if key not in built:
             with torch.inference_mode(False):
                 built[key] = make(*args, **settings)
-        return copy.deepcopy(built[key])
+        return _copy(built[key], {})
 
     return copied  # type: ignore[return-value]
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, in a third of its time for modules: most of what they hold are empty dictionaries of hooks."""
+    if isinstance(value, nn.Module):
+        if id(value) not in memo:
+            memo[id(value)] = twin = object.__new__(type(value))
+            vars(twin).update({name: _copy(held, memo) for name, held in vars(value).items()})
+        return memo[id(value)]
+    if type(value) in (dict, OrderedDict) and id(value) not in memo:
+        memo[id(value)] = twin = type(value)()
+        twin.update({name: _copy(held, memo) for name, held in value.items()})
+        return twin
+    return value if value is None or type(value) in (bool, int, str) else copy.deepcopy(value, memo)
 
 
 def _ids(**overrides: Any) -> dict[str, Any]:
