@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # and inductor would start, in each process that uses it, two more that import torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Temporary files in memory, where there is room: some thousand adapters are saved, and a disk takes milliseconds for each change.
+if os.access("/dev/shm", os.W_OK):
+    _shm = os.statvfs("/dev/shm")
+    if _shm.f_bavail * _shm.f_frsize > 2**32 and not _shm.f_flag & os.ST_NOEXEC:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
+
+HANGS = 600  # seconds
+watched_since = -HANGS  # of a monotonic clock
 
 # PyTorch is imported within functions here: the process that hands the tests out to workers, before it starts them, runs none.
 
@@ -26,9 +37,12 @@ pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    """What `torch.manual_seed(0)` does, but for devices that are not there: for each it would keep the seed and a traceback."""
     import torch
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture
@@ -55,16 +69,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --fast: the first case of each function. Always: what is slow begins first, so that no worker ends alone with it."""
+    """With --fast: the first case of each function. Always: what is slow begins first, so that no worker ends alone with it.
+    Without a GPU the first of a function's cases that need one says so for all of them: two thousand say the same."""
     if config.getoption("--fast"):
         chosen: dict[str, pytest.Item] = {}
         for item in items:
             if not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
                 chosen.setdefault(item.nodeid.partition("[")[0], item)
-        kept = list(chosen.values())
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+        keep_alone(config, items, list(chosen.values()))
+    elif not torch_has_a_gpu():
+        first: dict[Any, pytest.Item] = {}
+        for item in items:
+            first.setdefault(item.nodeid.partition("[")[0] if item.get_closest_marker("gpu") else item, item)
+        keep_alone(config, items, list(first.values()))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def keep_alone(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
+
+
+def torch_has_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def keep_out_of_garbage_collections() -> None:
@@ -77,10 +107,22 @@ def pytest_collection_finish() -> None:
     import torch
 
     torch.set_num_threads(1)
-    gc.set_threshold(
-        20_000, 20, 20
-    )  # models are made and thrown away all the time: rarer collections, a twentieth of the time
+    # models are made and thrown away all the time: rarer collections, and of everything only at the end of each file
+    gc.set_threshold(50_000, 20, 1000)
     keep_out_of_garbage_collections()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that hangs says where, thread by thread. pytest's `faulthandler_timeout` starts and ends a thread for each test."""
+    global watched_since
+    if time.monotonic() > watched_since + 60:
+        watched_since = time.monotonic()
+        faulthandler.dump_traceback_later(HANGS, file=item.config.stash[fault_handler_stderr_fd_key])
+
+
+def pytest_unconfigure() -> None:
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(trylast=True)

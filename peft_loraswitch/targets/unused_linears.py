@@ -67,11 +67,12 @@ def keep_off_fast_paths(root: nn.Module, layers: set[nn.Module]) -> list[Any]:
     are within it. Returns handles whose `remove()` takes that back."""
     handles: list[Any] = []
     for module in root.modules():
-        inside = layers & set(module.modules())
-        if isinstance(module, nn.TransformerEncoderLayer):
-            handles += [layer.register_forward_pre_hook(_nothing) for layer in inside]  # a hook is enough
-        elif isinstance(module, nn.TransformerEncoder) and inside:
-            handles.append(_WithoutNestedTensors(module))
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            inside = layers & set(module.modules())
+            if isinstance(module, nn.TransformerEncoderLayer):
+                handles += [layer.register_forward_pre_hook(_nothing) for layer in inside]  # a hook is enough
+            elif inside:
+                handles.append(_WithoutNestedTensors(module))
     return handles
 
 

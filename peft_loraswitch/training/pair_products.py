@@ -24,9 +24,9 @@ from torch import Tensor
 from . import pair_kernels
 from .pair_order import PairOrder
 
-# From how many columns of all experts together, E * r, pairs take less time, by the number of experts of a token. Computed in
-# docs/training_log.md, and measured by the command there.
-CROSSOVER = {1: 384, 2: 768, 3: 1280, 4: 1664}
+# From how many columns of all experts together, E * r, pairs take less time, by the number of experts of a token. Empty, so pairs
+# are not used by themselves, until a GPU has measured what docs/training_log.md computes; the command stands there.
+CROSSOVER: dict[int, int] = {}
 LEAST_PAIRS = 32  # an expert, on average: with fewer, tiles are mostly empty
 _forced: bool | None = None
 

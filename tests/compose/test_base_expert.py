@@ -266,8 +266,7 @@ def test_checkpointing(kind, reentrant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kind", ["hard", "shared"])
+@pytest.mark.parametrize("kind, training", [("hard", False), ("shared", True)])
 def test_compiled(kind, training):
     torch._dynamo.reset()
     model = model_of(kind, tiny_llama(num_hidden_layers=1), target_modules=["q_proj", "down_proj"]).train(training)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from fresh import run_python
+from fresh import LIBRARIES, run_python
 from helpers import adapted, switch_config, switch_layers, tiny_gpt2, tiny_llama, tokens
 from loras import CONFIG, VARIANTS, WEIGHTS, alone, logits_of, lora_oracle, peft_logits, save_lora, save_variants
 from peft_loraswitch import export_expert, from_loras
@@ -42,7 +42,8 @@ def test_peft_alone_computes_the_same(tmp_path):
     with unchanged(model):
         for name, folder in zip(VARIANTS, folders, strict=True):
             export_expert(model, name, folder)
-    run_python(PEFT_ALONE, str(tmp_path / "base"), str(tmp_path / "ids"), *folders, paths=(), cwd=tmp_path)
+    arguments = [str(tmp_path / "base"), str(tmp_path / "ids"), *folders]
+    run_python(PEFT_ALONE, *arguments, paths=(), cwd=tmp_path, libraries=LIBRARIES)
     for expert, folder in enumerate(folders):
         with alone(model, expert):
             mine = logits_of(model, tokens())

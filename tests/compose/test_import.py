@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from fresh import run_python
+from fresh import LIBRARIES, run_python
 from helpers import switch_config, switch_layers, tiny_gpt2, tiny_llama, tokens
 from loras import CONFIG, VARIANTS, WEIGHTS, alone, logits_of, lora_oracle, peft_logits, save_lora, save_variants
 from oracle import Oracle
@@ -158,7 +158,8 @@ with torch.no_grad():
 def test_saved_and_loaded_in_a_fresh_process(folders, tmp_path):
     model = from_loras(tiny_llama(), folders)
     model.save_pretrained(tmp_path / "adapter")
-    run_python(FRESH, str(tmp_path / "adapter"), str(tmp_path / "out.safetensors"), " ".join(NAMES))
+    arguments = [str(tmp_path / "adapter"), str(tmp_path / "out.safetensors"), " ".join(NAMES)]
+    run_python(FRESH, *arguments, libraries=LIBRARIES)
     assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], logits_of(model, tokens()))
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert LoRASwitchConfig(**config).expert_names == NAMES

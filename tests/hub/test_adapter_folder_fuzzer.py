@@ -30,7 +30,7 @@ from unchanged import check_unchanged, fingerprint
 
 pytestmark = pytest.mark.compat
 
-CASES = 70  # of each of the nine loaders
+CASES = 50  # of each of the nine loaders
 SECONDS, MEGABYTES = 10, 400  # for one case, on a machine that does other things as well
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},

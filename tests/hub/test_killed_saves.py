@@ -52,7 +52,7 @@ def backbone() -> nn.Module:
 def variant(route: str, number: int) -> nn.Module:
     """Two adapters of the same shapes, of which both the weights and the configuration differ."""
     model = backbone()
-    config = switch_config(lora_alpha=(6, 24)[number], top_k=(2, 3)[number])
+    config = switch_config(lora_alpha=(6, 24)[number], top_k=(2, 3)[number], target_modules=["q_proj", "down_proj"])
     if route == "peft":
         from peft import get_peft_model
 

@@ -150,6 +150,7 @@ def make(options: Options) -> PeftModel:
 class Saved(NamedTuple):
     folder: Path
     logits: torch.Tensor
+    layout: Layout
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,8 @@ def saved(tmp_path_factory, bases) -> Any:
             model = make(options)
             model.peft_config["default"].base_model_name_or_path = bases(options._replace(resized=False))
             model.save_pretrained(folder, save_embedding_layers=options.save_embedding_layers)
-            made[options] = Saved(folder, logits_of(model))
+            layout = Layout(model, model.peft_config["default"], "default")
+            made[options] = Saved(folder, logits_of(model), layout)
         return made[options]
 
     return save
@@ -226,8 +228,8 @@ AUTO_LOADERS = {
 
 
 def files_of(options: Options, save: Any) -> tuple[Layout, set[str]]:
-    model = make(options)
-    return Layout(model, model.peft_config["default"], "default"), set(load_file(save(options).folder / WEIGHTS))
+    found = save(options)
+    return found.layout, set(load_file(found.folder / WEIGHTS))
 
 
 def some_of(loaders: dict[str, Any], number: int, options: Options) -> list[str]:
@@ -237,7 +239,7 @@ def some_of(loaders: dict[str, Any], number: int, options: Options) -> list[str]
 
 @pytest.mark.parametrize("options", combinations(), ids=str)
 def test_loads_again(options, saved):
-    folder, wanted = saved(options)
+    folder, wanted, _ = saved(options)
     for name in {"from_pretrained", *some_of(LOADERS, 2, options)}:
         assert torch.allclose(logits_of(LOADERS[name](options, folder)), wanted, atol=1e-6), name
 
@@ -245,7 +247,7 @@ def test_loads_again(options, saved):
 @pytest.mark.parametrize("options", [c for c in combinations() if c.build == "llama"], ids=str)
 def test_loads_again_with_its_backbone(options, saved, bases, tmp_path):
     """The loaders that find the backbone by its name: the resized one was saved, too."""
-    folder, wanted = saved(options)
+    folder, wanted, _ = saved(options)
     fields = json.loads((folder / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**fields, "base_model_name_or_path": bases(options)}))
     (tmp_path / WEIGHTS).symlink_to(folder / WEIGHTS)
@@ -270,12 +272,17 @@ ONE_OF_THE_TWO = "adapter 'new' .*'first' on this model .*PEFT can do only one o
 
 
 def seconds(first: Options) -> list[Options]:
-    """What is loaded beside `first`: every way to train the embeddings of its backbone, saved in one of the two ways in turns."""
-    found: dict[Options, list[Options]] = {}
+    """What is loaded beside `first`: for every way in which embeddings of its backbone are wrapped one of the options that
+    make it, two of many, in turns: every option of the backbone is loaded beside some adapter."""
+    found: dict[tuple[tuple[str, str], ...], list[Options]] = {}
     for options in (c for c in WITH_EMBEDDINGS if c[:3] == first[:3]):
-        found.setdefault(options._replace(save_embedding_layers=True), []).append(options)
-    turn = WITH_EMBEDDINGS.index(first) // 4
-    return [ways[(place + turn) % len(ways)] for place, ways in enumerate(found.values())]
+        found.setdefault(tuple(sorted(embeddings_trained(options).items())), []).append(options)
+    turn = [other for other in WITH_EMBEDDINGS[::4] if other[:3] == first[:3]].index(first)
+    return [
+        ways[(place + turn + further) % len(ways)]
+        for place, ways in enumerate(found.values())
+        for further in (range(0, len(ways), len(ways) // 2) if len(ways) > 4 else [0])
+    ]
 
 
 def check_both(model: PeftModel, first: torch.Tensor, new: torch.Tensor) -> None:
@@ -291,7 +298,7 @@ def test_loads_beside_any_other(first, saved, tmp_path):
     and loads once the first is deleted."""
     outcomes = Counter()
     for options in seconds(first):
-        (folder, wanted), (first_folder, first_wanted) = saved(options), saved(first)
+        (folder, wanted, _), (first_folder, first_wanted, _) = saved(options), saved(first)
         model = PeftModel.from_pretrained(backbone(options), first_folder, adapter_name="first")
         if not same_wrappers(first, options):
             with unchanged(model), pytest.raises(ValueError, match=ONE_OF_THE_TWO):
@@ -425,7 +432,7 @@ def test_load_best_model_at_end(options, bases, tmp_path):
 
 def test_a_vocabulary_that_was_not_resized(saved):
     for options in (Options(resized=True), Options(resized=True, modules_to_save=("embed_tokens", "lm_head"))):
-        folder, _ = saved(options)
+        folder = saved(options).folder
         model = backbone(options._replace(resized=False))
         with unchanged(model), pytest.raises(ValueError, match=r"wrong shape.*resize_token_embeddings\(70\) before"):
             PeftModel.from_pretrained(model, folder)
@@ -445,7 +452,7 @@ def test_a_load_that_writes_embeddings_says_so_once(loader, saved, caplog):
 def test_embeddings_come_back_after_an_interrupt(loader, saved, monkeypatch):
     """They were written, and then it went wrong: all or nothing is about them, too."""
     options = Options(resized=True)
-    folder, wanted = saved(options)
+    folder, wanted, _ = saved(options)
     model = get_peft_model(backbone(options), options.config())
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2)
@@ -461,7 +468,7 @@ def test_embeddings_come_back_after_an_interrupt(loader, saved, monkeypatch):
 def test_names_of_an_older_backbone(saved, tmp_path):
     """`key_mapping` renames what is in the file before it is compared."""
     options = Options()
-    folder, wanted = saved(options)
+    folder, wanted, _ = saved(options)
     tensors = load_file(folder / WEIGHTS)
     save_file({k.replace("self_attn", "attention"): t for k, t in tensors.items()}, tmp_path / WEIGHTS)
     (tmp_path / CONFIG).symlink_to(folder / CONFIG)
@@ -477,7 +484,7 @@ def test_names_of_an_older_backbone(saved, tmp_path):
 def test_without_the_prefix_of_peft(saved, tmp_path):
     """As Transformers saves with `save_peft_format=False`."""
     options = Options(modules_to_save=("lm_head",))
-    folder, wanted = saved(options)
+    folder, wanted, _ = saved(options)
     model = backbone(options)
     model.load_adapter(folder)
     model.save_pretrained(tmp_path, save_peft_format=False)

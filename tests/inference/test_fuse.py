@@ -157,7 +157,7 @@ def test_one_graph_one_output_and_no_recompilation_from_token_to_token(device):
 
     def graphs(fused: bool):
         torch._dynamo.reset()
-        model = adapted(tiny_llama(), device)
+        model = adapted(tiny_llama(num_hidden_layers=1), device)
         if fused:
             model.fuse_for_inference("fused")
         cache = StaticCache(config=model.config, max_cache_len=32)

@@ -167,7 +167,7 @@ def test_generate_with_compiled_static_steps(dtype):
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_step_is_one_graph_with_one_call_of_the_op(monkeypatch):
     monkeypatch.undo()  # what is compiled here decides by ops without help
-    plain = adapted(tiny_llama(num_hidden_layers=1), router_decay=DECAY)
+    plain = adapted(tiny_llama(num_hidden_layers=1), router_decay=DECAY, target_modules=["q_proj", "down_proj"])
     fused = copy.deepcopy(plain)
     fused.fuse_for_inference(strategy="fused")
     tokens, past, graphs = ids(2, 9, "cpu"), StaticCache(plain.config, 16), []

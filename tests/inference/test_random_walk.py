@@ -30,7 +30,7 @@ from helpers import padded, randomize_adapter, switch_config, tiny_llama, tokens
 from peft_loraswitch.inference.fuse import fuse, is_fused, refresh_fused, unfuse
 from peft_loraswitch.model import record_routing, router_stats
 
-STEPS = int(os.environ.get("LORASWITCH_WALK_STEPS", "60"))
+STEPS = int(os.environ.get("LORASWITCH_WALK_STEPS", "40"))
 SEEDS = range(int(os.environ.get("LORASWITCH_WALK_SEEDS", "3")))
 NAMES = ("default", "b", "c")
 TARGETS: list[Any] = [

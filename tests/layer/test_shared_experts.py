@@ -20,7 +20,7 @@ from torch import nn
 
 import generating
 import multistream
-from fresh import run_python
+from fresh import LIBRARIES, run_python
 from helpers import (
     HIDDEN,
     adapted,
@@ -258,7 +258,7 @@ for low in (True, False):
 def test_saved_and_loaded_by_a_fresh_process(tmp_path):
     model = llama(**CONFIGS["before"])
     model.save_pretrained(tmp_path)
-    run_python(LOAD, str(tmp_path))
+    run_python(LOAD, str(tmp_path), libraries=LIBRARIES)
     for low in (True, False):
         assert torch.equal(torch.load(tmp_path / f"{low}.pt"), logits(model, tokens()))
 

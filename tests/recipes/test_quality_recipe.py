@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from fresh import run_module
 from recipes.quality import aside, base, evaluate, files, methods, pool, results, routers, routing_statistics, train
 from recipes.quality import run as command
 from recipes.quality.moe_lora import MoELoRALinear, MoELoRAModel
@@ -472,6 +475,24 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the command
 
 
+class Forks:
+    """In place of the module `subprocess` of the command: what it starts is a fork with the libraries imported, one at a time."""
+
+    one_at_a_time = threading.Lock()
+
+    class Popen:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            assert command[:2] == [sys.executable, "-m"]
+            with Forks.one_at_a_time:
+                done = run_module(*command[2:], environment=env, cwd=Path.cwd())
+            print(done.stdout, end="")
+            print(done.stderr, end="", file=sys.stderr)
+            self.returncode = done.returncode
+
+        def poll(self) -> int:
+            return self.returncode
+
+
 @pytest.mark.slow
 def test_the_command_runs_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
@@ -479,6 +500,7 @@ def test_the_command_runs_and_goes_on_where_it_stopped(
     """Once in this process, once with a process for each method, with the same results."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(command, "subprocess", Forks)
     for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("PYTHONWARNINGS", "ignore")):  # of the methods' processes
         monkeypatch.setenv(name, value)
     words = ("--size", "smoke", "--steps", "2", "--methods", "base", "lora-r64", "moe-lora")

@@ -23,7 +23,7 @@ import textwrap
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from paths import ROOT, TOOLS
 
@@ -32,7 +32,16 @@ NOT_IMPORTED = ("transformers", "peft", "huggingface_hub", "trl", "datasets", "p
 LIBRARIES = ("transformers.models.llama.modeling_llama", "transformers.generation", "accelerate", "peft")
 OURS = ("peft_loraswitch", "recipes")
 MODULE = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-_servers: dict[tuple[str, ...], subprocess.Popen] = {}  # by what else it has imported
+
+
+class Server(NamedTuple):
+    """A process that others are forked from: what it reads requests from, and writes the forks' statuses to."""
+
+    requests: IO[str]
+    answers: IO[str]
+
+
+_servers: dict[tuple[str, ...], Server] = {}  # by what else it has imported
 
 
 class Finished(NamedTuple):
@@ -48,13 +57,17 @@ def run_python(
     paths: tuple[Path, ...] = (ROOT, TOOLS),
     cwd: Path | str = ROOT,
     timeout: int = 300,
+    libraries: tuple[str, ...] = (),
 ) -> str:
     """Standard output of `code`, run as `__main__` with these `sys.argv[1:]`, import paths and environment.
+
+    Args:
+        libraries: `LIBRARIES`, where it does not matter when Transformers and PEFT are imported.
 
     Raises:
         AssertionError: it ended with another status than 0; the message holds what it printed.
     """
-    done = _run(code, arguments, environment, paths, cwd, timeout, libraries=())
+    done = _run(code, arguments, environment, paths, cwd, timeout, libraries)
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
@@ -99,29 +112,52 @@ def _run(
 
 
 def _ask(request: dict[str, Any], libraries: tuple[str, ...]) -> int:
-    if libraries not in _servers:
-        cache = tempfile.TemporaryDirectory()  # for what the libraries keep: they ask where when they are imported
-        _servers[libraries] = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, *libraries],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS), "HF_HOME": cache.name},
-        )  # fmt: skip
-        atexit.register(_stop, _servers[libraries], cache)
-    server = _servers[libraries]
-    assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
+    server = _server(libraries)
+    _send(server, request)
+    answer = server.answers.readline()
     assert answer, "the process that others are forked from has ended"
     return int(answer)
 
 
-def _stop(server: subprocess.Popen, cache: tempfile.TemporaryDirectory) -> None:
-    assert server.stdin is not None
+def _send(server: Server, request: dict[str, Any]) -> None:
+    server.requests.write(json.dumps(request) + "\n")
+    server.requests.flush()
+
+
+def _server(libraries: tuple[str, ...]) -> Server:
+    """The one that has imported these, started if need be: as a fork of the one with the fewest less, which waits for nothing."""
+    if libraries in _servers:
+        return _servers[libraries]
+    if not libraries:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS)},
+        )  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        _servers[()] = Server(process.stdin, process.stdout)
+        atexit.register(_stop, _servers[()], process)
+        return _servers[()]
+    fewer = _server(() if libraries == LIBRARIES else LIBRARIES)
+    folder = tempfile.TemporaryDirectory()  # also for what the libraries keep: they ask where when they are imported
+    pipes = [f"{folder.name}/{name}" for name in ("requests", "answers")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    _send(fewer, {"serve": libraries, "pipes": pipes, "home": folder.name})
+    _servers[libraries] = Server(open(pipes[0], "w"), open(pipes[1]))  # in the order in which the fork opens them
+    atexit.register(_stop, _servers[libraries], folder)
+    return _servers[libraries]
+
+
+def _stop(server: Server, kept: subprocess.Popen | tempfile.TemporaryDirectory) -> None:
     with contextlib.suppress(OSError):
-        server.stdin.close()
-    server.wait(10)
-    cache.cleanup()
+        server.requests.close()
+    server.answers.read()  # ends when the process does
+    server.answers.close()
+    if isinstance(kept, subprocess.Popen):
+        kept.wait(10)
+    else:
+        kept.cleanup()
 
 
 # ------------------------------------------------------------------------------------ the process that is forked from
@@ -136,17 +172,28 @@ def _serve() -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
-    for name in sys.argv[1:]:
-        importlib.import_module(name)
-    early = [name for name in (OURS if sys.argv[1:] else NOT_IMPORTED) if name in sys.modules]
-    assert not early, f"imported before any test asked for it: {early}"
     base = [path for path in sys.path if Path(path) not in (TOOLS, Path(__file__).parent)]
-    for line in sys.stdin:
+    requests: IO[str] = sys.stdin
+    _check_imports(NOT_IMPORTED)
+    while line := requests.readline():
         request = json.loads(line)
         child = os.fork()
-        if child == 0:
+        if child == 0 and "serve" in request:  # from here on this process is the server with more libraries
+            answers.close()
+            os.environ["HF_HOME"] = request["home"]
+            requests, answers = open(request["pipes"][0]), open(request["pipes"][1], "w")
+            for name in request["serve"]:
+                importlib.import_module(name)
+            _check_imports(OURS)
+        elif child == 0:
             _become(request, base)
-        print(_status(child, request["timeout"]), file=answers, flush=True)
+        elif "serve" not in request:
+            print(_status(child, request["timeout"]), file=answers, flush=True)
+
+
+def _check_imports(names: tuple[str, ...]) -> None:
+    early = [name for name in names if name in sys.modules]
+    assert not early, f"imported before any test asked for it: {early}"
 
 
 def _become(request: dict[str, Any], base: list[str]) -> None:

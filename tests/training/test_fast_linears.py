@@ -6,18 +6,18 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantized
 from compiling import checkpointing
+from fast_linear_checks import CONFIGS, NO_LOSSES, adapted, counted_calls, relative, step
 from helpers import (
     adapter_gradients,
     padded,
@@ -29,39 +29,16 @@ from helpers import (
 )
 from oracle import Oracle
 from peft_loraswitch import LoRASwitchLinear
-from peft_loraswitch.training import fast_linears, gate_hidden, gate_kernels, group_function
+from peft_loraswitch.training import fast_linears, group_function
 from peft_loraswitch.training.gate_hidden import Columns
 from peft_loraswitch.training.group_layout import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-NO_LOSSES = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "top-1": {"top_k": 1},
-    "hard-gate": {"top_k": 1, "normalize_gates": True},
-    "all-experts": {"top_k": 4},
-    "one-expert": {"num_experts": 1, "top_k": 1},
-    "shared": {"num_shared_experts": 2},
-    "base-expert": {"base_expert": True},
-    "deep-router": {"num_shared_experts": 1, "router_module": "layers.1.self_attn.q_proj"},
-    "odd-ranks": {"r": 3, "rank_pattern": {"up_proj": 5, "k_proj": 1}, "alpha_pattern": {"v_proj": 7.0}},
-    "router-only": {"trainable": "router"},
-}
 
 
 @pytest.fixture
-def counted(monkeypatch) -> Iterator[list[int]]:
-    """How many linears each call of the autograd function computes."""
-    calls: list[int] = []
-    run = group_function.run
-
-    def counting(spec: Spec, *args: Any) -> Any:
-        calls.append(spec.size)
-        return run(spec, *args)
-
-    monkeypatch.setattr(fast_linears, "run", counting)
-    yield calls
+def counted(monkeypatch) -> list[int]:
+    return counted_calls(monkeypatch)
 
 
 @pytest.fixture
@@ -69,26 +46,6 @@ def said(monkeypatch, caplog) -> Callable[[], list[str]]:
     monkeypatch.setattr(fast_linears, "_said", set())
     caplog.set_level(logging.WARNING, logger="peft_loraswitch")
     return lambda: [r.getMessage() for r in caplog.records if "plain form" in r.getMessage()]
-
-
-def adapted(backbone: nn.Module | None = None, dtype: torch.dtype | None = None, **config: Any) -> Any:
-    backbone = tiny_llama() if backbone is None else backbone
-    settings = {"num_experts": 4, "top_k": 2, "target_modules": "all-linear", **config}
-    model = get_peft_model(backbone if dtype is None else backbone.to(dtype), switch_config(**settings))
-    randomize_adapter(model)
-    return model.train()
-
-
-def step(model: Any, batch: dict[str, Any], autocast: torch.dtype | None = None) -> tuple[torch.Tensor, dict]:
-    model.zero_grad()
-    with torch.autocast("cpu", autocast) if autocast else nullcontext():
-        output = model(**batch)
-    output.loss.backward()
-    return output.logits.detach(), {name: g.clone() for name, g in adapter_gradients(model).items()}
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)).item()
 
 
 # ---------------------------------------------------------------------------------------------------- the function alone
@@ -586,69 +543,3 @@ def test_eval_mode_runs_the_plain_form(counted):
     model = adapted().eval()
     model(**padded([7, 4])).loss.backward()
     assert not counted and adapter_gradients(model)
-
-
-# -------------------------------------------------------------------------------------------------------------- on a GPU
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("ranks", [(8,), (8, 8, 8), (3, 3, 5), (64, 64), (1, 130)], ids=str)
-@pytest.mark.parametrize("tokens", [1, 33, 257])
-def test_triton_equals_pytorch(tokens, ranks, masked, dtype, monkeypatch):
-    start, found = 0, []
-    for i, rank in enumerate(ranks):
-        found.append(Columns(start, 5, rank, 0.5 + (i == 2)))
-        start = found[-1].stop
-    hidden, d_gated = (torch.randn(tokens, start, device="cuda").to(dtype) for _ in range(2))
-    gates = torch.rand(tokens, 5, device="cuda")
-    chosen = torch.rand(tokens, 5, device="cuda") < 0.4 if masked else None
-    assert gate_kernels.usable(hidden)
-    call = (tuple(found), True, True)
-    actual = [gate_hidden.gate(hidden, gates, chosen, call[0])]
-    actual += gate_hidden.gate_backward(d_gated, hidden, gates, chosen, *call)
-    monkeypatch.setattr(gate_kernels, "usable", lambda hidden: False)
-    exact = (hidden.double(), gates.double(), chosen)
-    expected = [gate_hidden.gate(*exact, call[0]), *gate_hidden.gate_backward(d_gated.double(), *exact, *call)]
-    for y, z in zip(actual, expected, strict=True):
-        assert relative(y, z) < 4 * torch.finfo(dtype).eps  # the gates' gradient is a sum over the rank
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_models_on_a_gpu_equal_float32_on_a_cpu(config, kind, checkpointed, counted):
-    """To the rounding of the dtype: the fused path strays from the exact gradients no further than the plain form does."""
-    exact_model = adapted(tiny_llama(hidden_size=64, intermediate_size=160), **NO_LOSSES, **config)
-    if kind != "float32":
-        exact_model.to(torch.bfloat16).float()  # weights that both can hold
-    model = copy.deepcopy(exact_model).cuda()
-    for name, parameter in model.named_parameters():
-        if kind == "bfloat16" or kind == "autocast" and "loraswitch_" not in name:
-            parameter.data = parameter.data.bfloat16()
-    if checkpointed:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    batch = padded([7, 4])
-    _, exact = step(exact_model, batch)
-    on_gpu = {key: value.cuda() for key, value in batch.items()}
-
-    def gpu_step() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=kind == "autocast"):
-            loss = model(**on_gpu).loss
-        loss.backward()
-        return {name: g.clone().cpu() for name, g in adapter_gradients(model).items()}
-
-    gpu_step()
-    fast = gpu_step()
-    with fast_linears.plain():
-        slow = gpu_step()
-    assert max(counted) == 3
-    for name, gradient in exact.items():
-        allowed = 1e-4 if kind == "float32" else 1.5 * relative(slow[name], gradient) + 0.02
-        assert relative(fast[name], gradient) < allowed, name

@@ -14,7 +14,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import nn
 
 import peft_loraswitch.optimizers
-from fresh import run_python
+from fresh import LIBRARIES, run_python
 from helpers import adapted, randomize_adapter, switch_config, tiny_gpt2, tiny_llama, tokens
 from peft_loraswitch.integrations import _take_over_optimizers
 from unchanged import unchanged
@@ -272,7 +272,7 @@ print("good")
 
 
 def test_helpers_imported_before_the_package():
-    assert run_python(BEFORE_THE_PACKAGE).strip().endswith("good")
+    assert run_python(BEFORE_THE_PACKAGE, libraries=LIBRARIES).strip().endswith("good")
 
 
 def test_other_methods_get_the_original():
