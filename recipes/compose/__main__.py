@@ -31,7 +31,7 @@ from recipes.compose import domains
 from recipes.compose.lab import BEGUN, COLUMNS, notes, read_items, resume, say
 from recipes.compose.settings import SIZES
 
-COST_SECONDS = 30.0  # left at the end for the times, which are taken alone
+COST_SECONDS = 75.0  # left at the end for the times, which are taken alone
 SECONDS = "seconds"  # file in the work folder: how long the run took, with those that it went on with
 KEEP_SECONDS = 30.0  # between two writings of the results so far
 
@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.worker:
         _worker(args, out)
         return
+    size = "smoke" if args.smoke else "full"
+    if args.add is not None:  # before anything is deleted or measured
+        earlier_of(args.add, header(out, args, size))
     if args.resume:
         resume(out)
     else:
@@ -55,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         from recipes.compose.smoke import make
 
         args.base, args.data = make(out)
-    size = "smoke" if args.smoke else "full"
     results = args.results or (out if args.smoke else ROOT / "recipes" / "results")
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -184,7 +186,7 @@ def _worker(args: argparse.Namespace, out: Path) -> None:
     if args.worker == "cost":
         while not (out / "alone").exists():  # until all others have ended
             time.sleep(0.1)
-        cost(lab)
+        cost(lab, args.limit + COST_SECONDS)
     else:
         work(lab, args.limit, args.only)
 
@@ -196,7 +198,7 @@ def _work_here(args: argparse.Namespace, out: Path, size: str) -> None:
     lab = open_lab(str(args.base), size, out, "here")
     work(lab, args.limit, args.only)
     if args.only is None:
-        cost(lab)
+        cost(lab, args.limit)
 
 
 def _write_items(args: argparse.Namespace, out: Path, size: str) -> None:
@@ -226,13 +228,20 @@ def collect(out: Path, results: Path, args: argparse.Namespace, size: str) -> No
     say(f"{len(rows)} rows in {results / 'compose.csv'}")
 
 
+def earlier_of(folder: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """The header in that folder, of a run whose rows may stand beside those of `head`'s."""
+    earlier: dict[str, Any] = json.loads((folder / "compose.json").read_text())
+    for key in ("settings", "base"):
+        if earlier[key] != json.loads(json.dumps(head[key])):  # what JSON has no word for, such as tuples, as it reads them
+            raise SystemExit(f"--add {folder}: of other {key}; rows of both cannot stand in one table.")
+    return earlier
+
+
 def added(folder: Path, rows: list[list[str]], head: dict[str, Any]) -> tuple[list[list[str]], dict[str, Any]]:
     """Rows and header of this run, with those of an earlier one that this run has not measured again."""
+    earlier = earlier_of(folder, head)
     with (folder / "compose.csv").open(newline="") as file:
         earlier_rows = list(csv.reader(file))[1:]
-    earlier = json.loads((folder / "compose.json").read_text())
-    if earlier["settings"] != head["settings"] or earlier["base"] != head["base"]:
-        raise SystemExit(f"--add {folder}: of other settings or another base; rows of both cannot stand in one table.")
     measured = {tuple(row[:3]) for row in rows}
     rows = rows + [row for row in earlier_rows if tuple(row[:3]) not in measured]
     this = {key: head[key] for key in ("date", "commit", "hardware", "command", "seconds")}

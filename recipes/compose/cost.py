@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from recipes.compose import peft_routers
-from recipes.compose.lab import Lab, say
+from recipes.compose.lab import BEGUN, Lab, say
 from recipes.compose.routers import Ours
 
 PREFILL = 2048
@@ -70,12 +70,20 @@ def _now() -> float:
 
 
 @torch.no_grad()
-def cost(lab: Lab) -> None:
-    """All methods take turns, and the best turn of each counts: a host that others use, too, is slow for a while, not always."""
+def cost(lab: Lab, limit: float) -> None:
+    """All methods take turns, and the best turn of each counts: a host that others use, too, is slow for a while, not always.
+
+    limit: seconds after the run has begun by which the rows have to be written; turns that do not fit are left out.
+    """
     lab.task = "cost"
     methods = _methods(lab)
     best: dict[str, dict[str, float]] = {}
+    longest = 0.0
     for turn in range(TURNS + 1):  # the first is to warm up
+        begun = time.time()
+        if turn > 1 and begun - BEGUN + 1.5 * longest > limit:
+            lab.note("times_turns", {"taken": turn - 1})
+            break
         for name in list(methods) if turn % 2 else list(reversed(methods)):
             try:
                 found = {"decode_ms": methods[name].decode(), "prefill_ms": methods[name].prefill()}
@@ -86,6 +94,7 @@ def cost(lab: Lab) -> None:
             if turn:
                 old = best.get(name, found)
                 best[name] = {metric: min(value, old[metric]) for metric, value in found.items()}
+        longest = max(longest, time.time() - begun)
     for name, found in best.items():
         lab.rows(name, "cost", lab.settings.seeds[0], {"all": found})
         say(f"{lab.worker}: {name}: { ({k: round(v, 2) for k, v in found.items()}) }")

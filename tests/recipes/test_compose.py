@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -265,7 +265,8 @@ def test_a_run_goes_on_where_it_ended(lab: Lab, tmp_path: Path, monkeypatch: pyt
 
 def test_rows_are_added_to_those_of_an_earlier_run(tmp_path: Path) -> None:
     head = {
-        "date": "today", "commit": "b", "hardware": "two", "command": "c", "seconds": 2.0, "settings": {"size": "x"}, "base": "y",
+        "date": "today", "commit": "b", "hardware": "two", "command": "c", "seconds": 2.0, "base": "y",
+        "settings": asdict(SIZES["full"]),  # with tuples, as a run has them
         "left_out": ["late", "early"], "tuned": {"new": 1}, "tasks": {},
     }  # fmt: skip
     earlier = {**head, "commit": "a", "left_out": ["late", "now"], "tuned": {"old": 1}}
@@ -280,7 +281,9 @@ def test_rows_are_added_to_those_of_an_earlier_run(tmp_path: Path) -> None:
     assert found["left_out"] == ["late"] and found["tuned"] == {"old": 1, "new": 1}
     assert [run["commit"] for run in found["runs"]] == ["a", "b"]
     with pytest.raises(SystemExit, match="other settings"):
-        compose.added(tmp_path, now, {**head, "settings": {"size": "z"}})
+        compose.added(tmp_path, now, {**head, "settings": asdict(SIZES["smoke"])})
+    with pytest.raises(SystemExit, match="other settings"):  # before anything is made
+        compose.main(["--smoke", "--out", str(tmp_path / "out"), "--add", str(tmp_path)])
 
 
 @pytest.mark.slow
