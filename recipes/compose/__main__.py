@@ -220,6 +220,8 @@ def collect(out: Path, results: Path, args: argparse.Namespace, size: str) -> No
     head = header(out, args, size)
     if args.add is not None:
         rows, head = added(args.add, rows, head)
+    if not any(row[1] == "cost" for row in rows):
+        head["not_measured"] = [*head["not_measured"], "Times of a decode step and a prefill: the run's limit came first."]
     rows.sort(key=lambda row: (row[1], row[0], int(row[2])))
     results.mkdir(parents=True, exist_ok=True)
     with (results / "compose.csv").open("w", newline="") as file:
