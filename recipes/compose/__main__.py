@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resume:
         resume(out)
     else:
-        for folder in ("claims", "done", "failed", "rows", "notes", "loras", "one_lora", "routers", "random"):
+        for folder in ("claims", "done", "failed", "rows", "notes", "loras", "one_lora", "routers", "random", "xlora"):
             shutil.rmtree(out / folder, ignore_errors=True)
         for name in ("items.pickle", SECONDS):
             (out / name).unlink(missing_ok=True)
@@ -221,7 +221,10 @@ def collect(out: Path, results: Path, args: argparse.Namespace, size: str) -> No
     if args.add is not None:
         rows, head = added(args.add, rows, head)
     if not any(row[1] == "cost" for row in rows):
-        head["not_measured"] = [*head["not_measured"], "Times of a decode step and a prefill: the run's limit came first."]
+        head["not_measured"] = [
+            *head["not_measured"],
+            "Times of a decode step and a prefill: the run's limit came first.",
+        ]
     rows.sort(key=lambda row: (row[1], row[0], int(row[2])))
     results.mkdir(parents=True, exist_ok=True)
     with (results / "compose.csv").open("w", newline="") as file:
@@ -234,7 +237,9 @@ def earlier_of(folder: Path, head: dict[str, Any]) -> dict[str, Any]:
     """The header in that folder, of a run whose rows may stand beside those of `head`'s."""
     earlier: dict[str, Any] = json.loads((folder / "compose.json").read_text())
     for key in ("settings", "base"):
-        if earlier[key] != json.loads(json.dumps(head[key])):  # what JSON has no word for, such as tuples, as it reads them
+        if earlier[key] != json.loads(
+            json.dumps(head[key])
+        ):  # what JSON has no word for, such as tuples, as it reads them
             raise SystemExit(f"--add {folder}: of other {key}; rows of both cannot stand in one table.")
     return earlier
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,41 +59,56 @@ def _at_answers(model: Any, lab: Lab, chosen: list[Example]) -> tuple[torch.Tens
     return torch.nn.functional.cross_entropy(out.logits[rows, columns].float(), targets, reduction="none"), rows
 
 
+def _classifier(model: Any) -> dict[str, torch.nn.Parameter]:
+    """X-LoRA's router, by its parameters' names."""
+    return {name: each for name, each in model.named_parameters() if "internal_xlora_classifier" in name}
+
+
+def xlora_try(lab: Lab, seed: int, index: int) -> None:
+    """One learning rate: the router is kept, with its validation loss. A task of its own, because it takes minutes."""
+    settings = lab.settings
+    torch.manual_seed(seed)
+    model = xlora_model(lab, seed)
+    parameters = _classifier(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.to(lab.plain.dtype)
+    train_parameters(
+        lab, list(parameters.values()), settings.xlora_rates[index], lab.mixed_batches(seed),
+        lambda m, chosen: _at_answers(m, lab, chosen)[0].mean(), model.train(),
+    )  # fmt: skip
+    values = xlora_losses(model.eval(), lab, lab.sets("validation", settings.xlora_items))
+    path = _xlora_file(lab, index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {"loss": sum(values.values()) / len(values), "router": {n: p.detach() for n, p in parameters.items()}}, path
+    )
+
+
+def _xlora_file(lab: Lab, index: int) -> Path:
+    return lab.out / "xlora" / f"rate{index}.pt"
+
+
 def xlora(lab: Lab, seed: int) -> None:
     """Measured on fewer items than the others, because there is no KV cache."""
     settings = lab.settings
-    rates, method = settings.xlora_rates, "xlora"
-    best = lab.chosen(method)
+    tried = [torch.load(_xlora_file(lab, index), map_location=lab.device) for index in range(len(settings.xlora_rates))]
+    found = [each["loss"] for each in tried]
+    index = found.index(min(found))
+    lab.note("tuned", {"xlora": {"seed": seed, "losses": found, "best": index}})
+    model = xlora_model(lab, seed).eval()
+    count = 0
+    for name, parameter in _classifier(model).items():
+        parameter.data = tried[index]["router"][name]
+        count += parameter.numel()
     sets = lab.sets("test", settings.xlora_items)
-    steps = lab.mixed_batches(seed)
-    models, found, count = [], [], 0
-    for rate in rates if best is None else (rates[best],):
-        torch.manual_seed(seed)
-        model = xlora_model(lab, seed)
-        parameters = [p for n, p in model.named_parameters() if "internal_xlora_classifier" in n]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-            parameter.data = parameter.data.to(lab.plain.dtype)
-        count = sum(p.numel() for p in parameters)
-        train_parameters(
-            lab, parameters, rate, steps, lambda m, chosen: _at_answers(m, lab, chosen)[0].mean(), model.train()
-        )
-        model.eval()
-        models.append(model)
-        if best is None:
-            values = xlora_losses(model, lab, lab.sets("validation", settings.xlora_items))
-            found.append(sum(values.values()) / len(values))
-    index = found.index(min(found)) if found else 0
-    if found:
-        lab.note("tuned", {method: {"seed": seed, "losses": found, "best": index}})
-    model = models[index]
     scores = {name: {"loss": value} for name, value in xlora_losses(model, lab, sets).items()}
     for longest, names in by_answer_length(sets, settings):
         for name in names:
             texts = lab.tokenizer.batch_decode(xlora_answers(model, lab, [e.prompt for e in sets[name]], longest))
             good = [right(text, e.text) for text, e in zip(texts, sets[name], strict=True)]
             scores[name]["exact_match"] = sum(good) / len(good)
-    lab.rows(method, "d", seed, scores, count)
+    lab.rows("xlora", "d", seed, scores, count)
     say(f"{lab.worker}: xlora, seed {seed}: {scores}")
 
 

@@ -35,10 +35,18 @@ def all_tasks(settings: Settings) -> list[Task]:
         Task(f"one_lora-rate{index}", partial(baselines.one_lora_try, index=index))
         for index in range(len(settings.lora_rates))
     ]
+    tries = [
+        Task(f"xlora-rate{index}", partial(peft_routers.xlora_try, seed=first, index=index), experts(first))
+        for index in range(len(settings.xlora_rates))
+    ]
+    tasks += tries  # early, because they take longest
     tasks += _of_seed(settings, first, first)[:CORE]
     for seed in others:
         tasks += _of_seed(settings, seed, first)[:CORE]
-    tasks += _once(first)
+    tasks += [
+        Task("xlora", partial(peft_routers.xlora, seed=first), (*experts(first), *(each.name for each in tries))),
+        *_once(first),
+    ]
     tasks += _of_seed(settings, first, first)[CORE:]
     for seed in others:
         tasks += _switch(seed)
@@ -106,7 +114,6 @@ def _once(seed: int) -> list[Task]:
         Task("base-general", growth.base),
         Task("new_lora_r", partial(baselines.new_lora, rank_factor=1)),
         *_growth(seed),
-        Task("xlora", partial(peft_routers.xlora, seed=seed), experts(seed)),
         *_switch(seed),
         Task("first-base", partial(decisions.first_tokens, seed=seed, how="base"), experts(seed)),
         Task("first-wrong", partial(decisions.first_tokens, seed=seed, how="wrong"), experts(seed)),
