@@ -206,7 +206,8 @@ class _Group(torch.autograd.Function):
                     want_gated=any(b_needed),
                 )
             if gates_needed and d_gate_rows is not None:
-                d_gates = d_gate_rows.to(gates.dtype).reshape(gates.shape)
+                d_gates = d_gate_rows if d_gate_rows.dtype == gates.dtype else d_gate_rows.to(gates.dtype)
+                d_gates = d_gates if gates.dim() == 2 else d_gates.reshape(gates.shape)
             if x_needed:
                 if order is not None:
                     d_x = group_pairs.d_input(d_hidden, packed, a, spec, order, gate_rows.shape[0])
