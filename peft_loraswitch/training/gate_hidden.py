@@ -90,7 +90,8 @@ def _each_run(each: Tensor, columns: tuple[Columns, ...]) -> list[tuple[Tensor, 
     if len(found) == 1:
         return [(each, *found[0])]
     return [
-        (each[:, first.start : first.start + count * (first.stop - first.start)], first, count) for first, count in found
+        (each[:, first.start : first.start + count * (first.stop - first.start)], first, count)
+        for first, count in found
     ]
 
 
