@@ -383,7 +383,7 @@ def _plan(layer: Any, inputs: SharedInputs, x: Tensor) -> Plan:
         plan = inputs.plans.get(place)
         if plan is not None and _adapters(layer) == plan.adapters:  # if not, the block's second run is refused
             return plan
-    key = _key(layer, x)
+    key = _key(place, x)
     plan = inputs.known.plans.get(key)
     if plan is None or not plan.looked.is_current():
         plan = inputs.known.plans[key] = _make_plan(layer, inputs.others(layer), x)
@@ -392,11 +392,11 @@ def _plan(layer: Any, inputs: SharedInputs, x: Tensor) -> Plan:
     return plan
 
 
-def _key(layer: Any, x: Tensor) -> Any:
-    """All that a plan depends on, besides the linears themselves."""
+def _key(place: tuple[Any, ...], x: Tensor) -> Any:
+    """All that a plan depends on, besides the linears themselves; `place` as `_plan` makes it."""
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     hooked = bool(nn.modules.module._has_any_global_hook())
-    return (id(layer), type(x), x.dim() < 2, x.dtype, x.device, autocast_dtype(x), transformed, hooked)
+    return (place, type(x), x.dim() < 2, transformed, hooked)
 
 
 def _make_plan(layer: Any, others: Sequence[Any], x: Tensor) -> Plan:

@@ -56,8 +56,7 @@ def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, columns: tuple[Co
     """
     if gate_kernels.usable(hidden):
         return gate_kernels.gate(hidden, gates, chosen, runs(columns))
-    parts = [_gate(h, gates, chosen, first, count) for h, first, count in _each_run(hidden, columns)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return _gate((hidden,), gates, chosen, columns)[0]
 
 
 def gate_backward(
@@ -72,8 +71,8 @@ def gate_backward(
     """(d_hidden [T, N], d_gates float32 [T, E] if wanted, and `gate()` again if wanted), from d_gated [T, N]."""
     if gate_kernels.usable(hidden):
         return gate_kernels.gate_backward(d_gated, hidden, gates, chosen, runs(columns), want_gates, want_gated)
-    d_hidden = gate(d_gated, gates, chosen, columns)
-    gated = gate(hidden, gates, chosen, columns) if want_gated else None
+    d_hidden, *again = _gate((d_gated, hidden) if want_gated else (d_gated,), gates, chosen, columns)
+    gated = again[0] if again else None
     if not want_gates:
         return d_hidden, None, gated
     total = None
@@ -87,15 +86,33 @@ def gate_backward(
 
 
 def _each_run(each: Tensor, columns: tuple[Columns, ...]) -> list[tuple[Tensor, Columns, int]]:
+    found = runs(columns)
+    if len(found) == 1:
+        return [(each, *found[0])]
     return [
         (each[:, first.start : first.start + count * (first.stop - first.start)], first, count)
-        for first, count in runs(columns)
+        for first, count in found
     ]
 
 
-def _gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, first: Columns, count: int) -> Tensor:
-    parts = hidden.reshape(hidden.shape[0], count, first.experts, first.rank)
-    factors = (gates * first.scaling).to(hidden.dtype)[:, None, :, None]
-    if chosen is None:
-        return (parts * factors).view(hidden.shape)
-    return parts.where(chosen[:, None, :, None], 0.0).mul_(factors).view(hidden.shape)
+def _gate(
+    values: tuple[Tensor, ...], gates: Tensor, chosen: Tensor | None, columns: tuple[Columns, ...]
+) -> list[Tensor]:
+    """`gate()` of each [T, N], all of one dtype."""
+    factors: dict[float, Tensor] = {}  # by scaling, which all linears share mostly
+    for _, _, _, scaling in columns:
+        if scaling not in factors:
+            factors[scaling] = (gates * scaling).to(values[0].dtype)[:, None, :, None]
+    counts = None if chosen is None else chosen[:, None, :, None]
+    gated = []
+    for value in values:
+        parts = []
+        for h, first, count in _each_run(value, columns):
+            part = h.reshape(h.shape[0], count, first.experts, first.rank)
+            if counts is None:
+                part = part * factors[first.scaling]
+            else:
+                part = part.where(counts, 0.0).mul_(factors[first.scaling])
+            parts.append(part.view(h.shape))
+        gated.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    return gated

@@ -144,25 +144,19 @@ class _Group(torch.autograd.Function):
                 call.begin(x, gates, chosen, a, b, any(needed[5 : 5 + n]))
             rows, gated = call.rows, call.gated
             assert gated is not None
-            wide_b = call.packed.wide_b()
             if spec.given:
-                outputs = _added(ctx, tensors[2 * n :], gated, gates, wide_b, call)
-            elif call.order is not None:
-                outputs = [rows.new_empty((*x.shape[:-1], each.shape[1])) for each in b]  # no views, as below
-                places = outputs if x.dim() == 2 else [y.view(-1, y.shape[-1]) for y in outputs]
-                gate_rows = group_pairs.side_by_side(_by_token(gates))
-                group_pairs.write_up(places, gated, gate_rows, call.packed, spec, call.order, call.biases)
+                outputs = _added(ctx, tensors[2 * n :], gated, gates, call)
+            else:
+                lead = x.shape[:-1]
+                outputs = [rows.new_empty((*lead, each.shape[1])) for each in b]  # no views: a model may write to them
+                places = outputs if len(lead) == 1 else [y.view(-1, y.shape[-1]) for y in outputs]
+                if call.order is not None:
+                    gate_rows = group_pairs.side_by_side(_by_token(gates))
+                    group_pairs.write_up(places, gated, gate_rows, call.packed, spec, call.order, call.biases)
+                else:
+                    _write_up(places, gated, call)
                 for place, weight in zip(places, call.base, strict=True):
                     place.addmm_(rows, _matrix(weight, spec))
-            else:
-                if x.dim() != 2:
-                    gated = gated.view(*x.shape[:-1], spec.width)
-                outputs = []
-                for part, up, weight, bias in zip(_parts(gated, spec), wide_b, call.base, call.biases, strict=True):
-                    y = _up(part, up, bias)  # no view: a model may write to it
-                    flat = y if y.dim() == 2 else y.view(-1, y.shape[-1])
-                    flat.addmm_(rows, _matrix(weight, spec))
-                    outputs.append(y)
         ctx.spec, ctx.order, ctx.x_shape, ctx.x_dtype = spec, call.order, x.shape, x.dtype
         # What lies outside of the function is referred to where it is. In a checkpointed block, that is all: keeping would
         # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
@@ -212,7 +206,8 @@ class _Group(torch.autograd.Function):
                     want_gated=any(b_needed),
                 )
             if gates_needed and d_gate_rows is not None:
-                d_gates = d_gate_rows.to(gates.dtype).reshape(gates.shape)
+                d_gates = d_gate_rows if d_gate_rows.dtype == gates.dtype else d_gate_rows.to(gates.dtype)
+                d_gates = d_gates if gates.dim() == 2 else d_gates.reshape(gates.shape)
             if x_needed:
                 if order is not None:
                     d_x = group_pairs.d_input(d_hidden, packed, a, spec, order, gate_rows.shape[0])
@@ -310,18 +305,17 @@ def _hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec) -> Te
     return hidden
 
 
-def _up(part: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-    """part [..., E * r] -> [..., out]"""
-    if bias is None:
-        return F.linear(part, up)
-    y = part.new_empty((*part.shape[:-1], up.shape[0]))
-    torch.addmm(bias.to(up.dtype), part.reshape(-1, up.shape[1]), up.t(), out=y.view(-1, up.shape[0]))
-    return y
+def _write_up(places: Sequence[Tensor], gated: Tensor, call: _Call) -> None:
+    """gated [T, N] -> [T, out] of each linear, with its bias, in its place."""
+    # Into given places: `F.linear` folds and unfolds, which takes the host longer than the product.
+    for place, part, up, bias in zip(places, _parts(gated, call.spec), call.packed.up(), call.biases, strict=True):
+        if bias is None:
+            torch.mm(part, up, out=place)
+        else:
+            torch.addmm(bias.to(up.dtype), part, up, out=place)
 
 
-def _added(
-    ctx: Any, results: Sequence[Tensor], gated: Tensor, gates: Tensor, wide_b: list[Tensor], call: _Call
-) -> list[Tensor]:
+def _added(ctx: Any, results: Sequence[Tensor], gated: Tensor, gates: Tensor, call: _Call) -> list[Tensor]:
     """The base layers' results with what the experts add."""
     spec = call.spec
     outputs, dirty = [], []
@@ -339,17 +333,17 @@ def _added(
         group_pairs.add_up(flat, gated, group_pairs.side_by_side(_by_token(gates)), call.packed, spec, call.order)
         ctx.mark_dirty(*dirty)
         return [y if y.dtype == r.dtype else r + y.to(r.dtype) for r, y in zip(results, outputs, strict=True)]
-    for result, part, up, in_place in zip(results, _parts(gated, spec), wide_b, spec.in_place, strict=True):
+    for result, part, up, in_place in zip(results, _parts(gated, spec), call.packed.up(), spec.in_place, strict=True):
         if result.dtype != spec.dtype:
-            outputs.append(result + (part @ up.t()).to(result.dtype).view(result.shape))
+            outputs.append(result + (part @ up).to(result.dtype).view(result.shape))
         elif in_place and result.is_contiguous():
-            result.view(part.shape[0], result.shape[-1]).addmm_(part, up.t())
+            result.view(part.shape[0], result.shape[-1]).addmm_(part, up)
             outputs.append(result)
             dirty.append(result)
         else:
             y = torch.empty_like(result, memory_format=torch.contiguous_format)
             rows = result.reshape(part.shape[0], result.shape[-1])
-            torch.addmm(rows, part, up.t(), out=y.view(rows.shape))
+            torch.addmm(rows, part, up, out=y.view(rows.shape))
             outputs.append(y)
     ctx.mark_dirty(*dirty)
     return outputs

@@ -75,7 +75,7 @@ class Layout:
         self.holds_a = len(a) > 1 and a[0].is_cuda or any(each.dtype != spec.dtype for each in a)
         self.start_a = _aligned(self.hidden[0] * self.hidden[1])
         end = self.start_a + _aligned(spec.width * self.features if self.holds_a else 0)
-        self.places_a, self.places_b, self.wide_b = [], [], []  # size, strides, start
+        self.places_a, self.places_b, self.wide_b, self.up = [], [], [], []  # size, strides, start
         self.pair_a: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         self.pair_b: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         for columns, width, up in zip(spec.columns, spec.widths, b, strict=True):
@@ -84,6 +84,7 @@ class Layout:
             self.places_a.append((size, strides, self.start_a + columns.start * self.features))
             self.places_b.append(((experts, out, rank), (rank, width, 1), end))
             self.wide_b.append(((out, width), (width, 1), end))
+            self.up.append(((width, out), (1, width), end))
             self.pair_b.append(((1, experts, rank, out), (out * width, rank, 1, width), end))
             end += _aligned(out * width)
         self.end = end
@@ -139,6 +140,10 @@ class Packed:
     def wide_b(self) -> list[Tensor]:
         """[out, E * r] each"""
         return [self.memory.as_strided(*place) for place in self.layout.wide_b]
+
+    def up(self) -> list[Tensor]:
+        """[E * r, out] each: the same, the other way round."""
+        return [self.memory.as_strided(*place) for place in self.layout.up]
 
     def pair_a(self, a: Sequence[Tensor]) -> list[Tensor]:
         """[linears, E, r, in] each, in the order of the linears; those alike in one, if they lie side by side."""
