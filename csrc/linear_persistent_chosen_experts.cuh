@@ -1,4 +1,4 @@
-// The four helper warps of a block of linear_persistent.cu, and the sizes that both files share.
+// The helper warps of linear_persistent.cu, with the experts that any token chose.
 //
 //   Chosen   the list of the experts that any token chose, and where a token's hidden of each of them is
 //   Shrink   tiles of 16 rows of the chosen experts' lora_a times all tokens; split-K over the blocks: each block takes one part of the
@@ -8,59 +8,26 @@
 //   Expand   for each 16-row tile of the panel: lora_b [16, chosen ranks] times the hidden, a partial sum for the epilogue
 #pragma once
 #include "chosen_experts.cuh"
-#include "cp_async.cuh"
-#include "mma.cuh"
+#include "linear_persistent_experts.cuh"
 
 namespace ls {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;          // that multiply
-constexpr int kHelpers = 4, kHelperThreads = 32 * kHelpers;  // that see to the experts
-constexpr int kAllThreads = kThreads + kHelperThreads;
-constexpr int kSlice = 64;  // features that a warp takes at once: a 128-byte line of each row
-constexpr int kTile = 16;   // rows that are multiplied at once
-constexpr int kMostTiles = 96;  // of one block
-constexpr int kMostParts = 8;
-constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
-constexpr long long kPatience = 100000;  // nanoseconds until the hidden is not waited for any longer
+namespace chosen_experts {
 
-// Barriers: of the eight warps; of the four; the eight have read what the four left.
-enum { kMultiplying = 1, kHelping = 2, kSummed = 3 };
-
-// Of the features: `splits`, each a slice for every warp, with any of which a block may begin; and `parts`, of some splits each,
-// in which the shrink is shared out.
-__host__ __device__ inline int splits_of(int in_features) { return (in_features + kSlice * kWarps - 1) / (kSlice * kWarps); }
-__host__ __device__ inline int splits_each(int in_features) { return (splits_of(in_features) + kMostParts - 1) / kMostParts; }
-__host__ __device__ inline int parts_of(int in_features) {
-  return (splits_of(in_features) + splits_each(in_features) - 1) / splits_each(in_features);
+// The id of an entry [tokens, top_k] as it was given, and the expert that it means, -1 if it is none.
+__device__ __forceinline__ int64_t given_id(const GroupParams &p, int entry) {
+  return __ldcg(reinterpret_cast<const long long *>(p.g.experts) + entry);
 }
+__device__ __forceinline__ int expert_of(const GroupParams &p, int64_t id) { return id >= 0 && id < p.g.num_experts ? int(id) : -1; }
 
-// The hidden of the whole group, by the helpers and straight from A: for when blocks that hold a part of it do not come, because
-// another stream's blocks, which may be waiting for the same reason, keep them from a multiprocessor.
-template <class E> __device__ __noinline__ void shrink_alone(const GroupParams &p, const short *ids, E *hidden) {
-  const int lane = threadIdx.x % 32, helper = threadIdx.x / 32 - kWarps, in = p.g.in_features;
-  for (int i = 0; i < p.g.n_items; ++i) {
-    const ls_item &item = p.g.items[i];
-    for (int o = helper; o < p.g.tokens * p.g.top_k * item.rank; o += kHelpers) {
-      const int entry = o / item.rank, expert = ids[entry];
-      if (expert < 0) continue;
-      const E *a = static_cast<const E *>(item.lora_a) + (int64_t(expert) * item.rank + o % item.rank) * in;
-      const E *x = static_cast<const E *>(p.g.x) + int64_t(entry / p.g.top_k) * in;
-      float sum = 0.f;
-      for (int k = lane * 2; k < in; k += 64) {
-        const float2 fa = unpack2<E>(*reinterpret_cast<const uint32_t *>(a + k)),
-                     fx = unpack2<E>(*reinterpret_cast<const uint32_t *>(x + k));
-        sum += fa.x * fx.x + fa.y * fx.y;
-      }
-      sum = warp_sum(sum);
-      if (lane == 0) hidden[p.hidden[i] + o] = from_float<E>(p.g.gates[entry] * item.scaling * sum);
-    }
-  }
-}
+constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-__device__ __forceinline__ float4 operator+(const float4 &a, const float4 &b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
+template <int NT> struct Pieces {
+  // What a helper thread asks for at once, in pieces of 16 bytes: of a split of a tile of A, of x for it, and at most.
+  static constexpr int kPiecesOfA = 8, kPiecesOfX = 4 * NT;
+  static constexpr int kPieces = larger(2 * (kPiecesOfA + kPiecesOfX), 3 * kPiecesOfA + kPiecesOfX);
+};
 
 // The experts that any token chose, ascending, and where a token's hidden of each of them lies among those of the token.
 template <int TOKENS> struct Chosen {
@@ -134,9 +101,9 @@ __device__ __forceinline__ uint4 &piece(uint4 *room, int i) { return room[i * kH
 // split stays, of more it comes with each stage.
 template <class E, class Shape, int NT> struct Shrink {
   static constexpr int kChunks = kSlice * kWarps / kHelpers / kChunk;  // of a helper, of one split
-  static constexpr int kA = Shape::kPiecesOfA, kX = Shape::kPiecesOfX;
-  static constexpr int kMany = (Shape::kPieces - kX) / kA;  // stages where x stays
-  static_assert(kA == 2 * kChunks && kX == NT * kChunks && kMany > 2 && Shape::kPieces >= 2 * (kA + kX), "room for the stages");
+  static constexpr int kA = Pieces<NT>::kPiecesOfA, kX = Pieces<NT>::kPiecesOfX;
+  static constexpr int kMany = (Pieces<NT>::kPieces - kX) / kA;  // stages where x stays
+  static_assert(kA == 2 * kChunks && kX == NT * kChunks && kMany > 2 && Pieces<NT>::kPieces >= 2 * (kA + kX), "room for the stages");
   const GroupParams &p;
   const Chosen<Shape::kTokens> &chosen;
   const bool every;
@@ -440,6 +407,21 @@ template <class E, class Shape, int NT> struct Expand {
         enter(step, step.tile + kHelpers);
       }
     }
+  }
+};
+
+}  // namespace chosen_experts
+
+struct ChosenExperts {
+  static constexpr int kHidden = kPersistentHidden;
+  static constexpr bool kUsesRoom = true;
+  template <int NT> static constexpr int room_bytes(int sums) {
+    return chosen_experts::larger(sums * 4, chosen_experts::Pieces<NT>::kPieces * kHelperThreads * 16);
+  }
+  template <int TOKENS> using Table = chosen_experts::Chosen<TOKENS>;
+  template <int TOKENS> static __device__ __forceinline__ void init(Table<TOKENS> &chosen) {
+    if (threadIdx.x < kExpertWords) chosen.bits[threadIdx.x] = 0;
+    if (threadIdx.x == 0) chosen.twice = false;
   }
 };
 
