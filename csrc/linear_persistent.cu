@@ -8,13 +8,14 @@
 //   for each panel
 //   block: 8 warps with a share of the input features each (split-K inside the block), 4 helper warps for the experts
 //   shared memory (up to 226 KB): for each of the 8 warps a ring of STAGES stages (16 rows of 64 features of x or of the weight),
-//   filled by cp.async; 9 partial tiles in float32, before that what the helpers ask for; the hidden
+//   filled by cp.async; 9 partial tiles in float32 (chosen experts: before that what the helpers ask for); the hidden
 //
 // From a few tokens on, reading x again for every 16 or 32 rows takes as long as reading the weight. So a block owns panels, goes over
 // the input features once for each, and partial sums meet once, in the panel's epilogue.
 //
-// The helper warps (linear_persistent_experts.cuh) do the shrink, which is spread over all blocks, and multiply the hidden by the
-// panel's rows of lora_b: a ninth partial sum.
+// The helper warps do the shrink, which is spread over all blocks, and multiply the hidden by the panel's rows of lora_b: a ninth partial
+// sum. There are two kernels of everything here: AllExperts and ChosenExperts (linear_persistent_experts.cuh). Their machine code is what
+// was measured, and moves with small changes: the helpers' code stands in the kernel itself, since as functions it becomes another.
 //
 // GPUs with less shared memory cannot run it (blocks_of() asks): for them the kernels are compiled empty, which halves the build time.
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
@@ -79,7 +80,7 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
   __shared__ Plan plan_;
   __shared__ short ids[kIds];
   __shared__ float gates[kIds];
-  __shared__ typename Experts::template Table<Shape::kTokens> table;
+  __shared__ typename Experts::template Choice<Shape::kTokens> choice;
   __shared__ bool there;
   __shared__ __align__(8) uint64_t expanded_, free_;
   float *partial = reinterpret_cast<float *>(raw + Shape::kRingBytes), *more = partial + Shape::kRoomBytes / 4;
@@ -117,10 +118,10 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
         lists[at + i] = source;
       }
     }
-    Experts::template init<Shape::kTokens>(table);
+    Experts::template init<Shape::kTokens>(choice);
     if (threadIdx.x == 0) {
       mbarrier_init(expanded, kHelperThreads);
-      if constexpr (Experts::kUsesRoom) mbarrier_init(free, kHelperThreads);
+      if constexpr (Experts::kChosenOnly) mbarrier_init(free, kHelperThreads);
       plan_ = Plan{begin, n_tiles, panels, int(blockIdx.x % splits_of(in))};
     }
   }
@@ -130,7 +131,8 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
 
   if (warp >= kWarps) {
     if (!p.has_rank) return;
-    if constexpr (std::is_same_v<Experts, AllExperts>) {
+    if constexpr (!Experts::kChosenOnly) {
+      using namespace all_experts;
       const int thread = threadIdx.x - kThreads, helper = warp - kWarps, num_experts = p.g.num_experts, entries = p.g.tokens * p.g.top_k;
       const bool most = entries > num_experts;  // of the experts will have been chosen
       // Every `parts` blocks in a row have all parts of the features, and multiply the same tiles of A by them.
@@ -147,8 +149,8 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
         const int entry = thread + i * kHelperThreads;
         id[i] = entry < entries ? valid_id(p, entry) : short(-1), gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
       }
-      all_experts::Shrink<E, Shape, NT> shrink(p, blockIdx.x % parts);
-      if (shrinks) shrink.load(all_experts::shrink_tile(p, row_of_blocks), shrink.first);
+      Shrink<E, Shape, NT> shrink(p, blockIdx.x % parts);
+      if (shrinks) shrink.load(shrink_tile(p, row_of_blocks), shrink.first);
       if (most) {  // every expert's B will be needed
         for (int i = thread; i < plan.n_tiles * num_experts; i += kHelperThreads) {
           const int tile = plan.begin + i / num_experts, item = find_item(p, tile), rank = p.g.items[item].rank;
@@ -162,45 +164,45 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
         if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = id[i], gates[entry] = gate[i];
       barrier(kHelping, kHelperThreads);
       if (shrinks) shrink.run(row_of_blocks, rows_of_blocks, most, ids, gates, more);
-      if (most) all_experts::fill(p, ids, table);
+      if (most) fill(p, ids, choice);
       for (int panel = 0; panel < plan.panels; ++panel) {
         const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
         if (panel > 0) barrier(kSummed, kAllThreads);
-        using Expand = all_experts::Expand<E, Shape, NT>;
+        using Expand = Expand<E, Shape, NT>;
         constexpr int kEarly = 2;  // tiles whose B is on its way while the hidden is waited for
         uint4 b[kEarly][Expand::kFirst][2];
 #pragma unroll
         for (int q = 0; q < kEarly; ++q)
           if (const int m = helper + q * kHelpers; m < tiles) Expand(p, begin + m, hidden).load_first(ids, b[q]);
-        if (panel == 0 && p.sync) all_experts::collect<E>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, hidden, there);
+        if (panel == 0 && p.sync) collect<E>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, hidden, there);
 #pragma unroll
         for (int q = 0; q < kEarly; ++q)
-          if (const int m = helper + q * kHelpers; m < tiles) Expand(p, begin + m, hidden).run(ids, table, b[q], more + m * kTile);
+          if (const int m = helper + q * kHelpers; m < tiles) Expand(p, begin + m, hidden).run(ids, choice, b[q], more + m * kTile);
         for (int m = helper + kEarly * kHelpers; m < tiles; m += kHelpers) {
           const Expand expand(p, begin + m, hidden);
           expand.load_first(ids, b[0]);
-          expand.run(ids, table, b[0], more + m * kTile);
+          expand.run(ids, choice, b[0], more + m * kTile);
         }
         mbarrier_arrive(expanded);
       }
     } else {
+      using namespace chosen_experts;
       const int thread = threadIdx.x - kThreads, entries = p.g.tokens * p.g.top_k;
       // Every `parts` blocks in a row have all parts of the features, and multiply the same tiles of A by them.
       const int parts = parts_of(in), row_of_blocks = blockIdx.x / parts, rows_of_blocks = p.sync ? gridDim.x / parts : 0;
       const bool every = p.shrink_begin[p.g.n_items] <= rows_of_blocks;
       pdl_wait();
-      // What does not depend on each other is asked for at once: a round trip takes long beside the weights. So ids are not looked at yet:
-      // that would be a wait for them.
+      // As above; and ids are not looked at yet: that would be a wait for them.
       constexpr int kEach = (kIds + kHelperThreads - 1) / kHelperThreads;
       int64_t given[kEach];
       float gate[kEach];
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int entry = thread + i * kHelperThreads;
-        given[i] = entry < entries ? chosen_experts::given_id(p, entry) : -1, gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
+        given[i] = entry < entries ? given_id(p, entry) : -1, gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
       }
       uint4 *room = reinterpret_cast<uint4 *>(partial) + thread;
-      chosen_experts::Shrink<E, Shape, NT> shrink(p, table, every, blockIdx.x % parts, row_of_blocks, rows_of_blocks, room);
+      Shrink<E, Shape, NT> shrink(p, choice, every, blockIdx.x % parts, row_of_blocks, rows_of_blocks, room);
       if (row_of_blocks < min(rows_of_blocks, p.shrink_begin[p.g.n_items])) {
         shrink.begin_with_x();
         if (every) shrink.begin();
@@ -208,33 +210,33 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
       int id[kEach];
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        id[i] = chosen_experts::expert_of(p, given[i]);
+        id[i] = expert_of(p, given[i]);
         if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = short(id[i]), gates[entry] = gate[i];
       }
-      table.add(id, p.g.num_experts);
+      choice.add(id, p.g.num_experts);
       barrier(kHelping, kHelperThreads);
-      if (!every) table.make_list(p.g.num_experts, p.g.tokens);
+      if (!every) choice.make_list(p.g.num_experts, p.g.tokens);
       const int with_tiles = min(rows_of_blocks, shrink.tiles());
       const bool shrinks = row_of_blocks < with_tiles;
       if (!every) {
         if (shrinks) shrink.begin();
-        chosen_experts::prefetch_b(p, table, plan.begin, tiles_of(0));
+        prefetch_b(p, choice, plan.begin, tiles_of(0));
       }
       if (shrinks) shrink.run(row_of_blocks, ids, gates, more);
       if (every) {  // now, because A has arrived together with the ids, and other blocks wait for what becomes of it
-        table.make_list(p.g.num_experts, p.g.tokens);
-        chosen_experts::prefetch_b(p, table, plan.begin, tiles_of(0));
+        choice.make_list(p.g.num_experts, p.g.tokens);
+        prefetch_b(p, choice, plan.begin, tiles_of(0));
       }
-      table.make_slots(ids, p.g.tokens, p.g.top_k);
+      choice.make_slots(ids, p.g.tokens, p.g.top_k);
       copy_commit();
       copy_wait<0>();  // also for what was asked for in vain: its room is used again
       for (int panel = 0; panel < plan.panels; ++panel) {
         const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
-        if (panel > 0) chosen_experts::prefetch_b(p, table, begin, tiles);
-        chosen_experts::Expand<E, Shape, NT> expand(p, table, p.sync ? hidden : static_cast<const E *>(p.g.hidden), begin, tiles);
+        if (panel > 0) prefetch_b(p, choice, begin, tiles);
+        Expand<E, Shape, NT> expand(p, choice, p.sync ? hidden : static_cast<const E *>(p.g.hidden), begin, tiles);
         if (panel > 0) barrier(kSummed, kAllThreads);
         if (panel == 0 && p.sync)
-          chosen_experts::collect<E, chosen_experts::Pieces<NT>::kPieces>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, room, hidden, there);
+          collect<E, Pieces<NT>::kPieces>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, room, hidden, there);
         if (panel == 0) mbarrier_arrive(free);
         expand.run(more);
         mbarrier_arrive(expanded);
@@ -364,7 +366,7 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
     } while ((slice = next_slice(slice)) != first_slice());
 
     if (panel > 0) barrier(kMultiplying, kThreads);  // the panel before this one has been summed up
-    if constexpr (Experts::kUsesRoom)
+    if constexpr (Experts::kChosenOnly)
       if (panel == 0 && p.has_rank) mbarrier_wait(free, 0);
     float *sums = partial + warp * Shape::kPartial + t * 2 * Shape::kStride + g;
 #pragma unroll

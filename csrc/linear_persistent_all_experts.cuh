@@ -232,10 +232,10 @@ template <class E, class Shape, int NT> struct Expand {
 
 struct AllExperts {
   static constexpr int kHidden = 4096;
-  static constexpr bool kUsesRoom = false;
+  static constexpr bool kChosenOnly = false;
   template <int NT> static constexpr int room_bytes(int sums) { return sums * 4; }
-  template <int TOKENS> using Table = all_experts::Slots;
-  template <int TOKENS> static __device__ __forceinline__ void init(Table<TOKENS> &) {}
+  template <int TOKENS> using Choice = all_experts::Slots;
+  template <int TOKENS> static __device__ __forceinline__ void init(Choice<TOKENS> &) {}
 };
 
 }  // namespace

@@ -23,8 +23,8 @@ __device__ __forceinline__ int expert_of(const GroupParams &p, int64_t id) { ret
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
+// What a helper thread asks for at once, in pieces of 16 bytes: of a split of a tile of A, of x for it, and at most.
 template <int NT> struct Pieces {
-  // What a helper thread asks for at once, in pieces of 16 bytes: of a split of a tile of A, of x for it, and at most.
   static constexpr int kPiecesOfA = 8, kPiecesOfX = 4 * NT;
   static constexpr int kPieces = larger(2 * (kPiecesOfA + kPiecesOfX), 3 * kPiecesOfA + kPiecesOfX);
 };
@@ -414,12 +414,12 @@ template <class E, class Shape, int NT> struct Expand {
 
 struct ChosenExperts {
   static constexpr int kHidden = kPersistentHidden;
-  static constexpr bool kUsesRoom = true;
+  static constexpr bool kChosenOnly = true;
   template <int NT> static constexpr int room_bytes(int sums) {
     return chosen_experts::larger(sums * 4, chosen_experts::Pieces<NT>::kPieces * kHelperThreads * 16);
   }
-  template <int TOKENS> using Table = chosen_experts::Chosen<TOKENS>;
-  template <int TOKENS> static __device__ __forceinline__ void init(Table<TOKENS> &chosen) {
+  template <int TOKENS> using Choice = chosen_experts::Chosen<TOKENS>;
+  template <int TOKENS> static __device__ __forceinline__ void init(Choice<TOKENS> &chosen) {
     if (threadIdx.x < kExpertWords) chosen.bits[threadIdx.x] = 0;
     if (threadIdx.x == 0) chosen.twice = false;
   }

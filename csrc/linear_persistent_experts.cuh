@@ -1,13 +1,14 @@
-// What linear_persistent.cu and the two ways of its four helper warps share. A way is a class that the kernel is a template over:
+// What linear_persistent.cu and the two ways of its four helper warps share. A way is a class, of the kernel's template:
 //
 //   linear_persistent_all_experts.cuh      A and B of all experts: nothing waits for a list of those that were chosen
 //   linear_persistent_chosen_experts.cuh   A and B of the experts that any token chose, from a list: for many experts
 //
 //   kHidden            elements of the hidden that there is room for in shared memory
-//   room_bytes<NT>()   bytes for the eight warps' partial sums of a panel, and more where the helpers use that room before them
-//   kUsesRoom          whether they do: then the warps wait for the barrier `free` before their first partial sums
-//   Table<TOKENS>      what the helpers know of the choice, in shared memory; init() is for all threads, before a __syncthreads()
-//   help()             all that the helpers do; for each panel they arrive at the barrier `expanded`
+//   kChosenOnly        the second way. Its helpers use the room of the eight warps' partial sums before them, so these wait for `free`
+//   room_bytes<NT>()   bytes of that room, for so many floats of partial sums
+//   Choice<TOKENS>     what the helpers know of the choice, in shared memory; init() is for all threads, before a __syncthreads()
+//
+// The namespaces all_experts and chosen_experts hold the steps that the helpers take in the kernel.
 #pragma once
 #include "cp_async.cuh"
 #include "mma.cuh"
