@@ -363,7 +363,7 @@ def test_persistent_with_every_kind_of_choice(num_experts, top_k, rank, tokens, 
         unused = ~torch.isin(torch.arange(num_experts, device="cuda"), experts)
         for tensor, was in zip((*group["lora_a"], *group["lora_b"]), pristine, strict=True):
             tensor.copy_(was)
-        # With more choices than experts AllExperts multiplies B of all of them, ChosenExperts still only of those that were chosen.
+        # With more choices than experts AllExperts multiplies B of all of them, ChosenExperts of the chosen ones alone.
         b_is_read = tokens * top_k > num_experts and (num_experts <= 8 or tokens * top_k >= 2 * num_experts)
         for tensor in (*group["lora_a"], *(() if b_is_read else group["lora_b"])):
             tensor[unused] = float("nan")
@@ -389,7 +389,9 @@ def test_persistent_with_every_kind_of_choice(num_experts, top_k, rank, tokens, 
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "rank", "tokens"),
     [
-        *[(8, 2, rank, tokens) for rank in (16, 24, 32, 64, 128) for tokens in (2, 3, 8, 9)],  # the tiles of A for a block
+        # the tiles of A for a block
+        *[(8, 2, rank, tokens) for rank in (16, 24, 32, 64, 128) for tokens in (2, 3, 8, 9)],
+        # as many choices as twice the experts, or just fewer
         *[(experts, 2, 8, tokens) for experts in (8, 9, 16) for tokens in (2, 3, experts - 1, experts)],
         (32, 4, 8, 8),
         (64, 2, 16, 32),
