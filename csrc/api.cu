@@ -47,34 +47,31 @@ bool fast(const ls_group &g) {
 
 enum Kernel { kGeneric, kStreaming, kPersistent, kRegisters, kSm90 };
 constexpr int kFewColumns = 256;  // up to so many columns of the hidden, shrink_sm90.cu is faster than linear_sm90.cu
-constexpr int kStreamingTokens = 2;  // for more tokens linear_registers.cu is faster than linear_streaming.cu
 
-// Whether the kernel can compute the hidden itself. linear_registers.cu reads lora_a of all experts, which does not pay if only few of
-// many experts were chosen.
+// Whether the kernel can compute the hidden itself. linear_streaming.cu, and linear_persistent.cu if there are many experts, read lora_a of
+// the chosen ones only. Otherwise that of all is read, which does not pay if only few of many experts were chosen.
 bool can_shrink_inside(GroupParams &p, Kernel kernel) {
   const ls_group &g = p.g;
   if (kernel == kGeneric) return false;
   for (int i = 0; i < g.n_items; ++i)
     if (!aligned16(g.items[i].lora_a)) return false;
   if (kernel == kStreaming) return p.hidden_elements <= kHiddenInside;
-  if (kernel == kPersistent) return persistent_can_shrink(p);
+  if (kernel == kPersistent && persistent_takes_chosen(p)) return true;
   if (g.num_experts > 4 * g.tokens * g.top_k) return false;
+  if (kernel == kPersistent) return persistent_can_shrink(p);
   for (int i = 0; i < g.n_items; ++i)
     if (g.tokens * g.top_k * g.items[i].rank > kHiddenInside) return false;
   return true;
 }
 
-// linear_persistent.cu wherever it can, but for a token or two only if it shrinks inside (measurements: docs/kernel_log.md).
+// Measured on an H200 (docs/kernel_log.md): linear_persistent.cu wherever it shrinks inside, by the limits at the end of that file.
 Kernel choose(GroupParams &p) {
   if (takes_sm90(p.g)) return kSm90;
   if (!fast(p.g)) return kGeneric;
   const int wanted = p.g.tuning & 3;
-  bool panel = (wanted == LS_TUNING_PERSISTENT || wanted == 0) && can_persistent(p);
-  // With fewer tiles than parts of the features there are too few blocks to shrink in.
-  if (panel && wanted == 0 && any_rank(p.g) && p.begin[p.g.n_items] < persistent_parts(p.g)) panel = false;
-  const bool few = wanted == 0 && p.g.tokens <= kStreamingTokens;
-  if (panel && (!few || !any_rank(p.g) || can_shrink_inside(p, kPersistent))) return kPersistent;
-  if ((wanted == LS_TUNING_STREAMING || few) && can_streaming(p)) return kStreaming;
+  const bool panel = (wanted == LS_TUNING_PERSISTENT || wanted == 0) && can_persistent(p);
+  if (panel && (wanted == LS_TUNING_PERSISTENT || !any_rank(p.g) || can_shrink_inside(p, kPersistent))) return kPersistent;
+  if ((wanted == LS_TUNING_STREAMING || (wanted == 0 && p.g.tokens <= kStreamingTokens)) && can_streaming(p)) return kStreaming;
   return kRegisters;
 }
 

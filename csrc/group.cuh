@@ -53,7 +53,8 @@ __device__ __forceinline__ bool leave(Sync *sync, unsigned blocks) {
   return atomicAdd(&sync->left, 1u) == blocks - 1;
 }
 
-constexpr int kPersistentHidden = 12288;  // elements of the hidden that a block of linear_persistent.cu has room for
+constexpr int kPersistentHidden = 12288;  // elements of the hidden that a block of linear_persistent.cu has room for at most
+constexpr int kStreamingTokens = 2;  // for more tokens linear_registers.cu is faster than linear_streaming.cu
 constexpr int kHiddenInside = 2048;  // elements of the hidden (linear_registers.cu: of one linear's) that a block has room for on chip
 
 Sync *next_sync(int device, void *stream, int words);  // workspace.cu
@@ -91,6 +92,7 @@ int launch_shrink_many_ranks(GroupParams &p, void *stream);
 bool can_streaming(const GroupParams &p);
 bool can_sm90(const ls_group &g);
 bool can_persistent(GroupParams &p);
+bool persistent_takes_chosen(GroupParams &p);  // linear_persistent.cu reads A and B of chosen experts only, and shrinks inside
 bool persistent_can_shrink(GroupParams &p);
 int persistent_parts(const ls_group &g);  // as kSplits, in linear_persistent.cu
 int launch_linear_streaming(GroupParams &p, void *stream);

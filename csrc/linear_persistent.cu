@@ -8,13 +8,14 @@
 //   for each panel
 //   block: 8 warps with a share of the input features each (split-K inside the block), 4 helper warps for the experts
 //   shared memory (up to 226 KB): for each of the 8 warps a ring of STAGES stages (16 rows of 64 features of x or of the weight),
-//   filled by cp.async; 9 partial tiles in float32, before that what the helpers ask for; the hidden
+//   filled by cp.async; 9 partial tiles in float32 (chosen experts: before that what the helpers ask for); the hidden
 //
 // From a few tokens on, reading x again for every 16 or 32 rows takes as long as reading the weight. So a block owns panels, goes over
 // the input features once for each, and partial sums meet once, in the panel's epilogue.
 //
-// The helper warps (linear_persistent_experts.cuh) do the shrink, which is spread over all blocks, and multiply the hidden by the
-// panel's rows of lora_b: a ninth partial sum.
+// The helper warps do the shrink, which is spread over all blocks, and multiply the hidden by the panel's rows of lora_b: a ninth partial
+// sum. There are two kernels of everything here: AllExperts and ChosenExperts (linear_persistent_experts.cuh). Their machine code is what
+// was measured, and moves with small changes: the helpers' code stands in the kernel itself, since as functions it becomes another.
 //
 // GPUs with less shared memory cannot run it (blocks_of() asks): for them the kernels are compiled empty, which halves the build time.
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
@@ -23,16 +24,15 @@
 #pragma nv_diag_suppress 177  // declared but never referenced
 #endif
 
-#include "linear_persistent_experts.cuh"
+#include "linear_persistent_all_experts.cuh"
+#include "linear_persistent_chosen_experts.cuh"
 
 namespace ls {
 namespace {
 
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-
 // NT tiles of 8 tokens; a panel has up to MT tiles of 16 rows. A stage is 2 KB: a tile, 64 features wide, or with more tokens two
 // tiles, 32 features wide, so that x takes half the registers.
-template <class E, int NT, int MT, int STAGES> struct Panel {
+template <class E, int NT, int MT, int STAGES, class Experts> struct Panel {
   static constexpr int kTokens = 8 * NT;
   static constexpr int kTiles = NT == 4 ? 2 : 1;  // of a stage; and so many times a warp goes over its stages for one slice
   static constexpr int kWide = kSlice / kTiles;   // features of a stage
@@ -40,12 +40,9 @@ template <class E, int NT, int MT, int STAGES> struct Panel {
   static constexpr int kStageBytes = kTiles * kTile * kWide * 2;
   static constexpr int kStride = kTile * MT + 4, kPartial = kTokens * kStride;     // floats of a warp's partial sums of a panel
   static constexpr int kShrinkStride = kTile + 4, kShrinkPartial = kTokens * kShrinkStride;  // and a helper, for a tile of A
-  // What a helper thread asks for at once, in pieces of 16 bytes: of a split of a tile of A, of x for it, and at most.
-  static constexpr int kPiecesOfA = 8, kPiecesOfX = 4 * NT;
-  static constexpr int kPieces = larger(2 * (kPiecesOfA + kPiecesOfX), 3 * kPiecesOfA + kPiecesOfX);
-  static constexpr int kRoomBytes = larger(kWarps * kPartial * 4, kPieces * kHelperThreads * 16);  // of those, then of partial sums
+  static constexpr int kRoomBytes = Experts::template room_bytes<NT>(kWarps * kPartial);
   static constexpr int kRingBytes = kWarps * STAGES * kStageBytes, kPartialBytes = kRoomBytes + kPartial * 4;
-  static constexpr int kBytes = kRingBytes + kPartialBytes + kPersistentHidden * 2;
+  static constexpr int kBytes = kRingBytes + kPartialBytes + Experts::kHidden * 2;
   static_assert(NT <= 2 * kTiles && MT % kTiles == 0, "x is one stage, a panel a number of them");
   static_assert(kHelpers * kShrinkPartial <= kPartial, "a tile of A needs room");
 
@@ -55,13 +52,6 @@ template <class E, int NT, int MT, int STAGES> struct Panel {
     short rows[kTiles];
     bool is_x, is_last;  // of its list
   };
-};
-
-// What a block has to do, in shared memory: the registers of the warps that multiply are for sums.
-struct Plan {
-  int begin, n_tiles;  // of the weights
-  int panels;
-  int split;  // the part of the features that the block begins with
 };
 
 // Four rows of a result, as far as there are so many.
@@ -77,10 +67,10 @@ template <class E> __device__ __forceinline__ void store_results(const ls_item &
     if (row + i < item.out_features) store_result<E>(item, token, row + i, sum[i]);
 }
 
-template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__(kAllThreads, 1)
+template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __launch_bounds__(kAllThreads, 1)
     linear_persistent_kernel(const __grid_constant__ GroupParams p) {
 #ifdef LS_HAS_PERSISTENT
-  using Shape = Panel<E, NT, MT, STAGES>;
+  using Shape = Panel<E, NT, MT, STAGES, Experts>;
   using Source = typename Shape::Source;
   constexpr int kTiles = Shape::kTiles, kWide = Shape::kWide, kSteps = Shape::kSteps, kStageBytes = Shape::kStageBytes;
   constexpr int kMostPanels = (kMostTiles + MT - 1) / MT;
@@ -90,7 +80,7 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
   __shared__ Plan plan_;
   __shared__ short ids[kIds];
   __shared__ float gates[kIds];
-  __shared__ Chosen<Shape::kTokens> chosen;
+  __shared__ typename Experts::template Choice<Shape::kTokens> choice;
   __shared__ bool there;
   __shared__ __align__(8) uint64_t expanded_, free_;
   float *partial = reinterpret_cast<float *>(raw + Shape::kRingBytes), *more = partial + Shape::kRoomBytes / 4;
@@ -128,10 +118,12 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
         lists[at + i] = source;
       }
     }
-    if (threadIdx.x < kExpertWords) chosen.bits[threadIdx.x] = 0;
-    if (threadIdx.x == 0) chosen.twice = false;
-    if (threadIdx.x == 0) mbarrier_init(expanded, kHelperThreads), mbarrier_init(free, kHelperThreads);
-    if (threadIdx.x == 0) plan_ = Plan{begin, n_tiles, panels, int(blockIdx.x % splits_of(in))};
+    Experts::template init<Shape::kTokens>(choice);
+    if (threadIdx.x == 0) {
+      mbarrier_init(expanded, kHelperThreads);
+      if constexpr (Experts::kChosenOnly) mbarrier_init(free, kHelperThreads);
+      plan_ = Plan{begin, n_tiles, panels, int(blockIdx.x % splits_of(in))};
+    }
   }
   __syncthreads();
   auto first_tile = [&](int panel) { return (list_of[panel] - panel) * kTiles; };
@@ -139,60 +131,116 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
 
   if (warp >= kWarps) {
     if (!p.has_rank) return;
-    const int thread = threadIdx.x - kThreads, entries = p.g.tokens * p.g.top_k;
-    // Every `parts` blocks in a row have all parts of the features, and multiply the same tiles of A by them.
-    const int parts = parts_of(in), row_of_blocks = blockIdx.x / parts, rows_of_blocks = p.sync ? gridDim.x / parts : 0;
-    const bool every = p.shrink_begin[p.g.n_items] <= rows_of_blocks;
-    pdl_wait();
-    // What does not depend on each other is asked for at once: a round trip takes long beside the weights. So ids are not looked at yet:
-    // that would be a wait for them.
-    constexpr int kEach = (kIds + kHelperThreads - 1) / kHelperThreads;
-    int64_t given[kEach];
-    float gate[kEach];
+    if constexpr (!Experts::kChosenOnly) {
+      using namespace all_experts;
+      const int thread = threadIdx.x - kThreads, helper = warp - kWarps, num_experts = p.g.num_experts, entries = p.g.tokens * p.g.top_k;
+      const bool most = entries > num_experts;  // of the experts will have been chosen
+      // Every `parts` blocks in a row have all parts of the features, and multiply the same tiles of A by them.
+      const int parts = parts_of(in), row_of_blocks = blockIdx.x / parts, rows_of_blocks = p.sync ? gridDim.x / parts : 0;
+      const int with_tiles = p.sync ? min(rows_of_blocks, p.shrink_begin[p.g.n_items]) : 0;
+      const bool shrinks = row_of_blocks < with_tiles;
+      pdl_wait();
+      // What does not depend on each other is asked for at once: a round trip takes long beside the weights.
+      constexpr int kEach = (kIds + kHelperThreads - 1) / kHelperThreads;
+      short id[kEach];
+      float gate[kEach];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int entry = thread + i * kHelperThreads;
-      given[i] = entry < entries ? given_id(p, entry) : -1, gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
-    }
-    uint4 *room = reinterpret_cast<uint4 *>(partial) + thread;
-    Shrink<E, Shape, NT> shrink(p, chosen, every, blockIdx.x % parts, row_of_blocks, rows_of_blocks, room);
-    if (row_of_blocks < min(rows_of_blocks, p.shrink_begin[p.g.n_items])) {
-      shrink.begin_with_x();
-      if (every) shrink.begin();
-    }
-    int id[kEach];
+      for (int i = 0; i < kEach; ++i) {
+        const int entry = thread + i * kHelperThreads;
+        id[i] = entry < entries ? valid_id(p, entry) : short(-1), gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
+      }
+      Shrink<E, Shape, NT> shrink(p, blockIdx.x % parts);
+      if (shrinks) shrink.load(shrink_tile(p, row_of_blocks), shrink.first);
+      if (most) {  // every expert's B will be needed
+        for (int i = thread; i < plan.n_tiles * num_experts; i += kHelperThreads) {
+          const int tile = plan.begin + i / num_experts, item = find_item(p, tile), rank = p.g.items[item].rank;
+          const int out = p.g.items[item].out_features, row = (tile - p.begin[item]) * kTile;
+          const char *b = static_cast<const char *>(p.g.items[item].lora_b) + (int64_t(i % num_experts) * out + row) * rank * 2;
+          for (int at = 0; at < min(kTile, out - row) * rank * 2; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + at));
+        }
+      }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      id[i] = expert_of(p, given[i]);
-      if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = short(id[i]), gates[entry] = gate[i];
-    }
-    chosen.add(id, p.g.num_experts);
-    barrier(kHelping, kHelperThreads);
-    if (!every) chosen.make_list(p.g.num_experts, p.g.tokens);
-    const int with_tiles = min(rows_of_blocks, shrink.tiles());
-    const bool shrinks = row_of_blocks < with_tiles;
-    if (!every) {
-      if (shrinks) shrink.begin();
-      prefetch_b(p, chosen, plan.begin, tiles_of(0));
-    }
-    if (shrinks) shrink.run(row_of_blocks, ids, gates, more);
-    if (every) {  // now, because A has arrived together with the ids, and other blocks wait for what becomes of it
-      chosen.make_list(p.g.num_experts, p.g.tokens);
-      prefetch_b(p, chosen, plan.begin, tiles_of(0));
-    }
-    chosen.make_slots(ids, p.g.tokens, p.g.top_k);
-    copy_commit();
-    copy_wait<0>();  // also for what was asked for in vain: its room is used again
-    for (int panel = 0; panel < plan.panels; ++panel) {
-      const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
-      if (panel > 0) prefetch_b(p, chosen, begin, tiles);
-      Expand<E, Shape, NT> expand(p, chosen, p.sync ? hidden : static_cast<const E *>(p.g.hidden), begin, tiles);
-      if (panel > 0) barrier(kSummed, kAllThreads);
-      if (panel == 0 && p.sync)
-        collect<E, Shape::kPieces>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, room, hidden, there);
-      if (panel == 0) mbarrier_arrive(free);
-      expand.run(more);
-      mbarrier_arrive(expanded);
+      for (int i = 0; i < kEach; ++i)
+        if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = id[i], gates[entry] = gate[i];
+      barrier(kHelping, kHelperThreads);
+      if (shrinks) shrink.run(row_of_blocks, rows_of_blocks, most, ids, gates, more);
+      if (most) fill(p, ids, choice);
+      for (int panel = 0; panel < plan.panels; ++panel) {
+        const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
+        if (panel > 0) barrier(kSummed, kAllThreads);
+        using Expand = Expand<E, Shape, NT>;
+        constexpr int kEarly = 2;  // tiles whose B is on its way while the hidden is waited for
+        uint4 b[kEarly][Expand::kFirst][2];
+#pragma unroll
+        for (int q = 0; q < kEarly; ++q)
+          if (const int m = helper + q * kHelpers; m < tiles) Expand(p, begin + m, hidden).load_first(ids, b[q]);
+        if (panel == 0 && p.sync) collect<E>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, hidden, there);
+#pragma unroll
+        for (int q = 0; q < kEarly; ++q)
+          if (const int m = helper + q * kHelpers; m < tiles) Expand(p, begin + m, hidden).run(ids, choice, b[q], more + m * kTile);
+        for (int m = helper + kEarly * kHelpers; m < tiles; m += kHelpers) {
+          const Expand expand(p, begin + m, hidden);
+          expand.load_first(ids, b[0]);
+          expand.run(ids, choice, b[0], more + m * kTile);
+        }
+        mbarrier_arrive(expanded);
+      }
+    } else {
+      using namespace chosen_experts;
+      const int thread = threadIdx.x - kThreads, entries = p.g.tokens * p.g.top_k;
+      // Every `parts` blocks in a row have all parts of the features, and multiply the same tiles of A by them.
+      const int parts = parts_of(in), row_of_blocks = blockIdx.x / parts, rows_of_blocks = p.sync ? gridDim.x / parts : 0;
+      const bool every = p.shrink_begin[p.g.n_items] <= rows_of_blocks;
+      pdl_wait();
+      // As above; and ids are not looked at yet: that would be a wait for them.
+      constexpr int kEach = (kIds + kHelperThreads - 1) / kHelperThreads;
+      int64_t given[kEach];
+      float gate[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int entry = thread + i * kHelperThreads;
+        given[i] = entry < entries ? given_id(p, entry) : -1, gate[i] = entry < entries ? __ldcg(p.g.gates + entry) : 0.f;
+      }
+      uint4 *room = reinterpret_cast<uint4 *>(partial) + thread;
+      Shrink<E, Shape, NT> shrink(p, choice, every, blockIdx.x % parts, row_of_blocks, rows_of_blocks, room);
+      if (row_of_blocks < min(rows_of_blocks, p.shrink_begin[p.g.n_items])) {
+        shrink.begin_with_x();
+        if (every) shrink.begin();
+      }
+      int id[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        id[i] = expert_of(p, given[i]);
+        if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = short(id[i]), gates[entry] = gate[i];
+      }
+      choice.add(id, p.g.num_experts);
+      barrier(kHelping, kHelperThreads);
+      if (!every) choice.make_list(p.g.num_experts, p.g.tokens);
+      const int with_tiles = min(rows_of_blocks, shrink.tiles());
+      const bool shrinks = row_of_blocks < with_tiles;
+      if (!every) {
+        if (shrinks) shrink.begin();
+        prefetch_b(p, choice, plan.begin, tiles_of(0));
+      }
+      if (shrinks) shrink.run(row_of_blocks, ids, gates, more);
+      if (every) {  // now, because A has arrived together with the ids, and other blocks wait for what becomes of it
+        choice.make_list(p.g.num_experts, p.g.tokens);
+        prefetch_b(p, choice, plan.begin, tiles_of(0));
+      }
+      choice.make_slots(ids, p.g.tokens, p.g.top_k);
+      copy_commit();
+      copy_wait<0>();  // also for what was asked for in vain: its room is used again
+      for (int panel = 0; panel < plan.panels; ++panel) {
+        const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
+        if (panel > 0) prefetch_b(p, choice, begin, tiles);
+        Expand<E, Shape, NT> expand(p, choice, p.sync ? hidden : static_cast<const E *>(p.g.hidden), begin, tiles);
+        if (panel > 0) barrier(kSummed, kAllThreads);
+        if (panel == 0 && p.sync)
+          collect<E, Pieces<NT>::kPieces>(p, with_tiles * parts, parts, plan.begin, plan.n_tiles, ids, room, hidden, there);
+        if (panel == 0) mbarrier_arrive(free);
+        expand.run(more);
+        mbarrier_arrive(expanded);
+      }
     }
     return;
   }
@@ -318,7 +366,8 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
     } while ((slice = next_slice(slice)) != first_slice());
 
     if (panel > 0) barrier(kMultiplying, kThreads);  // the panel before this one has been summed up
-    if (panel == 0 && p.has_rank) mbarrier_wait(free, 0);
+    if constexpr (Experts::kChosenOnly)
+      if (panel == 0 && p.has_rank) mbarrier_wait(free, 0);
     float *sums = partial + warp * Shape::kPartial + t * 2 * Shape::kStride + g;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
@@ -346,13 +395,13 @@ template <class E, int NT, int MT, int STAGES> __global__ void __launch_bounds__
 }
 
 // As many blocks as run on the device at once, one a multiprocessor; -1: none.
-template <class E, int NT, int MT, int STAGES> int blocks_of(int device) {
+template <class E, int NT, int MT, int STAGES, class Experts> int blocks_of(int device) {
   static std::atomic<int> known[kMaxDevices];  // 0: not asked yet
   int blocks = known[device].load(std::memory_order_acquire);
   if (blocks != 0) return blocks;
   const DeviceGuard guard(device);  // attributes of a kernel are the current device's, and not every caller launches
-  auto kernel = linear_persistent_kernel<E, NT, MT, STAGES>;
-  constexpr int kBytes = Panel<E, NT, MT, STAGES>::kBytes;
+  auto kernel = linear_persistent_kernel<E, NT, MT, STAGES, Experts>;
+  constexpr int kBytes = Panel<E, NT, MT, STAGES, Experts>::kBytes;
   int limit = 0, major = 0;
   cudaFuncAttributes attributes;
   bool fits = guard.error == cudaSuccess;
@@ -367,10 +416,10 @@ template <class E, int NT, int MT, int STAGES> int blocks_of(int device) {
 }
 
 // Calls `act` with the shape for so many tokens: how many tiles of 8, tiles of a panel, stages.
-template <class Act> auto with_shape(const GroupParams &p, Act act) {
+template <class Experts, class Act> auto with_shape(const GroupParams &p, Act act) {
   const bool is_bf16 = p.g.dtype == LS_BFLOAT16;
 #define LS_SHAPE(NT, MT, STAGES) \
-  (is_bf16 ? act.template operator()<bf16, NT, MT, STAGES>() : act.template operator()<fp16, NT, MT, STAGES>())
+  (is_bf16 ? act.template operator()<bf16, NT, MT, STAGES, Experts>() : act.template operator()<fp16, NT, MT, STAGES, Experts>())
   if (p.g.tokens <= 8) return LS_SHAPE(1, 12, 8);
   if (p.g.tokens <= 16) return LS_SHAPE(2, 8, 7);
   return LS_SHAPE(4, 6, 4);
@@ -379,17 +428,19 @@ template <class Act> auto with_shape(const GroupParams &p, Act act) {
 
 struct Blocks {
   int device;
-  template <class E, int NT, int MT, int STAGES> int operator()() const { return blocks_of<E, NT, MT, STAGES>(device); }
+  template <class E, int NT, int MT, int STAGES, class Experts> int operator()() const {
+    return blocks_of<E, NT, MT, STAGES, Experts>(device);
+  }
 };
 
 struct Launch {
   GroupParams &p;
   void *stream;
-  template <class E, int NT, int MT, int STAGES> int operator()() const {
-    auto kernel = linear_persistent_kernel<E, NT, MT, STAGES>;
-    const int blocks = blocks_of<E, NT, MT, STAGES>(p.g.device), tiles = p.begin[p.g.n_items];
+  template <class E, int NT, int MT, int STAGES, class Experts> int operator()() const {
+    auto kernel = linear_persistent_kernel<E, NT, MT, STAGES, Experts>;
+    const int blocks = blocks_of<E, NT, MT, STAGES, Experts>(p.g.device), tiles = p.begin[p.g.n_items];
     return launch<GroupParams>(kernel, dim3(tiles < blocks ? tiles : blocks), dim3(kAllThreads), p, stream, may_overlap(kernel, p.g.device),
-                               Panel<E, NT, MT, STAGES>::kBytes);
+                               Panel<E, NT, MT, STAGES, Experts>::kBytes);
   }
 };
 
@@ -403,6 +454,12 @@ void layout_tiles(GroupParams &p) {
   p.has_rank = any_rank(p.g);
 }
 
+// Rows of blocks, each of which takes tiles of A. After layout_tiles().
+template <class Experts> int rows_of_blocks(const GroupParams &p) {
+  const int blocks = with_shape<Experts>(p, Blocks{p.g.device}), tiles = p.begin[p.g.n_items];
+  return (tiles < blocks ? tiles : blocks) / parts_of(p.g.in_features);
+}
+
 }  // namespace
 
 int persistent_parts(const ls_group &g) { return parts_of(g.in_features); }
@@ -412,24 +469,37 @@ bool can_persistent(GroupParams &p) {
   for (int i = 0; i < p.g.n_items; ++i)
     if (!p.g.items[i].weight) return false;
   layout_tiles(p);
-  const int blocks = with_shape(p, Blocks{p.g.device});
+  const int blocks = with_shape<AllExperts>(p, Blocks{p.g.device});
   return blocks > 0 && p.begin[p.g.n_items] <= int64_t(blocks) * kMostTiles;
+}
+
+// The limits of both ways, measured on an H200 (docs/kernel_log.md).
+//
+// The list costs the trip to memory in which the ids come, so it pays only where it leaves out enough: not with 8 experts, however few
+// tokens there are; not with twice as many choices as experts, when seven of eight experts or more are chosen; with as many, two of three
+// are, and it does. For a token or two nobody has compared it with linear_streaming.cu.
+bool persistent_takes_chosen(GroupParams &p) {
+  constexpr int kFewExperts = 8, kMostShrinkTiles = 12;  // of A for a block
+  const int experts = p.g.num_experts, choices = p.g.tokens * p.g.top_k;
+  if (!any_rank(p.g) || p.g.tokens <= kStreamingTokens || experts <= kFewExperts || choices >= 2 * experts) return false;
+  layout_tiles(p);
+  const int rows = rows_of_blocks<ChosenExperts>(p), chosen = choices < experts ? choices : experts;  // as many as can be
+  if (rows <= 0 || p.hidden_elements > ChosenExperts::kHidden) return false;
+  return shrink_tiles(p.g.items, p.g.n_items, chosen) <= rows * kMostShrinkTiles;
 }
 
 bool persistent_can_shrink(GroupParams &p) {
   layout_tiles(p);
-  const int blocks = with_shape(p, Blocks{p.g.device}), tiles = p.begin[p.g.n_items], entries = p.g.tokens * p.g.top_k;
-  const int rows_of_blocks = (tiles < blocks ? tiles : blocks) / parts_of(p.g.in_features);
-  if (p.hidden_elements > kPersistentHidden || rows_of_blocks == 0) return false;
-  // Tiles of A that a block may have if as many experts are chosen as can be: with more, a launch of its own is faster.
-  constexpr int kMostShrinkTiles = 12;
-  const int chosen = entries < p.g.num_experts ? entries : p.g.num_experts;
-  return shrink_tiles(p.g.items, p.g.n_items, chosen) <= rows_of_blocks * kMostShrinkTiles;
+  const int rows = rows_of_blocks<AllExperts>(p);
+  // Tiles of A for a block: with more, linear_streaming.cu (1 or 2 tokens) or linear_registers.cu is faster.
+  const float most = p.g.tokens <= 8 ? 1.5f : 4.f;
+  return rows > 0 && p.hidden_elements <= AllExperts::kHidden && p.shrink_begin[p.g.n_items] <= rows * most;
 }
 
 int launch_linear_persistent(GroupParams &p, void *stream) {
+  const bool chosen = persistent_takes_chosen(p);
   layout_tiles(p);
-  return with_shape(p, Launch{p, stream});
+  return chosen ? with_shape<ChosenExperts>(p, Launch{p, stream}) : with_shape<AllExperts>(p, Launch{p, stream});
 }
 
 }  // namespace ls

@@ -7,8 +7,8 @@
 //   the block: partial sums meet in shared memory); grid: the row tiles of all linears of the group
 //   shared memory: 8 partial tiles in float32; before that, the hidden
 //
-// For what linear_streaming.cu and linear_persistent.cu do not take: in_features not divisible by 32, few rows, experts without a weight
-// (`ls_item.weight` NULL), and on GPUs with less shared memory more than two tokens.
+// For what linear_streaming.cu and linear_persistent.cu do not take or are slower at: in_features not divisible by 32, a hidden that
+// is too large for them, and the experts alone, without a weight (`ls_item.weight` NULL).
 //
 // The shrink runs in the first blocks of the grid: their tiles are rows of lora_a (of all experts, as one matrix) times all tokens,
 // with split-K over kSplits blocks so that they are done long before the other blocks, which wait for them in their epilogue. Blocks

@@ -131,12 +131,11 @@ struct ExpertColumns {
   }
 };
 
-// The id of an entry [tokens, top_k] as it was given, and the expert that it means, -1 if it is none.
-__device__ __forceinline__ int64_t given_id(const GroupParams &p, int entry) {
-  return __ldcg(reinterpret_cast<const long long *>(p.g.experts) + entry);
+// The expert of an entry [tokens, top_k], -1 if its id is none.
+__device__ __forceinline__ short valid_id(const GroupParams &p, int entry) {
+  const int64_t e = __ldcg(reinterpret_cast<const long long *>(p.g.experts) + entry);
+  return e >= 0 && e < p.g.num_experts ? short(e) : short(-1);
 }
-__device__ __forceinline__ int expert_of(const GroupParams &p, int64_t id) { return id >= 0 && id < p.g.num_experts ? int(id) : -1; }
-__device__ __forceinline__ short valid_id(const GroupParams &p, int entry) { return short(expert_of(p, given_id(p, entry))); }
 __device__ __forceinline__ void read_ids(const GroupParams &p, short *ids, int thread, int threads) {
   for (int i = thread; i < p.g.tokens * p.g.top_k; i += threads) ids[i] = valid_id(p, i);
 }

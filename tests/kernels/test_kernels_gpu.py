@@ -273,15 +273,14 @@ def test_router_with_top_p(x_dtype, num_experts, top_k, in_features):
 )
 def test_experts_that_top_p_leaves_out_are_not_read(tokens, rank, tuning):
     """With id num_experts, as the router writes it: NaN in the A of experts that nobody takes reaches nothing, whatever the path;
-    nor that in their B for few tokens (for more, B of all experts is one matrix), and never in linear_persistent.cu."""
+    nor that in their B for few tokens (for more, B of all experts is one matrix)."""
     group = make_group([128, 64], 256, [rank, rank], 8, torch.bfloat16)
     x = randn(tokens, 256, dtype=torch.bfloat16)
     experts, gates = oracle.random_ids(tokens, 4, 3, "cuda")
     left_out = torch.rand(tokens, 3, device="cuda") < 0.6
     left_out[:, 0] = False
     experts, gates = experts.masked_fill(left_out, 8), gates.masked_fill(left_out, 0.0)
-    persistent = tuning == kernels.TUNING_PERSISTENT and tokens <= kernels.FAST_TOKENS
-    for tensor in (*group["lora_a"], *(group["lora_b"] if 3 * tokens <= 8 or persistent else ())):
+    for tensor in (*group["lora_a"], *(group["lora_b"] if 3 * tokens <= 8 else ())):
         tensor[4:] = float("nan")
     packed = kernels.PackedGroup(**group, tuning=tuning)
     oracle.poison_allocator()
@@ -333,20 +332,26 @@ def choices(how, tokens, num_experts, top_k):
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "rank", "tokens", "in_features"),
     [
-        (8, 2, 8, 32, 4096),  # a tile of A for each row of blocks: asked for with the ids
+        # AllExperts
+        (8, 2, 8, 32, 4096),  # one tile of A at most for each row of blocks
         (8, 2, 8, 8, 11008),  # the same, in parts of three splits
         (8, 2, 16, 16, 4096),
         (8, 2, 128, 1, 4096),
-        (8, 2, 128, 8, 4096),  # nine tiles of A for a row of blocks
-        (8, 2, 128, 8, 11008),
-        (8, 4, 256, 8, 4096),  # more: the shrink is a launch of its own
+        (8, 2, 128, 8, 4096),  # many tiles of A: the shrink is a launch of its own
+        (8, 4, 256, 8, 4096),
+        (16, 4, 8, 8, 4096),  # twice as many choices as experts
+        (32, 8, 64, 2, 2080),  # two tokens
+        (256, 8, 16, 1, 14336),
+        (256, 8, 8, 32, 4096),  # more tiles of the chosen experts' A than ChosenExperts takes
+        # ChosenExperts
+        (9, 2, 8, 3, 4096),  # a tile of A of all experts for each row of blocks: asked for with the ids
+        (16, 2, 8, 8, 11008),
         (32, 4, 8, 8, 4096),
-        (32, 4, 8, 9, 11008),
-        (32, 8, 64, 2, 2080),
+        (32, 4, 8, 9, 11008),  # more choices than experts
         (64, 2, 16, 32, 4096),
         (64, 1, 24, 17, 8224),  # tiles of two experts; the last split has 32 features
-        (256, 8, 8, 32, 4096),
-        (256, 8, 16, 1, 14336),
+        (16, 1, 128, 4, 4096),  # four tiles of A for a row of blocks
+        (32, 4, 40, 15, 4096),  # more hidden than AllExperts has room for
     ],
 )
 def test_persistent_with_every_kind_of_choice(num_experts, top_k, rank, tokens, in_features):
@@ -358,6 +363,9 @@ def test_persistent_with_every_kind_of_choice(num_experts, top_k, rank, tokens, 
         unused = ~torch.isin(torch.arange(num_experts, device="cuda"), experts)
         for tensor, was in zip((*group["lora_a"], *group["lora_b"]), pristine, strict=True):
             tensor.copy_(was)
+        # With more choices than experts AllExperts multiplies B of all of them, ChosenExperts of the chosen ones alone.
+        b_is_read = tokens * top_k > num_experts and (num_experts <= 8 or tokens * top_k >= 2 * num_experts)
+        for tensor in (*group["lora_a"], *(() if b_is_read else group["lora_b"])):
             tensor[unused] = float("nan")
         references = [
             oracle.linear(x, experts, gates, *(group[name][i] for name in ("weights", "biases", "lora_a", "lora_b", "scalings")))
@@ -376,6 +384,24 @@ def test_persistent_with_every_kind_of_choice(num_experts, top_k, rank, tokens, 
             poison_allocator()
             again = packed(x, experts, gates)
             assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "rank", "tokens"),
+    [
+        # the tiles of A for a block
+        *[(8, 2, rank, tokens) for rank in (16, 24, 32, 64, 128) for tokens in (2, 3, 8, 9)],
+        # as many choices as twice the experts, or just fewer
+        *[(experts, 2, 8, tokens) for experts in (8, 9, 16) for tokens in (2, 3, experts - 1, experts)],
+        (32, 4, 8, 8),
+        (64, 2, 16, 32),
+        (64, 2, 128, 32),  # more hidden than anything has room for
+    ],
+)
+def test_at_the_limits_of_the_choice_of_a_kernel(num_experts, top_k, rank, tokens):
+    """choose() and persistent_takes_chosen(), with all sizes as in a model: the kernels on both sides of a limit."""
+    for launches in (0, kernels.TUNING_TWO_LAUNCHES):
+        check_group([4096] * 3, 4096, [rank] * 3, num_experts, top_k, tokens, torch.bfloat16, tuning=launches)
 
 
 def test_router_ties_and_broken_inputs_give_valid_ids():
