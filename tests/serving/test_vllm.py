@@ -1,6 +1,7 @@
 """LoRA-Switch adapters in a vLLM server: a real process, a real client, PEFT's own answers to compare with.
 
-`.ci/vllm` makes vLLM's environment and runs these; `pytest -m vllm` where it is there.
+`.ci/vllm` makes vLLM's environment and runs these; `pytest -m vllm` where it is there. Most tests share a server; those of
+other models are in `test_vllm_families.py`, so that a second worker has servers of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +23,12 @@ from transformers import AutoModelForCausalLM
 import served_files
 import vllm_server
 from peft_loraswitch import LoRASwitchConfig
+from served_answers import compare, differing, jobs_for, long_jobs
 from served_files import BASE, CHAT, CONTEXT, PROMPTS, TOKENS, ServedFiles
 from vllm_server import Server
 
 pytestmark = pytest.mark.vllm
-TOLERANCE = 1e-4  # of a logprob in float32; 7e-6 was seen
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def vllm_is_there() -> None:
-    assert vllm_server.PYTHON.exists(), (
-        f"{vllm_server.PYTHON} is not there: .ci/vllm makes it (or set LORASWITCH_VLLM_PYTHON)"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -46,33 +41,6 @@ def llama(llama_files) -> Iterator[Server]:
     arguments = served_files.arguments(llama_files, "llama")
     with vllm_server.serving(llama_files.folder / BASE, llama_files.folder / "log", *arguments) as server:
         yield server
-
-
-def jobs_for(files: ServedFiles, **settings: Any) -> list[dict[str, Any]]:
-    """A job for each prompt and adapter, neighbours of different adapters."""
-    return [
-        {"model": name, "prompt": prompt, "max_tokens": len(answers[index].tokens), "answer": index, **settings}
-        for index, prompt in enumerate(files.prompts)
-        for name, answers in files.answers.items()
-        if index < len(answers)
-    ]
-
-
-def compare(files: ServedFiles, jobs: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
-    """Tokens equal to PEFT's, logprobs close."""
-    assert len(jobs) == len(answers)
-    for job, answer in zip(jobs, answers, strict=True):
-        wanted = files.answers[job["model"]][job["answer"]]
-        assert "error" not in answer, (job["model"], answer)
-        for tokens, logprobs in zip(answer["tokens"], answer["logprobs"], strict=True):
-            assert tokens == wanted.tokens[: job["max_tokens"]], job
-            assert logprobs == pytest.approx(wanted.logprobs[: job["max_tokens"]], abs=TOLERANCE), job
-
-
-def differing(files: ServedFiles) -> None:
-    """No two adapters give the same answers, so that one cannot pass for another."""
-    texts = {name: str([answer.tokens for answer in answers]) for name, answers in files.answers.items()}
-    assert len(set(texts.values())) == len(texts)
 
 
 # ------------------------------------------------------------------------------------------------- the same as PEFT
@@ -106,11 +74,6 @@ def test_prefix_cache_is_used_and_not_shared_by_adapters(llama, llama_files):
         before = llama.metric("vllm:prefix_cache_hits_total")
         compare(llama_files, jobs, llama.ask(jobs))
     assert llama.metric("vllm:prefix_cache_hits_total") - before >= served_files.BLOCK * len(jobs)
-
-
-def long_jobs(files: ServedFiles, **settings: Any) -> list[dict[str, Any]]:
-    """Long prompts that share their beginnings, for adapters whose router sees context."""
-    return [job for job in jobs_for(files, **settings) if job["answer"] >= len(PROMPTS)]
 
 
 def test_context_goes_on_from_the_prefix_cache(llama, llama_files):
@@ -247,18 +210,12 @@ def test_what_cannot_be_served_is_refused_by_name(llama, llama_files, tmp_path):
 def test_an_unload_lets_running_requests_end(llama, llama_files):
     assert llama.load("again", llama_files.folder / "deep")[0] == 200
     jobs = [{**job, "model": "again", "max_tokens": TOKENS} for job in jobs_for(llama_files) if job["model"] == "deep"]
-    asked = subprocess.Popen(
-        [str(vllm_server.PYTHON), str(vllm_server.CLIENT), llama.url, "8"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=vllm_server.environment(),
-    )  # fmt: skip
-    assert asked.stdin is not None and asked.stdout is not None
-    asked.stdin.write(json.dumps(jobs * 4))
-    asked.stdin.close()
-    while llama.metric("vllm:num_requests_running") == 0 and asked.poll() is None:
-        time.sleep(0.01)
-    assert llama.unload("again")[0] == 200
-    answers = json.loads(asked.stdout.read())
-    asked.wait()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(llama.ask, jobs * 4, clients=8)
+        while llama.metric("vllm:num_requests_running") == 0 and not asked.done():
+            time.sleep(0.01)
+        assert llama.unload("again")[0] == 200
+        answers = asked.result()
     for job, answer in zip(jobs * 4, answers, strict=True):  # those that came after the unload are told so
         wanted = llama_files.answers["deep"][job["answer"]].tokens
         assert answer.get("status") == 404 or answer["tokens"][0] == wanted, answer
@@ -266,48 +223,25 @@ def test_an_unload_lets_running_requests_end(llama, llama_files):
     assert llama.alive()
 
 
-# --------------------------------------------------------------------------------------------- other families and modes
+# ------------------------------------------------------------------------------------------------ GPUs' model runner
 
 
-def test_two_slots_twenty_adapters(tmp_path):
-    """Least recently used adapters leave; memory stays level. Prompts in chunks of 64 tokens; requests that have begun wait for
-    others, because the KV cache has ten blocks."""
-    files = served_files.make(tmp_path / "qwen3", "qwen3", seeds=20)
-    differing(files)
-    names = [name for name in files.answers if name.startswith("seed_")]
-    arguments = served_files.arguments(files, "qwen3")
-    arguments[arguments.index("--max-loras") + 1] = "2"
-    arguments += ["--max-cpu-loras", "5", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
-    arguments += ["--num-gpu-blocks-override", "10"]
-    with vllm_server.serving(files.folder / BASE, files.folder / "log", *arguments) as server:
-        jobs = jobs_for(files)
-        compare(files, jobs, server.ask(jobs, clients=32))
-        jobs = long_jobs(files) * 2
-        compare(files, jobs, server.ask(jobs, clients=len(jobs)))
-        assert server.metric("vllm:num_preemptions_total") > 0
-        levels = []
-        for turn in range(5):  # 500 requests
-            jobs = [
-                {
-                    "model": names[(7 * index + turn) % 20],
-                    "prompt": files.prompts[index % 2],
-                    "max_tokens": 2,
-                    "answer": index % 2,
-                }
-                for index in range(100)
-            ]
-            compare(files, jobs, server.ask(jobs, clients=8))
-            levels.append(server.memory() / 2**20)
-        assert levels[-1] - levels[1] < 16, f"MiB after each hundred requests: {levels}"
-
-
-def test_tensor_parallel_and_packed_projections(tmp_path):
-    files = served_files.make(tmp_path / "phi3", "phi3")
-    differing(files)
-    arguments = [*served_files.arguments(files, "phi3"), "--tensor-parallel-size", "2"]
-    with vllm_server.serving(files.folder / BASE, files.folder / "log", *arguments) as server:
-        jobs = jobs_for(files)
-        compare(files, jobs, server.ask(jobs, clients=len(jobs)))
+def test_the_runner_of_gpus(llama_files):
+    """vLLM has two model runners, which keep tables of blocks in their own ways. The second, which GPUs get, in Triton's
+    interpreter: all adapters in one batch, prompts in chunks that share beginnings, and again from the prefix cache."""
+    if vllm_server.version() < (0, 32):
+        pytest.skip("the second model runner is what GPUs get from vLLM 0.32 on")
+    arguments = [*served_files.arguments(llama_files, "llama"), "--max-num-batched-tokens", "64"]
+    ours = {"module": "interpreted_vllm", "PYTHONPATH": str(vllm_server.TOOLS)}
+    with vllm_server.serving(llama_files.folder / BASE, llama_files.folder / "log_2", *arguments, **ours) as server:
+        assert "Using V2 Model Runner" in server.log.read_text()
+        jobs = [job for job in jobs_for(llama_files) if job["answer"] in (0, *range(len(PROMPTS), 99))]
+        jobs = [{**job, "max_tokens": 4} for job in jobs]
+        compare(llama_files, jobs, server.ask(jobs, clients=len(jobs)))
+        before = server.metric("vllm:prefix_cache_hits_total")
+        jobs = [{**job, "max_tokens": 2} for job in long_jobs(llama_files)]
+        compare(llama_files, jobs, server.ask(jobs, clients=len(jobs)))
+        assert server.metric("vllm:prefix_cache_hits_total") - before >= 7 * served_files.BLOCK * len(CONTEXT)
 
 
 # ------------------------------------------------------------------------------------------------ never silently wrong

@@ -1,8 +1,9 @@
-"""Run in vLLM's environment: `python openai_client.py URL CLIENTS < jobs.json > answers.json`.
+"""Run in vLLM's environment: `python openai_client.py URL`. Reads lines {"clients", "jobs"}, writes a line of answers for each.
 
-A job is {"model", "prompt" (token ids), "max_tokens"}, and perhaps "kind": "completion" (the default), "stream", "chat" (with
-"messages") or "cancel" (a stream that is left after its first token), "n", "temperature", and "extra" (what is vLLM's own). An
-answer is {"tokens", "logprobs", "text"}, a list each with one for each of `n`, or {"error", "status"}.
+One process for many lines, because importing openai takes longer than most answers. `clients` is how many jobs are asked at a
+time. A job is {"model", "prompt" (token ids), "max_tokens"}, and perhaps "kind": "completion" (the default), "stream", "chat"
+(with "messages") or "cancel" (a stream that is left after its first token), "n", "temperature", and "extra" (what is vLLM's own).
+An answer is {"tokens", "logprobs", "text"}, a list each with one for each of `n`, or {"error", "status"}.
 """
 
 from __future__ import annotations
@@ -58,11 +59,18 @@ def ask(client: OpenAI, job: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error), "status": error.status_code}
 
 
+def ask_all(jobs: list[dict[str, Any]], clients: int) -> list[dict[str, Any]]:
+    """Answers in the order of the jobs. No connection is kept for the next jobs: the server may have closed it by then."""
+    with (
+        OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0, timeout=120) as client,
+        ThreadPoolExecutor(clients) as pool,
+    ):
+        return list(pool.map(lambda job: ask(client, job), jobs))
+
+
 def main() -> None:
-    client = OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0, timeout=120)
-    jobs = json.load(sys.stdin)
-    with ThreadPoolExecutor(int(sys.argv[2])) as pool:
-        json.dump(list(pool.map(lambda job: ask(client, job), jobs)), sys.stdout)
+    for line in sys.stdin:
+        print(json.dumps(ask_all(**json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,31 @@ from typing import Any
 from paths import ROOT
 
 PYTHON = Path(os.environ.get("LORASWITCH_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-CLIENT = Path(__file__).with_name("openai_client.py")
+TOOLS = Path(__file__).parent
+CLIENT = TOOLS / "openai_client.py"
 START_SECONDS = 180
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Of processes in vLLM's environment: no network, no leftovers of this one."""
+    """Of processes in vLLM's environment, which has to be there: no network, no leftovers of this one."""
+    assert PYTHON.exists(), f"{PYTHON} is not there: .ci/vllm makes it (or set LORASWITCH_VLLM_PYTHON)"
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     ours = {
         "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     }  # fmt: skip
     return {**kept, **ours, **variables}
+
+
+def version() -> tuple[int, int]:
+    """Of vLLM, the first two numbers, by what is installed: importing vLLM takes seconds."""
+    names = "('vllm', 'vllm-cpu')"
+    code = (
+        f"from importlib.metadata import distributions as d; print(next(x.version for x in d() if x.name in {names}))"
+    )
+    done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=True, env=environment())
+    first, second = done.stdout.split(".")[:2]
+    return int(first), int(second)
 
 
 def free_port() -> int:
@@ -46,6 +59,7 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    client: subprocess.Popen[str]
 
     @property
     def url(self) -> str:
@@ -72,12 +86,12 @@ class Server:
 
     def ask(self, jobs: list[dict[str, Any]], clients: int = 16) -> list[dict[str, Any]]:
         """What openai's client gets for each job, `clients` at a time: see openai_client.py."""
-        command = [str(PYTHON), str(CLIENT), self.url, str(clients)]
-        done = subprocess.run(
-            command, input=json.dumps(jobs), capture_output=True, text=True, timeout=300, env=environment()
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return list(json.loads(done.stdout))
+        assert self.client.stdin is not None and self.client.stdout is not None
+        self.client.stdin.write(json.dumps({"clients": clients, "jobs": jobs}) + "\n")
+        self.client.stdin.flush()
+        answers = self.client.stdout.readline()
+        assert answers, f"the client ended:\n{self.log.read_text(errors='replace')[-3000:]}"
+        return list(json.loads(answers))
 
     def metric(self, name: str) -> float:
         """The sum of all rows of a metric."""
@@ -105,18 +119,24 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def command(model: Path, port: int, *arguments: str) -> list[str]:
+def command(module: str, model: Path, port: int, *arguments: str) -> list[str]:
     settings = {
         "model": str(model), "served-model-name": "base", "dtype": "float32", "host": "127.0.0.1", "port": str(port),
         "max-model-len": "128", "block-size": "32", "seed": "0",
     }  # fmt: skip
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    return [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *flags, *arguments]
+    return [str(PYTHON), "-m", module, *flags, *arguments]
 
 
 @contextmanager
-def serving(model: Path, log: Path, *arguments: str, **variables: str) -> Iterator[Server]:
+def serving(
+    model: Path, log: Path, *arguments: str, module: str = "vllm.entrypoints.openai.api_server", **variables: str
+) -> Iterator[Server]:
     """A server of `model` with these arguments and environment variables, until the block ends.
+
+    Args:
+        log: gets what the server and its client write.
+        module: of vLLM's environment, that is run: vLLM's server, or what starts it in its own way.
 
     Raises:
         RuntimeError: it does not come up. Holds the end of its log.
@@ -124,17 +144,27 @@ def serving(model: Path, log: Path, *arguments: str, **variables: str) -> Iterat
     port = free_port()
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            command(model, port, *arguments),
+            command(module, model, port, *arguments),
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment(**variables),
             start_new_session=True,
         )
-    server = Server(process, port, log)
+        client = subprocess.Popen(
+            [str(PYTHON), str(CLIENT), f"http://127.0.0.1:{port}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=out,
+            text=True,
+            env=environment(),
+        )
+    server = Server(process, port, log, client)
     try:
         _wait_until_up(server)
         yield server
     finally:
+        client.kill()
+        client.communicate()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
         try:
