@@ -1,7 +1,7 @@
 """LoRA-Switch adapters in a vLLM server: a real process, a real client, PEFT's own answers to compare with.
 
 `.ci/vllm` makes vLLM's environment and runs these; `pytest -m vllm` where it is there. Most tests share a server; those of
-other models are in `test_vllm_families.py`, so that a second worker has servers of its own.
+other models are in `test_vllm_*.py`, so that a second worker has servers of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Servers of other models than `test_vllm.py`'s, each started in its own way: few slots, two processes."""
+"""A vLLM server with fewer slots than adapters, and a small KV cache."""
 
 from __future__ import annotations
 
@@ -42,12 +42,3 @@ def test_two_slots_twenty_adapters(tmp_path):
             compare(files, jobs, server.ask(jobs, clients=8))
             levels.append(server.memory() / 2**20)
         assert levels[-1] - levels[1] < 16, f"MiB after each hundred requests: {levels}"
-
-
-def test_tensor_parallel_and_packed_projections(tmp_path):
-    files = served_files.make(tmp_path / "phi3", "phi3")
-    differing(files)
-    arguments = [*served_files.arguments(files, "phi3"), "--tensor-parallel-size", "2"]
-    with vllm_server.serving(files.folder / BASE, files.folder / "log", *arguments) as server:
-        jobs = jobs_for(files)
-        compare(files, jobs, server.ask(jobs, clients=len(jobs)))
