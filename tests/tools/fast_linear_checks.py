@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from helpers import adapter_gradients, randomize_adapter, switch_config, tiny_llama
+from helpers import adapter_gradients, padded, randomize_adapter, switch_config, tiny_llama
 from peft_loraswitch.training import fast_linears, group_function
 from peft_loraswitch.training.group_layout import Spec
 
@@ -60,3 +62,31 @@ def step(model: Any, batch: dict[str, Any], autocast: torch.dtype | None = None)
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)).item()
+
+
+def on_both_devices(
+    kind: str, checkpointed: bool, **config: Any
+) -> tuple[dict[str, torch.Tensor], Callable[[], dict[str, torch.Tensor]]]:
+    """(gradients in float32 on a CPU, a step that gives those of the same model on a GPU). kind: float32, bfloat16, autocast."""
+    exact_model = adapted(tiny_llama(hidden_size=64, intermediate_size=160), **config)
+    if kind != "float32":
+        exact_model.to(torch.bfloat16).float()  # weights that both can hold
+    model = copy.deepcopy(exact_model).cuda()
+    for name, parameter in model.named_parameters():
+        if kind == "bfloat16" or kind == "autocast" and "loraswitch_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    batch = padded([7, 4])
+    _, exact = step(exact_model, batch)
+    on_gpu = {key: value.cuda() for key, value in batch.items()}
+
+    def gpu_step() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=kind == "autocast"):
+            loss = model(**on_gpu).loss
+        loss.backward()
+        return {name: g.clone().cpu() for name, g in adapter_gradients(model).items()}
+
+    return exact, gpu_step

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
-from fast_linear_checks import CONFIGS, NO_LOSSES, adapted, counted_calls, relative, step
-from helpers import adapter_gradients, padded, tiny_llama
+from fast_linear_checks import CONFIGS, NO_LOSSES, counted_calls, on_both_devices, relative
 from peft_loraswitch.training import fast_linears, gate_hidden, gate_kernels
 from peft_loraswitch.training.gate_hidden import Columns
 
@@ -52,27 +49,7 @@ def test_triton_equals_pytorch(tokens, ranks, masked, dtype, monkeypatch):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_models_on_a_gpu_equal_float32_on_a_cpu(config, kind, checkpointed, counted):
     """To the rounding of the dtype: the fused path strays from the exact gradients no further than the plain form does."""
-    exact_model = adapted(tiny_llama(hidden_size=64, intermediate_size=160), **NO_LOSSES, **config)
-    if kind != "float32":
-        exact_model.to(torch.bfloat16).float()  # weights that both can hold
-    model = copy.deepcopy(exact_model).cuda()
-    for name, parameter in model.named_parameters():
-        if kind == "bfloat16" or kind == "autocast" and "loraswitch_" not in name:
-            parameter.data = parameter.data.bfloat16()
-    if checkpointed:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    batch = padded([7, 4])
-    _, exact = step(exact_model, batch)
-    on_gpu = {key: value.cuda() for key, value in batch.items()}
-
-    def gpu_step() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=kind == "autocast"):
-            loss = model(**on_gpu).loss
-        loss.backward()
-        return {name: g.clone().cpu() for name, g in adapter_gradients(model).items()}
-
+    exact, gpu_step = on_both_devices(kind, checkpointed, **NO_LOSSES, **config)
     gpu_step()
     fast = gpu_step()
     with fast_linears.plain():

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 
+import fast_linear_checks
 import pair_checks
 import vllm_server
+from fast_linear_checks import NO_LOSSES, on_both_devices, relative, step
 from helpers import adapter_gradients, padded, randomize_adapter, switch_config, tiny_gpt2, tiny_llama
 from oracle import Oracle
 from paths import ROOT
@@ -27,10 +28,6 @@ from peft_loraswitch.training.pair_order import order_of
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 EXPERTS = 5
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)).item()
 
 
 # --------------------------------------------------------------------------------------------------------------- the order
@@ -192,7 +189,7 @@ def test_inputs_that_are_not_contiguous():
 
 # ------------------------------------------------------------------------------------------------------------ whole models
 
-NO_LOSSES = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+SETTINGS: dict[str, Any] = {"num_experts": 6, **NO_LOSSES}
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},
     "hard-gate": {"top_k": 1, "normalize_gates": True},
@@ -218,18 +215,7 @@ def slots_seen(monkeypatch) -> list[int]:
 
 
 def adapted(backbone: nn.Module | None = None, **config: Any) -> Any:
-    settings = {"num_experts": 6, "top_k": 2, "target_modules": "all-linear", **NO_LOSSES, **config}
-    model = get_peft_model(tiny_llama() if backbone is None else backbone, switch_config(**settings))
-    randomize_adapter(model)
-    return model.train()
-
-
-def step(model: Any, batch: dict[str, Any], autocast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = model(**batch)
-    output.loss.backward()
-    return output.logits.detach(), {name: g.clone() for name, g in adapter_gradients(model).items()}
+    return fast_linear_checks.adapted(backbone, **{**SETTINGS, **config})
 
 
 @pytest.mark.parametrize("mode", ["no checkpointing", "non-reentrant", "reentrant"])
@@ -371,27 +357,7 @@ def test_when_pairs_pay(monkeypatch):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_models_on_a_gpu_equal_float32_on_a_cpu(config, kind, checkpointed, slots_seen):
     """They stray from the exact gradients no further than the plain form does."""
-    exact_model = adapted(tiny_llama(hidden_size=64, intermediate_size=160), **config)
-    if kind != "float32":
-        exact_model.to(torch.bfloat16).float()
-    model = copy.deepcopy(exact_model).cuda()
-    for name, parameter in model.named_parameters():
-        if kind == "bfloat16" or kind == "autocast" and "loraswitch_" not in name:
-            parameter.data = parameter.data.bfloat16()
-    if checkpointed:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    batch = padded([7, 4])
-    _, exact = step(exact_model, batch)
-    on_gpu = {key: value.cuda() for key, value in batch.items()}
-
-    def gpu_step() -> dict[str, Tensor]:
-        model.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=kind == "autocast"):
-            loss = model(**on_gpu).loss
-        loss.backward()
-        return {name: g.clone().cpu() for name, g in adapter_gradients(model).items()}
-
+    exact, gpu_step = on_both_devices(kind, checkpointed, **{**SETTINGS, **config})
     slots_seen.clear()
     with pair_products.forced(True):
         gpu_step()
