@@ -74,8 +74,8 @@ def _context_kernel(  # type: ignore[no-untyped-def]
                 block = tl.load(blocks + request * block_row + before // block_size).to(tl.int64)
                 previous = block * block_size + before % block_size
                 found = tl.zeros([SEARCHED], dtype=tl.int64)
-                for start in range(0, tl.num_programs(0), SEARCHED):
-                    other = start + tl.arange(0, SEARCHED)
+                for first in range(0, tl.num_programs(0), SEARCHED):  # a name of its own: `start` is of another type
+                    other = first + tl.arange(0, SEARCHED)
                     there = tl.load(cache_slots + other, mask=other < tl.num_programs(0), other=-1)
                     found = tl.where(there == previous, other + 1, found)
                 last = tl.max(found, axis=0) - 1

@@ -1,0 +1,110 @@
+"""Triton kernels compiled for a GPU that need not be there: what the interpreter lets pass, a compiler may refuse.
+
+python tests/tools/compiled_launches.py 90      # the vLLM plugin's kernels, for compute capability 9.0; where Triton is installed
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+    torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+SHARED_MEMORY = 227 * 1024  # of a block, on sm_90
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list[str]]:
+    """In place of being launched, kernels are compiled for the arguments that they would get. Yields their names."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[str] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        signature: dict[str, str] = {}
+        constants, hints = {}, {}
+        for place, parameter in enumerate(self.params):
+            value = values[parameter.name]
+            kind = _type_of(value)
+            # As Triton itself does: an int that is 1 is a constant, and what 16 divides is marked.
+            if parameter.is_constexpr or kind is None or (type(value) is int and value == 1):
+                kind, constants[parameter.name] = "constexpr", value
+            elif kind[0] in "*iu" and _address(value) % 16 == 0:
+                hints[(place,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = kind
+        source = ASTSource(self, signature, constants, hints)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert made.metadata.shared <= SHARED_MEMORY, (self.__name__, made.metadata.shared)
+        compiled.append(self.__name__)
+
+    launch = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+
+
+def _type_of(value: Any) -> str | None:
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32" if isinstance(value, float) else None
+
+
+def _address(value: Any) -> int:
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+
+def compile_serving_kernels(capability: int) -> list[str]:
+    """Every kernel of the plugin, in each dtype, for sizes that 16 divides and sizes that it does not."""
+    from peft_loraswitch.vllm_plugin import context_kernel, expand_kernel, route_kernel
+    from peft_loraswitch.vllm_plugin.kept_sums import Places
+    from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables
+    from serving_kernels import grouped
+
+    with compiling(capability) as compiled:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for tokens, slots, rank, choices, features in ((16, 2, 64, 16, 1024), (7, 3, 40, 9, 1030), (3, 1, 1, 1, 1)):
+                tables = RoutingTables(slots, rank, choices, tokens)
+                x, router = torch.zeros(tokens, features, dtype=dtype), torch.zeros(slots, choices, features)
+                own = torch.zeros(tokens, choices)
+                here, token_slots = torch.ones(slots, dtype=torch.bool), torch.zeros(tokens, dtype=torch.long)
+                routing = (here, tables.settings, token_slots, True, tables.mask)
+                route_kernel.route(x, router, *routing)
+                route_kernel.route(x, router, *routing, own)
+                route_kernel.route(own, None, *routing)
+                tables.kept.allocate(tokens)
+                tables.kept.own = own
+                places = Places(
+                    torch.zeros(5, dtype=torch.int32), torch.zeros(tokens, dtype=torch.long), token_slots,
+                    torch.zeros(4, 9, dtype=torch.int32), 16,
+                )  # fmt: skip
+                context_kernel.route(tokens, here, tables.settings, token_slots, tables.mask, tables.kept, places)
+                for widths in ((features,), (features, 3, features)):
+                    hidden = torch.zeros(len(widths), tokens, rank)
+                    lora_b = [torch.zeros(slots, 1, width, rank, dtype=dtype) for width in widths]
+                    out = torch.zeros(tokens, sum(widths), dtype=dtype)
+                    meta = grouped(token_slots, slots)
+                    for add in (True, False):
+                        expand_kernel.expand(hidden, lora_b, tables.mask, out, *meta, slots + 1, 0, add)
+    return compiled
+
+
+if __name__ == "__main__":
+    names = compile_serving_kernels(int(sys.argv[1]))
+    print(len(names), "compiled:", *sorted(set(names)))
