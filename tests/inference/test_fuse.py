@@ -406,9 +406,7 @@ def test_merge_refuses_what_it_cannot_serve():
     assert not is_fused(model)
 
 
-@pytest.mark.parametrize(
-    ("module", "step"), [(fusing, "put_on"), (fusing, "resolve"), (shared_inputs, "facts_of")]
-)
+@pytest.mark.parametrize(("module", "step"), [(fusing, "put_on"), (fusing, "resolve"), (shared_inputs, "facts_of")])
 def test_an_error_while_fusing_leaves_the_model_unfused(module, step, monkeypatch):
     model = adapted(tiny_llama())
     expected = logits(model, ids(1, 2, "cpu"))
