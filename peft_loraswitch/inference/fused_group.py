@@ -15,7 +15,7 @@ from ..routing.decision import Routing, decide, routing_of
 from ..routing.frame import RoutingFrame, current
 from ..routing.router import router_logits
 from .capabilities import BaseFacts, within_limits
-from .eager_launch import DirectGroup
+from .eager_launch import DirectDeltas, DirectGroup
 from .live_linear import LiveLinear, fingerprint_of
 
 
@@ -35,7 +35,8 @@ class FusedGroup(nn.Module):
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
         live: each linear; fingerprint: of all that is read of them. No forward that is compiled without gradients looks at these.
-        direct: the group as the kernels take it when no compiler is at work, once it has been called so.
+        direct: the group as the kernels take it when no compiler is at work, once it has been called so; deltas: the same of one
+            that is not plain.
     """
 
     def __init__(self, live: list[LiveLinear], adapter: str, facts: BaseFacts, number: int | None = None) -> None:
@@ -57,13 +58,14 @@ class FusedGroup(nn.Module):
                 values["modules"] = one.layer._modules
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.direct: DirectGroup | None = None
+        self.deltas: DirectDeltas | None = None
 
     def _register(self, number: int | None) -> None:
         self.number = next(_numbers) if number is None else number
         _groups[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: pointers do not travel
-        return {**self.__dict__, "direct": None}
+        return {**self.__dict__, "direct": None, "deltas": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

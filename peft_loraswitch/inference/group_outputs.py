@@ -3,6 +3,8 @@ forward where the ops cannot read its weight."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from .. import kernels, ops
 from ..layer import LoRASwitchLinear
 from ..routing.decision import Routing
 from ..tensor_parallel import is_split
-from .eager_launch import DirectGroup, launchable
+from .eager_launch import DirectDeltas, DirectGroup, launchable
 from .fused_group import FusedGroup, has_hooks
 
 
@@ -74,9 +76,27 @@ def _beside_base(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing:
     bases = [base_layer(x) for base_layer in base_layers]
     fit = all(base.dtype == x.dtype and base.device == x.device for base in bases) and x.dtype in ops.FLOATS
     if x.numel() // x.shape[-1] <= group.few_tokens and group.within and fit:
-        return group.leave(x, ops.deltas(bases, x, routing.experts, routing.gates, lora_a, lora_b, scalings))
+        results = None
+        if group.kernels and not torch.compiler.is_compiling() and launchable(x):
+            results = _deltas_of(group, x, routing)(bases, x, routing)
+        if results is None:
+            results = ops.deltas(bases, x, routing.experts, routing.gates, lora_a, lora_b, scalings)
+        return group.leave(x, results)
     hidden = _hidden(x.reshape(-1, x.shape[-1]), routing, lora_a, scalings)
     return group.leave(x, [_added(base, h, b) for base, h, b in zip(bases, hidden, lora_b, strict=True)])
+
+
+def _deltas_of(group: FusedGroup, x: Tensor, routing: Routing) -> Callable[..., list[Tensor] | None]:
+    """`group.deltas`, made if need be. The group is up to date, so what was packed is."""
+    if group.deltas is None:
+        lora_a, lora_b, scalings = group.experts()
+        if not all(t.is_contiguous() for t in (*lora_a, *lora_b)):
+            return lambda *_: None
+        nothing = [None] * group.size
+        packed = kernels.PackedGroup(nothing, nothing, lora_a, lora_b, scalings)
+        kernels.warn_if_generic(packed, x.view(-1, x.shape[-1])[:1], routing.experts.flatten(0, -2)[:1])
+        group.deltas = DirectDeltas(packed)
+    return group.deltas
 
 
 def _added(base: Tensor, hidden: Tensor, lora_b: Tensor) -> Tensor:

@@ -188,16 +188,18 @@ def test_hooks_see_what_they_see_unfused(changed):
         if layer.name.endswith(("k_proj", "v_proj", "gate_proj")):
             layer.base_layer.register_forward_pre_hook(lambda m, args, n=layer.name: seen.append((n, args[0].clone())))
             layer.base_layer.register_forward_hook(lambda m, args, out: out + 1)
+    tokens = ids(1, 2, "cpu")
+    model.fuse_for_inference("fused")
     if changed:
         for block in model.base_model.model.model.layers:
             block.self_attn.k_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-    tokens = ids(1, 2, "cpu")
-    expected, unfused = logits(model, tokens), seen.copy()
-    model.fuse_for_inference("fused")
     seen.clear()
-    assert close(logits(model, tokens), expected)
-    assert [name for name, _ in seen] == [name for name, _ in unfused] and len(seen) == 3 * LAYERS
-    assert all(close(one, other) for (_, one), (_, other) in zip(seen, unfused, strict=True))
+    fused, seen_fused = logits(model, tokens), seen.copy()
+    model.unfuse()
+    seen.clear()
+    assert close(fused, logits(model, tokens))
+    assert [name for name, _ in seen] == [name for name, _ in seen_fused] and len(seen) == 3 * LAYERS
+    assert all(close(one, other) for (_, one), (_, other) in zip(seen, seen_fused, strict=True))
 
 
 def test_hooks_that_come_and_go():
@@ -233,8 +235,13 @@ def test_a_model_without_any_weight_under_that_name_can_be_asked_for_gradients()
 @devices
 def test_a_linear_of_a_group_with_another_input_computes_for_itself(device):
     model = made(device)
+    model.fuse_for_inference("fused")
     model.base_model.model.model.layers[0].self_attn.k_proj.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
-    check(model, device)
+    batches = [ids(b, n, device) for b, n in BATCHES]
+    found = [logits(model, tokens) for tokens in batches]
+    model.unfuse()
+    for tokens, fused in zip(batches, found, strict=True):
+        assert close(fused, logits(model, tokens))
 
 
 def test_linears_of_other_dtypes_of_experts_share_no_launch():
