@@ -118,7 +118,7 @@ class DirectDeltas(_Direct):
     """
 
     def __call__(self, bases: Sequence[Tensor], x: Tensor, routing: Routing) -> list[Tensor] | None:
-        """bases [..., out] and x [..., in] on the group's device -> [..., out] for each linear; None if something does not fit."""
+        """bases [..., out], x [..., in], all on the group's device -> [..., out] each; None if something does not fit."""
         experts = routing.experts
         shape = self.shapes.get((x.shape, experts.shape))
         if shape is None:
