@@ -31,11 +31,13 @@ class BaseFacts:
 
     Attributes:
         plain: it is a 16/32-bit nn.Linear or Conv1D without hooks, whose weight the ops can read.
+        hooked: it has hooks, which are to see what they see without fusing: it runs when its own layer does.
         transposed: it is a Conv1D.
         kernels: the kernels run on its device; few_tokens: up to how many tokens the fused ops are used.
     """
 
     plain: bool
+    hooked: bool
     transposed: bool
     kernels: bool
     few_tokens: int
@@ -65,14 +67,15 @@ def facts_of(layer: LoRASwitchLinear) -> BaseFacts:
     # Hooks on the base layer (accelerate's offloading, a user's) must run, so its own forward must.
     hook = getattr(base, "_hf_hook", None)  # one that only moves inputs is not needed: other devices go unfused
     only_moves = isinstance(hook, AlignDevicesHook) and not hook.offload
-    plain = plain and not hooked(base) and (hook is None or only_moves)
+    watched = hooked(base) or hooked(layer.base_layer)
+    plain = plain and not watched and (hook is None or only_moves)
     device = device_of(base)
     usable = kernels_serve(device)
     fast = not transposed and not (plain and base.weight.dtype == torch.float32)
     few_tokens = FEW_TOKENS if fast or device.type != "cuda" else FEW_TOKENS_GENERIC
     if device.type == "cuda" and not usable:
         few_tokens = 0  # library products beat the ops' PyTorch path on a GPU
-    return BaseFacts(plain, transposed, usable, few_tokens)
+    return BaseFacts(plain, watched, transposed, usable, few_tokens)
 
 
 def hooked(base: nn.Module) -> bool:

@@ -7,7 +7,7 @@ which a call packs its pointers. Before each call the group's fingerprint is loo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_char_p, c_int, c_void_p, sizeof
 from dataclasses import dataclass
 from struct import Struct
@@ -26,7 +26,8 @@ from .live_linear import LiveLinear
 _pack_pointer = Struct("P").pack_into
 _pack_inputs = Struct("PPPP").pack_into  # x, experts, gates, hidden: neighbours in `Group`
 assert Group.experts.offset == Group.x.offset + 8 and Group.hidden.offset == Group.x.offset + 24
-_OUTPUTS = [Group.items.offset + i * sizeof(Item) + Item.out.offset for i in range(MAX_GROUP)]
+_ITEMS = [Group.items.offset + i * sizeof(Item) for i in range(MAX_GROUP)]
+_OUTPUTS, _BASES = [at + Item.out.offset for at in _ITEMS], [at + Item.base.offset for at in _ITEMS]
 _MOST_SHAPES = 64  # of inputs, kept for each group
 
 
@@ -46,7 +47,96 @@ def launchable(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cuda and x.is_contiguous()
 
 
-class DirectGroup:
+class _Direct:
+    """`ls_linear` for a group that is packed, with pointers put into bytes.
+
+    Args:
+        packed: the group's tensors as the kernels take them.
+    """
+
+    def __init__(self, packed: PackedGroup) -> None:
+        self.packed = packed
+        self.device, self.device_type, self.dtype = packed.tensors[0].get_device(), packed.device.type, packed.dtype
+        self.shapes: dict[tuple[torch.Size, torch.Size], _Shape] = {}
+        function = library()["ls_linear"]  # of its own, so that it can take the group as bytes
+        function.restype, function.argtypes = c_int, [c_char_p, c_void_p]
+        self.function: Callable[[bytes, int], int] = function
+
+    def _reads(self, x: Tensor, routing: Routing) -> bool:
+        """Whether the kernels can read both as they are."""
+        experts, device = routing.experts, self.device
+        if x.dtype is not self.dtype or x.get_device() != device or not launchable(x):
+            return False
+        return experts.get_device() == device and experts.is_contiguous() and routing.gates.is_contiguous()
+
+    def _launch(self, x: Tensor, routing: Routing, shape: _Shape, bases: Sequence[Tensor] = ()) -> list[Tensor]:
+        device = self.device
+        if empty_strided_cuda is not None and torch._C._cuda_getDevice() == device:
+            outputs = [empty_strided_cuda(size, stride, self.dtype) for size, stride in shape.outputs]
+            hidden = empty_strided_cuda((shape.hidden,), (1,), self.dtype)
+        else:
+            outputs = [x.new_empty(size) for size, _ in shape.outputs]
+            hidden = x.new_empty(shape.hidden)
+        buffer = bytearray(shape.template)
+        experts, gates = routing.experts.data_ptr(), routing.gates.data_ptr()
+        _pack_inputs(buffer, Group.x.offset, x.data_ptr(), experts, gates, hidden.data_ptr())
+        for output, offset in zip(outputs, _OUTPUTS, strict=False):
+            _pack_pointer(buffer, offset, output.data_ptr())
+        for base, offset in zip(bases, _BASES, strict=False):
+            _pack_pointer(buffer, offset, base.data_ptr())
+        code = self.function(bytes(buffer), torch._C._cuda_getCurrentRawStream(device))
+        if code:
+            check(code, "ls_linear")
+        return outputs
+
+    def _sized(self, x: Tensor, experts: Tensor) -> Group | None:
+        """The group for inputs of these shapes; None if they do not belong together."""
+        group = Group.from_buffer_copy(self.packed.group)
+        group.top_k = experts.shape[-1]
+        group.tokens = experts.numel() // group.top_k
+        return group if x.numel() == group.tokens * group.in_features else None
+
+    def _keep(
+        self, x: Tensor, experts: Tensor, group: Group, aligned: bool = False, many: Expansion | None = None
+    ) -> _Shape:
+        outputs = []
+        for out in self.packed.out_features:
+            size = (*x.shape[:-1], out)
+            outputs.append((size, torch.empty(size, device="meta").stride()))
+        hidden = library().ls_hidden_elements(byref(group))
+        if len(self.shapes) >= _MOST_SHAPES:
+            self.shapes.clear()
+        shape = self.shapes[x.shape, experts.shape] = _Shape(bytes(group), outputs, hidden, aligned, many)
+        return shape
+
+
+class DirectDeltas(_Direct):
+    """What the experts of a group add to the results of base layers that have run, called without a compiler. For few tokens.
+
+    Args:
+        packed: as the kernels take it: experts, and no weights.
+    """
+
+    def __call__(self, bases: Sequence[Tensor], x: Tensor, routing: Routing) -> list[Tensor] | None:
+        """bases [..., out], x [..., in], all on the group's device -> [..., out] each; None if something does not fit."""
+        experts = routing.experts
+        shape = self.shapes.get((x.shape, experts.shape))
+        if shape is None:
+            group = self._sized(x, experts)
+            if group is None:
+                return None
+            shape = self._keep(x, experts, group)
+        if not self._reads(x, routing):
+            return None
+        for base, (size, _) in zip(bases, shape.outputs, strict=True):
+            if base.shape != size or base.dtype is not self.dtype or base.get_device() != self.device:
+                return None
+            if not launchable(base):
+                return None
+        return self._launch(x, routing, shape, bases)
+
+
+class DirectGroup(_Direct):
     """The linears of a group with one adapter, called without a compiler.
 
     Args:
@@ -59,13 +149,9 @@ class DirectGroup:
         self, packed: PackedGroup, linears: list[LiveLinear], fingerprint: Fingerprint, adapter: str, few_tokens: int,
         routed: bool,
     ) -> None:  # fmt: skip
-        self.packed, self.adapter, self.fingerprint = packed, adapter, fingerprint
-        self.device, self.device_type, self.dtype = packed.tensors[0].get_device(), packed.device.type, packed.dtype
+        super().__init__(packed)
+        self.adapter, self.fingerprint = adapter, fingerprint
         self.few_tokens, self.routed = few_tokens, routed
-        self.shapes: dict[tuple[torch.Size, torch.Size], _Shape] = {}
-        function = library()["ls_linear"]  # of its own, so that it can take the group as bytes
-        function.restype, function.argtypes = c_int, [c_char_p, c_void_p]
-        self.function: Callable[[bytes, int], int] = function
         weights = [one.base["weight"].detach() for one in linears]
         self.matrices = weights if packed.group.transposed else [weight.T for weight in weights]  # [in, out] each
         self.biases = [None if one.base["bias"] is None else one.base["bias"].detach() for one in linears]
@@ -90,31 +176,13 @@ class DirectGroup:
         return None if shape is None else self._call(x, routing, shape)
 
     def _call(self, x: Tensor, routing: Routing, shape: _Shape) -> list[Tensor] | None:
-        experts, gates, device = routing.experts, routing.gates, self.device
-        if x.dtype is not self.dtype or x.get_device() != device or not launchable(x):
-            return None
-        if experts.get_device() != device or not (experts.is_contiguous() and gates.is_contiguous()):
-            return None
-        if not self.fingerprint.is_current():
+        if not self._reads(x, routing) or not self.fingerprint.is_current():
             return None
         if shape.many is not None:
             return self._many(x, routing, shape, shape.many)
         if shape.aligned and x.data_ptr() % 16:
             return None
-        if empty_strided_cuda is not None and torch._C._cuda_getDevice() == device:
-            outputs = [empty_strided_cuda(size, stride, self.dtype) for size, stride in shape.outputs]
-            hidden = empty_strided_cuda((shape.hidden,), (1,), self.dtype)
-        else:
-            outputs = [x.new_empty(size) for size, _ in shape.outputs]
-            hidden = x.new_empty(shape.hidden)
-        buffer = bytearray(shape.template)
-        _pack_inputs(buffer, Group.x.offset, x.data_ptr(), experts.data_ptr(), gates.data_ptr(), hidden.data_ptr())
-        for output, offset in zip(outputs, _OUTPUTS, strict=False):
-            _pack_pointer(buffer, offset, output.data_ptr())
-        code = self.function(bytes(buffer), torch._C._cuda_getCurrentRawStream(device))
-        if code:
-            check(code, "ls_linear")
-        return outputs
+        return self._launch(x, routing, shape)
 
     def _many(self, x: Tensor, routing: Routing, shape: _Shape, group: Expansion) -> list[Tensor]:
         """One shrink for the whole group; what the experts add, for all of its linears; and their own products on top."""
@@ -133,10 +201,8 @@ class DirectGroup:
 
     def _shape(self, x: Tensor, experts: Tensor) -> _Shape | None:
         """Worked out once for each shape of x; None if the kernels are no good for it."""
-        group = Group.from_buffer_copy(self.packed.group)
-        group.top_k = experts.shape[-1]
-        group.tokens = experts.numel() // group.top_k
-        if x.numel() != group.tokens * group.in_features:
+        group = self._sized(x, experts)
+        if group is None:
             return None
         aligned, many = False, None
         if group.tokens > self.few_tokens:
@@ -145,12 +211,4 @@ class DirectGroup:
                 many = kernels.expansion(self.lora_b, self.biases, self.scalings, group.top_k)
                 if not (many.expands or many.widens):
                     return None
-        outputs = []
-        for out in self.packed.out_features:
-            size = (*x.shape[:-1], out)
-            outputs.append((size, torch.empty(size, device="meta").stride()))
-        hidden = library().ls_hidden_elements(byref(group))
-        if len(self.shapes) >= _MOST_SHAPES:
-            self.shapes.clear()
-        shape = self.shapes[x.shape, experts.shape] = _Shape(bytes(group), outputs, hidden, aligned, many)
-        return shape
+        return self._keep(x, experts, group, aligned, many)

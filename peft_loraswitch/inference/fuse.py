@@ -20,7 +20,7 @@ from .. import kernels
 from ..adapted_layers import adapted_layers
 from ..layer import LoRASwitchLinear
 from ..routing.frame import _keys
-from .capabilities import base_of, device_of, facts_of
+from .capabilities import base_of, device_of
 from .fused_layer import (
     FusedFollower,
     FusedLeader,
@@ -137,9 +137,8 @@ def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
 def _put_on_all(
     layers: list[LoRASwitchLinear], groups: list[list[LoRASwitchLinear]], merging: MergedWeights | None
 ) -> None:
-    facts = {id(layer): facts_of(layer) for layer in layers}
     kinds: dict[int, type[FusedLinear]] = {id(layer): FusedMerged if merging else FusedLeader for layer in layers}
-    together = [group for group in groups if not merging and all(facts[id(layer)].plain for layer in group)]
+    together = [] if merging else groups
     for group in together:
         kinds |= {id(layer): FusedFollower for layer in group[1:]}
     layers[0].routing_state.key = next(_keys)  # frames that other threads have left under an old one are not found

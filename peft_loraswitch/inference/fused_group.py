@@ -15,7 +15,7 @@ from ..routing.decision import Routing, decide, routing_of
 from ..routing.frame import RoutingFrame, current
 from ..routing.router import router_logits
 from .capabilities import BaseFacts, within_limits
-from .eager_launch import DirectGroup
+from .eager_launch import DirectDeltas, DirectGroup
 from .live_linear import LiveLinear, fingerprint_of
 
 
@@ -30,11 +30,13 @@ class FusedGroup(nn.Module):
         size: number of linears; slot0, slot1, ...: their `fused_slot`.
         base0, base1, ...: `_parameters` of their base layers, where new ones are seen; a0, b0, ...: the experts' weights, or
             the casts of those; scaling0, ...: their layers' dictionaries.
+        modules0, ...: `_modules` of the layers, for the base layers whose own forwards compute what the ops cannot.
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
         live: each linear; fingerprint: of all that is read of them. No forward that is compiled without gradients looks at these.
-        direct: the group as the kernels take it when no compiler is at work, once it has been called so.
+        direct: the group as the kernels take it when no compiler is at work, once it has been called so; deltas: the same of one
+            that is not plain.
     """
 
     def __init__(self, live: list[LiveLinear], adapter: str, facts: BaseFacts, number: int | None = None) -> None:
@@ -52,15 +54,18 @@ class FusedGroup(nn.Module):
         for i, one in enumerate(self.live):
             values = {"slot": one.layer.fused_slot, "base": one.base, "scaling": one.scaling}
             values |= {"a": one.a["weight"], "b": one.b["weight"]}
+            if not facts.plain:
+                values["modules"] = one.layer._modules
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.direct: DirectGroup | None = None
+        self.deltas: DirectDeltas | None = None
 
     def _register(self, number: int | None) -> None:
         self.number = next(_numbers) if number is None else number
         _groups[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: pointers do not travel
-        return {**self.__dict__, "direct": None}
+        return {**self.__dict__, "direct": None, "deltas": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -79,9 +84,8 @@ class FusedGroup(nn.Module):
         for one in self.live:
             pair = (one.layer.loraswitch_A, one.layer.loraswitch_B)
             own = [weight for experts in pair for weight in experts[self.adapter].parameters()]
-            if any(
-                tensor is not None and tensor.requires_grad for tensor in (*own, one.base["weight"], one.base["bias"])
-            ):
+            base = one.base.get("weight"), one.base.get("bias")  # a quantised one may have neither
+            if any(tensor is not None and tensor.requires_grad for tensor in (*own, *base)):
                 return True
         return False
 
@@ -150,10 +154,17 @@ class FusedGroup(nn.Module):
     def parts(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor], list[float]]:
         """weights, biases, lora_a, lora_b, scalings"""
         bases = [getattr(self, f"base{i}") for i in range(self.size)]
+        return [base["weight"] for base in bases], [base["bias"] for base in bases], *self.experts()
+
+    def experts(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
+        """lora_a, lora_b, scalings"""
         lora_a = [getattr(self, f"a{i}") for i in range(self.size)]
         lora_b = [getattr(self, f"b{i}") for i in range(self.size)]
-        scalings = [getattr(self, f"scaling{i}")[self.adapter] for i in range(self.size)]
-        return [base["weight"] for base in bases], [base["bias"] for base in bases], lora_a, lora_b, scalings
+        return lora_a, lora_b, [getattr(self, f"scaling{i}")[self.adapter] for i in range(self.size)]
+
+    def base_layers(self) -> list[Any]:
+        """Of a group that is not plain."""
+        return [getattr(self, f"modules{i}")["base_layer"] for i in range(self.size)]
 
 
 _numbers = itertools.count()

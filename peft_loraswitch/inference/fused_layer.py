@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..layer import LoRASwitchLinear
 from ..routing.frame import current
+from ..tensor_parallel import is_split
 from .capabilities import BaseFacts, base_of, facts_of
 from .counted_writes import count_as_before
 from .expert_casts import Casts, current_casts
@@ -262,7 +263,7 @@ def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
     facts = facts_of(layer)
     groups = {}
     for adapter in layer.loraswitch_A:
-        together = [m for m in members if m is layer or (facts.plain and _same_launch(m, layer, adapter, facts))]
+        together = [m for m in members if m is layer or _same_launch(m, layer, adapter, facts)]
         before = layer.fused_groups.get(adapter)
         live = [live_linear(member, adapter, member.fusing.casts) for member in together]
         groups[adapter] = FusedGroup(live, adapter, facts, None if before is None else before.number)
@@ -308,5 +309,14 @@ def _select(layer: FusedLinear) -> None:
 def _same_launch(member: FusedLinear, leader: FusedLinear, adapter: str, facts: BaseFacts) -> bool:
     if adapter not in member.loraswitch_A or member.routing_options[adapter] != leader.routing_options[adapter]:
         return False
-    ours, theirs = base_of(leader).weight, base_of(member).weight
-    return facts_of(member) == facts and ours.dtype == theirs.dtype and ours.device == theirs.device
+    if facts.hooked or facts_of(member) != facts:
+        return False
+    return _kind(member, adapter, facts.plain) == _kind(leader, adapter, facts.plain)
+
+
+def _kind(layer: FusedLinear, adapter: str, plain: bool) -> tuple[Any, ...]:
+    """What the linears of a group have in common: dtype and device of the tensors that the ops read, and whether several
+    processes share the base layer."""
+    base = base_of(layer)
+    weight = base.weight if plain else layer.loraswitch_A[adapter].weight
+    return weight.dtype, weight.device, is_split(base)

@@ -3,7 +3,7 @@ forward where the ops cannot read its weight."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .. import kernels, ops
 from ..layer import LoRASwitchLinear
 from ..routing.decision import Routing
 from ..tensor_parallel import is_split
-from .eager_launch import DirectGroup, launchable
+from .eager_launch import DirectDeltas, DirectGroup, launchable
 from .fused_group import FusedGroup, has_hooks
 
 
@@ -52,31 +52,56 @@ def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     """The outputs of a group for many tokens: one shrink for the whole group, and a product more for each linear."""
     weights, biases, lora_a, lora_b, scalings = group.parts()
     rows = x.reshape(-1, x.shape[-1])
-    gates = [routing.scaled(scaling, x.dtype) for scaling in scalings]
-    hidden = ops.group_hidden(ops.all_hidden(rows, lora_a), [a.shape[:2] for a in lora_a], gates, routing.chosen_rows())
     results = []
+    hidden = _hidden(rows, routing, lora_a, scalings)
     for h, weight, bias, b in zip(hidden, weights, biases, lora_b, strict=True):
         result = ops.dense_linear(rows, h, weight, bias, ops.wide(b), group.transposed)
         results.append(result.view(*x.shape[:-1], b.shape[1]))
     return results
 
 
+def _hidden(rows: Tensor, routing: Routing, lora_a: list[Tensor], scalings: list[float]) -> list[Tensor]:
+    """What the experts of each linear make of x [T, in], times gates and scaling: [T, E * r] each."""
+    gates = [routing.scaled(scaling, rows.dtype) for scaling in scalings]
+    shapes = [a.shape[:2] for a in lora_a]
+    return ops.group_hidden(ops.all_hidden(rows, lora_a), shapes, gates, routing.chosen_rows())
+
+
 def _beside_base(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
-    """The base layer's own forward (quantised, hooked), and the experts added to what it returns."""
-    a: Any = group.a0
-    b: Any = group.b0
-    scaling: Any = group.scaling0[group.adapter]  # type: ignore[index]
-    # No casts any more, since the base layer is not plain any more; or several processes share it.
-    if a.dtype != x.dtype or is_split(layer.get_base_layer()):
+    """The base layers' own forwards (quantised, hooked), one after the other, and what all their experts add."""
+    base_layers, (lora_a, lora_b, scalings) = group.base_layers(), group.experts()
+    # No casts any more, since the base layer is not plain any more; or several processes share one.
+    if lora_a[0].dtype != x.dtype or any(is_split(base) for base in base_layers):
         return LoRASwitchLinear.forward(layer, x)
-    base = layer.base_layer(x)
-    unfit = base.dtype != x.dtype or base.device != x.device or not group.within or x.dtype not in ops.FLOATS
-    if x.numel() // x.shape[-1] <= group.few_tokens and not unfit:
-        return ops.delta(base, x, routing.experts, routing.gates, a, b, scaling)
-    rows = x.to(a.dtype).reshape(-1, x.shape[-1])
-    hidden, gates = ops.all_hidden(rows, [a]), routing.scaled(scaling, a.dtype)
-    hidden = ops.gated(hidden, gates, routing.chosen_rows(), a.shape[1])
+    bases = [base_layer(x) for base_layer in base_layers]
+    fit = all(base.dtype == x.dtype and base.device == x.device for base in bases) and x.dtype in ops.FLOATS
+    if x.numel() // x.shape[-1] <= group.few_tokens and group.within and fit:
+        results = None
+        if group.kernels and not torch.compiler.is_compiling() and launchable(x):
+            results = _deltas_of(group, x, routing)(bases, x, routing)
+        if results is None:
+            results = ops.deltas(bases, x, routing.experts, routing.gates, lora_a, lora_b, scalings)
+        return group.leave(x, results)
+    hidden = _hidden(x.reshape(-1, x.shape[-1]), routing, lora_a, scalings)
+    return group.leave(x, [_added(base, h, b) for base, h, b in zip(bases, hidden, lora_b, strict=True)])
+
+
+def _deltas_of(group: FusedGroup, x: Tensor, routing: Routing) -> Callable[..., list[Tensor] | None]:
+    """`group.deltas`, made if need be. The group is up to date, so what was packed is."""
+    if group.deltas is None:
+        lora_a, lora_b, scalings = group.experts()
+        if not all(t.is_contiguous() for t in (*lora_a, *lora_b)):
+            return lambda *_: None
+        nothing = [None] * group.size
+        packed = kernels.PackedGroup(nothing, nothing, lora_a, lora_b, scalings)
+        kernels.warn_if_generic(packed, x.view(-1, x.shape[-1])[:1], routing.experts.flatten(0, -2)[:1])
+        group.deltas = DirectDeltas(packed)
+    return group.deltas
+
+
+def _added(base: Tensor, hidden: Tensor, lora_b: Tensor) -> Tensor:
+    """base [..., out] plus what the experts make of `hidden` [T, E * r], in the dtype of the base."""
     if base.dtype != hidden.dtype:
-        return base + (hidden @ ops.wide(b).T).to(base.dtype).view(base.shape)
+        return base + (hidden @ ops.wide(lora_b).T).to(base.dtype).view(base.shape)
     # Out of place: a quantised base layer may return a view. One rounding, which `ops.expand` and a sum would make two.
-    return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, ops.wide(b).T).view(base.shape)
+    return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, ops.wide(lora_b).T).view(base.shape)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..layer import LoRASwitchLinear
 from ..routing.frame import NO_ADAPTER
-from .capabilities import base_of
+from .capabilities import base_of, facts_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class Watch:
                     name for name, options in layer.routing_options.items() if not options.is_routed
                 )
                 weight = getattr(base, "weight", None)
-                key = (id(x), type(base), getattr(weight, "dtype", None), getattr(weight, "device", None), shared_only)
+                facts = facts_of(layer)
+                kind = type(base), getattr(weight, "dtype", None), getattr(weight, "device", None), facts
+                key = (id(x), *kind, shared_only, id(layer) if facts.hooked else None)
                 groups.setdefault(key, []).append(layer)
         return [g[i : i + kernels.MAX_GROUP] for g in groups.values() for i in range(0, len(g), kernels.MAX_GROUP)]

@@ -15,13 +15,13 @@ route = torch.ops.loraswitch.route.default
 route_context = torch.ops.loraswitch.route_context.default
 linear = torch.ops.loraswitch.linear.default
 expand = torch.ops.loraswitch.expand.default
-delta = torch.ops.loraswitch.delta.default
+deltas = torch.ops.loraswitch.deltas.default
 merge = torch.ops.loraswitch.merge.default
 
 __all__ = [
     "FLOATS",
     "all_hidden",
-    "delta",
+    "deltas",
     "dense_linear",
     "drop_merge_tables",
     "expand",

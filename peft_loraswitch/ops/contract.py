@@ -4,7 +4,7 @@
     route_context  x, router, sums so far, decay        -> experts, gates by context, and the sums with x (`router_decay`)
     linear  x, experts, gates, a group of linears       -> their outputs, experts included
     expand  all experts' hidden, a group of linears     -> what their chosen experts add, plus the biases (many tokens)
-    delta   base, x, experts, gates, one linear's experts -> base plus what the experts add
+    deltas  bases, x, experts, gates, a group's experts -> each base plus what its experts add
     merge   weights, sources, a model's experts         -> weights = sources + the chosen experts (written in place)
 
 Registered with `Library.define` and `impl`, which cost a few microseconds a call where `custom_op` costs tens.
@@ -34,7 +34,8 @@ library.define(
     "expand(Tensor hidden, Tensor experts, Tensor gates, Tensor?[] biases, Tensor[] lora_b, float[] scalings) -> Tensor[]"
 )
 library.define(
-    "delta(Tensor base, Tensor x, Tensor experts, Tensor gates, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor"
+    "deltas(Tensor[] bases, Tensor x, Tensor experts, Tensor gates, Tensor[] lora_a, Tensor[] lora_b, float[] scalings) "
+    "-> Tensor[]"
 )
 library.define(
     "merge(Tensor(a!)[] weights, Tensor[] sources, Tensor[] lora_a, Tensor[] lora_b, float[] scalings, bool[] transposed, "
@@ -104,18 +105,25 @@ def _check_experts(op: str, x: Tensor, experts: Tensor, gates: Tensor, lora_a: T
     _require(len(devices) == 1, f"{op}: tensors are on several devices: {devices}")
 
 
+def _check_group(
+    op: str, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    *others: Sequence[object],
+) -> None:  # fmt: skip
+    """A group of linears, as many of them as `others` have entries each."""
+    n = len(lora_a)
+    _require(1 <= n <= kernels.MAX_GROUP, f"{op}: a group has 1 to {kernels.MAX_GROUP} linears, not {n}")
+    _require(all(len(entries) == n for entries in (lora_b, *others)), f"{op}: the lists differ in length")
+    for a, b in zip(lora_a, lora_b, strict=True):
+        _check_experts(op, x, experts, gates, a, b)
+        _require(a.shape[0] == lora_a[0].shape[0], f"{op}: the linears of a group must have the same number of experts")
+
+
 def check_linear(
     x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool,
 ) -> None:  # fmt: skip
-    n = len(weights)
-    _require(1 <= n <= kernels.MAX_GROUP, f"linear: a group has 1 to {kernels.MAX_GROUP} linears, not {n}")
-    _require(n == len(biases) == len(lora_a) == len(lora_b) == len(scalings), "linear: the lists differ in length")
-    for weight, bias, a, b in zip(weights, biases, lora_a, lora_b, strict=True):
-        _check_experts("linear", x, experts, gates, a, b)
-        _require(
-            a.shape[0] == lora_a[0].shape[0], "linear: the linears of a group must have the same number of experts"
-        )
+    _check_group("linear", x, experts, gates, lora_a, lora_b, weights, biases, scalings)
+    for weight, bias, b in zip(weights, biases, lora_b, strict=True):
         shape = (x.shape[-1], b.shape[1]) if transposed else (b.shape[1], x.shape[-1])
         _require(weight.shape == shape, f"linear: a weight is {list(weight.shape)}, the experts ask for {list(shape)}")
         _require(
@@ -165,12 +173,18 @@ def check_expand(
     _require(hidden.device == experts.device == gates.device, "expand: tensors are on several devices")
 
 
-def check_delta(base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    _check_experts("delta", x, experts, gates, lora_a, lora_b)
-    _require(
-        base.shape == (*x.shape[:-1], lora_b.shape[1]), f"delta: base {list(base.shape)} does not fit x and lora_b"
-    )
-    _require(base.dtype == x.dtype and base.device == x.device, "delta: base is of another dtype or device than x")
+def check_deltas(
+    bases: Sequence[Tensor], x: Tensor, experts: Tensor, gates: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> None:  # fmt: skip
+    _check_group("deltas", x, experts, gates, lora_a, lora_b, bases, scalings)
+    for base, b in zip(bases, lora_b, strict=True):
+        _require(
+            base.shape == (*x.shape[:-1], b.shape[1]), f"deltas: a base {list(base.shape)} does not fit x and lora_b"
+        )
+        _require(
+            base.dtype == x.dtype and base.device == x.device, "deltas: a base is of another dtype or device than x"
+        )
 
 
 def check_merge(
@@ -223,15 +237,16 @@ def _expand_fake(
     return [hidden.new_empty((hidden.shape[0], b.shape[1])) for b in lora_b]
 
 
-def _delta_fake(
-    base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor:
-    check_delta(base, x, experts, gates, lora_a, lora_b)
-    return x.new_empty(base.shape)
+def _deltas_fake(
+    bases: Sequence[Tensor], x: Tensor, experts: Tensor, gates: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    check_deltas(bases, x, experts, gates, lora_a, lora_b, scalings)
+    return [x.new_empty(base.shape) for base in bases]
 
 
 for _name, _fake in (
     ("route", _route_fake), ("route_context", _route_context_fake), ("linear", _linear_fake), ("expand", _expand_fake),
-    ("delta", _delta_fake), ("merge", check_merge),
+    ("deltas", _deltas_fake), ("merge", check_merge),
 ):  # fmt: skip
     torch.library.register_fake(f"loraswitch::{_name}", _fake, lib=library)

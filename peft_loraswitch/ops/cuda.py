@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import kernels
-from .contract import check_delta, check_expand, check_linear, check_merge, check_route, check_route_context, library
+from .contract import check_deltas, check_expand, check_linear, check_merge, check_route, check_route_context, library
 from .pytorch import (
-    delta_pytorch,
+    deltas_pytorch,
     expand_pytorch,
     linear_pytorch,
     merge_pytorch,
@@ -74,16 +74,18 @@ def _expand_cuda(
     return expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
 
 
-def _delta_cuda(
-    base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor:
-    if x.numel() == 0 or not _usable(lora_a, lora_b):
-        return delta_pytorch(base, x, experts, gates, lora_a, lora_b, scaling)
-    check_delta(base, x, experts, gates, lora_a, lora_b)
-    packed = kernels.PackedGroup([None], [None], [lora_a], [lora_b], [scaling])
+def _deltas_cuda(
+    bases: Sequence[Tensor], x: Tensor, experts: Tensor, gates: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    if x.numel() == 0 or not _usable(*lora_a, *lora_b):
+        return deltas_pytorch(bases, x, experts, gates, lora_a, lora_b, scalings)
+    check_deltas(bases, x, experts, gates, lora_a, lora_b, scalings)
+    nothing = [None] * len(bases)  # no weights, no biases
+    packed = kernels.PackedGroup(nothing, nothing, lora_a, lora_b, scalings)
     x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
     kernels.warn_if_generic(packed, x, experts)
-    return packed(x, experts, gates, [base.contiguous()])[0]
+    return packed(x, experts, gates, [base.contiguous() for base in bases])
 
 
 _tables: list[kernels.MergeTable] = []  # of the last models merged: a CUDA graph cannot make one while it is captured
@@ -120,6 +122,6 @@ def _merge_cuda(
 
 for _name, _function in (
     ("route", _route_cuda), ("route_context", _route_context_cuda), ("linear", _linear_cuda), ("expand", _expand_cuda),
-    ("delta", _delta_cuda), ("merge", _merge_cuda),
+    ("deltas", _deltas_cuda), ("merge", _merge_cuda),
 ):  # fmt: skip
     library.impl(_name, _function, "CUDA")

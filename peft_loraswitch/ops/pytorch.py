@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..routing.decayed_sums import decayed_sums, mean_of, weighted
 from ..routing.decision import decide
-from .contract import check_delta, check_expand, check_linear, check_merge, check_route, check_route_context, library
+from .contract import check_deltas, check_expand, check_linear, check_merge, check_route, check_route_context, library
 from .dense_products import all_hidden, dense, gated, wide
 
 
@@ -100,13 +100,19 @@ def expand_pytorch(
     return results
 
 
-def delta_pytorch(
-    base: Tensor, x: Tensor, experts: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor:
-    check_delta(base, x, experts, gates, lora_a, lora_b)
+def deltas_pytorch(
+    bases: Sequence[Tensor], x: Tensor, experts: Tensor, gates: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    check_deltas(bases, x, experts, gates, lora_a, lora_b, scalings)
     tokens = x.reshape(-1, x.shape[-1])
     experts, gates = (t.reshape(-1, t.shape[-1]) for t in (experts, gates))
-    return base + _experts_reference(tokens, experts, gates, lora_a, lora_b, scaling).view(base.shape)
+    results = []
+    for base, a, b, scaling in zip(bases, lora_a, lora_b, scalings, strict=True):
+        # A base may be a view of any strides; the result has those that the fake says.
+        added = _experts_reference(tokens, experts, gates, a, b, scaling)
+        results.append(base.contiguous() + added.view(base.shape))
+    return results
 
 
 def merge_pytorch(
@@ -130,6 +136,6 @@ def merge_pytorch(
 
 for _name, _function in (
     ("route", route_pytorch), ("route_context", route_context_pytorch), ("linear", linear_pytorch),
-    ("expand", expand_pytorch), ("delta", delta_pytorch), ("merge", merge_pytorch),
+    ("expand", expand_pytorch), ("deltas", deltas_pytorch), ("merge", merge_pytorch),
 ):  # fmt: skip
     library.impl(_name, _function, "CPU")

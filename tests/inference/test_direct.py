@@ -16,14 +16,18 @@ from changes_of_weights import (
     CHANGES,
     another_kind_of_base_layer,
     another_parameter,
+    another_scaling,
+    assigned,
     hook_on_base_layer,
     in_place,
     layer_in_training,
     made,
+    moved,
     weight_put_into_a_dictionary,
 )
 from fusing import adapted, close, gradients, ids, logits, trainable
 from helpers import tiny_llama
+from int8_linear import launches, quantised
 from peft_loraswitch import kernels
 from peft_loraswitch.inference.fuse import adapted_layers
 from peft_loraswitch.routing.decision import Routing
@@ -74,8 +78,12 @@ class StandIn:
         view(group.hidden, 64).fill_(float("nan"))
         for item in group.items[: group.n_items]:
             out, rank = item.out_features, item.rank
-            weight = view(item.weight, *((width, out) if group.transposed else (out, width)))
-            result = x @ (weight if group.transposed else weight.T)
+            result = torch.zeros(tokens, out)
+            if item.weight:
+                weight = view(item.weight, *((width, out) if group.transposed else (out, width)))
+                result += x @ (weight if group.transposed else weight.T)
+            if item.base:
+                result += view(item.base, tokens, out)
             if item.bias:
                 result += view(item.bias, out)
             a, b = view(item.lora_a, experts, rank, width), view(item.lora_b, experts, out, rank)
@@ -145,6 +153,78 @@ def test_the_same_logits_by_four_calls_a_block(library):
     library.calls = []
     assert close(logits(model, batches[0]), expected[0])
     assert library.calls == [(3, 1), (1, 1), (2, 1), (1, 1)] * 2 and called
+
+
+def in_8_bits(**settings: Any) -> nn.Module:
+    return quantised(made(rank_pattern={"k_proj": 4}, alpha_pattern={"v_proj": 50}, **settings))
+
+
+def strided(y: torch.Tensor) -> torch.Tensor:
+    return torch.stack([y, y], -1)[..., 0]
+
+
+@pytest.mark.parametrize("finish", [torch.positive, strided])
+def test_four_calls_a_block_beside_quantised_base_layers(finish, library):
+    model = in_8_bits()
+    for layer in adapted_layers(model):
+        layer.base_layer.finish = finish
+    batches = [ids(1, 1, "cpu"), ids(2, 3, "cpu"), ids(1, 1, "cpu", seed=4), ids(1, 40, "cpu")]
+    expected = [logits(model, tokens) for tokens in batches]
+    fuse(model)
+    for _ in range(2):
+        for tokens, value in zip(batches, expected, strict=True):
+            assert close(logits(model, tokens), value)
+    library.calls.clear()
+    with launches() as of:
+        assert close(logits(model, batches[1]), expected[1])
+    called = [(3, 6), (1, 6), (2, 6), (1, 6)] * 2
+    if finish is strided:  # the kernels do not read those: the op makes copies
+        assert not library.calls and [size for name, size in of if name == "deltas"] == [n for n, _ in called]
+    else:
+        assert library.calls == called and not any(name == "deltas" for name, _ in of)
+
+
+def test_a_quantised_linear_with_another_input_calls_for_itself(library):
+    model, tokens = in_8_bits(), ids(1, 3, "cpu")
+    fuse(model)
+    model.base_model.model.model.layers[0].self_attn.k_proj.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    found = []
+    for _ in range(3):
+        library.calls.clear()
+        found.append(logits(model, tokens))
+    model.unfuse()
+    expected = logits(model, tokens)
+    assert all(close(one, expected) for one in found)
+    assert library.calls == [(3, 3), (1, 3), (1, 3), (2, 3), (1, 3)] + [(3, 3), (1, 3), (2, 3), (1, 3)]
+
+
+def experts_loaded(model: nn.Module) -> None:
+    model.load_state_dict({n: value * 1.1 for n, value in model.state_dict().items() if "_B" in n}, strict=False)
+
+
+def another_base(model: nn.Module) -> None:
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    layer.base_layer.scale.mul_(2)
+
+
+CHANGES_BESIDE = [moved, assigned, another_parameter, another_scaling, experts_loaded, another_base, hook_on_base_layer]
+
+
+@pytest.mark.parametrize("change", [*CHANGES_BESIDE, weight_put_into_a_dictionary])
+def test_what_is_changed_beside_a_quantised_base_layer_is_seen(change, library):
+    model = in_8_bits()
+    for layer in adapted_layers(model):
+        layer.base_layer.rounded.data = layer.base_layer.rounded.float()  # a change may multiply all parameters
+    tokens = ids(1, 3, "cpu")
+    fuse(model)
+    before = [logits(model, tokens) for _ in range(2)][-1]
+    assert library.calls
+    change(model)
+    after, again = logits(model, tokens), logits(model, tokens)
+    model.unfuse()
+    expected = logits(model, tokens)
+    assert close(after, expected) and close(again, expected) and not close(before, expected, 1e-4)
 
 
 @pytest.mark.parametrize("most_ranks", [128, 16, 0])

@@ -14,6 +14,7 @@ from fusing import MAKERS, adapted, close, devices, gradients, ids, logits, rand
 from helpers import LAYERS, tiny_bert, tiny_llama
 from peft_loraswitch import LoRASwitchConfig, LoRASwitchLinear, record_routing
 from peft_loraswitch.inference import fuse as fusing
+from peft_loraswitch.inference import shared_inputs
 from peft_loraswitch.inference.fuse import is_fused
 from peft_loraswitch.inference.fused_layer import FusedLeader
 
@@ -354,7 +355,7 @@ def test_router_statistics_of_a_fused_model(device):
 
 
 @devices
-def test_linears_that_are_not_plain_use_the_delta_op(device):
+def test_linears_that_are_not_plain_run_their_own_forward(device):
     """A base layer with hooks stands for every quantised one: its own forward, then the experts added."""
     model = adapted(tiny_llama(), device)
     for layer in fusing.adapted_layers(model):
@@ -405,12 +406,12 @@ def test_merge_refuses_what_it_cannot_serve():
     assert not is_fused(model)
 
 
-@pytest.mark.parametrize("step", ["put_on", "resolve", "facts_of"])
-def test_an_error_while_fusing_leaves_the_model_unfused(step, monkeypatch):
+@pytest.mark.parametrize(("module", "step"), [(fusing, "put_on"), (fusing, "resolve"), (shared_inputs, "facts_of")])
+def test_an_error_while_fusing_leaves_the_model_unfused(module, step, monkeypatch):
     model = adapted(tiny_llama())
     expected = logits(model, ids(1, 2, "cpu"))
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
-    original, calls = getattr(fusing, step), []
+    original, calls = getattr(module, step), []
 
     def fail(*args):
         calls.append(args)
@@ -418,7 +419,7 @@ def test_an_error_while_fusing_leaves_the_model_unfused(step, monkeypatch):
             raise RuntimeError("out of memory, say")
         return original(*args)
 
-    monkeypatch.setattr(fusing, step, fail)
+    monkeypatch.setattr(module, step, fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.fuse_for_inference("fused")
     assert not is_fused(model) and torch.equal(logits(model, ids(1, 2, "cpu")), expected)

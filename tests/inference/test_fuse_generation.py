@@ -245,7 +245,7 @@ MARKED = [pytest.param(name, marks=[pytest.mark.gpu, CUDA] if name.endswith("cud
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MARKED)
 def test_quantised_backbones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The backbone's own product, then the experts: for one token by the delta op, for many by two dense products."""
+    """The backbone's own products, then the experts: for few tokens by the op `deltas`, for many by two dense products."""
     package, make, device = QUANTISED[name]
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed")

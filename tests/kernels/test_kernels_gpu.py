@@ -96,6 +96,58 @@ def test_delta_alone(dtype, tokens, rank):
     check_group([128, 40], 264, [rank, rank], 8, 2, tokens, dtype, weight=False, base=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 17, 32, 33])
+@pytest.mark.parametrize(
+    ("outs", "in_features", "ranks"),
+    [
+        ([4096, 1024, 1024], 4096, [8, 8, 8]),  # q, k, v beside a quantised backbone
+        ([11008, 11008], 4096, [8, 64]),
+        ([17, 1, 130, 64], 1096, [16, 8, 0, 256]),  # a linear without experts; a hidden too large for one launch
+        ([40] * kernels.MAX_GROUP, 72, [8] * kernels.MAX_GROUP),
+    ],
+)
+@pytest.mark.parametrize("launches", [0, kernels.TUNING_TWO_LAUNCHES])
+def test_deltas_of_a_group(dtype, tokens, outs, in_features, ranks, launches):
+    check_group(outs, in_features, ranks, 8, 2, tokens, dtype, tuning=launches, weight=False, base=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 2)])  # one launch; two
+def test_replay_of_deltas_behind_products_of_the_library(tokens, num_experts, top_k):
+    """Each replay adds to what this replay's products are, never to the last one's."""
+    dtype, width = torch.bfloat16, 1024
+    group = make_group([width, 512, 300], width, [8, 16, 8], num_experts, dtype, weight=False)
+    experts = [group[k] for k in ("lora_a", "lora_b", "scalings")]
+    weights = [randn(b.shape[1], width, dtype=dtype, scale=width**-0.5) for b in group["lora_b"]]
+    router = randn(num_experts, width, dtype=dtype, scale=width**-0.5)
+    x = randn(tokens, width, dtype=dtype)
+
+    def run():
+        ids, gates = kernels.router(x, router, top_k, True)
+        bases = [x @ weight.T for weight in weights]
+        return ids, gates, bases, torch.ops.loraswitch.deltas(bases, x, ids, gates, *experts)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            ids, gates, bases, results = run()
+    for _ in oracle.rounds(50):
+        x.copy_(torch.randn_like(x))
+        for t in (gates, *bases, *results):
+            t.fill_(float("nan"))
+        ids.fill_(num_experts)
+        graph.replay()
+        assert torch.equal(ids, kernels.router(x, router, top_k, True)[0])
+        for base, weight in zip(bases, weights, strict=True):
+            assert oracle.relative_error(base, x.double() @ weight.double().T) < oracle.limit(base)
+        # bit for bit: the library may multiply otherwise within a graph, so from the products of this replay
+        for got, expected in zip(results, torch.ops.loraswitch.deltas(bases, x, ids, gates, *experts), strict=True):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 8, 12, 32])
 @pytest.mark.parametrize("launches", [0, kernels.TUNING_TWO_LAUNCHES])

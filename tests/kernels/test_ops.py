@@ -46,9 +46,10 @@ def group(
     }
 
 
-def delta_arguments(g):
-    base = torch.randn(*g["x"].shape[:-1], g["lora_b"][0].shape[1], device=g["x"].device).to(g["x"].dtype)
-    return base, g["x"], g["experts"], g["gates"], g["lora_a"][0], g["lora_b"][0], g["scalings"][0]
+def deltas_arguments(g):
+    x = g["x"]
+    bases = [torch.randn(*x.shape[:-1], b.shape[1], device=x.device).to(x.dtype) for b in g["lora_b"]]
+    return bases, x, g["experts"], g["gates"], g["lora_a"], g["lora_b"], g["scalings"]
 
 
 def expand_arguments(g):
@@ -83,13 +84,20 @@ def test_linear_against_the_oracle(device, dtype, tokens, transposed):
 @devices
 @dtypes
 @pytest.mark.parametrize("tokens", [(1,), (2, 3), (40,)])
-def test_delta_against_the_oracle(device, dtype, tokens):
+@pytest.mark.parametrize("views", [False, True])  # of another layout
+def test_deltas_against_the_oracle(device, dtype, tokens, views):
     g = group(device, dtype, tokens)
-    arguments = delta_arguments(g)
-    base, x, experts, gates = (t.reshape(-1, t.shape[-1]) for t in arguments[:4])
-    expected = base.double() + oracle.delta(x, experts, gates, *arguments[4:])
-    result = ops.delta(*arguments)
-    assert oracle.relative_error(result.flatten(0, -2), expected) < 1.6 * oracle.limit(result) + 1e-6
+    bases, *chosen, lora_a, lora_b, scalings = deltas_arguments(g)
+    if views:
+        bases = [base.transpose(0, -1).contiguous().transpose(0, -1) for base in bases]
+    before = [base.clone() for base in bases]
+    results = ops.deltas(bases, *chosen, lora_a, lora_b, scalings)
+    assert all(torch.equal(base, was) for base, was in zip(bases, before, strict=True))
+    flat = [t.reshape(-1, t.shape[-1]) for t in chosen]
+    for result, base, *experts in zip(results, bases, lora_a, lora_b, scalings, strict=True):
+        expected = base.reshape(-1, base.shape[-1]).double() + oracle.delta(*flat, *experts)
+        assert result.shape == base.shape and result.dtype == dtype and result.is_contiguous()
+        assert oracle.relative_error(result.flatten(0, -2), expected) < 1.6 * oracle.limit(result) + 1e-6
 
 
 @devices
@@ -256,7 +264,9 @@ def test_ids_outside_the_experts_add_nothing_and_repeated_ones_add_twice(device)
 def test_opcheck(device, tokens):
     g = group(device, tokens=tokens)
     torch.library.opcheck(ops.linear, tuple(g.values()))
-    torch.library.opcheck(ops.delta, delta_arguments(g))
+    bases, *rest = deltas_arguments(g)
+    torch.library.opcheck(ops.deltas, (bases, *rest))
+    torch.library.opcheck(ops.deltas, ([base.transpose(0, -1).clone().transpose(0, -1) for base in bases], *rest))
     torch.library.opcheck(ops.expand, expand_arguments(g))
     torch.library.opcheck(ops.route, (g["x"], torch.randn(5, 24, device=device), 2, True))
     torch.library.opcheck(ops.route, (g["x"], torch.randn(5, 24, device=device), 2, True, 0.5))
@@ -275,7 +285,7 @@ def test_all_ops_compile_with_fullgraph(device):
         experts, gates = ops.route(x, router, 2, True)
         a, b = ops.linear(**{**g, "x": x, "experts": experts, "gates": gates})
         ops.merge(weights, sources, g["lora_a"], g["lora_b"], g["scalings"], [False] * 2, experts[0, 0], gates[0, 0])
-        return ops.delta(a, x, experts, gates, g["lora_a"][0], g["lora_b"][0], 1.0), b, weights[0] + 1
+        return *ops.deltas([a, b], x, experts, gates, g["lora_a"], g["lora_b"], [1.0, 3.0]), weights[0] + 1
 
     sources = [w.clone() for w in g["weights"]]
     expected = run(g["x"], [torch.empty_like(w) for w in sources], sources)
@@ -288,6 +298,7 @@ def test_empty_batch(device):
     g = group(device, tokens=(0,))
     assert [r.shape for r in ops.linear(**g)] == [(0, 16), (0, 10)]
     assert [r.shape for r in ops.expand(*expand_arguments(g))] == [(0, 16), (0, 10)]
+    assert [r.shape for r in ops.deltas(*deltas_arguments(g))] == [(0, 16), (0, 10)]
 
 
 def change(g, **changes):
@@ -354,6 +365,37 @@ def test_expand_refuses_too_many_experts_for_a_token():
         ops.expand(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, [torch.randn(3, 16)], "differ in length"),
+        (0, [torch.randn(3, 16), torch.randn(3, 9)], r"a base \[3, 9\] does not fit"),
+        (0, [torch.randn(3, 16), torch.randn(3, 10).bfloat16()], "another dtype"),
+        (0, [torch.randn(3, 16), torch.randn(3, 10, device="meta")], "another dtype or device"),
+        (1, torch.randn(3, 23), "do not fit"),
+        (4, [torch.randn(5, 8, 24), torch.randn(4, 3, 24)], "do not fit"),
+        (4, [], "1 to 8 linears"),
+        (6, [0.5], "differ in length"),
+    ],
+)  # fmt: skip
+def test_deltas_refuses(place, value, message):
+    arguments = list(deltas_arguments(group()))
+    arguments[place] = value
+    with pytest.raises(ValueError, match=message):
+        ops.deltas(*arguments)
+
+
+def test_a_group_has_one_number_of_experts():
+    g, other = group(), group(experts=4, outs=(16,), ranks=(8,))
+    for key in ("lora_a", "lora_b"):
+        g[key] = [g[key][0], other[key][0]]
+    g["weights"][1] = other["weights"][0]
+    g["biases"][1] = other["biases"][0]
+    for op, arguments in ((ops.linear, tuple(g.values())), (ops.deltas, deltas_arguments(g))):
+        with pytest.raises(ValueError, match="same number of experts"):
+            op(*arguments)
+
+
 def test_the_others_refuse():
     x, router = torch.randn(3, 24), torch.randn(5, 24)
     for arguments, message in (
@@ -364,9 +406,6 @@ def test_the_others_refuse():
     ):
         with pytest.raises(ValueError, match=message):
             ops.route(*arguments)
-    base, *rest = delta_arguments(group())
-    with pytest.raises(ValueError, match="does not fit"):
-        ops.delta(base[:, :5], *rest)
     arguments = list(merge_arguments(group()))
     arguments[7] = torch.ones(3)
     with pytest.raises(ValueError, match="of one token"):

@@ -337,14 +337,14 @@ def group(
 @dtypes
 @pytest.mark.parametrize("num_tokens", [1, 2, 40])
 @pytest.mark.parametrize("value", [*VALUES, None], ids=str)
-def test_linear_and_delta(value, num_tokens, dtype):
+def test_linear_and_deltas(value, num_tokens, dtype):
     """`value` in A, or with None a finite one whose product overflows."""
     g = group(dtype, num_tokens)
 
     def run() -> list[torch.Tensor]:
-        base = torch.ones(num_tokens, 16, dtype=dtype)
-        a, b = g["lora_a"][0], g["lora_b"][0]
-        return [*ops.linear(**g), ops.delta(base, g["x"], g["experts"], g["gates"], a, b, 0.5)]
+        bases = [torch.ones(num_tokens, b.shape[1], dtype=dtype) for b in g["lora_b"]]
+        chosen = [g[k] for k in ("x", "experts", "gates", "lora_a", "lora_b", "scalings")]
+        return [*ops.linear(**g), *ops.deltas(bases, *chosen)]
 
     expected = run()
     for a in g["lora_a"]:
