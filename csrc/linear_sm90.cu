@@ -208,12 +208,11 @@ template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__
 // The time of one round, in arbitrary units. Measured on an H200: 51 to 53 for narrow tiles, which leave less room for a GPU at its
 // power limit; so they have to be clearly faster.
 constexpr int64_t kNarrowTime = 58, kWideTime = 100;
-constexpr int kFewestTokens = 192;  // for fewer a library is faster
 
-template <class E, int kOutputs, bool kShrink> int launch_kernel(const LinearSm90Params &p, int blocks, void *stream) {
-  const auto kernel = linear_sm90_kernel<E, kOutputs, kShrink>;
+template <class E, int kOutputs, bool kShrink> int launch_kernel(const LinearSm90Params &p, int blocks, int device, void *stream) {
+  constexpr auto kernel = linear_sm90_kernel<E, kOutputs, kShrink>;
   constexpr int kBytes = bytes_of(kShrink);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = allow_shared<kernel>(device, kBytes);
   if (error != cudaSuccess) return error;
   return launch<LinearSm90Params>(kernel, dim3(unsigned(blocks)), dim3(kThreads), p, stream, false, kBytes, kCluster);
 }
@@ -258,8 +257,9 @@ template <bool kShrink> int launch_many(LinearSm90Params &p, const ls_group &g, 
   }
   const int blocks = int(pairs < at_once ? pairs : at_once) * kCluster;
   const bool is_bf16 = g.dtype == LS_BFLOAT16;
-  if (wide) return is_bf16 ? launch_kernel<bf16, 256, kShrink>(p, blocks, stream) : launch_kernel<fp16, 256, kShrink>(p, blocks, stream);
-  return is_bf16 ? launch_kernel<bf16, 128, kShrink>(p, blocks, stream) : launch_kernel<fp16, 128, kShrink>(p, blocks, stream);
+  const auto launched = wide ? (is_bf16 ? launch_kernel<bf16, 256, kShrink> : launch_kernel<fp16, 256, kShrink>)
+                             : (is_bf16 ? launch_kernel<bf16, 128, kShrink> : launch_kernel<fp16, 128, kShrink>);
+  return launched(p, blocks, g.device, stream);
 }
 
 int steps_of(const ls_group &g, const ls_item &item) { return (g.num_experts * item.rank + kFeatures - 1) / kFeatures; }
@@ -268,7 +268,6 @@ int steps_of(const ls_group &g, const ls_item &item) { return (g.num_experts * i
 
 bool can_sm90(const ls_group &g) {
   if (g.dtype == LS_FLOAT32 || g.transposed || g.in_features % kUnit || !has_sm90a(g.device)) return false;
-  if (g.tokens < kFewestTokens && !(g.tuning & (LS_TUNING_NARROW | LS_TUNING_WIDE))) return false;
   if (!aligned16(g.x) || !aligned16(g.hidden) || g.tokens > INT32_MAX - kCluster * kTokens) return false;
   for (int i = 0; i < g.n_items; ++i) {
     const ls_item &item = g.items[i];

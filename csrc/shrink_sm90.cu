@@ -152,12 +152,21 @@ template <class E, int kGroups> __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-template <class E> int launch_groups(const ShrinkSm90Params &p, dim3 grid, int groups, void *stream) {
-  constexpr void (*kKernels[kMostGroups])(ShrinkSm90Params) = {shrink_sm90_kernel<E, 1>, shrink_sm90_kernel<E, 2>, shrink_sm90_kernel<E, 3>,
-                                                               shrink_sm90_kernel<E, 4>};
-  const cudaError_t error = cudaFuncSetAttribute(kKernels[groups - 1], cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_of(groups));
+template <class E, int kGroups> int launch_groups(const ShrinkSm90Params &p, dim3 grid, int device, void *stream) {
+  constexpr auto kernel = shrink_sm90_kernel<E, kGroups>;
+  const cudaError_t error = allow_shared<kernel>(device, bytes_of(kGroups));
   if (error != cudaSuccess) return error;
-  return launch<ShrinkSm90Params>(kKernels[groups - 1], grid, dim3(kThreads), p, stream, false, bytes_of(groups), grid.x);
+  return launch<ShrinkSm90Params>(kernel, grid, dim3(kThreads), p, stream, false, bytes_of(kGroups), grid.x);
+}
+
+template <class E> int launch_shares(const ShrinkSm90Params &p, dim3 grid, int groups, int device, void *stream) {
+  static_assert(kMostGroups == 4, "one launch for each");
+  switch (groups) {
+    case 1: return launch_groups<E, 1>(p, grid, device, stream);
+    case 2: return launch_groups<E, 2>(p, grid, device, stream);
+    case 3: return launch_groups<E, 3>(p, grid, device, stream);
+    default: return launch_groups<E, 4>(p, grid, device, stream);
+  }
 }
 
 }  // namespace
@@ -188,7 +197,8 @@ int launch_shrink_few_ranks(GroupParams &params, void *stream) {
   while (shares < kMostShares && shares * 2 <= p.steps && rows * columns * shares * 2 <= multiprocessors(g.device)) shares *= 2;
   if (rows > 65535) return LS_ERROR_ARGUMENT;
   const dim3 grid(shares, unsigned(rows), unsigned(columns));
-  return g.dtype == LS_BFLOAT16 ? launch_groups<bf16>(p, grid, of_block, stream) : launch_groups<fp16>(p, grid, of_block, stream);
+  return g.dtype == LS_BFLOAT16 ? launch_shares<bf16>(p, grid, of_block, g.device, stream)
+                                : launch_shares<fp16>(p, grid, of_block, g.device, stream);
 }
 
 }  // namespace ls

@@ -30,6 +30,11 @@ _ITEMS = [Group.items.offset + i * sizeof(Item) for i in range(MAX_GROUP)]
 _OUTPUTS, _BASES = [at + Item.out.offset for at in _ITEMS], [at + Item.base.offset for at in _ITEMS]
 _MOST_SHAPES = 64  # of inputs, kept for each group
 
+# For fewer tokens, library products take the GPU less time than the kernel for many tokens (docs/kernel_log.md), and the host
+# more: a dozen calls in place of one. So the kernel serves them where everybody waits for the host: nothing is being captured,
+# and the weights are no more than a GPU reads in the time of such calls.
+_FEWER_TOKENS, _FEW_BYTES = 192, 1 << 28
+
 
 @dataclass
 class _Shape:
@@ -38,8 +43,10 @@ class _Shape:
     template: bytes
     outputs: list[tuple[tuple[int, ...], tuple[int, ...]]]  # size and stride of each linear's result
     hidden: int  # elements of scratch
-    aligned: bool = False  # the kernel for it takes only an x whose address is divisible by 16
-    many: Expansion | None = None  # for more tokens than a C call is good for on this GPU
+    aligned: bool = False  # one C call, by a kernel that takes only an x whose address is divisible by 16
+    many: Expansion | None = (
+        None  # library products and a C call: without such a kernel, or where it takes the GPU longer
+    )
 
 
 def launchable(x: Tensor) -> bool:
@@ -178,11 +185,10 @@ class DirectGroup(_Direct):
     def _call(self, x: Tensor, routing: Routing, shape: _Shape) -> list[Tensor] | None:
         if not self._reads(x, routing) or not self.fingerprint.is_current():
             return None
-        if shape.many is not None:
+        fits = not shape.aligned or x.data_ptr() % 16 == 0
+        if shape.many is not None and not (shape.aligned and fits and not torch._C._cuda_isCurrentStreamCapturing()):
             return self._many(x, routing, shape, shape.many)
-        if shape.aligned and x.data_ptr() % 16:
-            return None
-        return self._launch(x, routing, shape)
+        return self._launch(x, routing, shape) if fits else None
 
     def _many(self, x: Tensor, routing: Routing, shape: _Shape, group: Expansion) -> list[Tensor]:
         """One shrink for the whole group; what the experts add, for all of its linears; and their own products on top."""
@@ -206,9 +212,13 @@ class DirectGroup(_Direct):
             return None
         aligned, many = False, None
         if group.tokens > self.few_tokens:
-            aligned = self.packed.path(x, experts) == kernels.SM90_PATH
-            if not aligned:
+            few = group.tokens < _FEWER_TOKENS
+            size = sum(matrix.numel() * matrix.element_size() for matrix in self.matrices)
+            aligned = self.packed.path(x, experts) == kernels.SM90_PATH and not (few and size > _FEW_BYTES)
+            if few or not aligned:
                 many = kernels.expansion(self.lora_b, self.biases, self.scalings, group.top_k)
                 if not (many.expands or many.widens):
-                    return None
+                    many = None
+            if many is None and not aligned:
+                return None
         return self._keep(x, experts, group, aligned, many)

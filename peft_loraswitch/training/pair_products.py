@@ -24,9 +24,9 @@ from torch import Tensor
 from . import pair_kernels
 from .pair_order import PairOrder
 
-# From how many columns of all experts together, E * r, pairs take less time, by the number of experts of a token. Empty, so pairs
-# are not used by themselves, until a GPU has measured what docs/training_log.md computes; the command stands there.
-CROSSOVER: dict[int, int] = {}
+# From how many columns of all experts together, E * r, pairs take less time, by the number of experts of a token: measured on an
+# H200 (docs/training_log.md, recipes/results/train_crossover_h200.json); for three experts between two and four.
+CROSSOVER = {1: 384, 2: 512, 3: 896, 4: 1280}
 LEAST_PAIRS = 32  # an expert, on average: with fewer, tiles are mostly empty
 _forced: bool | None = None
 

@@ -49,7 +49,8 @@ def in_place_of_the_library(library: Any) -> Iterator[None]:
                 mock.patch.object(module, "launchable", lambda x: type(x) is torch.Tensor and x.is_contiguous())
             )
         stack.enter_context(mock.patch.object(capabilities, "kernels_serve", lambda device: True))
-        for name, answer in (("_cuda_getCurrentRawStream", 0), ("_cuda_getDevice", -1)):
+        answers = {"_cuda_getCurrentRawStream": 0, "_cuda_getDevice": -1, "_cuda_isCurrentStreamCapturing": False}
+        for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch._C, name, lambda *_, answer=answer: answer, create=True))
         yield
 

@@ -56,7 +56,7 @@ ROWS = {
     "compiled": ["floor", "lora-16", "fused-8x8"],
     "4bit": ["floor", "lora-16", "dense-8x8", "fused-8x8"],
 }  # fmt: skip
-# Both ways at sizes around the computed crossover, for 2, 1 and 4 experts a token.
+# Both ways at sizes around the crossover, for 2, 1 and 4 experts a token.
 CROSSOVER_SIZES = ["16x16k2", "32x16k2", "48x16k2", "64x16k2", "128x16k2", "8x128k2",
                    "16x16k1", "32x16k1", "64x16k1", "64x16k4", "96x16k4", "128x16k4"]  # fmt: skip
 CROSSOVER_ROWS = ["floor", *(f"{method}-{size}" for size in CROSSOVER_SIZES for method in ("contracted", "pairs"))]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import difflib
 import json
 import os
 import pickle
@@ -31,6 +32,7 @@ from recipes.compose import domains
 from recipes.compose.lab import BEGUN, COLUMNS, notes, read_items, resume, say
 from recipes.compose.settings import SIZES
 
+COST = "cost"  # what --only calls the times
 COST_SECONDS = 75.0  # left at the end for the times, which are taken alone
 SECONDS = "seconds"  # file in the work folder: how long the run took, with those that it went on with
 KEEP_SECONDS = 30.0  # between two writings of the results so far
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _worker(args, out)
         return
     size = "smoke" if args.smoke else "full"
+    _check_tasks(args.only or [], size)
     if args.add is not None:  # before anything is deleted or measured
         earlier_of(args.add, header(out, args, size))
     if args.resume:
@@ -63,19 +66,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.processes:
             processes = [_start(args, out, size, number) for number in range(args.gpus * args.processes)]
-            processes.append(_start(args, out, size, None))
+            if _takes_times(args):
+                processes.append(_start(args, out, size, None))
         _write_items(args, out, size)
         if processes:
-            *workers, last = processes
-            _wait(workers, args.limit - COST_SECONDS, lambda: collect(out, results, args, size))
+            workers = processes[: args.gpus * args.processes]
+            _wait(workers, _tasks_limit(args), lambda: collect(out, results, args, size))
             (out / "alone").touch()
-            _wait([last], args.limit, lambda: None)
+            _wait(processes, args.limit, lambda: None)
         else:
             _work_here(args, out, size)
     finally:
         _stop(processes)
         collect(out, results, args, size)
         (out / SECONDS).write_text(f"{_seconds(out):.1f}")
+
+
+def _takes_times(args: argparse.Namespace) -> bool:
+    return args.only is None or COST in args.only
+
+
+def _tasks_limit(args: argparse.Namespace) -> float:
+    """Seconds after which no task begins any more."""
+    return float(args.limit - (COST_SECONDS if _takes_times(args) else 0.0))
 
 
 def _seconds(out: Path) -> float:
@@ -104,7 +117,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing begins any more")
     parser.add_argument("--commit", help="of the clone, where git is not at hand")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and made-up items, on a CPU")
-    parser.add_argument("--only", nargs="+", metavar="TASK", help="only these tasks (recipes.compose.tasks)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TASK", help=f"only these tasks (recipes.compose.tasks); {COST}: the times"
+    )
     parser.add_argument(
         "--add",
         type=Path,
@@ -125,6 +140,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.processes is None:
         args.processes = 0 if args.smoke else 6
     return args
+
+
+def _check_tasks(only: list[str], size: str) -> None:
+    from recipes.compose.tasks import all_tasks
+
+    known = [task.name for task in all_tasks(SIZES[size])]
+    unknown = [name for name in only if name not in (*known, COST)]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [*known, COST], n=5, cutoff=0.4)
+        raise SystemExit(f"--only: there is no task {', '.join(unknown)}; similar: {', '.join(near) or 'none'}.")
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -151,8 +176,9 @@ def _start(args: argparse.Namespace, out: Path, size: str, number: int | None) -
     """number: of a process that takes up tasks; None: the one that takes times when the others have ended."""
     gpu = 0 if number is None else number % args.gpus
     name = "cost" if number is None else f"gpu{gpu}-{number // args.gpus}"
-    limit = args.limit - COST_SECONDS
-    return subprocess.Popen(_command(args, out, size, name, limit), env=_environment(gpu), start_new_session=True)
+    return subprocess.Popen(
+        _command(args, out, size, name, _tasks_limit(args)), env=_environment(gpu), start_new_session=True
+    )
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], limit: float, keep: Callable[[], None]) -> None:
@@ -197,7 +223,7 @@ def _work_here(args: argparse.Namespace, out: Path, size: str) -> None:
 
     lab = open_lab(str(args.base), size, out, "here")
     work(lab, args.limit, args.only)
-    if args.only is None:
+    if _takes_times(args):
         cost(lab, args.limit)
 
 
@@ -249,8 +275,9 @@ def added(folder: Path, rows: list[list[str]], head: dict[str, Any]) -> tuple[li
     earlier = earlier_of(folder, head)
     with (folder / "compose.csv").open(newline="") as file:
         earlier_rows = list(csv.reader(file))[1:]
-    measured = {tuple(row[:3]) for row in rows}
-    rows = rows + [row for row in earlier_rows if tuple(row[:3]) not in measured]
+    # One by one: several tasks measure the same method, and not all of them need be in this run.
+    measured = {tuple(row[:5]) for row in rows}
+    rows = rows + [row for row in earlier_rows if tuple(row[:5]) not in measured]
     this = {key: head[key] for key in ("date", "commit", "hardware", "command", "seconds")}
     return rows, {
         **head,

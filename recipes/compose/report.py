@@ -179,8 +179,13 @@ def caption(table: Table) -> str:
     return (
         f"Mean exact match over eight domains ({', '.join(domains.EIGHT)}), {settings['test_items']} held-out items each, "
         f"± standard deviation of {len(settings['seeds'])} seeds. {head['base']}, E = 8 LoRAs of rank {settings['rank']}, "
-        f"{head['hardware']} ([`compose.csv`](PATH/compose.csv), made by `python -m recipes.compose`). (g) is ours{BEST}."
+        f"{_hardware(head)} ([`compose.csv`](PATH/compose.csv), made by `python -m recipes.compose`). (g) is ours{BEST}."
     )
+
+
+def _hardware(head: dict[str, Any]) -> str:
+    """Of the run, or of all whose rows stand here."""
+    return " and ".join(dict.fromkeys(run["hardware"] for run in head.get("runs", [head])))
 
 
 # ------------------------------------------------------------------------------------------------------ the full page

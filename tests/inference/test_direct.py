@@ -29,6 +29,7 @@ from fusing import adapted, close, gradients, ids, logits, trainable
 from helpers import tiny_llama
 from int8_linear import launches, quantised
 from peft_loraswitch import kernels
+from peft_loraswitch.inference import eager_launch
 from peft_loraswitch.inference.fuse import adapted_layers
 from peft_loraswitch.routing.decision import Routing
 from recipes.benchmarks import host, stub_library
@@ -259,18 +260,50 @@ def test_many_tokens_take_one_call_where_there_is_a_kernel_for_them(library):
     assert len(library.calls) == 16 and library.expanded == [(3, 50), (1, 50), (2, 50), (1, 50)] * 2
 
 
+def test_fewer_tokens_take_products_of_the_library_where_the_host_does_not_wait(library, monkeypatch):
+    """The kernel takes the GPU longer: in a graph that is all that counts, and with large weights, too."""
+    library.fewest_tokens = 33
+    model = made()
+    expected = {length: logits(model, ids(1, length, "cpu")) for length in (40, 200)}
+    fuse(model)
+    calls = 2 * 4  # groups of two blocks
+
+    def served(length: int) -> tuple[list[int], list[int]]:
+        """tokens of the calls for many tokens; of those beside products of the library"""
+        assert close(logits(model, ids(1, length, "cpu")), expected[length])
+        library.calls.clear()
+        library.expanded.clear()
+        assert close(logits(model, ids(1, length, "cpu")), expected[length])
+        return [tokens for _, tokens in library.calls], [tokens for _, tokens in library.expanded]
+
+    assert served(40) == ([40] * calls, []) and served(200) == ([200] * calls, [])
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
+    assert served(40) == ([], [40] * calls) and served(200) == ([200] * calls, [])
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+    model.unfuse()
+    monkeypatch.setattr(eager_launch, "_FEW_BYTES", 16)
+    fuse(model)
+    assert served(40) == ([], [40] * calls) and served(200) == ([200] * calls, [])
+
+
 def test_many_tokens_at_an_odd_address_take_products_of_the_library(library):
     """The kernel for many tokens would not be taken, but the slowest one."""
-    library.fewest_tokens = 60
+    library.fewest_tokens = 33
     model = made()
     fuse(model)
     logits(model, ids(1, 2, "cpu"))
     leader = adapted_layers(model)[0]
-    x = torch.randn(60 * leader.in_features + 1)
-    routing = Routing(torch.zeros(60, 2, dtype=torch.int64), torch.ones(60, 2), 8)
     group = leader.fused_group.direct
-    assert group(x[:-1].view(60, -1), routing) is not None
-    assert group(x[1:].view(60, -1), routing) is None
+    for tokens in (60, 200):
+        x = torch.randn(tokens * leader.in_features + 1)
+        routing = Routing(torch.zeros(tokens, 2, dtype=torch.int64), torch.ones(tokens, 2), 8)
+        library.calls.clear()
+        assert group(x[:-1].view(tokens, -1), routing) is not None and len(library.calls) == 1
+        odd = group(x[1:].view(tokens, -1), routing)
+        assert (odd is None) == (tokens == 200) and len(library.calls) == 1
+        if odd is not None:
+            even = group(x[1:].clone().view(tokens, -1), routing)
+            assert all(close(one, other) for one, other in zip(odd, even, strict=True))
 
 
 def weights_streamed(model: nn.Module) -> None:

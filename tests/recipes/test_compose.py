@@ -276,7 +276,7 @@ def test_rows_are_added_to_those_of_an_earlier_run(tmp_path: Path) -> None:
     now = [["v", "a", "0", "x", "loss", "2", "0"], ["v", "a", "1", "x", "loss", "3", "0"]]
     rows, found = compose.added(tmp_path, now, head)
     assert sorted((row[0], row[2], row[3], row[5]) for row in rows) == [
-        ("u", "0", "x", "1"), ("u", "0", "y", "1"), ("v", "0", "x", "2"), ("v", "1", "x", "3"),
+        ("u", "0", "x", "1"), ("u", "0", "y", "1"), ("v", "0", "x", "2"), ("v", "0", "y", "1"), ("v", "1", "x", "3"),
     ]  # fmt: skip
     assert found["left_out"] == ["late"] and found["tuned"] == {"old": 1, "new": 1}
     assert [run["commit"] for run in found["runs"]] == ["a", "b"]
@@ -284,6 +284,20 @@ def test_rows_are_added_to_those_of_an_earlier_run(tmp_path: Path) -> None:
         compose.added(tmp_path, now, {**head, "settings": asdict(SIZES["smoke"])})
     with pytest.raises(SystemExit, match="other settings"):  # before anything is made
         compose.main(["--smoke", "--out", str(tmp_path / "out"), "--add", str(tmp_path)])
+
+
+def test_a_part_of_the_measurement(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the tasks that are named, and what they need; times only if they are named."""
+    with pytest.raises(SystemExit, match="no task oracl-seed0; similar: oracle-seed0"):
+        compose.main(["--smoke", "--out", str(tmp_path / "out"), "--only", "oracl-seed0"])
+    assert not (tmp_path / "out").exists()
+    for only, expected in ((["base"], 100.0), (["base", "cost"], 25.0)):
+        args = compose._arguments(["--base", "y", "--limit", "100", "--only", *only])
+        assert compose._tasks_limit(args) == expected
+    run: list[str] = []
+    monkeypatch.setattr(work, "_run", lambda _, task: (run.append(task.name), (tmp_path / "done" / task.name).touch()))
+    work.work(replace(lab, out=tmp_path), 1e9, ["oracle-seed0", "cost"])
+    assert sorted(run) == ["experts-0-seed0", "experts-1-seed0", "oracle-seed0"]
 
 
 @pytest.mark.slow

@@ -330,11 +330,7 @@ def test_when_pairs_pay(monkeypatch):
     """By E * r, for the number of experts of a token, on a GPU whose kernels work, with enough tokens."""
     gpu, half = torch.device("cuda", 0), torch.bfloat16
     monkeypatch.setattr(pair_kernels, "usable", lambda device, dtype, rank: dtype == half and rank <= 128)
-    assert not pair_products.CROSSOVER and not pair_products.pays(
-        gpu, half, 4096, 2, 256, [16]
-    )  # until it has been measured
-    monkeypatch.setattr(pair_products, "CROSSOVER", crossover := {1: 384, 2: 768})
-    for slots, least in crossover.items():
+    for slots, least in pair_products.CROSSOVER.items():
         experts = least // 16
         assert pair_products.pays(gpu, half, 4096, slots, experts, [16])
         assert not pair_products.pays(gpu, half, 4096, slots, experts - 1, [16])
