@@ -122,7 +122,10 @@ class FusedLinear(LoRASwitchLinear):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self.fusing.merging is not None:
             self.fusing.merging.put_back()
+        before = [weight.dtype for weight in self.loraswitch_A.parameters()]
         result = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if [weight.dtype for weight in self.loraswitch_A.parameters()] != before:
+            self.fusing.seen = None  # a model that is cast has other inputs, too
         resolve(self)
         return result
 

@@ -271,6 +271,21 @@ def test_experts_of_another_dtype_than_the_activations_are_served_from_casts(nam
     assert close(after.float(), logits(model, tokens).float(), 4e-2) and not close(before.float(), after.float(), 0.2)
 
 
+def test_a_model_that_is_cast_while_fused_stays_fused():
+    model = made()
+    model.fuse_for_inference("fused")
+    tokens = ids(1, 3, "cpu")
+    logits(model, tokens)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        with launches() as of:
+            fused = logits(model, tokens)
+        assert fused.dtype == dtype and [one for one in of if one[0] != "route"] == A_LAYER * LAYERS
+        model.unfuse()
+        assert close(fused.float(), logits(model, tokens).float(), 4e-2)
+        model.fuse_for_inference("fused")
+
+
 def test_a_model_whose_activations_are_not_known_is_served_all_the_same():
     """Its forward of one token fails, so no linears are grouped, and experts of another dtype go unfused."""
     model, tokens = in_float32(made(dtype=torch.bfloat16)), ids(1, 3, "cpu")
