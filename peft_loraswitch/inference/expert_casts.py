@@ -1,4 +1,5 @@
-"""Experts in the dtype of the base weight, for those whose own is another (PEFT keeps adapters of 16-bit models in float32)."""
+"""Experts in the dtype that the ops take them in, for those whose own is another (PEFT keeps adapters of 16-bit models in
+float32)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 
 from ..fingerprint import Fingerprint
 from ..layer import LoRASwitchLinear
+from ..ops import FLOATS
 from .capabilities import base_of, facts_of
 from .counted_writes import count_writes, is_counted
 
@@ -23,16 +25,32 @@ class Casts:
     fingerprint: Fingerprint
 
 
-def current_casts(layer: LoRASwitchLinear, casts: dict[str, Casts], adapter: str) -> Casts | None:
-    """The experts of `adapter` in the dtype of the base weight, brought up to date in place, where compiled code reads them;
+def served_dtype(layer: LoRASwitchLinear, adapter: str, seen: torch.dtype | None) -> torch.dtype:
+    """The dtype in which the ops take the experts: of the base weight, or where they do not read that, of its input.
+
+    Args:
+        seen: that of an input that the layer has had; None: it is not known, and experts keep their own.
+    """
+    if facts_of(layer).plain:
+        weight: torch.Tensor = base_of(layer).weight
+        return weight.dtype
+    own: torch.Tensor = layer.loraswitch_A[adapter].weight
+    return seen if seen in FLOATS else own.dtype
+
+
+def current_casts(
+    layer: LoRASwitchLinear, casts: dict[str, Casts], adapter: str, seen: torch.dtype | None
+) -> Casts | None:
+    """The experts of `adapter` in the dtype that the ops take, brought up to date in place, where compiled code reads them;
     None if they have that dtype themselves.
 
     Args:
         casts: those that the layer has, by adapter; kept up to date, too.
+        seen: as in `served_dtype`.
     """
     experts_a, experts_b = layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]
     a, b = experts_a.weight, experts_b.weight
-    dtype = base_of(layer).weight.dtype if facts_of(layer).plain else a.dtype
+    dtype = served_dtype(layer, adapter, seen)
     if a.dtype == dtype:
         casts.pop(adapter, None)
         return None

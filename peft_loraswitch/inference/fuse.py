@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
+import torch
 from torch import nn
 
 from .. import kernels
@@ -124,7 +125,7 @@ def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
     try:
         merging = MergedWeights(model, in_place) if strategy == "merge" else None
         groups = watch.groups()
-        _put_on_all(layers, groups, merging)
+        _put_on_all(layers, groups, merging, watch.dtypes())
         layers[0].routing_state.fused = True
         names = [[layer.name for layer in group] for group in groups]
         return Fusion(model, "merge" if merging else "fused", reason, names)
@@ -135,15 +136,16 @@ def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
 
 
 def _put_on_all(
-    layers: list[LoRASwitchLinear], groups: list[list[LoRASwitchLinear]], merging: MergedWeights | None
-) -> None:
+    layers: list[LoRASwitchLinear], groups: list[list[LoRASwitchLinear]], merging: MergedWeights | None,
+    seen: dict[int, torch.dtype],
+) -> None:  # fmt: skip
     kinds: dict[int, type[FusedLinear]] = {id(layer): FusedMerged if merging else FusedLeader for layer in layers}
     together = [] if merging else groups
     for group in together:
         kinds |= {id(layer): FusedFollower for layer in group[1:]}
     layers[0].routing_state.key = next(_keys)  # frames that other threads have left under an old one are not found
     for layer in layers:
-        put_on(layer, kinds[id(layer)], merging)
+        put_on(layer, kinds[id(layer)], merging, seen.get(id(layer)))
     for first, *others in together:
         first.fusing.members += others  # type: ignore[union-attr, operator]
         for other in others:

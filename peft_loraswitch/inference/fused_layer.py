@@ -28,9 +28,9 @@ from torch import Tensor
 from ..layer import LoRASwitchLinear
 from ..routing.frame import current
 from ..tensor_parallel import is_split
-from .capabilities import BaseFacts, base_of, facts_of
+from .capabilities import BaseFacts, base_of, device_of, facts_of
 from .counted_writes import count_as_before
-from .expert_casts import Casts, current_casts
+from .expert_casts import Casts, current_casts, served_dtype
 from .fused_group import FusedGroup
 from .group_outputs import compute
 from .live_linear import live_linear
@@ -50,13 +50,16 @@ class Fusing:
         members: the layers that this one computes for, itself first; for a layer that another computes for, itself.
         leader: the layer that computes for this one (perhaps itself).
         merging: the merged weights of strategy "merge", else None.
-        casts: by adapter, the experts in the dtype of the base weight, if theirs is another.
+        casts: by adapter, the experts in the dtype in which they are served, if theirs is another.
+        seen: dtype of the input that the layer had when its model was fused; None: it had none.
     """
 
-    def __init__(self, layer: LoRASwitchLinear, merging: MergedWeights | None = None) -> None:
+    def __init__(
+        self, layer: LoRASwitchLinear, merging: MergedWeights | None = None, seen: torch.dtype | None = None
+    ) -> None:
         self.members: list[Any] = [layer]
         self.leader: Any = layer
-        self.merging = merging
+        self.merging, self.seen = merging, seen
         self.casts: dict[str, Casts] = {}
         self.handles: list[Any] = []
 
@@ -119,7 +122,10 @@ class FusedLinear(LoRASwitchLinear):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self.fusing.merging is not None:
             self.fusing.merging.put_back()
+        before = [weight.dtype for weight in self.loraswitch_A.parameters()]
         result = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if [weight.dtype for weight in self.loraswitch_A.parameters()] != before:
+            self.fusing.seen = None  # a model that is cast has other inputs, too
         resolve(self)
         return result
 
@@ -214,13 +220,16 @@ def _one(active: str | list[str]) -> str | None:
 # --------------------------------------------------------------------------------------------- on, off, and up to date
 
 
-def put_on(layer: LoRASwitchLinear, kind: type[FusedLinear], merging: MergedWeights | None = None) -> None:
+def put_on(
+    layer: LoRASwitchLinear, kind: type[FusedLinear], merging: MergedWeights | None = None,
+    seen: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """Make `layer` a fused one; `resolve()` has to follow."""
     if type(layer) is not LoRASwitchLinear:
         raise ValueError(f"'{layer.name}' is a {type(layer).__name__}: only a LoRASwitchLinear itself can be fused.")
     # The class comes last: a forward in another thread finds all that it looks at.
     layer.__dict__.update(fused_groups={}, fused_group=None, fused_adapter=None, fused_slot=next(_slots))
-    layer.__dict__["fusing"] = Fusing(layer, merging)
+    layer.__dict__["fusing"] = Fusing(layer, merging, seen)
     layer.__dict__["fusing"].watch(layer)
     layer.__class__ = kind
     _rewrap(layer)
@@ -265,7 +274,7 @@ def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
     for adapter in layer.loraswitch_A:
         together = [m for m in members if m is layer or _same_launch(m, layer, adapter, facts)]
         before = layer.fused_groups.get(adapter)
-        live = [live_linear(member, adapter, member.fusing.casts) for member in together]
+        live = [live_linear(member, adapter, member.fusing.casts, member.fusing.seen) for member in together]
         groups[adapter] = FusedGroup(live, adapter, facts, None if before is None else before.number)
         for experts in (layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]):
             experts.replaced = layer.resolve_experts
@@ -286,7 +295,7 @@ def invalidate(layer: FusedLinear, merged: bool = True) -> None:
     if merged and layer.fusing.merging is not None:
         layer.fusing.merging.fingerprint.invalidate()
     for adapter in layer.loraswitch_A:
-        current_casts(layer, layer.fusing.casts, adapter)
+        current_casts(layer, layer.fusing.casts, adapter, layer.fusing.seen)
     if not all(group.fingerprint.is_current() for group in layer.fused_groups.values()):
         resolve(layer)
 
@@ -311,12 +320,12 @@ def _same_launch(member: FusedLinear, leader: FusedLinear, adapter: str, facts: 
         return False
     if facts.hooked or facts_of(member) != facts:
         return False
-    return _kind(member, adapter, facts.plain) == _kind(leader, adapter, facts.plain)
+    return _kind(member, adapter) == _kind(leader, adapter)
 
 
-def _kind(layer: FusedLinear, adapter: str, plain: bool) -> tuple[Any, ...]:
+def _kind(layer: FusedLinear, adapter: str) -> tuple[Any, ...]:
     """What the linears of a group have in common: dtype and device of the tensors that the ops read, and whether several
     processes share the base layer."""
     base = base_of(layer)
-    weight = base.weight if plain else layer.loraswitch_A[adapter].weight
-    return weight.dtype, weight.device, is_split(base)
+    dtype = served_dtype(layer, adapter, layer.fusing.seen)
+    return dtype, device_of(base), layer.loraswitch_A[adapter].weight.device, is_split(base)

@@ -70,7 +70,7 @@ def _hidden(rows: Tensor, routing: Routing, lora_a: list[Tensor], scalings: list
 def _beside_base(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
     """The base layers' own forwards (quantised, hooked), one after the other, and what all their experts add."""
     base_layers, (lora_a, lora_b, scalings) = group.base_layers(), group.experts()
-    # No casts any more, since the base layer is not plain any more; or several processes share one.
+    # Casts of another dtype than before, since the base layer is not plain any more; or several processes share one.
     if lora_a[0].dtype != x.dtype or any(is_split(base) for base in base_layers):
         return LoRASwitchLinear.forward(layer, x)
     bases = [base_layer(x) for base_layer in base_layers]

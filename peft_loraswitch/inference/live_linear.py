@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from ..fingerprint import Fingerprint, Parameters
 from ..layer import LoRASwitchLinear
 from .capabilities import base_of
@@ -35,8 +37,11 @@ class LiveLinear(NamedTuple):
         return bool(self.hooks or self.pre_hooks)
 
 
-def live_linear(layer: LoRASwitchLinear, adapter: str, casts_of_layer: dict[str, Casts]) -> LiveLinear:
-    base, casts = base_of(layer), current_casts(layer, casts_of_layer, adapter)
+def live_linear(
+    layer: LoRASwitchLinear, adapter: str, casts_of_layer: dict[str, Casts], seen: torch.dtype | None
+) -> LiveLinear:
+    """`seen`: as in `served_dtype`."""
+    base, casts = base_of(layer), current_casts(layer, casts_of_layer, adapter, seen)
     a = layer.loraswitch_A[adapter]._parameters if casts is None else casts.a
     b = layer.loraswitch_B[adapter]._parameters if casts is None else casts.b
     return LiveLinear(layer, base._parameters, a, b, casts, layer.scaling, base._forward_hooks, base._forward_pre_hooks)

@@ -45,6 +45,10 @@ class Watch:
             self.stop()
         return self._by_tensor()
 
+    def dtypes(self) -> dict[int, torch.dtype]:
+        """By id of each layer that ran, that of its input."""
+        return {id(layer): x.dtype for layer, x in self.seen}
+
     def _see(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self.seen.append((layer, args[0]))  # type: ignore[arg-type]
 

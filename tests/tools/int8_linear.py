@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_loraswitch.inference import eager_launch
 from peft_loraswitch.inference.fuse import adapted_layers
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,5 +62,14 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def launches() -> Iterator[list[tuple[str, int]]]:
-    with Launches() as mode:
+    """Name and number of linears of each op of this package that is called within it, and of each call of the kernels that
+    eager code makes in an op's place."""
+    launch = eager_launch._Direct._launch
+
+    def noted(self: Any, x: Any, routing: Any, shape: Any, bases: Any = ()) -> Any:
+        results = launch(self, x, routing, shape, bases)
+        mode.of.append(("deltas" if bases else "linear", len(results)))
+        return results
+
+    with Launches() as mode, mock.patch.object(eager_launch._Direct, "_launch", noted):
         yield mode.of
