@@ -90,7 +90,7 @@ def test_other_models_stand_side_by_side(result):
     assert table[0] == "| fused over backbone | Mistral-7B |" and any(
         "prefill of 2,048 tokens, r = 64" in line for line in table
     )
-    assert "Shortened: Mistral-7B with 8 of 32 layers." in report.section(result, SOURCE, {})
+    assert "Shortened: Mistral-7B with 8 of 32 layers." in report.section(result, SOURCE, {}, {})
     assert not report.models_table(result, ["qwen3-0.6b"])
 
 
@@ -141,3 +141,23 @@ def test_markers_that_are_missing_or_swapped_are_named():
     for text in ("no markers", report.END + report.BEGIN, 2 * (report.BEGIN + report.END)):
         with pytest.raises(SystemExit, match="^a.md needs the lines"):
             report.between_markers("a.md", text, "table")
+
+
+def test_parts_have_a_line_for_each_row_and_the_later_file_counts():
+    row = {
+        "model": report.FIRST, "method": "fused", "rank": 8, "mode": "graph", "batch": 1, "tokens": 1, "backbone": "nf4",
+        "ms": 2.2, "backbone_ms": 2.0, "ratio": 1.1,
+    }  # fmt: skip
+    others = [
+        {**row, "mode": "compiled", "ms": 1.04, "backbone_ms": 1.0, "ratio": 1.04},
+        {**row, "mode": "compiled", "batch": 64, "backbone": "bf16", "ratio": 1.07, "over_faster": 1.09},
+    ]
+    first = {"header": {"commit": "a"}, "rows": [row, *others]}
+    later = {"header": {"commit": "b"}, "rows": [{**others[0], "ms": 1.06, "ratio": 1.06}]}
+    table = report.parts_table({"x": first, "y": later})
+    assert table[2:] == [
+        "| nf4 | graph, batch 1, r = 8 | 2.00 ms | **1.100** |  | a |",
+        "| nf4 | compiled, batch 1, r = 8 | 1.00 ms | **1.060** | 1.05, missed | b |",
+        "| bf16 | compiled, batch 64, r = 8 | 2.00 ms | **1.090** | 1.06, missed | a |",
+    ]
+    assert report.parts_table({}) == []

@@ -22,6 +22,7 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 SOURCE = "recipes/results/decode_h200.json"
 OTHER_GPUS = ("recipes/results/decode_h100.json",)
+PARTS = ("recipes/results/decode_h200_parts_aaa3520.json",)  # of `--only`; where two have a row, the later one counts
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
     "mistral-7b": "Mistral-7B",
@@ -316,13 +317,48 @@ def summary(result: Result, source: str) -> str:
     )
 
 
-def section(result: Result, source: str, others: dict[str, Result]) -> str:
-    """What stands between the markers of the benchmarks' README: all rows, the other models, and runs on other GPUs."""
+def described(row: Row) -> str:
+    """What a row measures, its time apart."""
+    mode = f"{row['mode']}, batch {row['batch']}" if row["mode"] != "prefill" else f"prefill of {row['tokens']} tokens"
+    adapter = adapter_of(row)
+    kind = "" if adapter == usual_adapter(row["method"]) else f",{adapter}"
+    return f"{row.get('backbone', 'bf16')} | {mode}, r = {row['rank']}{kind}"
+
+
+def parts_table(parts: dict[str, Result]) -> list[str]:
+    """What `--only` has measured: a line for each fused row of the first model, with the bar that speaks of it alone."""
+    bars = {
+        id(row): bar.bar
+        for part in parts.values()
+        for bar in BARS
+        if bar.field == "ratio"
+        for row in of_bar(part, FIRST, bar)
+        if len(bar.modes) == 1 or row is min(of_bar(part, FIRST, bar), key=lambda row: row["ms"])
+    }
+    lines = {}
+    for part in parts.values():
+        for row in part["rows"]:
+            if row["model"] == FIRST and row["method"] == "fused" and row["ratio"]:
+                bar = bars.get(id(row))
+                value = row.get("over_faster", row["ratio"])
+                asked = "" if bar is None else f"{bar:.2f}, {'met' if value <= bar else 'missed'}"
+                cells = f"{row['backbone_ms']:.2f} ms | **{value:.3f}** | {asked} | {part['header']['commit']}"
+                lines[described(row)] = f"| {described(row)} | {cells} |"
+    if not lines:
+        return []
+    return ["| weights | | backbone | **fused over it** | bar | commit |", "|---" * 6 + "|", *lines.values()]
+
+
+def section(result: Result, source: str, others: dict[str, Result], parts: dict[str, Result]) -> str:
+    """What stands between the markers of the benchmarks' README: all rows, the other models, parts, and runs on other GPUs."""
     picture = link(Path(source).with_suffix(".png").as_posix(), FULL)
     text = [*caption(result, source, FULL), "", *model_table(result, FIRST), ""]
     text += [f"![Decode step over the unadapted backbone's, by method]({picture})", ""]
     if models := models_table(result, [model for model in SHAPES if model != FIRST]):
         text += [*models, ""]
+    if table := parts_table(parts):
+        files = ", ".join(f"[`{path}`]({link(path, FULL)})" for path in parts)
+        text += [f"Parts, by `--only`, on one {next(iter(parts.values()))['header']['gpu']} ({files}):", "", *table, ""]
     text += [f"- {fact}" for fact in facts(result)]
     text += [f"- {other_gpu(other, path)}" for path, other in others.items()]
     return "\n".join(text).strip()
@@ -400,7 +436,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     result = json.loads((ROOT / args.source).read_text())
     others = {path: json.loads((ROOT / path).read_text()) for path in OTHER_GPUS if (ROOT / path).exists()}
-    tables = {SUMMARY: summary(result, args.source), FULL: section(result, args.source, others)}
+    parts = {path: json.loads((ROOT / path).read_text()) for path in PARTS if (ROOT / path).exists()}
+    tables = {SUMMARY: summary(result, args.source), FULL: section(result, args.source, others, parts)}
     old = {document: (ROOT / document).read_text() for document in tables}
     new = {document: between_markers(document, old[document], table) for document, table in tables.items()}
     if args.check:
