@@ -11,7 +11,7 @@ float32 and back, sums of two results, copies. So there is none here:
 - gates, scaling and mask are one launch each way (`gate_hidden.py`);
 - of many experts each token's own alone are multiplied, where that takes less time (`group_pairs.py`);
 - for backward it keeps its input (only if A trains), the hidden, [tokens, E * r], from which the gated hidden is made again, and
-  the weights as it has cast them.
+  the weights as it has cast them; a checkpointed block keeps these for both of its runs (`KeptCasts`).
 
 Base layers that it cannot compute itself (quantised, with hooks, trained) give it their results, and get their own gradient.
 
@@ -27,6 +27,7 @@ function that computes nothing keeps it for the other one, and comes first.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from . import group_pairs
 from .gate_hidden import gate, gate_backward
-from .group_layout import Packed, Spec
+from .group_layout import Casts, KeptCasts, Spec
 from .pair_order import PairOrder
 
 
@@ -50,6 +51,7 @@ def run(
     base: Sequence[Tensor],
     biases: Sequence[Tensor | None] = (),
     order: PairOrder | None = None,
+    kept: tuple[KeptCasts, Any] | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs [..., out] of each linear, for x [..., in].
 
@@ -59,8 +61,9 @@ def run(
         base: the base layers' weights, which ask for no gradient, or their results if `spec.given`.
         biases: of the base layers, unless `spec.given`.
         order: of the tokens' pairs, with `spec.slots`.
+        kept: where the cast weights are kept, and by what key; None: with what backward needs.
     """
-    call, token = _Call(spec, base, biases, order), None
+    call, token = _Call(spec, base, biases, order, kept), None
     if spec.last and torch.is_grad_enabled():
         trains = [each.requires_grad for each in (x, gates, *a, *b)]
         if any(trains):
@@ -78,9 +81,14 @@ class _Call:
     """What the steps of a forward hand to each other. `base` and `biases` as in `run`."""
 
     def __init__(
-        self, spec: Spec, base: Sequence[Tensor], biases: Sequence[Tensor | None], order: PairOrder | None
+        self,
+        spec: Spec,
+        base: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        order: PairOrder | None,
+        kept: tuple[KeptCasts, Any] | None,
     ) -> None:
-        self.spec, self.base, self.biases, self.order = spec, base, biases, order
+        self.spec, self.base, self.biases, self.order, self.kept = spec, base, biases, order, kept
         self.keeper: Any = None  # the context of `_Keep`
         self.gated: Tensor | None = None  # by pairs: not yet
 
@@ -96,16 +104,15 @@ class _Call:
         """Everything up to the gated hidden, and what is kept of it."""
         spec = self.spec
         self.rows = rows = _rows(x, spec.dtype)
-        self.packed = packed = Packed(rows.shape[0], a, b, spec)
-        packed.write(a, b)
+        self.casts = casts = Casts(a, b, spec) if self.kept is None else self.kept[0].get(self.kept[1], a, b, spec)
         if self.order is not None:
-            self.gated = group_pairs.write_hidden(rows, packed, a, spec, self.order)
+            hidden = self.gated = group_pairs.hidden_of(rows, casts, a, spec, self.order)
         else:
-            hidden = _hidden(rows, packed, a, spec)
+            hidden = _hidden(rows, casts, a, spec)
             self.gated = gate(hidden, _by_token(gates), None if chosen is None else _by_token(chosen), spec.columns)
         same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
-        kept = (rows if not same else None, x if same else None) if keep_x else (None, None)
-        self.kept = (*kept, packed.memory)
+        inputs = (rows if not same else None, x if same else None) if keep_x else (None, None)
+        self.saved = (*inputs, hidden, casts.memory if self.kept is None else None)
 
 
 class _Keep(torch.autograd.Function):
@@ -114,7 +121,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, call: _Call) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*call.kept)
+        ctx.save_for_backward(*call.saved)
         call.keeper = ctx
         return anchor.new_empty(0)
 
@@ -152,7 +159,7 @@ class _Group(torch.autograd.Function):
                 places = outputs if len(lead) == 1 else [y.view(-1, y.shape[-1]) for y in outputs]
                 if call.order is not None:
                     gate_rows = group_pairs.side_by_side(_by_token(gates))
-                    group_pairs.write_up(places, gated, gate_rows, call.packed, spec, call.order, call.biases)
+                    group_pairs.write_up(places, gated, gate_rows, call.casts, spec, call.order, call.biases)
                 else:
                     _write_up(places, gated, call)
                 for place, weight in zip(places, call.base, strict=True):
@@ -161,9 +168,10 @@ class _Group(torch.autograd.Function):
         # What lies outside of the function is referred to where it is. In a checkpointed block, that is all: keeping would
         # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
         ctx.outside, ctx.keeper = (gates, chosen, a, b, () if spec.given else call.base), call.keeper
+        ctx.kept = None if call.kept is None else (weakref.ref(call.kept[0]), call.kept[1])
         if call.keeper is None:
             watched = () if spec.checkpointed else (gates, chosen, *a, *b, *ctx.outside[4])
-            ctx.save_for_backward(*call.kept, *watched)
+            ctx.save_for_backward(*call.saved, *watched)
         return tuple(outputs)
 
     @staticmethod
@@ -174,7 +182,7 @@ class _Group(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             return _backward_to_differentiate(ctx, d_outputs)
-        rows, x, memory = (ctx.keeper or ctx).saved_tensors[:3]
+        rows, x, hidden, memory = (ctx.keeper or ctx).saved_tensors[:4]
         gates, chosen, a, b, base = ctx.outside
         _, _, x_needed, gates_needed, _, *needed = ctx.needs_input_grad
         a_needed, b_needed = needed[:n], needed[n : 2 * n]
@@ -185,20 +193,19 @@ class _Group(torch.autograd.Function):
             if x is not None:
                 rows = _by_token(x)
             d_rows = [None if d is None else _rows(d, spec.dtype) for d in d_outputs]
-            packed = Packed(present[0].numel() // present[0].shape[-1], a, b, spec, memory)
+            block = None if ctx.kept is None else ctx.kept[0]()
+            casts = Casts(a, b, spec, memory) if block is None else block.get(ctx.kept[1], a, b, spec)
             order: PairOrder | None = ctx.order
             gate_rows = group_pairs.side_by_side(_by_token(gates)) if order else _by_token(gates)
             d_gate_rows: Tensor | None
             gated: Tensor | None
             if order is not None:
                 gated = None
-                d_hidden, d_gate_rows = group_pairs.hidden_backward(
-                    d_rows, packed.hidden(), gate_rows, packed, spec, order
-                )
+                d_hidden, d_gate_rows = group_pairs.hidden_backward(d_rows, hidden, gate_rows, casts, spec, order)
             else:
                 d_hidden, d_gate_rows, gated = gate_backward(
-                    _d_gated(d_rows, packed.wide_b(), spec),
-                    packed.hidden(),
+                    _d_gated(d_rows, casts.wide_b(), spec),
+                    hidden,
                     gate_rows,
                     None if chosen is None else _by_token(chosen),
                     spec.columns,
@@ -210,16 +217,16 @@ class _Group(torch.autograd.Function):
                 d_gates = d_gates if gates.dim() == 2 else d_gates.reshape(gates.shape)
             if x_needed:
                 if order is not None:
-                    d_x = group_pairs.d_input(d_hidden, packed, a, spec, order, gate_rows.shape[0])
+                    d_x = group_pairs.d_input(d_hidden, casts, a, spec, order, gate_rows.shape[0])
                 else:
-                    d_x = _d_input(d_hidden, packed.wide_a(a), spec)
+                    d_x = _d_input(d_hidden, casts.wide_a(a), spec)
                 _add_base(d_x, d_rows, base, spec)
                 if d_x.dtype != ctx.x_dtype:
                     d_x = d_x.to(ctx.x_dtype)
                 d_x = d_x.view(ctx.x_shape)
             if order is not None:
                 if any(b_needed):
-                    d_b = group_pairs.d_b(d_rows, packed.hidden(), gate_rows, b, b_needed, spec, order)
+                    d_b = group_pairs.d_b(d_rows, hidden, gate_rows, b, b_needed, spec, order)
                 if any(a_needed):
                     whole = group_pairs.d_a(d_hidden, rows, a, spec, order)
                     d_a = [each if need else None for each, need in zip(whole, a_needed, strict=True)]
@@ -297,8 +304,8 @@ def _parts(each: Tensor, spec: Spec) -> Sequence[Tensor]:
     return (each,) if spec.size == 1 else each.split_with_sizes(spec.widths, -1)
 
 
-def _hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec) -> Tensor:
-    hidden, wide_a = packed.hidden(), packed.wide_a(a)
+def _hidden(rows: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec) -> Tensor:
+    hidden, wide_a = rows.new_empty(rows.shape[0], spec.width), casts.wide_a(a)
     places = (hidden,) if len(wide_a) == 1 else _parts(hidden, spec)
     for place, each in zip(places, wide_a, strict=True):
         torch.mm(rows, each.t(), out=place)
@@ -308,7 +315,7 @@ def _hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec) -> Te
 def _write_up(places: Sequence[Tensor], gated: Tensor, call: _Call) -> None:
     """gated [T, N] -> [T, out] of each linear, with its bias, in its place."""
     # Into given places: `F.linear` folds and unfolds, which takes the host longer than the product.
-    for place, part, up, bias in zip(places, _parts(gated, call.spec), call.packed.up(), call.biases, strict=True):
+    for place, part, up, bias in zip(places, _parts(gated, call.spec), call.casts.up(), call.biases, strict=True):
         if bias is None:
             torch.mm(part, up, out=place)
         else:
@@ -330,10 +337,10 @@ def _added(ctx: Any, results: Sequence[Tensor], gated: Tensor, gates: Tensor, ca
                 y = result.clone(memory_format=torch.contiguous_format)
             outputs.append(y)
         flat = [y.view(-1, y.shape[-1]) for y in outputs]
-        group_pairs.add_up(flat, gated, group_pairs.side_by_side(_by_token(gates)), call.packed, spec, call.order)
+        group_pairs.add_up(flat, gated, group_pairs.side_by_side(_by_token(gates)), call.casts, spec, call.order)
         ctx.mark_dirty(*dirty)
         return [y if y.dtype == r.dtype else r + y.to(r.dtype) for r, y in zip(results, outputs, strict=True)]
-    for result, part, up, in_place in zip(results, _parts(gated, spec), call.packed.up(), spec.in_place, strict=True):
+    for result, part, up, in_place in zip(results, _parts(gated, spec), call.casts.up(), spec.in_place, strict=True):
         if result.dtype != spec.dtype:
             outputs.append(result + (part @ up).to(result.dtype).view(result.shape))
         elif in_place and result.is_contiguous():

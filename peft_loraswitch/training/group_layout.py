@@ -1,15 +1,20 @@
-"""What a call of the fused training path is (`Spec`), and how what it makes and keeps lies in memory (`Packed`)."""
+"""What a call of the fused training path is (`Spec`), and how the weights that it has cast lie in memory (`Casts`)."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .gate_hidden import Columns, runs
+
+# What a checkpointed block's first run keeps for its second, at most, of one group of linears. In an 8B model the largest group
+# is gate_proj and up_proj: 4.5 MiB at E * r = 64. All groups together: 2 bytes for each number in A and B, 320 MiB there.
+KEPT_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,9 @@ class Spec:
         return [each.stop - each.start for each in self.columns]
 
     @functools.cached_property
-    def layouts(self) -> dict[int, Layout]:
-        """By number of tokens."""
-        return {}
+    def layouts(self) -> list[Layout]:
+        """One, once a call has shown the shapes of the weights."""
+        return []
 
     @functools.cached_property
     def width(self) -> int:
@@ -61,37 +66,36 @@ class Spec:
 
 
 class Layout:
-    """Where in `Packed` something begins. Made once for a number of tokens.
+    """Where in `Casts` something begins.
 
     Attributes:
         holds_a: on a CPU, A stays where it is if its dtype is that of the products: copying costs more than the products that it
             joins.
-        end: the size of all.
+        end: the size of all; `bytes`: in bytes.
     """
 
-    def __init__(self, tokens: int, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> None:
+    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> None:
         self.width, self.features = spec.width, a[0].shape[-1]
-        self.hidden = (tokens * max(spec.slots, 1), sum(spec.hidden_widths))
         self.holds_a = len(a) > 1 and a[0].is_cuda or any(each.dtype != spec.dtype for each in a)
-        self.start_a = _aligned(self.hidden[0] * self.hidden[1])
-        end = self.start_a + _aligned(spec.width * self.features if self.holds_a else 0)
+        end = _aligned(spec.width * self.features if self.holds_a else 0)
         self.places_a, self.places_b, self.wide_b, self.up = [], [], [], []  # size, strides, start
         self.pair_a: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         self.pair_b: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         for columns, width, up in zip(spec.columns, spec.widths, b, strict=True):
             experts, out, rank = up.shape
             size, strides = (experts, rank, self.features), (rank * self.features, self.features, 1)
-            self.places_a.append((size, strides, self.start_a + columns.start * self.features))
+            if self.holds_a:
+                self.places_a.append((size, strides, columns.start * self.features))
             self.places_b.append(((experts, out, rank), (rank, width, 1), end))
             self.wide_b.append(((out, width), (width, 1), end))
             self.up.append(((width, out), (1, width), end))
             self.pair_b.append(((1, experts, rank, out), (out * width, rank, 1, width), end))
             end += _aligned(out * width)
-        self.end = end
+        self.end, self.bytes = end, end * spec.dtype.itemsize
         for first, count in runs(spec.columns):
             alike = (count, first.experts, first.rank, self.features)
             steps = (first.experts * first.rank * self.features, first.rank * self.features, self.features, 1)
-            self.pair_a.append((alike, steps, self.start_a + first.start * self.features))
+            self.pair_a.append((alike, steps, first.start * self.features))
 
 
 def _aligned(size: int) -> int:
@@ -99,51 +103,49 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-class Packed:
-    """What a call makes and keeps, in the dtype of the products and in one piece of memory, so that it is allocated and kept as
-    one: the hidden of its tokens [T, N] (of their pairs [P, sum of r]); A of all linears [N, in]; each linear's B [out, E * r].
-    Views are made when asked for.
+class Casts:
+    """The weights of a call in the dtype of the products, in one piece of memory, so that it is allocated and kept as one: A of
+    all linears [N, in]; each linear's B [out, E * r]. Views are made when asked for, and once.
 
     Args:
-        memory: as it was kept; None: a new one.
+        memory: as it was kept; None: a new one, with the weights as they are now.
     """
 
-    def __init__(
-        self, tokens: int, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec, memory: Tensor | None = None
-    ) -> None:
-        layout = spec.layouts.get(tokens)
-        if layout is None:
-            if len(spec.layouts) > 100:  # batches of any length
-                spec.layouts.clear()
-            layout = spec.layouts[tokens] = Layout(tokens, a, b, spec)
-        self.layout = layout
-        self.memory = torch.empty(layout.end, dtype=spec.dtype, device=a[0].device) if memory is None else memory
-
-    def write(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-        """The weights into their places."""
-        view, layout = self.memory.as_strided, self.layout
-        if layout.holds_a:  # by copies of equal strides, which a GPU makes in one launch
-            torch._foreach_copy_([view(*place) for place in layout.places_a], list(a))
-        torch._foreach_copy_([view(*place) for place in layout.places_b], list(b))
-
-    def hidden(self) -> Tensor:
-        layout = self.layout
-        return self.memory.as_strided(layout.hidden, (layout.hidden[1], 1), 0)
+    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec, memory: Tensor | None = None) -> None:
+        if not spec.layouts:
+            spec.layouts.append(Layout(a, b, spec))
+        layout = self.layout = spec.layouts[0]
+        if memory is None:
+            memory = torch.empty(layout.end, dtype=spec.dtype, device=a[0].device)
+            # One call. B has other strides there than it comes with, so PyTorch copies each by a kernel of its own, which is
+            # wanted: the one kernel that it has for many tensors gives 65,536 numbers to a block, and small weights make few.
+            places = [memory.as_strided(*place) for place in layout.places_a + layout.places_b]
+            torch._foreach_copy_(places, [*a, *b] if layout.holds_a else list(b))
+        self.memory = memory
+        self._wide_a: list[Tensor] | None = None
+        self._wide_b: list[Tensor] | None = None
+        self._up: list[Tensor] | None = None
 
     def wide_a(self, a: Sequence[Tensor]) -> list[Tensor]:
         """One matrix [N, in], or one [E * r, in] for each linear."""
         layout = self.layout
-        if layout.holds_a:
-            return [self.memory.as_strided((layout.width, layout.features), (layout.features, 1), layout.start_a)]
-        return [each.detach().view(-1, layout.features) for each in a]
+        if not layout.holds_a:  # not kept: whoever owns A may have put it elsewhere since
+            return [each.detach().view(-1, layout.features) for each in a]
+        if self._wide_a is None:
+            self._wide_a = [self.memory.as_strided((layout.width, layout.features), (layout.features, 1), 0)]
+        return self._wide_a
 
     def wide_b(self) -> list[Tensor]:
         """[out, E * r] each"""
-        return [self.memory.as_strided(*place) for place in self.layout.wide_b]
+        if self._wide_b is None:
+            self._wide_b = [self.memory.as_strided(*place) for place in self.layout.wide_b]
+        return self._wide_b
 
     def up(self) -> list[Tensor]:
         """[E * r, out] each: the same, the other way round."""
-        return [self.memory.as_strided(*place) for place in self.layout.up]
+        if self._up is None:
+            self._up = [self.memory.as_strided(*place) for place in self.layout.up]
+        return self._up
 
     def pair_a(self, a: Sequence[Tensor]) -> list[Tensor]:
         """[linears, E, r, in] each, in the order of the linears; those alike in one, if they lie side by side."""
@@ -154,3 +156,28 @@ class Packed:
     def pair_b(self) -> list[Tensor]:
         """[1, E, r, out] each"""
         return [self.memory.as_strided(*place) for place in self.layout.pair_b]
+
+
+class KeptCasts:
+    """The weights of a checkpointed block's groups as its runs have cast them, for as long as the block may run again.
+
+    Within a step they are right whatever happens to the weights: they are those that the forward went by. So there is no
+    fingerprint. (FSDP frees the weights after the forward and fills them again with the same numbers.) The block alone holds on
+    to this object, and the autograd function refers to it weakly: memory goes as backward goes on from block to block.
+
+    Attributes:
+        second_run: the block runs for the second time now; its casts are kept whatever their size, as backward comes next.
+    """
+
+    def __init__(self) -> None:
+        self.second_run = False
+        self._of: dict[Any, Casts] = {}
+
+    def get(self, key: Any, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> Casts:
+        """Those of the group that `key` stands for, made now if need be."""
+        found = self._of.get(key)
+        if found is None:
+            found = Casts(a, b, spec)
+            if self.second_run or found.layout.bytes <= KEPT_BYTES:
+                self._of[key] = found
+        return found

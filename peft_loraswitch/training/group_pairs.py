@@ -11,45 +11,45 @@ import torch
 from torch import Tensor
 
 from .gate_hidden import runs
-from .group_layout import Packed, Spec
+from .group_layout import Casts, Spec
 from .pair_order import PairOrder
 from .pair_products import from_rank, to_rank, to_rank_backward, weight_gradient
 
 
-def write_hidden(rows: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec, order: PairOrder) -> Tensor:
+def hidden_of(rows: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, order: PairOrder) -> Tensor:
     """[P, sum of r], from rows [T, in]."""
-    hidden = packed.hidden()
-    for w, part in _with_columns(packed.pair_a(a), hidden):
+    hidden = rows.new_empty(rows.shape[0] * spec.slots, sum(spec.hidden_widths))
+    for w, part in _with_columns(casts.pair_a(a), hidden):
         to_rank(side_by_side(rows), w, order, part)
     return hidden
 
 
 def add_up(
-    results: Sequence[Tensor], hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder
+    results: Sequence[Tensor], hidden: Tensor, gates: Tensor, casts: Casts, spec: Spec, order: PairOrder
 ) -> None:
     """Adds to the results [T, out] of all linears what their experts make of the hidden."""
-    for result, part, w, columns in zip(results, _parts(hidden, spec), packed.pair_b(), spec.columns, strict=True):
+    for result, part, w, columns in zip(results, _parts(hidden, spec), casts.pair_b(), spec.columns, strict=True):
         from_rank(part, w, order, result, None, True, gates, columns.scaling)
 
 
 def write_up(
-    results: Sequence[Tensor], hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder,
+    results: Sequence[Tensor], hidden: Tensor, gates: Tensor, casts: Casts, spec: Spec, order: PairOrder,
     biases: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
     """Writes it there, with the base layers' biases."""
-    operands = zip(results, _parts(hidden, spec), packed.pair_b(), spec.columns, biases, strict=True)
+    operands = zip(results, _parts(hidden, spec), casts.pair_b(), spec.columns, biases, strict=True)
     for result, part, w, columns, bias in operands:
         from_rank(part, w, order, result, bias, False, gates, columns.scaling)
 
 
 def hidden_backward(
-    d_rows: Sequence[Tensor | None], hidden: Tensor, gates: Tensor, packed: Packed, spec: Spec, order: PairOrder
+    d_rows: Sequence[Tensor | None], hidden: Tensor, gates: Tensor, casts: Casts, spec: Spec, order: PairOrder
 ) -> tuple[Tensor, Tensor]:
     """(d_hidden [P, sum of r], d_gates [T, E]) from the gradients [T, out] of the outputs."""
     first = next(d for d in d_rows if d is not None)
     d_hidden = torch.empty_like(hidden)
     d_pairs = gates.new_empty(spec.size, order.pairs, dtype=torch.promote_types(gates.dtype, hidden.dtype))
-    parts = zip(_parts(d_hidden, spec), _parts(hidden, spec), packed.pair_b(), strict=True)
+    parts = zip(_parts(d_hidden, spec), _parts(hidden, spec), casts.pair_b(), strict=True)
     for i, (d_part, part, w) in enumerate(parts):
         d = d_rows[i]
         if d is None:
@@ -62,11 +62,11 @@ def hidden_backward(
     return d_hidden, d_gates[:, : order.experts]  # without the null index
 
 
-def d_input(d_hidden: Tensor, packed: Packed, a: Sequence[Tensor], spec: Spec, order: PairOrder, tokens: int) -> Tensor:
+def d_input(d_hidden: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, order: PairOrder, tokens: int) -> Tensor:
     """[T, in], of the experts alone."""
-    total = d_hidden.new_empty(tokens, packed.layout.features)
+    total = d_hidden.new_empty(tokens, casts.layout.features)
     add = False
-    for w, part in _with_columns(packed.pair_a(a), d_hidden):
+    for w, part in _with_columns(casts.pair_a(a), d_hidden):
         from_rank(part, w, order, total, None, add)
         add = True
     return total

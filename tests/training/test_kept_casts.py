@@ -1,0 +1,111 @@
+"""The weights that a checkpointed block has cast in its first run are those of its second and of its backward
+(`group_layout.KeptCasts`): cast once where they are small, twice where they are large, gone as backward goes on."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_steps import checkpointed, lm_batch
+from helpers import adapted, adapter_gradients, tiny_llama
+from peft_loraswitch.training import group_layout
+
+BLOCKS, GROUPS = 3, 4  # q k v, o, gate up, down
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[weakref.ref]:
+    """The memory of all weights that were cast, in order."""
+    memories: list[weakref.ref] = []
+    init = group_layout.Casts.__init__
+
+    def remember(self: Any, a: Any, b: Any, spec: Any, memory: Any = None) -> None:
+        init(self, a, b, spec, memory)
+        if memory is None:
+            memories.append(weakref.ref(self.memory))
+
+    monkeypatch.setattr(group_layout.Casts, "__init__", remember)
+    return memories
+
+
+def model_of(reentrant: bool | None) -> Any:
+    model = adapted(tiny_llama(num_hidden_layers=BLOCKS), target_modules="all-linear", num_experts=4, top_k=2).train()
+    return model if reentrant is None else checkpointed(model, reentrant)
+
+
+def loss_of(model: Any) -> torch.Tensor:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(**lm_batch()).loss
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    loss_of(model).backward()
+    return {name: each.clone() for name, each in adapter_gradients(model).items()}
+
+
+def alive(made: list[weakref.ref]) -> int:
+    return sum(each() is not None for each in made)
+
+
+@pytest.mark.parametrize(
+    "reentrant, limit, times",
+    [(None, 2**24, 1), (False, 2**24, 1), (False, 0, 2), (True, 2**24, 2)],
+    ids=["not-checkpointed", "small", "large", "reentrant"],
+)
+def test_weights_are_cast_once_where_they_are_small(reentrant, limit, times, made, monkeypatch):
+    """With the same bits, and nothing is left of them after backward, although the loss is still there."""
+    monkeypatch.setattr(group_layout, "KEPT_BYTES", limit)
+    model = model_of(reentrant)
+    gradients(model)  # the last group of each block is known after it
+    made.clear()
+    loss = loss_of(model)
+    kept = 0 if reentrant or not limit else BLOCKS * GROUPS
+    assert alive(made) == kept
+    loss.backward()
+    assert len(made) == times * BLOCKS * GROUPS and alive(made) == 0
+    monkeypatch.setattr(group_layout, "KEPT_BYTES", 0)
+    actual = adapter_gradients(model)
+    for name, expected in gradients(copy.deepcopy(model)).items():
+        torch.testing.assert_close(actual[name], expected, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_memory_goes_block_by_block(made):
+    model = model_of(False)
+    gradients(model)
+    made.clear()
+    counts: list[int] = []
+    for block in model.base_model.model.model.layers:
+        block.register_full_backward_hook(lambda *_: counts.append(alive(made)))
+    loss_of(model).backward()
+    assert len(counts) == BLOCKS
+    assert counts[0] > counts[1] > counts[2]
+
+
+def test_backward_is_that_of_the_weights_that_the_forward_saw():
+    """FSDP frees and fills them in between; whatever is there, gradients are those of this forward."""
+    model = model_of(False)
+    gradients(model)
+    expected = gradients(model)
+    loss = loss_of(model)
+    experts = [p for name, p in model.named_parameters() if "loraswitch_A" in name or "loraswitch_B" in name]
+    assert experts
+    for parameter in experts:
+        parameter.data.zero_()
+    loss.backward()
+    for name, actual in adapter_gradients(model).items():
+        torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_backward_twice_from_one_forward():
+    model = model_of(False)
+    expected = gradients(model)
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, actual in adapter_gradients(model).items():
+        torch.testing.assert_close(actual, 2 * expected[name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
