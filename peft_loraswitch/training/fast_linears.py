@@ -336,7 +336,8 @@ def forward(layer: Any, x: Tensor, frame: RoutingFrame) -> Tensor | None:
     plan = _plan(layer, inputs, x)
     if not plan.adapters:
         return None
-    inputs.drop_waiting()  # of a group that was not asked for all of its outputs
+    if inputs.waiting:  # for linears of a group that was not asked for all of its outputs
+        inputs.drop_waiting()
     inputs.newest = id(layer)
     results: Sequence[Tensor] | None = None if plan.own else [one.base_layer(x) for one in plan.layers]
     for adapter in plan.adapters:

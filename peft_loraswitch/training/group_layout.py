@@ -41,7 +41,7 @@ class Spec:
     last: bool = False
     slots: int = 0
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         return len(self.columns)
 

@@ -5,6 +5,7 @@
     python -m recipes.benchmarks.train_gpu --rows floor fused-8x8 --steps 3
     python -m recipes.benchmarks.train_gpu --modes 4bit compiled --rows floor fused-8x8 --seconds 200
     python -m recipes.benchmarks.train_gpu --crossover --layers 8           # many experts, both ways; its own file
+    python -m recipes.benchmarks.train_gpu --products                       # single products, in other forms; its own file
 
 A step is what Trainer and TRL make of it: bf16 autocast, a float32 adapter on a bf16 backbone, forward, backward, fused AdamW.
 "floor" is the same step with nothing adapted: gradients of activations only. All rows run in one process on one backbone, whose
@@ -44,6 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_loraswitch import LoRASwitchConfig
 from peft_loraswitch.training import fast_linears
 from peft_loraswitch.training.pair_products import forced
+from recipes.benchmarks import train_products
 from recipes.checkout import ROOT, versions
 from recipes.quality.moe_lora import MoELoRAModel
 
@@ -324,6 +326,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rows", nargs="+", default=None, help="names of rows; without it those of each mode")
     parser.add_argument("--crossover", action="store_true", help="the rows of CROSSOVER_SIZES, checkpointing alone")
+    parser.add_argument("--products", action="store_true", help="single products in other forms: `train_products.py`")
+    parser.add_argument("--widths", nargs="+", type=int, default=[64, 512], help="E * r, with --products")
+    parser.add_argument("--rank", type=int, default=8, help="with --products")
     parser.add_argument("--model", default="llama-3.1-8b", help="its name in the file")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=14336)
@@ -343,7 +348,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output is None:
         gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0] if args.device == "cuda" else args.device
-        what = "train_crossover" if args.crossover else "train"
+        what = "train_crossover" if args.crossover else "train_products" if args.products else "train"
         args.output = ROOT / "recipes" / "results" / f"{what}_{gpu.lower()}.json"
     if args.crossover:
         args.modes, args.rows = ["checkpointing"], args.rows or CROSSOVER_ROWS
@@ -352,6 +357,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
+    if args.products:
+        return train_products.main(args, header(args), args.output)
     begun = time.perf_counter()
     report: dict[str, Any] = {"header": header(args), "rows": []}
     model, four_bits = None, False
