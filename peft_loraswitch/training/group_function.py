@@ -63,7 +63,10 @@ def run(
         order: of the tokens' pairs, with `spec.slots`.
         kept: where the cast weights are kept, and by what key; None: with what backward needs.
     """
-    call, token = _Call(spec, base, biases, order, kept), None
+    experts = (*a, *b)
+    if not any(each.requires_grad for each in experts):
+        experts = ()
+    call, token = _Call(spec, a, b, len(experts) > 0, base, biases, order, kept), None
     if spec.last and torch.is_grad_enabled():
         trains = [each.requires_grad for each in (x, gates, *a, *b)]
         if any(trains):
@@ -73,21 +76,29 @@ def run(
             anchor = next(each for each, one in zip((x, gates, *a, *b), trains, strict=True) if one)
             token = _Keep.apply(anchor, call)  # type: ignore[no-untyped-call]
     results = base if spec.given else ()
-    outputs: tuple[Tensor, ...] = _Group.apply(call, token, x, gates, chosen, *a, *b, *results)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = _Group.apply(call, token, x, gates, chosen, *experts, *results)  # type: ignore[no-untyped-call]
     return outputs
 
 
 class _Call:
-    """What the steps of a forward hand to each other. `base` and `biases` as in `run`."""
+    """What the steps of a forward hand to each other, arguments as in `run`.
+
+    Attributes:
+        trains: some experts ask for a gradient. If not, they are no arguments of the autograd function, which cost time.
+    """
 
     def __init__(
         self,
         spec: Spec,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        trains: bool,
         base: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         order: PairOrder | None,
         kept: tuple[KeptCasts, Any] | None,
     ) -> None:
+        self.a, self.b, self.trains = tuple(a), tuple(b), trains
         self.spec, self.base, self.biases, self.order, self.kept = spec, base, biases, order, kept
         self.keeper: Any = None  # the context of `_Keep`
         self.gated: Tensor | None = None  # by pairs: not yet
@@ -142,8 +153,8 @@ class _Group(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         spec = call.spec
-        n = spec.size
-        a, b = tensors[:n], tensors[n : 2 * n]
+        n = spec.size if call.trains else 0
+        a, b = (tensors[:n], tensors[n : 2 * n]) if n else (call.a, call.b)
         needed = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
         with _NoAutocast(x):
@@ -164,6 +175,7 @@ class _Group(torch.autograd.Function):
                     _write_up(places, gated, call)
                 for place, weight in zip(places, call.base, strict=True):
                     place.addmm_(rows, _matrix(weight, spec))
+        ctx.trains = call.trains
         ctx.spec, ctx.order, ctx.x_shape, ctx.x_dtype = spec, call.order, x.shape, x.dtype
         # What lies outside of the function is referred to where it is. In a checkpointed block, that is all: keeping would
         # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
@@ -177,7 +189,7 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
         spec: Spec = ctx.spec
-        n, present = spec.size, [d for d in d_outputs if d is not None]
+        n, present = spec.size if ctx.trains else 0, [d for d in d_outputs if d is not None]
         if not present:
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():

@@ -241,12 +241,13 @@ def _of_adapter(name: str) -> bool:
 
 
 def kernels_by_kind(step: Callable[[], Any]) -> dict[str, Any]:
-    """Milliseconds and launches of one step's kernels, and the longest of them."""
+    """Milliseconds and launches of one step's kernels, the longest of them, and all copies."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as traced:
         step()
         torch.cuda.synchronize()
     kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    copies: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     spans = []
     for event in traced.events() or []:
         if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
@@ -255,9 +256,10 @@ def kernels_by_kind(step: Callable[[], Any]) -> dict[str, Any]:
         spans.append((event.time_range.start, event.time_range.end))
         lowered = event.name.lower()
         kind = next((kind for kind, words in KINDS if any(word in lowered for word in words)), "other")
-        for table, key in ((kinds, kind), (names, event.name[:110])):
-            table[key][0] += took
-            table[key][1] += 1
+        for table, key in ((kinds, kind), (names, event.name[:110]), (copies, event.name[:200])):
+            if table is not copies or kind == "copies":
+                table[key][0] += took
+                table[key][1] += 1
     busy, until = 0.0, 0.0
     for begin, end in sorted(spans):
         busy += max(0.0, end - max(begin, until))
@@ -267,6 +269,7 @@ def kernels_by_kind(step: Callable[[], Any]) -> dict[str, Any]:
         "busy_ms": round(busy / 1e3, 2),
         "by_kind": {kind: [round(took, 2), int(count)] for kind, (took, count) in sorted(kinds.items())},
         "longest": {name: [round(took, 2), int(count)] for name, (took, count) in longest},
+        "copies": {name: [round(took, 2), int(count)] for name, (took, count) in sorted(copies.items())},
     }
 
 

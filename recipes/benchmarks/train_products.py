@@ -3,8 +3,8 @@
 For every linear of a decoder layer: time of the form that `training/group_function.py` has (marked `*`) and of others that give
 the same numbers. `per_step_ms` is the time times how often a step of all layers with gradient checkpointing runs it.
 
-- base: the base layer's product, which adds to what the experts have written (`addmm_`); first, with the experts' product added to
-  it; and alone, as the backbone runs it: the difference to `up` and this one is what adding costs;
+- base: the base layer's product, which adds to what the experts have written (`addmm_`); first, with the experts' product added
+  to it; and alone, as the backbone runs it: the difference to `up` and this one is what adding costs;
 - d_base: the same for the gradient of the input;
 - hidden: A of a group as one product, or one for each linear;
 - up: the experts' product by B;

@@ -109,3 +109,18 @@ def test_backward_twice_from_one_forward():
     loss.backward()
     for name, actual in adapter_gradients(model).items():
         torch.testing.assert_close(actual, 2 * expected[name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_experts_that_are_frozen_change_nothing_for_the_router(reentrant):
+    model = model_of(reentrant)
+    gradients(model)
+    expected = gradients(model)
+    for name, parameter in model.named_parameters():
+        if "loraswitch_A" in name or "loraswitch_B" in name:
+            parameter.requires_grad_(False)
+    actual = gradients(model)
+    assert len(actual) == 1 and all("router" in name for name in actual)
+    for name, gradient in actual.items():
+        assert gradient.norm() > 1e-4
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
