@@ -278,6 +278,19 @@ def test_what_cannot_be_served_is_refused_by_name(llama, llama_files, tmp_path):
     compare(llama_files, jobs, llama.ask(jobs))
 
 
+def test_a_server_that_starts_with_one_that_is_refused(llama_files, tmp_path):
+    """It says why, and ends."""
+    folder = tmp_path / "wide"
+    made_new(r=16, num_experts=8)(folder)
+    arguments = ["--enable-lora", "--max-lora-rank", "64", "--lora-modules", f"wide={folder}"]
+    with (
+        pytest.raises(RuntimeError, match="ended:"),
+        vllm_server.serving(llama_files.folder / BASE, tmp_path / "log", *arguments),
+    ):
+        pass
+    assert "start the server with --max-lora-rank 128" in (tmp_path / "log").read_text()
+
+
 def test_an_unload_lets_running_requests_end(llama, llama_files):
     assert llama.load("again", llama_files.folder / "deep")[0] == 200
     jobs = [{**job, "model": "again", "max_tokens": TOKENS} for job in jobs_for(llama_files) if job["model"] == "deep"]
