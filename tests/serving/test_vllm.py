@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import served_files
 import vllm_server
 from peft_loraswitch import LoRASwitchConfig
-from served_answers import compare, differing, jobs_for, long_jobs
+from served_answers import TOLERANCE, compare, differing, jobs_for, long_jobs
 from served_files import BASE, CHAT, CONTEXT, PROMPTS, TOKENS, ServedFiles
 from vllm_server import Server
 
@@ -116,6 +116,77 @@ def test_a_router_that_is_rolled_gives_other_tokens(llama, llama_files, tmp_path
     assert llama.unload("rolled")[0] == 200
 
 
+def streamed(text: str) -> list[dict[str, Any]]:
+    """What a stream of server-sent events says, up to its end."""
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]", text
+    return [json.loads(event) for event in events[:-1]]
+
+
+def test_chat_is_streamed(llama, llama_files):
+    chat = len(PROMPTS) - 1
+    for name, answers in llama_files.answers.items():
+        body = {
+            "model": name,
+            "messages": CHAT,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "logprobs": True,
+            "stream": True,
+        }
+        status, text = llama.post("/v1/chat/completions", {**body, "ignore_eos": True, "return_token_ids": True})
+        assert status == 200, text
+        choices = [part["choices"][0] for part in streamed(text) if part["choices"]]
+        tokens = [token for choice in choices for token in choice.get("token_ids") or []]
+        logprobs = [
+            each["logprob"] for choice in choices for each in (choice.get("logprobs") or {}).get("content") or []
+        ]
+        assert tokens == answers[chat].tokens, name
+        assert logprobs == pytest.approx(answers[chat].logprobs, abs=TOLERANCE), name
+
+
+def test_logprobs_of_a_prompt(llama, llama_files):
+    """Those of PEFT's tokens, when they are a part of the prompt."""
+    for name, answers in llama_files.answers.items():
+        for index, answer in list(enumerate(answers))[-2:]:
+            body = {
+                "model": name,
+                "prompt": llama_files.prompts[index] + answer.tokens,
+                "max_tokens": 1,
+                "prompt_logprobs": 0,
+            }
+            status, text = llama.post("/v1/completions", body)
+            assert status == 200, text
+            rows = json.loads(text)["choices"][0]["prompt_logprobs"][-len(answer.tokens) :]
+            found = [row[str(token)]["logprob"] for row, token in zip(rows, answer.tokens, strict=True)]
+            assert found == pytest.approx(answer.logprobs, abs=TOLERANCE), (name, index)
+
+
+def test_clients_that_leave(llama, llama_files):
+    """Requests that end early, between others whose blocks they share."""
+    jobs = long_jobs(llama_files)
+    asked = [each for job in jobs for each in ({**job, "kind": "cancel"}, job)]
+    compare(llama_files, jobs, llama.ask(asked, clients=8)[1::2])
+
+
+def test_names_of_adapters(llama, llama_files):
+    """A name that is taken or not there is an error; what is loaded in its place serves the new adapter, of whatever kind."""
+    short = [index for index in range(len(PROMPTS)) if len(llama_files.prompts[index]) + TOKENS < served_files.BLOCK]
+    assert short  # no block is full, so none is in the prefix cache, which goes by the name
+    assert llama.unload("changing")[0] == 404
+    assert llama.load("changing", llama_files.folder / "paper")[0] == 200
+    status, text = llama.load("changing", llama_files.folder / "deep")
+    assert status == 400 and "already been loaded" in text
+    for name in ("paper", "lora", "context_0.9", "all", "lora", "context_row"):
+        body = {"lora_name": "changing", "lora_path": str(llama_files.folder / name), "load_inplace": True}
+        assert llama.post("/v1/load_lora_adapter", body)[0] == 200
+        jobs = [job for job in jobs_for(llama_files) if job["model"] == name and job["answer"] in short]
+        compare(llama_files, jobs, llama.ask([{**job, "model": "changing"} for job in jobs]))
+    assert llama.unload("changing")[0] == 200
+    assert llama.post("/v1/completions", {"model": "changing", "prompt": "x"})[0] == 404
+    assert llama.unload("changing")[0] == 404
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 
 
@@ -205,6 +276,19 @@ def test_what_cannot_be_served_is_refused_by_name(llama, llama_files, tmp_path):
     assert llama.alive()
     jobs = jobs_for(llama_files)[: len(llama_files.answers)]
     compare(llama_files, jobs, llama.ask(jobs))
+
+
+def test_a_server_that_starts_with_one_that_is_refused(llama_files, tmp_path):
+    """It says why, and ends."""
+    folder = tmp_path / "wide"
+    made_new(r=16, num_experts=8)(folder)
+    arguments = ["--enable-lora", "--max-lora-rank", "64", "--lora-modules", f"wide={folder}"]
+    with (
+        pytest.raises(RuntimeError, match="ended:"),
+        vllm_server.serving(llama_files.folder / BASE, tmp_path / "log", *arguments),
+    ):
+        pass
+    assert "start the server with --max-lora-rank 128" in (tmp_path / "log").read_text()
 
 
 def test_an_unload_lets_running_requests_end(llama, llama_files):

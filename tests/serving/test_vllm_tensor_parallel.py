@@ -6,7 +6,7 @@ import pytest
 
 import served_files
 import vllm_server
-from served_answers import compare, differing, jobs_for
+from served_answers import comes_after_one_that_is_refused, compare, differing, jobs_for
 from served_files import BASE
 
 pytestmark = pytest.mark.vllm
@@ -19,3 +19,4 @@ def test_tensor_parallel_and_packed_projections(tmp_path):
     with vllm_server.serving(files.folder / BASE, files.folder / "log", *arguments) as server:
         jobs = jobs_for(files)
         compare(files, jobs, server.ask(jobs, clients=len(jobs)))
+        comes_after_one_that_is_refused(server, files, tmp_path)

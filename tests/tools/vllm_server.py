@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +160,7 @@ def serving(
         )
     server = Server(process, port, log, client)
     try:
-        _wait_until_up(server)
+        wait_for(lambda: _is_up(server), process, log, START_SECONDS)
         yield server
     finally:
         client.kill()
@@ -174,13 +174,23 @@ def serving(
             process.wait()
 
 
-def _wait_until_up(server: Server) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and server.process.poll() is None:
-        try:
-            if server.post("/health", None, timeout=5)[0] == 200:
-                return
-        except OSError:
-            time.sleep(0.3)
-    what = "ended" if server.process.poll() is not None else "is not up in time"
-    raise RuntimeError(f"the server {what}:\n{server.log.read_text(errors='replace')[-6000:]}")
+def _is_up(server: Server) -> bool:
+    try:
+        return server.post("/health", None, timeout=5)[0] == 200
+    except OSError:
+        return False
+
+
+def wait_for(is_up: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+    """Until what `process` starts is up.
+
+    Raises:
+        RuntimeError: it has ended, or is not up in time. Holds the end of its log.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if is_up():
+            return
+        time.sleep(0.3)
+    what = "ended" if process.poll() is not None else "is not up in time"
+    raise RuntimeError(f"{' '.join(process.args[:4])} {what}:\n{log.read_text(errors='replace')[-6000:]}")
