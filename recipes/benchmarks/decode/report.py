@@ -22,7 +22,8 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 SOURCE = "recipes/results/decode_h200.json"
 OTHER_GPUS = ("recipes/results/decode_h100.json",)
-PARTS = ("recipes/results/decode_h200_parts_aaa3520.json", "recipes/results/decode_h200_parts.json")  # of `--only`; where two have a row, the later one counts
+# Of `--only`; where two have a row, the later one counts.
+PARTS = ("recipes/results/decode_h200_parts_aaa3520.json", "recipes/results/decode_h200_parts.json")
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
     "mistral-7b": "Mistral-7B",
