@@ -6,7 +6,6 @@ import pytest
 
 import ray_nodes
 import served_files
-import vllm_server
 from served_answers import comes_after_one_that_is_refused, compare, differing, jobs_for
 from served_files import BASE
 
@@ -20,11 +19,7 @@ def test_tensor_parallel_over_two_nodes(tmp_path):
     files = served_files.make(tmp_path / "llama", "llama")
     differing(files)
     arguments = [*served_files.arguments(files, "llama"), "--tensor-parallel-size", "2"]
-    arguments += ["--distributed-executor-backend", "ray"]
-    with (
-        ray_nodes.two_nodes(tmp_path) as variables,
-        vllm_server.serving(files.folder / BASE, files.folder / "log", *arguments, **variables) as server,
-    ):
+    with ray_nodes.serving(files.folder / BASE, tmp_path, *arguments) as server:
         jobs = jobs_for(files)
         compare(files, jobs, server.ask(jobs, clients=len(jobs)))
         comes_after_one_that_is_refused(server, files, tmp_path)

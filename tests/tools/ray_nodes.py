@@ -55,14 +55,14 @@ def write_plugin(folder: Path) -> None:
 
 
 @contextmanager
-def two_nodes(folder: Path) -> Iterator[dict[str, str]]:
-    """A Ray cluster of two nodes, one worker each, until the block ends. Gives the variables of a vLLM that is to use it.
+def serving(model: Path, folder: Path, *arguments: str) -> Iterator[vllm_server.Server]:
+    """A server of `model` on a Ray cluster of two nodes, with room for one worker each, until the block ends.
 
     Args:
-        folder: gets the nodes' logs, and the plugin.
+        folder: gets the nodes' logs and the server's, and the plugin.
 
     Raises:
-        RuntimeError: a node does not come up. Holds the end of its log.
+        RuntimeError: a node or the server does not come up. Holds the end of its log.
     """
     write_plugin(folder / "site")
     address = f"{HEAD}:{vllm_server.free_port()}"
@@ -70,15 +70,37 @@ def two_nodes(folder: Path) -> Iterator[dict[str, str]]:
         "PYTHONPATH": str(folder / "site"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="ray") as sockets, ExitStack() as nodes:  # their paths must be short
+    arguments += ("--distributed-executor-backend", "ray")
+    with tempfile.TemporaryDirectory(prefix="ray") as sockets, ExitStack() as stack:  # their paths must be short
         head = ["--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false", f"--temp-dir={sockets}"]
-        nodes.enter_context(_node(HEAD, head, folder / "head.log", variables))
-        nodes.enter_context(_node(OTHER, [f"--address={address}"], folder / "other.log", variables))
-        yield {**variables, "VLLM_HOST_IP": HEAD, "RAY_ADDRESS": address}
+        nodes = [stack.enter_context(_node(HEAD, head, folder / "head.log", variables))]
+        nodes += [stack.enter_context(_node(OTHER, [f"--address={address}"], folder / "other.log", variables))]
+        variables |= {"VLLM_HOST_IP": HEAD, "RAY_ADDRESS": address}
+        shared: set[Path] = set()
+        try:
+            with vllm_server.serving(model, folder / "log", *arguments, **variables) as server:
+                shared = {path for node in nodes for path in _shared_memory(node)}
+                yield server
+        finally:  # Ray kills workers, and older vLLM names this by a number that the next server has again
+            for path in shared:
+                path.unlink(missing_ok=True)
+
+
+def _shared_memory(node: int) -> set[Path]:
+    """What vLLM's workers on CPUs exchange tensors through."""
+    found = set()
+    for pid in vllm_server.descendants(node):
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:  # it has ended
+            continue
+        found |= {Path(line.split(maxsplit=5)[5]) for line in maps.splitlines() if "-cpushm_" in line}
+    return found
 
 
 @contextmanager
-def _node(ip: str, arguments: list[str], log: Path, variables: dict[str, str]) -> Iterator[None]:
+def _node(ip: str, arguments: list[str], log: Path, variables: dict[str, str]) -> Iterator[int]:
+    """Gives its process' id."""
     command = [
         str(vllm_server.PYTHON), "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={ip}", "--num-gpus=1",
         "--num-cpus=1", "--disable-usage-stats", "--object-store-memory=100000000", *arguments,
@@ -90,7 +112,7 @@ def _node(ip: str, arguments: list[str], log: Path, variables: dict[str, str]) -
         )  # fmt: skip
     try:
         vllm_server.wait_for(lambda: b"Ray runtime started" in log.read_bytes(), process, log, START_SECONDS)
-        yield
+        yield process.pid
     finally:
         started = vllm_server.descendants(process.pid)
         process.terminate()
