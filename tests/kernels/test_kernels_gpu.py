@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kernel_oracle as oracle
-from kernel_oracle import DTYPES, HALVES, poison_allocator, randn
+from kernel_groups import check_group, make_group
+from kernel_oracle import DTYPES, poison_allocator, randn
 from peft_loraswitch import kernels
 
 pytestmark = [
@@ -14,45 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
     pytest.mark.usefixtures("kernels_must_be_there"),
 ]
-
-
-def make_group(outs, in_features, ranks, num_experts, dtype, bias=False, transposed=False, weight=True):
-    weights = [
-        randn(*((in_features, o) if transposed else (o, in_features)), dtype=dtype, scale=in_features**-0.5)
-        for o in outs
-    ]
-    return {
-        "weights": weights if weight else [None] * len(outs),
-        "biases": [randn(o, dtype=dtype) if bias else None for o in outs],
-        "lora_a": [randn(num_experts, r, in_features, dtype=dtype, scale=in_features**-0.5) for r in ranks],
-        "lora_b": [
-            randn(num_experts, o, r, dtype=dtype, scale=max(r, 1) ** -0.5) for o, r in zip(outs, ranks, strict=True)
-        ],
-        "scalings": [0.5 + i for i in range(len(outs))],
-        "transposed": transposed,
-    }
-
-
-def check_group(outs, in_features, ranks, num_experts, top_k, tokens, dtype, tuning=0, base=False, ids=None, **kwargs):
-    group = make_group(outs, in_features, ranks, num_experts, dtype, **kwargs)
-    x = randn(tokens, in_features, dtype=dtype)
-    experts, gates = oracle.random_ids(tokens, num_experts, top_k, "cuda")
-    if ids is not None:
-        experts, gates = ids, oracle.poison_gates(ids, gates, num_experts)
-    bases = [randn(tokens, o, dtype=dtype) for o in outs] if base else ()
-    packed = kernels.PackedGroup(**group, tuning=tuning)
-    poison_allocator()
-    results = packed(x, experts, gates, bases)
-    for i, result in enumerate(results):
-        w, b, a, lb, s = (group[k][i] for k in ("weights", "biases", "lora_a", "lora_b", "scalings"))
-        reference = oracle.linear(x, experts, gates, w, b, a, lb, s, group["transposed"], bases[i] if base else None)
-        assert result.shape == reference.shape and result.dtype == dtype
-        # against the size of what was added up: the sum of a few numbers may come out as nearly nothing
-        parts = oracle.linear(x, experts, gates, w, None, torch.zeros_like(a), lb, s, group["transposed"])
-        error = oracle.relative_error(result, reference, at_least=max(parts.norm(), (reference - parts).norm()))
-        limit = oracle.limit(result)
-        assert error < limit, f"linear {i} of {outs} x {in_features}, ranks {ranks}, {tokens} tokens: error {error:.2e}"
-    return packed, x, experts
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,84 +147,6 @@ def test_panels(dtype, tokens, outs, in_features, ranks):
     for flags in (0, kernels.TUNING_IMPATIENT, kernels.TUNING_TWO_LAUNCHES):
         tuning = kernels.TUNING_PERSISTENT + flags
         check_group(outs, in_features, ranks, 8, 2, tokens, dtype, tuning=tuning, bias=True, base=tokens % 2 == 0)
-
-
-@pytest.fixture
-def hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("linear_sm90.cu is for compute capability 9.0")
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("width", [0, kernels.TUNING_NARROW, kernels.TUNING_WIDE])
-@pytest.mark.parametrize("tokens", [33, 64, 65, 127, 128, 129, 255, 256, 257, 700, 2048])
-def test_many_tokens(dtype, width, tokens, hopper):
-    packed, x, experts = check_group([512, 104, 8], 520, [8, 24, 64], 8, 2, tokens, dtype, tuning=width, bias=True)
-    assert packed.path(x, experts) == kernels.SM90_PATH
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("width", [kernels.TUNING_NARROW, kernels.TUNING_WIDE])
-@pytest.mark.parametrize("rank", [0, 8, 16, 24, 32, 40, 64, 72, 128, 256])
-@pytest.mark.parametrize("num_experts", [1, 3, 8])
-def test_many_tokens_every_rank(dtype, width, rank, num_experts, hopper):
-    ranks = [rank, 8, rank, 0]
-    packed, x, experts = check_group([136, 256, 264, 40], 256, ranks, num_experts, 1, 150, dtype, tuning=width)
-    assert packed.path(x, experts) == kernels.SM90_PATH
-
-
-@pytest.mark.parametrize("width", [kernels.TUNING_NARROW, kernels.TUNING_WIDE])
-@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 8), (64, 3), (256, 8), (200, 7)])
-def test_many_tokens_experts_and_top_k(width, num_experts, top_k, hopper):
-    check_group([264], 320, [8], num_experts, top_k, 200, torch.bfloat16, tuning=width)
-
-
-@pytest.mark.parametrize("width", [kernels.TUNING_NARROW, kernels.TUNING_WIDE])
-@pytest.mark.parametrize("in_features", [8, 24, 56, 64, 72, 128, 1000, 4104])
-def test_many_tokens_odd_input_widths(width, in_features, hopper):
-    check_group([264, 16], in_features, [8, 16], 4, 2, 130, torch.bfloat16, tuning=width, bias=True)
-
-
-def test_many_tokens_full_size(hopper):
-    """More tiles than blocks, so that a block has several, of several linears."""
-    for outs, in_features, tokens in (
-        ([4096] * 3, 4096, 2048),
-        ([4096, 1024, 1024], 4096, 1111),
-        ([4096], 11008, 3000),
-    ):
-        for rank in (8, 64):
-            for width in (0, kernels.TUNING_NARROW, kernels.TUNING_WIDE):
-                ranks = [rank] * len(outs)
-                packed, x, experts = check_group(outs, in_features, ranks, 8, 2, tokens, torch.bfloat16, tuning=width)
-                assert packed.path(x, experts) == kernels.SM90_PATH
-
-
-def test_many_tokens_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice(hopper):
-    ids = torch.randint(-2, 12, (300, 3), device="cuda")
-    ids[0] = torch.tensor([4, 4, -1], device="cuda")
-    for num_experts in (8, 7, 5):  # with 7 and 5, hidden columns are left that are of no expert
-        for ranks in ([8, 24], [64, 40], [8, 256]):
-            packed, x, experts = check_group([128, 64], 256, ranks, num_experts, 3, 300, torch.bfloat16, ids=ids)
-            assert packed.path(x, experts) == kernels.SM90_PATH
-
-
-def test_many_tokens_at_the_same_addresses_in_other_shapes(hopper):
-    """Tensor maps are kept, by all that they say; the allocator hands out again what the case before has given back."""
-    for _ in range(2):
-        for outs, in_features, tokens in (
-            ([64, 128], 256, 256),
-            ([128, 64], 256, 256),
-            ([64, 128], 512, 128),
-            ([64], 128, 512),
-        ):
-            for dtype in HALVES:
-                for rank, num_experts in ((8, 4), (16, 2), (32, 1)):
-                    check_group(outs, in_features, [rank] * len(outs), num_experts, 1, tokens, dtype)
-
-
-def test_many_tokens_more_than_a_grid_is_high(hopper):
-    packed, x, experts = check_group([16], 64, [8], 4, 2, 70000, torch.bfloat16)
-    assert packed.path(x, experts) == kernels.SM90_PATH
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
