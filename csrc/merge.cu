@@ -356,7 +356,7 @@ template <class E> int launch_merge(const ls_merge_args &p, void *stream) {
       kernel = units <= 2 ? merge_narrow_kernel<E, 1> : units <= 4 ? merge_narrow_kernel<E, 2> : merge_wide_kernel<E>;
       if (units > 4) {
         shared = deep * kStrips * kDeepBytes < kWideShared ? deep * kStrips * kDeepBytes : kWideShared;
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWideShared);
+        const cudaError_t error = allow_shared<merge_wide_kernel<E>>(p.device, kWideShared);
         if (error != cudaSuccess) return error;
       }
     }

@@ -88,11 +88,10 @@ bool make_map(CUtensorMap &map, int dtype, const void *tensor, const Dimension *
     if (kept->key.made && !neighbour->key.made) kept = neighbour;
   }
   const Encode function = encode();
-  const bool made =
-      function && function(&map, dtype == LS_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, n,
-                           const_cast<void *>(tensor), key.sizes, key.strides + 1, key.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const bool made = function && function(&map, dtype == LS_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, n,
+                                         const_cast<void *>(tensor), key.sizes, key.strides + 1, key.box, ones,
+                                         CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
   if (made && kept) kept->map = map, kept->key = key;
   return made;
 }

@@ -44,9 +44,7 @@ class _Shape:
     outputs: list[tuple[tuple[int, ...], tuple[int, ...]]]  # size and stride of each linear's result
     hidden: int  # elements of scratch
     aligned: bool = False  # one C call, by a kernel that takes only an x whose address is divisible by 16
-    many: Expansion | None = (
-        None  # library products and a C call: without such a kernel, or where it takes the GPU longer
-    )
+    many: Expansion | None = None  # library products and a C call: no such kernel, or it takes the GPU longer
 
 
 def launchable(x: Tensor) -> bool:

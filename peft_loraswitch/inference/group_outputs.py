@@ -3,7 +3,7 @@ forward where the ops cannot read its weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,14 +38,25 @@ def _made_direct(
     lora_a: list[Tensor], lora_b: list[Tensor], scalings: list[float],
 ) -> DirectGroup | None:  # fmt: skip
     """`group.direct`, if it had to be made."""
-    present = [bias for bias in biases if bias is not None]
-    contiguous = all(t.is_contiguous() for t in (*weights, *present, *lora_a, *lora_b))
-    if not contiguous or group.direct is not None:
+    if group.direct is not None:
         return None
-    packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, group.transposed)
-    kernels.warn_if_generic(packed, x.view(-1, x.shape[-1])[:1], routing.experts.flatten(0, -2)[:1])
+    packed = _packed(x, routing, weights, biases, lora_a, lora_b, scalings, group.transposed)
+    if packed is None:
+        return None
     group.direct = DirectGroup(packed, group.live, group.fingerprint, group.adapter, group.few_tokens, group.routed)
     return group.direct
+
+
+def _packed(
+    x: Tensor, routing: Routing, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], lora_a: list[Tensor],
+    lora_b: list[Tensor], scalings: list[float], transposed: bool = False,
+) -> kernels.PackedGroup | None:  # fmt: skip
+    """A group as the kernels take it, with a line of log if they are slow for it; None if they cannot read it as it lies."""
+    if not all(t.is_contiguous() for t in (*weights, *biases, *lora_a, *lora_b) if t is not None):
+        return None
+    packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, transposed)
+    kernels.warn_if_generic(packed, x.view(-1, x.shape[-1])[:1], routing.experts.flatten(0, -2)[:1])
+    return packed
 
 
 def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
@@ -78,7 +89,8 @@ def _beside_base(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing:
     if x.numel() // x.shape[-1] <= group.few_tokens and group.within and fit:
         results = None
         if group.kernels and not torch.compiler.is_compiling() and launchable(x):
-            results = _deltas_of(group, x, routing)(bases, x, routing)
+            direct = _deltas_of(group, x, routing)
+            results = None if direct is None else direct(bases, x, routing)
         if results is None:
             results = ops.deltas(bases, x, routing.experts, routing.gates, lora_a, lora_b, scalings)
         return group.leave(x, results)
@@ -86,16 +98,12 @@ def _beside_base(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing:
     return group.leave(x, [_added(base, h, b) for base, h, b in zip(bases, hidden, lora_b, strict=True)])
 
 
-def _deltas_of(group: FusedGroup, x: Tensor, routing: Routing) -> Callable[..., list[Tensor] | None]:
+def _deltas_of(group: FusedGroup, x: Tensor, routing: Routing) -> DirectDeltas | None:
     """`group.deltas`, made if need be. The group is up to date, so what was packed is."""
     if group.deltas is None:
-        lora_a, lora_b, scalings = group.experts()
-        if not all(t.is_contiguous() for t in (*lora_a, *lora_b)):
-            return lambda *_: None
         nothing = [None] * group.size
-        packed = kernels.PackedGroup(nothing, nothing, lora_a, lora_b, scalings)
-        kernels.warn_if_generic(packed, x.view(-1, x.shape[-1])[:1], routing.experts.flatten(0, -2)[:1])
-        group.deltas = DirectDeltas(packed)
+        packed = _packed(x, routing, nothing, nothing, *group.experts())
+        group.deltas = None if packed is None else DirectDeltas(packed)
     return group.deltas
 
 

@@ -53,9 +53,7 @@ def pays(device: torch.device, dtype: torch.dtype, tokens: int, slots: int, expe
     if _forced is not None:
         return _forced and (device.type != "cuda" or pair_kernels.usable(device, dtype, max(ranks)))
     least = CROSSOVER.get(slots)
-    if least is None or device.type != "cuda" or experts * sum(ranks) < least * len(ranks):
-        return False
-    if max(ranks) > MOST_RANK:
+    if least is None or device.type != "cuda" or experts * sum(ranks) < least * len(ranks) or max(ranks) > MOST_RANK:
         return False
     return tokens * slots >= LEAST_PAIRS * experts and pair_kernels.usable(device, dtype, max(ranks))
 

@@ -334,6 +334,14 @@ def test_linear_refuses(changes, message):
         ops.linear(**change(group(), **changes))
 
 
+def refused(op, arguments, place, value, message):
+    """`op` says so of these arguments with `value` at `place`."""
+    arguments = list(arguments)
+    arguments[place] = value
+    with pytest.raises(ValueError, match=message):
+        op(*arguments)
+
+
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
@@ -352,10 +360,7 @@ def test_linear_refuses(changes, message):
     ],
 )  # fmt: skip
 def test_expand_refuses(place, value, message):
-    arguments = list(expand_arguments(group()))
-    arguments[place] = value
-    with pytest.raises(ValueError, match=message):
-        ops.expand(*arguments)
+    refused(ops.expand, expand_arguments(group()), place, value, message)
 
 
 def test_expand_refuses_too_many_experts_for_a_token():
@@ -379,10 +384,7 @@ def test_expand_refuses_too_many_experts_for_a_token():
     ],
 )  # fmt: skip
 def test_deltas_refuses(place, value, message):
-    arguments = list(deltas_arguments(group()))
-    arguments[place] = value
-    with pytest.raises(ValueError, match=message):
-        ops.deltas(*arguments)
+    refused(ops.deltas, deltas_arguments(group()), place, value, message)
 
 
 def test_a_group_has_one_number_of_experts():

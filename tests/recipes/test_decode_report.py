@@ -152,8 +152,9 @@ def test_parts_have_a_line_for_each_row_and_the_later_file_counts():
         {**row, "mode": "compiled", "ms": 1.04, "backbone_ms": 1.0, "ratio": 1.04},
         {**row, "mode": "compiled", "batch": 64, "backbone": "bf16", "ratio": 1.07, "over_faster": 1.09},
     ]
-    first = {"header": {"commit": "a"}, "rows": [row, *others]}
-    later = {"header": {"commit": "b"}, "rows": [{**others[0], "ms": 1.06, "ratio": 1.06}]}
+    alone = {**others[0], "method": "backbone", "rank": 0, "ms": 1.0, "ratio": 1.0}
+    first = {"header": {"commit": "a"}, "rows": [row, *others, alone]}
+    later = {"header": {"commit": "b"}, "rows": [{**others[0], "ms": 1.06, "ratio": 1.06}, alone]}
     table = report.parts_table({"x": first, "y": later})
     assert table[2:] == [
         "| nf4 | graph, batch 1, r = 8 | 2.00 ms | **1.100** |  | a |",

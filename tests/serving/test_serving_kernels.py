@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,37 +10,25 @@ import vllm_server
 from peft_loraswitch.vllm_plugin import custom_ops
 from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables
 
-TOOLS = Path(serving_kernels.__file__).parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def printed_by(tool: str, *arguments: str, interpret: bool = True) -> list[str]:
-    """What a tool prints, run by vLLM's Python. interpret: kernels run in Triton's interpreter."""
-    command = [str(vllm_server.PYTHON), str(TOOLS / tool), *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300,
-        env=vllm_server.environment(TRITON_INTERPRET=str(int(interpret))),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.split()
-
-
 @pytest.mark.vllm
-def test_kernels_printed_by():
-    checks, *rest = printed_by("serving_kernels.py")
+def test_kernels_in_the_interpreter():
+    checks, *rest = vllm_server.printed_by("serving_kernels.py", TRITON_INTERPRET="1")
     assert int(checks) > 90 and rest == ["checks", "passed"]
 
 
 @pytest.mark.vllm
 def test_kernels_compile_for_a_gpu():
     """The interpreter takes what the compiler refuses, such as a name that has one type before a branch and another in it."""
-    count, _, *names = printed_by("compiled_launches.py", "90", interpret=False)
+    count, _, *names = vllm_server.printed_by("compiled_launches.py", "90")
     assert int(count) >= 72 and names == ["_context_kernel", "_expand_kernel", "_route_kernel"]
 
 
 @pytest.mark.vllm
 def test_the_wrapper_of_gpus():
-    assert printed_by("serving_gpu_wrapper.py")[-1] == "passed"
+    assert vllm_server.printed_by("serving_gpu_wrapper.py", TRITON_INTERPRET="1")[-1] == "passed"
 
 
 @needs_gpu

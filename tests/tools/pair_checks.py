@@ -7,9 +7,9 @@ python tests/tools/pair_checks.py --compile 90                   # they compile 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,58 +117,35 @@ def check_products(
 
 
 def compile_all(capability: int) -> int:
-    """The number of kernels that compile for a GPU of this capability, with the sizes that a large model has."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """The number of kernels that compile for a GPU of this capability: each dtype and form, for rows that 16 divides, as large
+    models have them, and for others."""
+    from compiled_launches import compiling
 
-    sizes: dict[str, Any] = {"RANK": 16, "COLUMNS": 48, "BLOCK": 64, "TILE": TILE}
-    kernels = (
-        [(pair_kernels._to_rank_kernel, {"FEATURES": pair_kernels.FEATURES, "BACKWARD": each}) for each in (True, False)]
-        + [(pair_kernels._from_rank_kernel, {"FEATURES": pair_kernels.WRITTEN, "ADD": add, "GATED": gated, "BIAS": bias})
-           for add in (True, False) for gated in (True, False) for bias in (True, False)]
-        + [(pair_kernels._weight_gradient_kernel, {"FEATURES": pair_kernels.WRITTEN, "GATED": each}) for each in (True, False)]
-    )  # fmt: skip
-    compiled = 0
-    for dtype in ("bf16", "fp16", "fp32"):
-        for kernel, more in kernels:
-            for even in (
-                True,
-                False,
-            ):  # sizes and addresses that 16 divides, and a row of A or B, as large models have them
-                constants = {**sizes, **more, **({"w_feature": 1} if even and "d_w" not in kernel.arg_names else {})}
-                signature = {name: _type_of(name, dtype) for name in kernel.arg_names}
-                signature |= dict.fromkeys(constants, "constexpr")
-                places = [
-                    i for i, (name, kind) in enumerate(signature.items()) if name != "experts" and kind[0] in "*i"
-                ]
-                options = {"num_warps": 4, "num_stages": 4 if dtype != "fp32" else 2}
-                hints = {(place,): [["tt.divisibility", 16]] for place in places} if even else {}
-                source = ASTSource(kernel, signature, constants, hints)
-                made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-                assert made.metadata.shared <= 227 * 1024, (kernel, dtype, made.metadata.shared)
-                compiled += 1
-    return compiled
-
-
-def _type_of(name: str, dtype: str) -> str:
-    if name in ("features", "w", "small", "hidden", "out", "bias"):
-        return f"*{dtype}"
-    if name in ("tokens", "tiles", "bounds"):
-        return "*i32"
-    if name in ("gates", "d_gates", "d_w"):
-        return "*fp32"
-    return "fp32" if name == "scaling" else "i32"
+    tokens, experts, linears, rank = 64, 5, 3, 16
+    order, gates = order_of(some_choices(tokens, experts, 1, 1), experts), torch.zeros(tokens, experts)
+    with compiling(capability) as compiled:
+        for dtype in pair_kernels.FLOATS:
+            for features in (1024, 1030):
+                x, small = torch.zeros(tokens, features, dtype=dtype), torch.zeros(tokens, linears * rank, dtype=dtype)
+                w = torch.zeros(linears, experts, rank, features, dtype=dtype)
+                pair_kernels.to_rank(x, w, order, small)
+                d_gates = torch.zeros(tokens)
+                pair_kernels.to_rank_backward(x, w[:1], order, small[:, :rank], gates, 0.5, small[:, :rank], d_gates)
+                for bias, add, factors in itertools.product((x[0], None), (True, False), (gates, None)):
+                    pair_kernels.from_rank(small, w, order, x, bias, add, factors)
+                for factors in (gates, None):
+                    pair_kernels.weight_gradient(x, small, order, w.float(), factors)
+    return len(compiled)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", type=int, metavar="CAPABILITY")
     options = parser.parse_args(argv)
+    pair_kernels._on = lambda each: nullcontext()  # there is no GPU whose turn it is
     if options.compile:
         print(compile_all(options.compile), "kernels compiled")
         return
-    pair_kernels._on = lambda each: nullcontext()  # there is no GPU whose turn it is
     for case in PRODUCTS:
         for dtype in (torch.float32, torch.float16):
             check_products(*case, dtype=dtype, device="cpu")

@@ -35,6 +35,16 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, **ours, **variables}
 
 
+def printed_by(tool: str, *arguments: str, **variables: str) -> list[str]:
+    """The words that a file in tests/tools prints, run by vLLM's Python with these variables."""
+    done = subprocess.run(
+        [str(PYTHON), str(TOOLS / tool), *arguments], capture_output=True, text=True, timeout=300,
+        env=environment(PYTHONPATH=str(ROOT), **variables),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -4,8 +4,6 @@ sorted order, and the results and gradients of the float64 definition, in every 
 from __future__ import annotations
 
 import copy
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ import vllm_server
 from fast_linear_checks import NO_LOSSES, on_both_devices, relative, step
 from helpers import adapter_gradients, padded, randomize_adapter, switch_config, tiny_gpt2, tiny_llama
 from oracle import Oracle
-from paths import ROOT
 from peft_loraswitch import use_experts
 from peft_loraswitch.training import fast_linears, group_function, pair_kernels, pair_products
 from peft_loraswitch.training.gate_hidden import Columns
@@ -388,20 +385,12 @@ def test_the_same_bits_in_every_run(slots):
 @pytest.mark.vllm
 def test_kernels_in_the_interpreter():
     """In vllm's environment, which has Triton."""
-    assert in_vllms_environment("pair_checks.py", TRITON_INTERPRET="1").split()[-2:] == ["checks", "passed"]
+    assert vllm_server.printed_by("pair_checks.py", TRITON_INTERPRET="1")[-2:] == ["checks", "passed"]
 
 
 @pytest.mark.vllm
 def test_kernels_compile_for_a_gpu_that_is_not_there():
-    assert in_vllms_environment("pair_checks.py", "--compile", "90").split()[-2:] == ["kernels", "compiled"]
-
-
-def in_vllms_environment(tool: str, *arguments: str, **variables: str) -> str:
-    command = [str(vllm_server.PYTHON), str(Path(pair_checks.__file__).with_name(tool)), *arguments]
-    environment = vllm_server.environment(PYTHONPATH=str(ROOT), **variables)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert vllm_server.printed_by("pair_checks.py", "--compile", "90")[-2:] == ["kernels", "compiled"]
 
 
 @needs_gpu

@@ -328,22 +328,19 @@ def described(row: Row) -> str:
 
 def parts_table(parts: dict[str, Result]) -> list[str]:
     """What `--only` has measured: a line for each fused row of the first model, with the bar that speaks of it alone."""
-    bars = {
-        id(row): bar.bar
-        for part in parts.values()
-        for bar in BARS
-        if bar.field == "ratio"
-        for row in of_bar(part, FIRST, bar)
-        if len(bar.modes) == 1 or row is min(of_bar(part, FIRST, bar), key=lambda row: row["ms"])
-    }
+    asked = {}
+    for part in parts.values():
+        for bar in BARS:
+            value = value_of(part, FIRST, bar) if bar.field == "ratio" else None
+            if value is not None:
+                best = min(of_bar(part, FIRST, bar), key=lambda row: row["ms"])
+                asked[id(best)] = f"{bar.bar:.2f}, {'met' if value <= bar.bar else 'missed'}"
     lines = {}
     for part in parts.values():
         for row in part["rows"]:
             if row["model"] == FIRST and row["method"] == "fused" and row["ratio"]:
-                bar = bars.get(id(row))
-                value = row.get("over_faster", row["ratio"])
-                asked = "" if bar is None else f"{bar:.2f}, {'met' if value <= bar else 'missed'}"
-                cells = f"{row['backbone_ms']:.2f} ms | **{value:.3f}** | {asked} | {part['header']['commit']}"
+                value, bar = row.get("over_faster", row["ratio"]), asked.get(id(row), "")
+                cells = f"{row['backbone_ms']:.2f} ms | **{value:.3f}** | {bar} | {part['header']['commit']}"
                 lines[described(row)] = f"| {described(row)} | {cells} |"
     if not lines:
         return []
