@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
     args = _arguments(argv[:cut])
     if args.reload:
-        print(json.dumps(reloaded(args)))
+        print(json.dumps(reloaded(args, argv[cut + 1 :])))
         return
     args.work.mkdir(parents=True, exist_ok=True)
     row, failed = run(args, argv[cut + 1 :])
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> tuple[dict[str, Any], lis
     middle = str(first / f"checkpoint-{args.steps // 2}")
     _train(args, recipe, [*options, "--output_dir", str(second), "--resume_from_checkpoint", middle])
     _say("loading in a fresh process")
-    fresh = _fresh(args)
+    fresh = _fresh(args, extra)
 
     state = json.loads((first / "trainer_state.json").read_text())
     losses = _losses(first)
@@ -196,9 +196,9 @@ def _losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def _fresh(args: argparse.Namespace) -> dict[str, Any]:
+def _fresh(args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
     command = module_command("recipes.train.real_size", args.config, "--work", str(args.work), "--reload")
-    command += ["--steps", str(args.steps), *(["--tiny"] if args.tiny else [])]
+    command += ["--steps", str(args.steps), *(["--tiny"] if args.tiny else []), "--", *extra]
     done = subprocess.run(command, env=module_environment(), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit status {done.returncode}")
@@ -207,18 +207,26 @@ def _fresh(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def reloaded(args: argparse.Namespace) -> dict[str, Any]:
+def reloaded(args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
     """In a fresh process: held-out loss with and without the adapter, and greedy tokens after a held-out prompt, also those of
-    the last checkpoint."""
+    the last checkpoint. The backbone is loaded as the recipe's options say: in 4 bits, say."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer, HfArgumentParser
+    from trl import ModelConfig
 
     import peft_loraswitch  # noqa: F401  (so that PEFT knows the adapter's type)
+    from recipes.train.trl_script import load_model
 
     place = Place(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(place.model)
-    base = AutoModelForCausalLM.from_pretrained(place.model, dtype="auto", attn_implementation="sdpa").to(device)
+    dtype = "float32" if args.tiny else str(place.settings["dtype"])
+    options = ["--model_name_or_path", str(place.model), "--attn_implementation", "sdpa", "--dtype", dtype, *extra]
+    model_arguments, *_ = HfArgumentParser(ModelConfig).parse_args_into_dataclasses(
+        options, return_remaining_strings=True
+    )
+    base = load_model(model_arguments, False)
+    base = base if base.device.type == device else base.to(device)
     first = args.work / "first"
     model = PeftModel.from_pretrained(base, first).eval()
     talks = [json.loads(line) for line in (place.data / "test.jsonl").read_text().splitlines()]
