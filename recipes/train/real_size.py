@@ -10,7 +10,8 @@ checkpoint in the middle; then the adapter is loaded in a fresh process. What ha
 
 - the loss falls;
 - the losses behind the checkpoint are those of the first run;
-- the fresh process has the loss on held-out text that the trainer had, and the base alone has another;
+- the fresh process has the loss on held-out text that the trainer had, or its preference loss on held-out pairs, and the base
+  alone has another;
 - the last checkpoint and the saved adapter give the same greedy tokens.
 
 A row for each run goes into `--output` (real_size.json in recipes/results): seconds of a step, GiB of each GPU,
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ CONFIGS, LAUNCH = ROOT / "recipes" / "train" / "configs", ROOT / "recipes" / "tr
 RESULTS = ROOT / "recipes" / "results" / "real_size.json"
 EVALUATED = 8  # held-out conversations
 SAME = 0.02  # relative: bf16 sums in another order
+SAME_PREFERENCE = 0.05  # of a preference loss: the difference of two such sums
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,9 +129,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> tuple[dict[str, Any], lis
     failed = []
     if not min(behind) < losses[0]:
         failed.append(f"the loss does not fall: {losses}")
-    if not all(math.isclose(a, b, rel_tol=SAME) for a, b in zip(behind, resumed, strict=True)):
+    same = SAME if recipe == "sft" else SAME_PREFERENCE
+    if not all(math.isclose(a, b, rel_tol=same) for a, b in zip(behind, resumed, strict=True)):
         failed.append(f"resumed losses differ: {behind} and {resumed}")
-    if recipe == "sft" and not math.isclose(fresh["loss"], evaluated, rel_tol=SAME):
+    if not math.isclose(fresh["loss"], evaluated, rel_tol=same):
         failed.append(f"held-out loss in a fresh process: {fresh['loss']}, in the trainer: {evaluated}")
     if math.isclose(fresh["loss"], fresh["base_loss"], rel_tol=1e-3):
         failed.append(f"the adapter changes nothing: {fresh['loss']} with it, {fresh['base_loss']} without")
@@ -230,19 +234,42 @@ def reloaded(args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
     first = args.work / "first"
     model = PeftModel.from_pretrained(base, first).eval()
     talks = [json.loads(line) for line in (place.data / "test.jsonl").read_text().splitlines()]
-    texts = [talk["messages"] if "messages" in talk else talk["prompt"] + talk["chosen"] for talk in talks]
-    rows = [tokenizer.apply_chat_template(text, return_dict=False)[: place.length] for text in texts]
-    prompt = torch.tensor([rows[0][:32]], device=device)
+
+    def encoded(text: list[dict[str, str]], **options: Any) -> list[int]:
+        ids: list[int] = tokenizer.apply_chat_template(text, return_dict=False, **options)[: place.length]
+        return ids
+
+    def surprise(row: list[int], behind: int = 0) -> tuple[float, int]:
+        """Nats of the row's tokens from `behind` on (without the first), and how many those are."""
+        ids, behind = torch.tensor([row], device=device), max(behind, 1)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = model(input_ids=ids).logits[0, behind - 1 : -1].float()
+        nats = torch.nn.functional.cross_entropy(logits, ids[0, behind:], reduction="sum")
+        return float(nats), len(row) - behind
+
+    def margins() -> list[float]:
+        """By how many nats each rejected answer surprises more than the chosen one."""
+        found = []
+        for talk in talks:
+            start = encoded(talk["prompt"], add_generation_prompt=True)
+            pair = [encoded(talk["prompt"] + talk[side]) for side in ("chosen", "rejected")]
+            shared = [
+                sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(start, row, strict=False))) for row in pair
+            ]
+            chosen, rejected = (surprise(row, behind)[0] for row, behind in zip(pair, shared, strict=True))
+            found.append(rejected - chosen)
+        return found
 
     def loss() -> float:
-        total, count = 0.0, 0
-        for row in rows:
-            ids = torch.tensor([row], device=device)
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                logits = model(input_ids=ids).logits[0, :-1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-            count += len(row) - 1
-        return total / count
+        if place.recipe == "sft":
+            nats, counts = zip(*(surprise(encoded(talk["messages"])) for talk in talks), strict=True)
+            return sum(nats) / sum(counts)
+        now, beta = margins(), float(place.settings["beta"])
+        with model.disable_adapter():
+            before = margins()
+        return sum(math.log1p(math.exp(beta * (b - a))) for a, b in zip(now, before, strict=True)) / len(now)
+
+    prompt = torch.tensor([encoded(talks[0].get("messages") or talks[0]["prompt"])[:32]], device=device)
 
     def tokens() -> list[int]:
         made = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
@@ -250,7 +277,7 @@ def reloaded(args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"loss": loss(), "tokens": tokens()}
     with model.disable_adapter():
-        found["base_loss"] = loss()
+        found["base_loss"] = loss() if place.recipe == "sft" else math.log(2)
     model.load_adapter(first / f"checkpoint-{args.steps}", "checkpoint")
     model.set_adapter("checkpoint")
     found["checkpoint_tokens"] = tokens()

@@ -203,13 +203,15 @@ def test_corpora_hold_out_whole_groups() -> None:
         corpora.split([corpora.Document("a", "x")])
 
 
-def test_real_size_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", ["sft_mistral_7b", "dpo_qwen3_8b"])
+def test_real_size_rehearsed(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step of `real_size` with a tiny model; its own checks have to hold (it raises otherwise)."""
     from recipes.train import real_size
 
     monkeypatch.setattr(real_size, "subprocess", Forks)
     options = ["--tiny", "--steps", "4", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "rows.json")]
-    real_size.main(["sft_mistral_7b", *options])
+    real_size.main([config, *options])
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row["failed"] == [] and len(row["losses"]) == 4 and len(row["resumed_losses"]) == 2
-    assert math.isclose(row["fresh"]["loss"], row["eval_loss"], rel_tol=1e-4)
+    # Of an answer, TRL may count one token more or less at its beginning.
+    assert math.isclose(row["fresh"]["loss"], row["eval_loss"], rel_tol=1e-4 if config.startswith("sft") else 3e-3)
