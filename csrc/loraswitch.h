@@ -69,9 +69,10 @@ typedef struct ls_group {
   int32_t transposed; /* weights are [in, out] (GPT-2's Conv1D) */
   int32_t device;     /* CUDA device index */
   int32_t tuning;     /* 0: choose the kernel; LS_TUNING_* for tests and benchmarks */
-  int32_t scale_block; /* weights of 4 bits: features that share a scale, a multiple of 64 that in_features is divisible by; else 0 */
-  const float *code;  /* weights of 4 bits: the 16 values of an index, rounded to the dtype by the kernel; else NULL. All linears of
-                         the group have such weights or none; 1 to LS_FAST_TOKENS tokens, a 16-bit dtype, weights aligned to 16 bytes */
+  int32_t scale_block; /* weights of 4 bits: features that share a scale: a power of two from 64 on that divides in_features; else 0 */
+  const float *code;  /* weights of 4 bits: the 16 values of an index, rounded to the dtype by the kernel; else NULL. All linears of the
+                         group have such weights or none; at most LS_FAST_TOKENS tokens, a 16-bit dtype, ranks divisible by 8, x,
+                         hidden, weights and lora_b aligned to 16 bytes: else LS_ERROR_ARGUMENT */
 } ls_group;
 
 /* One linear of a group, for ls_expand and ls_widen. */
