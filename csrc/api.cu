@@ -2,7 +2,7 @@
 // for a group of linears and launches it (choose(), can_shrink_inside()).
 #include <algorithm>
 
-#include "group.cuh"
+#include "four_bits.cuh"
 
 #ifndef LS_ARCHITECTURES
 #define LS_ARCHITECTURES "unknown architectures"
@@ -18,6 +18,29 @@ constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 // Whether linear_sm90.cu is the one for it.
 bool takes_sm90(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & 3) == 0 && can_sm90(g); }
 
+bool fast(const ls_group &g) {
+  if (g.dtype == LS_FLOAT32 || g.transposed || g.tokens > LS_FAST_TOKENS || g.in_features % 8) return false;
+  if (!aligned16(g.x) || !aligned16(g.hidden)) return false;
+  for (int i = 0; i < g.n_items; ++i) {
+    const ls_item &item = g.items[i];
+    if (item.rank % 8 || !aligned16(item.weight) || !aligned16(item.lora_b)) return false;
+  }
+  return true;
+}
+
+// Weights of 4 bits go to one kernel, so what it does not take is refused.
+int check_four_bits(const ls_group &g) {
+  const int block = g.scale_block;
+  if (g.dtype == LS_FLOAT32 || g.transposed || g.tokens > LS_FAST_TOKENS) return LS_ERROR_ARGUMENT;
+  if (block < kFeatures4 || (block & (block - 1)) || g.in_features % block) return LS_ERROR_ARGUMENT;
+  if (!g.code) return LS_ERROR_POINTER;
+  for (int i = 0; i < g.n_items; ++i) {
+    if (!g.items[i].weight || !g.items[i].scales) return LS_ERROR_POINTER;
+    if (int64_t(g.items[i].out_features) * (g.in_features / 2) > UINT32_MAX) return LS_ERROR_ARGUMENT;  // offsets have 32 bits
+  }
+  return fast(g) ? 0 : LS_ERROR_ARGUMENT;
+}
+
 int check(const ls_group &g) {
   if (g.n_items < 1 || g.n_items > LS_MAX_GROUP || g.tokens < 0 || g.in_features < 1) return LS_ERROR_ARGUMENT;
   if (g.dtype < LS_FLOAT32 || g.dtype > LS_BFLOAT16) return LS_ERROR_ARGUMENT;
@@ -32,17 +55,8 @@ int check(const ls_group &g) {
     if (g.top_k < 1 || g.top_k > LS_MAX_TOP_K || g.num_experts < 1 || g.num_experts > LS_MAX_EXPERTS) return LS_ERROR_ARGUMENT;
     if (g.tokens > 0 && (!g.experts || !g.gates || !g.hidden)) return LS_ERROR_POINTER;
   }
+  if (has_four_bits(g)) return check_four_bits(g);
   return g.tokens > kGridHeight && !takes_sm90(g) ? LS_ERROR_ARGUMENT : 0;
-}
-
-bool fast(const ls_group &g) {
-  if (g.dtype == LS_FLOAT32 || g.transposed || g.tokens > LS_FAST_TOKENS || g.in_features % 8) return false;
-  if (!aligned16(g.x) || !aligned16(g.hidden)) return false;
-  for (int i = 0; i < g.n_items; ++i) {
-    const ls_item &item = g.items[i];
-    if (item.rank % 8 || !aligned16(item.weight) || !aligned16(item.lora_b)) return false;
-  }
-  return true;
 }
 
 enum Kernel { kGeneric, kStreaming, kPersistent, kRegisters, kSm90 };
@@ -68,6 +82,7 @@ bool can_shrink_inside(GroupParams &p, Kernel kernel) {
 Kernel choose(GroupParams &p) {
   if (takes_sm90(p.g)) return kSm90;
   if (!fast(p.g)) return kGeneric;
+  if (has_four_bits(p.g)) return kRegisters;
   const int wanted = p.g.tuning & 3;
   const bool panel = (wanted == LS_TUNING_PERSISTENT || wanted == 0) && can_persistent(p);
   if (panel && (wanted == LS_TUNING_PERSISTENT || !any_rank(p.g) || can_shrink_inside(p, kPersistent))) return kPersistent;

@@ -8,12 +8,12 @@
 //   shared memory: 8 partial tiles in float32; before that, the hidden
 //
 // For what linear_streaming.cu and linear_persistent.cu do not take or are slower at: in_features not divisible by 32, a hidden that
-// is too large for them, and the experts alone, without a weight (`ls_item.weight` NULL).
+// is too large for them, the experts alone, without a weight (`ls_item.weight` NULL), and weights of 4 bits (four_bits.cuh).
 //
 // The shrink runs in the first blocks of the grid: their tiles are rows of lora_a (of all experts, as one matrix) times all tokens,
 // with split-K over kSplits blocks so that they are done long before the other blocks, which wait for them in their epilogue. Blocks
 // start in the order of their index, and those with rows of lora_a wait for nobody: no block waits for one that cannot start.
-#include "mma.cuh"
+#include "four_bits.cuh"
 
 namespace ls {
 namespace {
@@ -32,8 +32,9 @@ __device__ __forceinline__ void store_hidden(const GroupParams &p, int item_inde
   }
 }
 
-// NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered).
-template <class E, int NT, int MT, int U> __global__ void __launch_bounds__(kThreads, NT == 1 ? 3 : 2)
+// NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered), of weights of 4 bits F chunks of theirs (0: the
+// weights have the dtype of x).
+template <class E, int NT, int MT, int U, int F> __global__ void __launch_bounds__(kThreads, NT == 1 && F == 0 ? 3 : 2)
     linear_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
   __shared__ __align__(16) float partial[kWarps][8 * NT][kRows + 4];  // and before that, the hidden
@@ -108,7 +109,15 @@ template <class E, int NT, int MT, int U> __global__ void __launch_bounds__(kThr
 
   constexpr int kStep = kWarps * U;
   int c = first + warp * U;
-  load_weights(c, w[0]);
+  FourBits<E, NT, MT, F> four;
+  if constexpr (F > 0) {
+    if (!shrinks) {
+      four.begin(p, item, row, warp, kWarps);
+      four.fill_table();
+    }
+  } else {
+    load_weights(c, w[0]);
+  }
   pdl_wait();
   if (p.has_rank) {
     read_ids(p, ids, threadIdx.x, kThreads);
@@ -122,6 +131,15 @@ template <class E, int NT, int MT, int U> __global__ void __launch_bounds__(kThr
     for (int m = 0; m < MT; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) experts.template prefetch_b<E>(unit, row[m][h]);
+  }
+  if constexpr (F > 0) {
+    if (!shrinks) {
+      __syncthreads();  // the table
+      four.run(acc);
+      chunks = 0;
+    } else {
+      load_weights(c, w[0]);  // not before: no registers for both
+    }
   }
   load_inputs(c, x[0]);
   while (c < chunks) {
@@ -199,7 +217,7 @@ template <class E, int NT, int MT, int U> __global__ void __launch_bounds__(kThr
   }
 }
 
-template <class E, int NT, int MT, int U> int launch_shape(GroupParams &p, void *stream) {
+template <class E, int NT, int MT, int U, int F = 0> int launch_shape(GroupParams &p, void *stream) {
   int n = 0;
   for (int i = 0; i < p.g.n_items; ++i) {
     p.shrink_begin[i] = n;
@@ -212,11 +230,21 @@ template <class E, int NT, int MT, int U> int launch_shape(GroupParams &p, void 
   }
   p.begin[p.g.n_items] = n;
   p.has_rank = any_rank(p.g);
-  auto kernel = linear_kernel<E, NT, MT, U>;
-  return launch<GroupParams>(kernel, dim3(n), dim3(kThreads), p, stream, may_overlap(kernel, p.g.device));
+  constexpr auto kernel = linear_kernel<E, NT, MT, U, F>;
+  constexpr int kShared = F > 0 ? kTableBytes : 0;
+  if (kShared) {
+    const cudaError_t error = allow_shared<kernel>(p.g.device, kShared);
+    if (error != cudaSuccess) return cudaGetLastError(), static_cast<int>(error);
+  }
+  return launch<GroupParams>(kernel, dim3(n), dim3(kThreads), p, stream, may_overlap(kernel, p.g.device), kShared);
 }
 
 template <class E> int launch_as(GroupParams &p, void *stream) {
+  if (has_four_bits(p.g)) {
+    if (p.g.tokens <= 8) return launch_shape<E, 1, 1, 4, 4>(p, stream);
+    if (p.g.tokens <= 16) return launch_shape<E, 2, 1, 2, 4>(p, stream);
+    return launch_shape<E, 4, 1, 1, 2>(p, stream);
+  }
   if (p.g.tokens <= 8) return launch_shape<E, 1, 1, 4>(p, stream);
   if (p.g.tokens <= 16) return launch_shape<E, 2, 2, 2>(p, stream);
   return launch_shape<E, 4, 2, 1>(p, stream);

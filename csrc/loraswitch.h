@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 6
+#define LS_ABI_VERSION 7
 #define LS_MAX_GROUP 8    /* linears in one launch */
 #define LS_MAX_TOP_K 8
 #define LS_MAX_EXPERTS 256
@@ -38,7 +38,7 @@ enum ls_path { LS_PATH_FAST = 0, LS_PATH_GENERIC = 1, LS_PATH_SM90 = 2 };
 
 /* One linear of a group. */
 typedef struct ls_item {
-  const void *weight; /* [out, in], or [in, out] if the group is transposed; NULL: only base, bias and experts */
+  const void *weight; /* [out, in], or [in, out] if the group is transposed; NULL: only base, bias and experts; 4 bits: `scales` */
   const void *bias;   /* [out] or NULL */
   const void *base;   /* [tokens, out], added to the result, or NULL */
   const void *lora_a; /* [experts, rank, in]; NULL if rank is 0 */
@@ -48,6 +48,8 @@ typedef struct ls_item {
   int32_t out_features;
   int32_t rank;       /* 0: this linear has no adapter */
   int32_t reserved;
+  const float *scales; /* [out, in / scale_block]: the weight has 4 bits, [out, in / 2] bytes, feature 2 i in the higher half of byte i,
+                          and stands for ls_group.code[index] * scale, as bitsandbytes keeps NF4 and FP4. NULL: it has the group's dtype */
 } ls_item;
 
 /* out[t] = weight x[t] + bias + base[t] + scaling * sum_j gates[t,j] lora_b[e] (lora_a[e] x[t]), e = experts[t,j].
@@ -67,7 +69,10 @@ typedef struct ls_group {
   int32_t transposed; /* weights are [in, out] (GPT-2's Conv1D) */
   int32_t device;     /* CUDA device index */
   int32_t tuning;     /* 0: choose the kernel; LS_TUNING_* for tests and benchmarks */
-  int32_t reserved;
+  int32_t scale_block; /* weights of 4 bits: features that share a scale: a power of two from 64 on that divides in_features; else 0 */
+  const float *code;  /* weights of 4 bits: the 16 values of an index, rounded to the dtype by the kernel; else NULL. All linears of the
+                         group have such weights or none; at most LS_FAST_TOKENS tokens, a 16-bit dtype, ranks divisible by 8, x,
+                         hidden, weights and lora_b aligned to 16 bytes: else LS_ERROR_ARGUMENT */
 } ls_group;
 
 /* One linear of a group, for ls_expand and ls_widen. */

@@ -6,7 +6,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int6
 
 import torch
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
 TUNING_STREAMING, TUNING_REGISTERS, TUNING_PERSISTENT, TUNING_TWO_LAUNCHES, TUNING_IMPATIENT = 1, 2, 3, 4, 8
 TUNING_NARROW, TUNING_WIDE = 16, 32
@@ -27,6 +27,7 @@ class Item(Structure):
         ("out_features", c_int32),
         ("rank", c_int32),
         ("reserved", c_int32),
+        ("scales", c_void_p),
     ]
 
 
@@ -46,7 +47,8 @@ class Group(Structure):
         ("transposed", c_int32),
         ("device", c_int32),
         ("tuning", c_int32),
-        ("reserved", c_int32),
+        ("scale_block", c_int32),
+        ("code", c_void_p),
     ]
 
 
