@@ -87,7 +87,7 @@ def format_of(base: nn.Module) -> FourBitFormat | None:
     # A weight that is not quantised yet; one that bitsandbytes has packed otherwise, for some CPUs.
     if type(weight) is not library.Params4bit or state is None or getattr(state, "packing_format_for_cpu", False):
         return None
-    if state.quant_type not in ("nf4", "fp4") or tuple(state.shape) != (out, width):
+    if state.quant_type not in ("nf4", "fp4") or tuple(state.shape or ()) != (out, width):
         return None
     if state.blocksize % FEATURES_OF_A_SCALE or width % state.blocksize:
         return None

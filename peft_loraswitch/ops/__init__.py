@@ -7,7 +7,7 @@
 import torch
 
 from . import cuda, pytorch
-from .contract import FLOATS
+from .contract import FEATURES_OF_A_SCALE, FLOATS
 from .cuda import drop_merge_tables, merge_table
 from .dense_products import all_hidden, dense_linear, gated, group_hidden, wide
 
@@ -20,6 +20,7 @@ deltas = torch.ops.loraswitch.deltas.default
 merge = torch.ops.loraswitch.merge.default
 
 __all__ = [
+    "FEATURES_OF_A_SCALE",
     "FLOATS",
     "all_hidden",
     "deltas",

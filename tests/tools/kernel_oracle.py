@@ -74,8 +74,8 @@ def expand(hidden, experts, gates, bias, lora_b, scaling) -> torch.Tensor:
     return result if bias is None else result + bias.double()
 
 
-# What the 4 bits of a weight stand for: NF4 (QLoRA, arXiv 2305.14314, appendix E), and FP4, a sign, two bits of exponent and one of
-# mantissa, whose largest value is 1.
+# What the 4 bits of a weight stand for: NF4 (QLoRA, arXiv 2305.14314, appendix E), and FP4, a sign, two bits of exponent and
+# one of mantissa, whose largest value is 1.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
