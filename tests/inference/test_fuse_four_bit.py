@@ -15,12 +15,9 @@ import transformers as tf
 from peft import get_peft_model
 from torch import nn
 
-import kernel_oracle
-import layer_checks
-import oracle
-from four_bit_linear import SHAPE, exact_weight, in_4_bits, linear_4bit, made_4bit
+from four_bit_linear import SHAPE, check_layers, in_4_bits, linear_4bit, made_4bit
 from fusing import adapted, close, gradients, ids, logits, randomize, trainable
-from helpers import LAYERS, switch_layers, tiny_llama
+from helpers import LAYERS, tiny_llama
 from int8_linear import launches
 from peft_loraswitch import LoRASwitchConfig, kernels, ops
 from peft_loraswitch.inference import group_outputs
@@ -89,24 +86,7 @@ def test_every_linear_is_its_weight_and_its_experts(way, kind, dtype, request):
     request.getfixturevalue(way)
     model = fused(made_4bit(dtype=dtype, **kind, settings={"rank_pattern": {"k_proj": 3, "up_proj": 16}}))
     assert all(group.four_bit for group in groups(model))
-    config, layers = model.peft_config["default"], switch_layers(model.get_base_model())
-    seen = layer_checks.watch(model)
-    for tokens in (FEW[:1, :1], FEW, FEW, MANY):
-        logits(model, tokens)
-        first = next(iter(layers))
-        router = layers[first].loraswitch_router["default"].weight
-        decision = oracle.with_shared(
-            oracle.decide(seen[first][0], router, config.top_k, config.normalize_gates), config
-        )
-        for name, (x, y) in seen.items():
-            base, bias = layers[name].base_layer, layers[name].base_layer.bias
-            a, b = (experts["default"].weight for experts in (layers[name].loraswitch_A, layers[name].loraswitch_B))
-            expected = x.double() @ exact_weight(base).T + oracle.delta(
-                x, a, b, decision, oracle.scaling_of(config, name, a.shape[1])
-            )
-            expected += 0 if bias is None else bias.double()
-            assert y.dtype == dtype and y.shape == expected.shape
-            assert kernel_oracle.relative_error(y, expected) < 3 * kernel_oracle.limit(y), name
+    check_layers(model, [FEW[:1, :1], FEW, FEW, MANY])
 
 
 def test_one_op_a_group_for_few_tokens_and_the_library_for_many(op_alone):

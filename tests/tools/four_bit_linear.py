@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusing import adapted
-from helpers import tiny_llama
+import kernel_oracle
+import layer_checks
+import oracle
+from fusing import adapted, logits
+from helpers import switch_layers, tiny_llama
 from int8_linear import ALL
 from peft_loraswitch.inference.fuse import adapted_layers
 
@@ -64,3 +67,22 @@ def exact_weight(base: Any) -> torch.Tensor:
         return dequantize_4bit(base.weight.detach(), state).double()
     finally:
         state.dtype = before
+
+
+def check_layers(model: nn.Module, batches: list[torch.Tensor]) -> None:
+    """In a forward of each batch, every linear computes its weight, its bias and its experts, against float64."""
+    config, layers = model.peft_config["default"], switch_layers(model.get_base_model())
+    first = next(iter(layers))
+    router = layers[first].loraswitch_router["default"].weight.cpu()
+    seen = layer_checks.watch(model)
+    for tokens in batches:
+        logits(model, tokens)
+        chosen = oracle.decide(seen[first][0].cpu(), router, config.top_k, config.normalize_gates)
+        decision = oracle.with_shared(chosen, config)
+        for name, (x, y) in seen.items():
+            base, bias = layers[name].base_layer, layers[name].base_layer.bias
+            a, b = (e["default"].weight.cpu() for e in (layers[name].loraswitch_A, layers[name].loraswitch_B))
+            expected = oracle.delta(x.cpu(), a, b, decision, oracle.scaling_of(config, name, a.shape[1]))
+            expected += (x.double() @ exact_weight(base).T).cpu() + (0 if bias is None else bias.double().cpu())
+            assert y.dtype == x.dtype and y.shape == expected.shape
+            assert kernel_oracle.relative_error(y.cpu(), expected) < 3 * kernel_oracle.limit(y), name
