@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import kernels, ops
 from ..layer import LoRASwitchLinear
+from .four_bit import FourBitFormat, format_of
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -31,12 +32,14 @@ class BaseFacts:
 
     Attributes:
         plain: it is a 16/32-bit nn.Linear or Conv1D without hooks, whose weight the ops can read.
+        four_bit: it is one of bitsandbytes' without hooks, whose weight of 4 bits the kernels can read; else None.
         hooked: it has hooks, which are to see what they see without fusing: it runs when its own layer does.
         transposed: it is a Conv1D.
         kernels: the kernels run on its device; few_tokens: up to how many tokens the fused ops are used.
     """
 
     plain: bool
+    four_bit: FourBitFormat | None
     hooked: bool
     transposed: bool
     kernels: bool
@@ -62,20 +65,22 @@ def kernels_serve(device: torch.device) -> bool:
 def facts_of(layer: LoRASwitchLinear) -> BaseFacts:
     base = base_of(layer)
     transposed = type(base) is Conv1D
-    plain = type(base) in (nn.Linear, Conv1D) and base.weight.dtype in ops.FLOATS and layer.base_layer is base
+    plain = type(base) in (nn.Linear, Conv1D) and base.weight.dtype in ops.FLOATS
     plain = plain and type(base.weight) in (nn.Parameter, Tensor)  # torchao's weights are of other classes
     # Hooks on the base layer (accelerate's offloading, a user's) must run, so its own forward must.
     hook = getattr(base, "_hf_hook", None)  # one that only moves inputs is not needed: other devices go unfused
     only_moves = isinstance(hook, AlignDevicesHook) and not hook.offload
     watched = hooked(base) or hooked(layer.base_layer)
-    plain = plain and not watched and (hook is None or only_moves)
+    own_forward = watched or layer.base_layer is not base or not (hook is None or only_moves)
+    plain = plain and not own_forward
     device = device_of(base)
     usable = kernels_serve(device)
     fast = not transposed and not (plain and base.weight.dtype == torch.float32)
     few_tokens = FEW_TOKENS if fast or device.type != "cuda" else FEW_TOKENS_GENERIC
     if device.type == "cuda" and not usable:
         few_tokens = 0  # library products beat the ops' PyTorch path on a GPU
-    return BaseFacts(plain, watched, transposed, usable, few_tokens)
+    four_bit = format_of(base) if usable and not own_forward else None
+    return BaseFacts(plain, four_bit, watched, transposed, usable, few_tokens)
 
 
 def hooked(base: nn.Module) -> bool:

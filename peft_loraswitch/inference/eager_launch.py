@@ -141,28 +141,20 @@ class DirectDeltas(_Direct):
         return self._launch(x, routing, shape, bases)
 
 
-class DirectGroup(_Direct):
-    """The linears of a group with one adapter, called without a compiler.
+class DirectFewTokens(_Direct):
+    """The linears of a group with one adapter, called without a compiler, for few tokens: weights of 4 bits.
 
     Args:
-        packed: the group's tensors as the kernels take them.
-        linears: whose they are; fingerprint: of them, at latest of when they were packed.
+        packed: the group's tensors as the kernels take them; fingerprint: of them, at latest of when they were packed.
         few_tokens: up to how many one C call is made; routed: they follow the decision, not only shared experts.
     """
 
     def __init__(
-        self, packed: PackedGroup, linears: list[LiveLinear], fingerprint: Fingerprint, adapter: str, few_tokens: int,
-        routed: bool,
-    ) -> None:  # fmt: skip
+        self, packed: PackedGroup, fingerprint: Fingerprint, adapter: str, few_tokens: int, routed: bool
+    ) -> None:
         super().__init__(packed)
         self.adapter, self.fingerprint = adapter, fingerprint
         self.few_tokens, self.routed = few_tokens, routed
-        weights = [one.base["weight"].detach() for one in linears]
-        self.matrices = weights if packed.group.transposed else [weight.T for weight in weights]  # [in, out] each
-        self.biases = [None if one.base["bias"] is None else one.base["bias"].detach() for one in linears]
-        self.lora_a = [one.a["weight"].detach().flatten(0, 1) for one in linears]
-        self.lora_b = [one.b["weight"].detach() for one in linears]
-        self.scalings = [one.scaling[adapter] for one in linears]
 
     def again(self, x: Tensor, frame: RoutingFrame) -> list[Tensor] | None:
         """As `__call__`, with what this forward has decided; None wherever `FusedGroup.routing` has to be asked first."""
@@ -179,6 +171,39 @@ class DirectGroup(_Direct):
         experts = routing.experts
         shape = self.shapes.get((x.shape, experts.shape)) or self._shape(x, experts)
         return None if shape is None else self._call(x, routing, shape)
+
+    def _call(self, x: Tensor, routing: Routing, shape: _Shape) -> list[Tensor] | None:
+        if not self._reads(x, routing) or not self.fingerprint.is_current():
+            return None
+        fits = not shape.aligned or x.data_ptr() % 16 == 0
+        return self._launch(x, routing, shape) if fits else None
+
+    def _shape(self, x: Tensor, experts: Tensor) -> _Shape | None:
+        """Worked out once for each shape of x; None if the kernels are no good for it."""
+        group = self._sized(x, experts)
+        if group is None or group.tokens > self.few_tokens:
+            return None
+        return self._keep(x, experts, group, aligned=True)  # no slower kernel takes another x
+
+
+class DirectGroup(DirectFewTokens):
+    """The same for any number of tokens.
+
+    Args:
+        linears: whose tensors they are.
+    """
+
+    def __init__(
+        self, packed: PackedGroup, fingerprint: Fingerprint, adapter: str, few_tokens: int, routed: bool,
+        linears: list[LiveLinear],
+    ) -> None:  # fmt: skip
+        super().__init__(packed, fingerprint, adapter, few_tokens, routed)
+        weights = [one.base["weight"].detach() for one in linears]
+        self.matrices = weights if packed.group.transposed else [weight.T for weight in weights]  # [in, out] each
+        self.biases = [None if one.base["bias"] is None else one.base["bias"].detach() for one in linears]
+        self.lora_a = [one.a["weight"].detach().flatten(0, 1) for one in linears]
+        self.lora_b = [one.b["weight"].detach() for one in linears]
+        self.scalings = [one.scaling[adapter] for one in linears]
 
     def _call(self, x: Tensor, routing: Routing, shape: _Shape) -> list[Tensor] | None:
         if not self._reads(x, routing) or not self.fingerprint.is_current():
@@ -204,7 +229,6 @@ class DirectGroup(_Direct):
         return [result.view(size) for result, (size, _) in zip(results, shape.outputs, strict=True)]
 
     def _shape(self, x: Tensor, experts: Tensor) -> _Shape | None:
-        """Worked out once for each shape of x; None if the kernels are no good for it."""
         group = self._sized(x, experts)
         if group is None:
             return None

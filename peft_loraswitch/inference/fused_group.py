@@ -15,8 +15,13 @@ from ..routing.decision import Routing, decide, routing_of
 from ..routing.frame import RoutingFrame, current
 from ..routing.router import router_logits
 from .capabilities import BaseFacts, within_limits
-from .eager_launch import DirectDeltas, DirectGroup
+from .eager_launch import DirectDeltas, DirectFewTokens
+from .four_bit import HALVES, FourBitFormat
 from .live_linear import LiveLinear, fingerprint_of
+
+FourBitParts = tuple[
+    list[Tensor], list[Tensor], Tensor, list[Tensor | None], list[Tensor], list[Tensor], list[float]
+]  # weights, scales, code, biases, lora_a, lora_b, scalings
 
 
 class FusedGroup(nn.Module):
@@ -31,6 +36,7 @@ class FusedGroup(nn.Module):
         base0, base1, ...: `_parameters` of their base layers, where new ones are seen; a0, b0, ...: the experts' weights, or
             the casts of those; scaling0, ...: their layers' dictionaries.
         modules0, ...: `_modules` of the layers, for the base layers whose own forwards compute what the ops cannot.
+        four_bit: the base layers' weights have 4 bits, and the ops read them for few tokens: packed0, ..., scales0, ..., code.
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
@@ -42,7 +48,7 @@ class FusedGroup(nn.Module):
     def __init__(self, live: list[LiveLinear], adapter: str, facts: BaseFacts, number: int | None = None) -> None:
         super().__init__()
         self._register(number)
-        self.live, self.fingerprint = live, fingerprint_of(live, adapter, facts.plain)
+        self.live = live
         layers = [one.layer for one in live]
         first = layers[0]
         self.adapter, self.key, self.size = adapter, first.routing_state.key, len(layers)
@@ -56,8 +62,12 @@ class FusedGroup(nn.Module):
             values |= {"a": one.a["weight"], "b": one.b["weight"]}
             if not facts.plain:
                 values["modules"] = one.layer._modules
+            if facts.four_bit is not None and one.four_bit is not None:
+                values |= {"packed": one.four_bit.packed, "scales": one.four_bit.scales, "code": one.four_bit.code}
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
-        self.direct: DirectGroup | None = None
+        self.four_bit = facts.four_bit is not None and self._reads_four_bits(facts.four_bit, active)
+        self.fingerprint = fingerprint_of(live, adapter, facts.plain, self.four_bit)
+        self.direct: DirectFewTokens | None = None
         self.deltas: DirectDeltas | None = None
 
     def _register(self, number: int | None) -> None:
@@ -70,6 +80,23 @@ class FusedGroup(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._register(None)
+
+    def _reads_four_bits(self, kept: FourBitFormat, active: int) -> bool:
+        """Whether what the ops make of the base layers' weights is what the layers' own forwards make of them, and there is a
+        kernel for it, with so many experts for each token."""
+        if not self.within or any(one.four_bit is None for one in self.live):
+            return False
+        weights, _, _, biases, lora_a, lora_b, _ = self.four_bit_parts()
+        dtype = lora_a[0].dtype
+        if dtype not in HALVES or kept.compute_dtype not in (None, dtype):
+            return False
+        if any(bias is not None and bias.dtype != dtype for bias in biases):
+            return False
+        experts = (*lora_a, *lora_b)
+        if not all(t.is_contiguous() and t.dtype == dtype and t.device == weights[0].device for t in experts):
+            return False
+        packed = self.pack_four_bits()
+        return all(packed.path_of(tokens, active) == kernels.FAST_PATH for tokens in (1, kernels.FAST_TOKENS))
 
     def leave(self, x: Tensor, results: list[Tensor]) -> Tensor:
         """The first of `results`; the others are left where the group's other linears look for them."""
@@ -155,6 +182,18 @@ class FusedGroup(nn.Module):
         """weights, biases, lora_a, lora_b, scalings"""
         bases = [getattr(self, f"base{i}") for i in range(self.size)]
         return [base["weight"] for base in bases], [base["bias"] for base in bases], *self.experts()
+
+    def four_bit_parts(self) -> FourBitParts:
+        """As `ops.linear_4bit` takes them."""
+        several = range(self.size)
+        packed, scales = ([getattr(self, f"{name}{i}") for i in several] for name in ("packed", "scales"))
+        code: Tensor = self.code0  # type: ignore[assignment]
+        return packed, scales, code, [getattr(self, f"base{i}")["bias"] for i in several], *self.experts()
+
+    def pack_four_bits(self) -> kernels.PackedGroup:
+        """The same as the kernels take it."""
+        weights, scales, code, biases, lora_a, lora_b, scalings = self.four_bit_parts()
+        return kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, scales=scales, code=code)
 
     def experts(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
         """lora_a, lora_b, scalings"""

@@ -31,6 +31,7 @@ from ..tensor_parallel import is_split
 from .capabilities import BaseFacts, base_of, device_of, facts_of
 from .counted_writes import count_as_before
 from .expert_casts import Casts, current_casts, served_dtype
+from .four_bit import FourBitWeight, current_four_bit
 from .fused_group import FusedGroup
 from .group_outputs import compute
 from .live_linear import live_linear
@@ -51,6 +52,7 @@ class Fusing:
         leader: the layer that computes for this one (perhaps itself).
         merging: the merged weights of strategy "merge", else None.
         casts: by adapter, the experts in the dtype in which they are served, if theirs is another.
+        four_bit: the base layer's weight as the ops read it, if it has 4 bits and they can.
         seen: dtype of the input that the layer had when its model was fused; None: it had none.
     """
 
@@ -61,6 +63,7 @@ class Fusing:
         self.leader: Any = layer
         self.merging, self.seen = merging, seen
         self.casts: dict[str, Casts] = {}
+        self.four_bit: FourBitWeight | None = None
         self.handles: list[Any] = []
 
     def watch(self, layer: LoRASwitchLinear) -> None:
@@ -270,11 +273,16 @@ def resolve(layer: FusedLinear) -> None:
 
 def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
     facts = facts_of(layer)
+    for member in members:
+        member.fusing.four_bit = current_four_bit(member, facts_of(member).four_bit, member.fusing.four_bit)
     groups = {}
     for adapter in layer.loraswitch_A:
         together = [m for m in members if m is layer or _same_launch(m, layer, adapter, facts)]
         before = layer.fused_groups.get(adapter)
-        live = [live_linear(member, adapter, member.fusing.casts, member.fusing.seen) for member in together]
+        live = [
+            live_linear(member, adapter, member.fusing.casts, member.fusing.seen, member.fusing.four_bit)
+            for member in together
+        ]
         groups[adapter] = FusedGroup(live, adapter, facts, None if before is None else before.number)
         for experts in (layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]):
             experts.replaced = layer.resolve_experts
@@ -292,6 +300,9 @@ def invalidate(layer: FusedLinear, merged: bool = True) -> None:
     """
     for casts in list(layer.fusing.casts.values()):
         casts.fingerprint.invalidate()
+    four_bit = layer.fusing.four_bit
+    if four_bit is not None and four_bit.dequantized:
+        four_bit.fingerprint.invalidate()
     if merged and layer.fusing.merging is not None:
         layer.fusing.merging.fingerprint.invalidate()
     for adapter in layer.loraswitch_A:

@@ -1,5 +1,5 @@
 """What a group computes: by one op for few tokens, by a packed call or dense products for many, or beside the base layer's own
-forward where the ops cannot read its weight."""
+forward where the ops cannot read its weight, or not for so many tokens (weights of 4 bits)."""
 
 from __future__ import annotations
 
@@ -12,38 +12,42 @@ from .. import kernels, ops
 from ..layer import LoRASwitchLinear
 from ..routing.decision import Routing
 from ..tensor_parallel import is_split
-from .eager_launch import DirectDeltas, DirectGroup, launchable
+from .eager_launch import DirectDeltas, DirectFewTokens, DirectGroup, launchable
 from .fused_group import FusedGroup, has_hooks
 
 
 def compute(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
     """The output of `layer` with the group's adapter, unmerged; the outputs of the group's other linears are left for them.
     A compiler apart, the group is up to date."""
-    if torch.compiler.is_compiling() and group.plain and has_hooks(group.number):
+    reads_weights = group.plain or group.four_bit
+    if torch.compiler.is_compiling() and reads_weights and has_hooks(group.number):
         return LoRASwitchLinear.forward(layer, x)
-    if not group.plain:
+    few = x.numel() // x.shape[-1] <= group.few_tokens and group.within
+    if not reads_weights or (group.four_bit and not few):
         return _beside_base(layer, group, x, routing)
-    parts = group.parts()
     fresh = None
     if group.kernels and group.within and not torch.compiler.is_compiling() and launchable(x):
-        fresh = _made_direct(group, x, routing, *parts)
-    if x.numel() // x.shape[-1] <= group.few_tokens and group.within:
-        return group.leave(x, ops.linear(x, routing.experts, routing.gates, *parts, group.transposed))
+        fresh = _made_direct(group, x, routing)
+    if group.four_bit:
+        return group.leave(x, ops.linear_4bit(x, routing.experts, routing.gates, *group.four_bit_parts()))
+    if few:
+        return group.leave(x, ops.linear(x, routing.experts, routing.gates, *group.parts(), group.transposed))
     results = None if fresh is None else fresh(x, routing)
     return group.leave(x, _dense(group, x, routing) if results is None else results)
 
 
-def _made_direct(
-    group: FusedGroup, x: Tensor, routing: Routing, weights: list[Tensor], biases: list[Tensor | None],
-    lora_a: list[Tensor], lora_b: list[Tensor], scalings: list[float],
-) -> DirectGroup | None:  # fmt: skip
+def _made_direct(group: FusedGroup, x: Tensor, routing: Routing) -> DirectFewTokens | None:
     """`group.direct`, if it had to be made."""
     if group.direct is not None:
         return None
-    packed = _packed(x, routing, weights, biases, lora_a, lora_b, scalings, group.transposed)
+    how = group.fingerprint, group.adapter, group.few_tokens, group.routed
+    if group.four_bit:
+        group.direct = DirectFewTokens(group.pack_four_bits(), *how)
+        return group.direct
+    packed = _packed(x, routing, *group.parts(), group.transposed)
     if packed is None:
         return None
-    group.direct = DirectGroup(packed, group.live, group.fingerprint, group.adapter, group.few_tokens, group.routed)
+    group.direct = DirectGroup(packed, *how, group.live)
     return group.direct
 
 

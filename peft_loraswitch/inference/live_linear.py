@@ -11,6 +11,7 @@ from ..fingerprint import Fingerprint, Parameters
 from ..layer import LoRASwitchLinear
 from .capabilities import base_of
 from .expert_casts import Casts, current_casts
+from .four_bit import FourBitWeight
 
 
 class LiveLinear(NamedTuple):
@@ -19,6 +20,7 @@ class LiveLinear(NamedTuple):
         base: its base layer's parameters.
         a, b: lora_a and lora_b as the ops take them: the experts' own parameters, or their casts.
         casts: None if those are their own.
+        four_bit: its base layer's weight, if that has 4 bits which the ops can read.
         scaling: by adapter.
         hooks, pre_hooks: its base layer's.
     """
@@ -28,6 +30,7 @@ class LiveLinear(NamedTuple):
     a: Parameters
     b: Parameters
     casts: Casts | None
+    four_bit: FourBitWeight | None
     scaling: dict[str, float]
     hooks: dict[int, Any]
     pre_hooks: dict[int, Any]
@@ -38,27 +41,30 @@ class LiveLinear(NamedTuple):
 
 
 def live_linear(
-    layer: LoRASwitchLinear, adapter: str, casts_of_layer: dict[str, Casts], seen: torch.dtype | None
-) -> LiveLinear:
+    layer: LoRASwitchLinear, adapter: str, casts_of_layer: dict[str, Casts], seen: torch.dtype | None,
+    four_bit: FourBitWeight | None,
+) -> LiveLinear:  # fmt: skip
     """`seen`: as in `served_dtype`."""
     base, casts = base_of(layer), current_casts(layer, casts_of_layer, adapter, seen)
     a = layer.loraswitch_A[adapter]._parameters if casts is None else casts.a
     b = layer.loraswitch_B[adapter]._parameters if casts is None else casts.b
-    return LiveLinear(layer, base._parameters, a, b, casts, layer.scaling, base._forward_hooks, base._forward_pre_hooks)
+    hooks = base._forward_hooks, base._forward_pre_hooks
+    return LiveLinear(layer, base._parameters, a, b, casts, four_bit, layer.scaling, *hooks)
 
 
-def fingerprint_of(linears: Sequence[LiveLinear], adapter: str, plain: bool) -> Fingerprint:
+def fingerprint_of(linears: Sequence[LiveLinear], adapter: str, plain: bool, four_bit: bool) -> Fingerprint:
     """Of all that the ops are given of a group.
 
     Args:
-        plain: the ops read the weights of the base layers, too.
+        plain, four_bit: the ops read the weights of the base layers, too, of one kind or the other.
     """
-    bases = [one.base for one in linears] if plain else []
+    bases = [one.base for one in linears] if plain or four_bit else []
+    packed = [one.four_bit.fingerprint for one in linears if one.four_bit is not None] if four_bit else []
     return Fingerprint(
-        weights=[*bases, *(one.a for one in linears), *(one.b for one in linears)],
+        weights=[*(bases if plain else ()), *(one.a for one in linears), *(one.b for one in linears)],
         biases=bases,
         scalings=[one.scaling for one in linears],
         adapter=adapter,
         hooks=[hooks for one in linears for hooks in (one.hooks, one.pre_hooks)],
-        parts=[one.casts.fingerprint for one in linears if one.casts is not None],
+        parts=[*(one.casts.fingerprint for one in linears if one.casts is not None), *packed],
     )

@@ -63,11 +63,15 @@ class PackedGroup:
     """A group of linears as the kernels take it, packed once; a call fills in only what changes from token to token.
 
     Args:
-        weights: [out, in] each, or [in, out] if `transposed`; None: the linear has no weight, only a base result.
+        weights: [out, in] each, or [in, out] if `transposed`; None: the linear has no weight, only a base result. With `scales`
+            uint8 [out, in / 2]: 4 bits for each feature, that of the even one in the higher half of a byte.
         biases: [out] or None, each.
         lora_a, lora_b: [E, r, in] and [E, out, r], each, in the dtype of x; r = 0: no adapter on that linear.
         scalings: one float each.
         tuning: 0, or a kernel shape to try in a benchmark.
+        scales: float32 [out, in / block] each, for weights of 4 bits: one for each block of features. For up to `FAST_TOKENS`
+            tokens in 16 bits.
+        code: float32 [16], with `scales`: what a weight's 4 bits stand for, before the scale.
     """
 
     def __init__(
@@ -79,9 +83,11 @@ class PackedGroup:
         scalings: Sequence[float],
         transposed: bool = False,
         tuning: int = 0,
+        scales: Sequence[torch.Tensor] = (),
+        code: torch.Tensor | None = None,
     ) -> None:
         self.group = group = Group()
-        self.tensors = [t for t in (*weights, *biases, *lora_a, *lora_b) if t is not None]  # kept alive
+        self.tensors = [t for t in (*weights, *biases, *lora_a, *lora_b, *scales, code) if t is not None]  # kept alive
         self.dtype, self.device = lora_a[0].dtype, lora_a[0].device
         self.out_features = [b.shape[1] for b in lora_b]
         group.n_items = len(lora_a)
@@ -94,6 +100,10 @@ class PackedGroup:
             item.out_features, item.rank, item.scaling = b.shape[1], a.shape[1], s
             if item.rank:
                 item.lora_a, item.lora_b = a.data_ptr(), b.data_ptr()
+        if code is not None:
+            group.code, group.scale_block = code.data_ptr(), group.in_features // scales[0].shape[1]
+            for item, scale in zip(group.items, scales, strict=False):
+                item.scales = scale.data_ptr()
         self._hidden_sizes: dict[tuple[int, int], int] = {}
         if self.device.type == "cuda" and 0 <= library().ls_workspace_left(group.device) < WORKSPACE_BYTES // 64:
             log_once(
@@ -126,12 +136,17 @@ class PackedGroup:
         return results
 
     def path(self, x: torch.Tensor, experts: torch.Tensor) -> int:
-        """FAST_PATH, GENERIC_PATH or SM90_PATH: what a call with these would take (float32 always takes the generic one)."""
+        """FAST_PATH, GENERIC_PATH or SM90_PATH: what a call with these would take (float32 always takes the generic one), or -1:
+        no kernel takes it."""
+        return self.path_of(x.numel() // x.shape[-1], experts.shape[-1], x.data_ptr())
+
+    def path_of(self, tokens: int, top_k: int, address: int = 256) -> int:
+        """The same for so many tokens at `address`, of which nothing is read."""
         group = Group.from_buffer_copy(self.group)
-        group.tokens, group.top_k = x.numel() // x.shape[-1], experts.shape[-1]
-        group.x = group.experts = group.gates = group.hidden = x.data_ptr()
+        group.tokens, group.top_k = tokens, top_k
+        group.x = group.experts = group.gates = group.hidden = address
         for item in group.items:
-            item.out = x.data_ptr()
+            item.out = address
         return library().ls_linear_path(byref(group))
 
 

@@ -7,18 +7,20 @@
 import torch
 
 from . import cuda, pytorch
-from .contract import FLOATS
+from .contract import FEATURES_OF_A_SCALE, FLOATS
 from .cuda import drop_merge_tables, merge_table
 from .dense_products import all_hidden, dense_linear, gated, group_hidden, wide
 
 route = torch.ops.loraswitch.route.default
 route_context = torch.ops.loraswitch.route_context.default
 linear = torch.ops.loraswitch.linear.default
+linear_4bit = torch.ops.loraswitch.linear_4bit.default
 expand = torch.ops.loraswitch.expand.default
 deltas = torch.ops.loraswitch.deltas.default
 merge = torch.ops.loraswitch.merge.default
 
 __all__ = [
+    "FEATURES_OF_A_SCALE",
     "FLOATS",
     "all_hidden",
     "deltas",
@@ -28,6 +30,7 @@ __all__ = [
     "gated",
     "group_hidden",
     "linear",
+    "linear_4bit",
     "merge",
     "merge_table",
     "route",

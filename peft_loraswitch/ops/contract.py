@@ -3,6 +3,7 @@
     route   x, router                                   -> experts, gates (top_p < 1: id E, gate 0 for those left out)
     route_context  x, router, sums so far, decay        -> experts, gates by context, and the sums with x (`router_decay`)
     linear  x, experts, gates, a group of linears       -> their outputs, experts included
+    linear_4bit  the same of weights in 4 bits with scales, as bitsandbytes keeps NF4 and FP4
     expand  all experts' hidden, a group of linears     -> what their chosen experts add, plus the biases (many tokens)
     deltas  bases, x, experts, gates, a group's experts -> each base plus what its experts add
     merge   weights, sources, a model's experts         -> weights = sources + the chosen experts (written in place)
@@ -31,6 +32,10 @@ library.define(
     "float[] scalings, bool transposed=False) -> Tensor[]"
 )
 library.define(
+    "linear_4bit(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor[] scales, Tensor code, Tensor?[] biases, "
+    "Tensor[] lora_a, Tensor[] lora_b, float[] scalings) -> Tensor[]"
+)
+library.define(
     "expand(Tensor hidden, Tensor experts, Tensor gates, Tensor?[] biases, Tensor[] lora_b, float[] scalings) -> Tensor[]"
 )
 library.define(
@@ -42,6 +47,7 @@ library.define(
     "Tensor experts, Tensor gates, Tensor? old_experts=None, Tensor? old_gates=None) -> ()"
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FEATURES_OF_A_SCALE = 64  # or a multiple: of weights in 4 bits
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
@@ -130,10 +136,45 @@ def check_linear(
             weight.dtype == x.dtype and weight.device == x.device,
             "linear: a weight is of another dtype or device than x",
         )
-        if bias is not None:
-            _require(
-                bias.shape == (b.shape[1],) and bias.dtype == x.dtype, "linear: a bias must be [out], in the dtype of x"
-            )
+        _check_bias("linear", x, bias, b)
+
+
+def _check_bias(op: str, x: Tensor, bias: Tensor | None, lora_b: Tensor) -> None:
+    fits = bias is None or (bias.shape == (lora_b.shape[1],) and bias.dtype == x.dtype)
+    _require(fits, f"{op}: a bias must be [out], in the dtype of x")
+
+
+def check_linear_4bit(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor,
+    biases: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float],
+) -> None:  # fmt: skip
+    op = "linear_4bit"
+    _check_group(op, x, experts, gates, lora_a, lora_b, weights, scales, biases, scalings)
+    width = x.shape[-1]
+    _require(
+        code.dtype == torch.float32 and code.shape == (16,) and code.device == x.device,
+        f"{op}: code must be float32 [16] on the device of x, not {code.dtype} {list(code.shape)} on {code.device}",
+    )
+    blocks = scales[0].shape[-1] if scales[0].dim() else 0
+    _require(
+        blocks > 0 and width % blocks == 0 and width // blocks % FEATURES_OF_A_SCALE == 0,
+        f"{op}: scales is {list(scales[0].shape)} for {width} features: each scale must stand for the same number of them, a "
+        f"multiple of {FEATURES_OF_A_SCALE}",
+    )
+    for weight, scale, bias, b in zip(weights, scales, biases, lora_b, strict=True):
+        shape = (b.shape[1], width // 2)
+        _require(
+            weight.dtype == torch.uint8 and weight.shape == shape and weight.device == x.device,
+            f"{op}: a weight must be uint8 {list(shape)} on the device of x, two features in a byte, not {weight.dtype} "
+            f"{list(weight.shape)} on {weight.device}",
+        )
+        shape = (b.shape[1], blocks)
+        _require(
+            scale.dtype == torch.float32 and scale.shape == shape and scale.device == x.device,
+            f"{op}: scales must be float32 {list(shape)} on the device of x for every linear of the group, not {scale.dtype} "
+            f"{list(scale.shape)} on {scale.device}: dequantise scales that are quantised themselves",
+        )
+        _check_bias(op, x, bias, b)
 
 
 def check_expand(
@@ -229,6 +270,14 @@ def _linear_fake(
     return [x.new_empty((*x.shape[:-1], b.shape[1])) for b in lora_b]
 
 
+def _linear_4bit_fake(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor,
+    biases: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    check_linear_4bit(x, experts, gates, weights, scales, code, biases, lora_a, lora_b, scalings)
+    return [x.new_empty((*x.shape[:-1], b.shape[1])) for b in lora_b]
+
+
 def _expand_fake(
     hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
     scalings: Sequence[float],
@@ -246,7 +295,7 @@ def _deltas_fake(
 
 
 for _name, _fake in (
-    ("route", _route_fake), ("route_context", _route_context_fake), ("linear", _linear_fake), ("expand", _expand_fake),
-    ("deltas", _deltas_fake), ("merge", check_merge),
+    ("route", _route_fake), ("route_context", _route_context_fake), ("linear", _linear_fake),
+    ("linear_4bit", _linear_4bit_fake), ("expand", _expand_fake), ("deltas", _deltas_fake), ("merge", check_merge),
 ):  # fmt: skip
     torch.library.register_fake(f"loraswitch::{_name}", _fake, lib=library)

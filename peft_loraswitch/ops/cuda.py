@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import kernels
-from .contract import check_deltas, check_expand, check_linear, check_merge, check_route, check_route_context, library
+from .contract import (
+    check_deltas,
+    check_expand,
+    check_linear,
+    check_linear_4bit,
+    check_merge,
+    check_route,
+    check_route_context,
+    library,
+)
 from .pytorch import (
     deltas_pytorch,
     expand_pytorch,
+    linear_4bit_pytorch,
     linear_pytorch,
     merge_pytorch,
     route_context_pytorch,
@@ -59,6 +70,27 @@ def _linear_cuda(
     x, experts, gates = x.contiguous(), experts.contiguous(), gates.contiguous()
     kernels.warn_if_generic(packed, x, experts)
     return packed(x, experts, gates)
+
+
+def _linear_4bit_cuda(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor,
+    biases: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    check_linear_4bit(x, experts, gates, weights, scales, code, biases, lora_a, lora_b, scalings)
+    present = [bias for bias in biases if bias is not None]
+    few = 0 < x.shape[:-1].numel() <= kernels.FAST_TOKENS and x.dtype != torch.float32
+    if few and _usable(*weights, *scales, code, *present, *lora_a, *lora_b):
+        packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, scales=scales, code=code)
+        rows = x.contiguous()
+        if rows.data_ptr() % 16:  # part of a larger tensor: no kernel reads it there
+            rows = rows.clone()
+        if packed.path(rows, experts) == kernels.FAST_PATH:
+            return packed(rows, experts.contiguous(), gates.contiguous())
+        kernels.log_once(
+            f"LoRA-Switch: linear_4bit dequantises weights by PyTorch operations, which is slow: no kernel takes in_features="
+            f"{x.shape[-1]} with ranks {sorted({a.shape[1] for a in lora_a})} and memory as it is aligned."
+        )
+    return linear_4bit_pytorch(x, experts, gates, weights, scales, code, biases, lora_a, lora_b, scalings)
 
 
 def _expand_cuda(
@@ -121,7 +153,7 @@ def _merge_cuda(
 
 
 for _name, _function in (
-    ("route", _route_cuda), ("route_context", _route_context_cuda), ("linear", _linear_cuda), ("expand", _expand_cuda),
-    ("deltas", _deltas_cuda), ("merge", _merge_cuda),
+    ("route", _route_cuda), ("route_context", _route_context_cuda), ("linear", _linear_cuda),
+    ("linear_4bit", _linear_4bit_cuda), ("expand", _expand_cuda), ("deltas", _deltas_cuda), ("merge", _merge_cuda),
 ):  # fmt: skip
     library.impl(_name, _function, "CUDA")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ..routing.decayed_sums import decayed_sums, mean_of, weighted
 from ..routing.decision import decide
-from .contract import check_deltas, check_expand, check_linear, check_merge, check_route, check_route_context, library
+from .contract import (
+    check_deltas,
+    check_expand,
+    check_linear,
+    check_linear_4bit,
+    check_merge,
+    check_route,
+    check_route_context,
+    library,
+)
 from .dense_products import all_hidden, dense, gated, wide
 
 
@@ -76,11 +85,37 @@ def linear_pytorch(
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
+    matrices = [weight.T for weight in weights] if transposed else weights
+    return _linears(x, experts, gates, matrices, biases, lora_a, lora_b, scalings)
+
+
+def dequantized(weight: Tensor, scales: Tensor, code: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [out, in / 2], float32 [out, in / block], float32 [16] -> [out, in] in `dtype`: code[index] * scale, rounded once.
+    The index of an even feature is the higher half of its byte."""
+    indices = torch.stack((weight >> 4, weight & 15), -1).flatten(1)
+    blocks = code[indices.int()].unflatten(1, (scales.shape[1], -1))
+    return (blocks * scales.unsqueeze(-1)).flatten(1).to(dtype)
+
+
+def linear_4bit_pytorch(
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor,
+    biases: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    check_linear_4bit(x, experts, gates, weights, scales, code, biases, lora_a, lora_b, scalings)
+    one_by_one = (dequantized(weight, scale, code, x.dtype) for weight, scale in zip(weights, scales, strict=True))
+    return _linears(x, experts, gates, one_by_one, biases, lora_a, lora_b, scalings)
+
+
+def _linears(
+    x: Tensor, experts: Tensor, gates: Tensor, matrices: Iterable[Tensor], biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    """matrices: [out, in] each"""
     tokens = x.reshape(-1, x.shape[-1])
     experts, gates = (t.reshape(-1, t.shape[-1]) for t in (experts, gates))
     results = []
-    for weight, bias, a, b, scaling in zip(weights, biases, lora_a, lora_b, scalings, strict=True):
-        base = F.linear(tokens, weight.T if transposed else weight, bias)
+    for matrix, bias, a, b, scaling in zip(matrices, biases, lora_a, lora_b, scalings, strict=True):
+        base = F.linear(tokens, matrix, bias)
         result = base + _experts_reference(tokens, experts, gates, a, b, scaling)
         results.append(result.view(*x.shape[:-1], b.shape[1]))
     return results
@@ -136,6 +171,6 @@ def merge_pytorch(
 
 for _name, _function in (
     ("route", route_pytorch), ("route_context", route_context_pytorch), ("linear", linear_pytorch),
-    ("expand", expand_pytorch), ("deltas", deltas_pytorch), ("merge", merge_pytorch),
+    ("linear_4bit", linear_4bit_pytorch), ("expand", expand_pytorch), ("deltas", deltas_pytorch), ("merge", merge_pytorch),
 ):  # fmt: skip
     library.impl(_name, _function, "CPU")

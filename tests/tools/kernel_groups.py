@@ -46,3 +46,36 @@ def check_group(outs, in_features, ranks, num_experts, top_k, tokens, dtype, tun
         limit = oracle.limit(result)
         assert error < limit, f"linear {i} of {outs} x {in_features}, ranks {ranks}, {tokens} tokens: error {error:.2e}"
     return packed, x, experts
+
+
+def make_group_4bit(outs, in_features, ranks, num_experts, dtype, block=64, code="nf4", bias=False):
+    """The same with weights of 4 bits and their scales."""
+    group = make_group(outs, in_features, ranks, num_experts, dtype, bias=bias, weight=False)
+    pairs = [oracle.random_4bit(out, in_features, block, "cuda") for out in outs]
+    group["weights"], group["scales"] = [weight for weight, _ in pairs], [scales for _, scales in pairs]
+    return {**group, "code": torch.tensor(oracle.CODES[code], device="cuda")}
+
+
+def reference_4bit(group, i, x, experts, gates):
+    """What linear i is to return, and the part of its weight alone, both float64."""
+    bias, a, b, s = (group[name][i] for name in ("biases", "lora_a", "lora_b", "scalings"))
+    weight = oracle.from_4bit(group["weights"][i], group["scales"][i], group["code"])
+    own = x.double() @ weight.T
+    return oracle.linear(x, experts, gates, weight, bias, a, b, s), own
+
+
+def check_group_4bit(outs, in_features, ranks, num_experts, top_k, tokens, dtype, tuning=0, ids=None, **kwargs):
+    group = make_group_4bit(outs, in_features, ranks, num_experts, dtype, **kwargs)
+    x = randn(tokens, in_features, dtype=dtype)
+    experts, gates = oracle.random_ids(tokens, num_experts, top_k, "cuda")
+    if ids is not None:
+        experts, gates = ids, oracle.poison_gates(ids, gates, num_experts)
+    packed = kernels.PackedGroup(**group, tuning=tuning)
+    assert packed.path(x, experts) == kernels.FAST_PATH
+    poison_allocator()
+    for i, result in enumerate(packed(x, experts, gates)):
+        reference, own = reference_4bit(group, i, x, experts, gates)
+        assert result.shape == reference.shape and result.dtype == dtype
+        error = oracle.relative_error(result, reference, at_least=max(own.norm(), (reference - own).norm()))
+        limit = oracle.limit_4bit(result)
+        assert error < limit, f"linear {i} of {outs} x {in_features}, ranks {ranks}, {tokens} tokens: error {error:.2e}"

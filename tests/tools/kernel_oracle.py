@@ -74,6 +74,37 @@ def expand(hidden, experts, gates, bias, lora_b, scaling) -> torch.Tensor:
     return result if bias is None else result + bias.double()
 
 
+# What the 4 bits of a weight stand for: NF4 (QLoRA, arXiv 2305.14314, appendix E), and FP4, a sign, two bits of exponent and
+# one of mantissa, whose largest value is 1.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+CODES = {"nf4": NF4, "fp4": FP4}
+
+
+def random_4bit(out: int, in_features: int, block: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight with scales whose products with a normal x are about 1: uint8 [out, in / 2], float32 [out, in / block]."""
+    weight = torch.randint(0, 256, (out, in_features // 2), dtype=torch.uint8, device=device)
+    scales = (torch.rand(out, in_features // block, device=device) + 0.5) * 2 * in_features**-0.5
+    return weight, scales
+
+
+def from_4bit(weight: torch.Tensor, scales: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, in / 2], [out, in / block], [16] -> [out, in] in float64."""
+    values = torch.empty(weight.shape[0], 2 * weight.shape[1], dtype=torch.float64, device=weight.device)
+    values[:, 0::2] = code.double()[weight.long() // 16]
+    values[:, 1::2] = code.double()[weight.long() % 16]
+    return values * scales.double().repeat_interleave(values.shape[1] // scales.shape[1], 1)
+
+
+def limit_4bit(result: torch.Tensor) -> float:
+    """As `limit`: the weight, or the values that it is made of, is rounded to the dtype as well."""
+    return 2.5 * limit(result) + (1e-6 if result.dtype == torch.float32 else 0.0)
+
+
 def linear(x, experts, gates, weight, bias, lora_a, lora_b, scaling, transposed=False, base=None) -> torch.Tensor:
     """[T, out] in float64."""
     result = delta(x, experts, gates, lora_a, lora_b, scaling)

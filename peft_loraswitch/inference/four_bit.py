@@ -1,0 +1,146 @@
+"""Base layers of bitsandbytes (`Linear4bit`, NF4 and FP4) whose weights the ops read as they lie, with no copy of them.
+
+A weight is bytes, two features in each, and a scale for each block of features. With double quantisation the scales are
+quantised themselves; they are then kept dequantised, 4 bytes for each block, once for all groups that compute the layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fingerprint import Fingerprint
+from ..ops import FEATURES_OF_A_SCALE
+from ..ordinary import ordinary
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class FourBitFormat:
+    """How such a weight is kept; linears of one group have the same.
+
+    Attributes:
+        quant_type: "nf4" or "fp4"; block: features that share a scale.
+        compute_dtype: what the layer casts its input to; None: nothing.
+    """
+
+    quant_type: str
+    block: int
+    compute_dtype: torch.dtype | None
+
+
+@dataclass(eq=False)
+class FourBitWeight:
+    """The weight of one layer as the ops read it.
+
+    Attributes:
+        packed: uint8 [out, in / 2], the layer's own memory; code: float32 [16], too.
+        scales: float32 [out, in / block], the layer's own memory, or if they are `dequantized` a copy.
+        fingerprint: of what all this was made of.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    code: Tensor
+    dequantized: bool
+    fingerprint: FourBitFingerprint
+
+
+class FourBitFingerprint(Fingerprint):
+    """Where the parts of a layer's weight are, what goes with them, and of scales that were dequantised how often they were
+    written to."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        super().__init__()
+
+    def _take(self) -> list[Any]:
+        try:
+            base: Any = self.layer._modules["base_layer"]
+            weight = base._parameters["weight"]
+            state = weight.quant_state
+            with (
+                torch._C.DisableTorchFunctionSubclass()
+            ):  # bitsandbytes' is in Python, and takes longer than all of this
+                taken = [base, base.compute_dtype, weight.data_ptr(), state.absmax.data_ptr(), state.code.data_ptr()]
+            if state.nested:
+                for part in (state.absmax, state.offset, state.state2.absmax, state.state2.code):
+                    taken += (part.data_ptr(), None if part.is_inference() else part._version)
+        except (AttributeError, KeyError, RuntimeError):  # another kind of layer or weight
+            return [object()]  # not like anything before
+        return taken
+
+
+def format_of(base: nn.Module) -> FourBitFormat | None:
+    """That of a base layer whose weight the ops can read; None of all others."""
+    library: Any = sys.modules.get("bitsandbytes.nn")  # as long as nobody imports it nothing is of its classes
+    if library is None or type(base) not in (library.Linear4bit, library.LinearNF4, library.LinearFP4):
+        return None
+    layer: Any = base
+    weight, bias, out, width = layer.weight, layer.bias, layer.out_features, layer.in_features
+    state = getattr(weight, "quant_state", None)
+    # A weight that is not quantised yet; one that bitsandbytes has packed otherwise, for some CPUs.
+    if type(weight) is not library.Params4bit or state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    if state.quant_type not in ("nf4", "fp4") or tuple(state.shape or ()) != (out, width):
+        return None
+    if state.blocksize % FEATURES_OF_A_SCALE or width % state.blocksize:
+        return None
+    if layer.compute_dtype not in (None, *HALVES):
+        return None
+    if bias is not None and (bias.shape != (out,) or not bias.is_contiguous()):
+        return None
+    absmax, code = state.absmax, state.code
+    fits = absmax.numel() * state.blocksize == out * width and (state.nested or absmax.dtype == torch.float32)
+    fits = fits and code is not None and code.shape == (16,) and code.dtype == torch.float32
+    fits = fits and weight.numel() * weight.element_size() * 2 == out * width
+    fits = fits and all(t.is_contiguous() and t.device == weight.device for t in (weight, absmax, code))
+    return FourBitFormat(state.quant_type, state.blocksize, layer.compute_dtype) if fits else None
+
+
+def current_four_bit(
+    layer: nn.Module, kept: FourBitFormat | None, before: FourBitWeight | None
+) -> FourBitWeight | None:
+    """The weight of the adapted linear `layer` as the ops read it; None if they cannot.
+
+    Args:
+        kept: its format.
+        before: what was made of it before. It is returned if it is still right; scales that are not are written over, where
+            compiled code reads them.
+    """
+    if kept is None:
+        return None
+    if before is not None and before.fingerprint.is_current():
+        return before
+    fingerprint = FourBitFingerprint(layer)  # before the values are read
+    base: Any = layer._modules["base_layer"]
+    weight, out = base.weight, base.out_features
+    state = weight.quant_state
+    # tensors that forwards of every mode can use, and plain ones, not of bitsandbytes' class
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        packed = ordinary(weight.detach()).view(torch.uint8).view(out, -1)  # other storages hold the same bytes
+        scales = _dequantized(state) if state.nested else ordinary(state.absmax.detach())
+        scales = scales.view(out, -1)
+        if state.nested and before is not None and before.dequantized and _fits(before.scales, scales):
+            scales = before.scales.copy_(scales)
+        code = ordinary(state.code.detach())
+        for tensor in (packed, scales, code):  # CUDA graphs read them in place, like parameters
+            torch._dynamo.mark_static_address(tensor, guard=False)
+    return FourBitWeight(packed, scales, code, state.nested, fingerprint)
+
+
+def _dequantized(state: Any) -> Tensor:
+    """float32: scales that are quantised themselves."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scales: Tensor = dequantize_blockwise(ordinary(state.absmax), state.state2) + state.offset
+    return scales.float()
+
+
+def _fits(old: Tensor, new: Tensor) -> bool:
+    return not old.is_inference() and old.shape == new.shape and old.device == new.device
