@@ -27,7 +27,7 @@ from ..routing.frame import RoutingFrame, RoutingState
 from ..tensor_parallel import is_split
 from .gate_hidden import Columns
 from .group_function import autocast_dtype, run
-from .group_layout import KeptCasts, Spec
+from .group_layout import KeptByBlock, Spec
 from .pair_order import PairOrder, order_of
 from .pair_products import pays
 
@@ -201,14 +201,14 @@ class SharedInputs:
         checkpointed: it is within a checkpointed block now.
         newest: id of the first linear of the group that was computed last.
         plans: by which groups were computed; a checkpointed block's second run goes by them again.
-        casts: the cast weights of the checkpointed block that runs now, which both of its runs use; None: it keeps none.
+        kept: what both runs of the checkpointed block that runs now use; None: it keeps nothing.
     """
 
     def __init__(self, state: RoutingState, known: KnownGroups, learning: bool) -> None:
         self.state, self.known, self.learning, self.checkpointed = state, known, learning, False
         self.plans: dict[Any, Plan] = {}
         self.second_run = False
-        self.casts: KeptCasts | None = None
+        self.kept: KeptByBlock | None = None
         self.newest: int | None = None
         self._ends: set[int] = set()
         self._operands: dict[str, tuple[Any, ...]] = {}
@@ -218,24 +218,24 @@ class SharedInputs:
         self._runs: list[list[Any]] = []
         self._calls: dict[int, int] = {}
 
-    def again(self, casts: KeptCasts | None) -> SharedInputs:
+    def again(self, kept: KeptByBlock | None) -> SharedInputs:
         """For a checkpointed block's second run: the same groups, computed in the same way."""
         again = SharedInputs(self.state, self.known, False)
         again.plans, again.second_run, again.checkpointed = self.plans, True, True
-        again._orders, again.casts = self._orders, casts
-        if casts is not None:
-            casts.second_run = True
+        again._orders, again.kept = self._orders, kept
+        if kept is not None:
+            kept.begin_second_run()
         return again
 
     @contextmanager
-    def checkpointed_block(self, casts: KeptCasts | None) -> Iterator[None]:
+    def checkpointed_block(self, kept: KeptByBlock | None) -> Iterator[None]:
         """Within it a checkpointed block runs for the first time."""
-        before = self.checkpointed, self.casts
-        self.checkpointed, self.casts, self.newest = True, casts, None
+        before = self.checkpointed, self.kept
+        self.checkpointed, self.kept, self.newest = True, kept, None
         try:
             yield
         finally:
-            self.checkpointed, self.casts = before
+            self.checkpointed, self.kept = before
         if self.newest is not None:
             self._ends.add(self.newest)
 
@@ -365,7 +365,7 @@ def _with_adapter(
     if pays(x.device, plan.dtype, gates.shape[0], slots, experts, [each.shape[1] for each in a]):
         order = inputs.order(adapter, routing, experts, x.device)
     slots = 0 if order is None else slots
-    kept = None if inputs.casts is None else (inputs.casts, (plan, adapter))
+    kept = None if inputs.kept is None else (inputs.kept, (plan, adapter, slots))
     if results is None:
         bases = [one._modules["base_layer"]._parameters for one in layers]
         spec = plan.spec(adapter, False, (), inputs.checkpointed, last, slots)
