@@ -92,7 +92,7 @@ class _Block:
         self.given = frame.given
         self.routings_before = dict(frame.routings)
         self.inputs = frame.inputs.for_second_run()
-        self.shared_inputs = shared_inputs_of(state, frame).again(None)
+        self.shared_inputs = shared_inputs_of(state, frame).again(None, self.routings_before)
         self.kept: KeptByBlock | None = None
         self.used: set[str] | None = None  # adapters that the first run used; None: it has not run yet
         self.trained: set[str] = set()
@@ -125,7 +125,7 @@ class _Block:
         again = RoutingFrame(self.training, self.adapter_names)
         again.opened_at, again.relays, again.given = SECOND_RUN, self.relays, self.given
         again.trained = self.trained
-        again.inputs, again.shared_inputs = self.inputs, self.shared_inputs.again(self.kept)
+        again.inputs, again.shared_inputs = self.inputs, self.shared_inputs.again(self.kept, self.routings_before)
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing
         used, finished = self.used or set(), False

@@ -63,6 +63,10 @@ def run(
         order: of the tokens' pairs, with `spec.slots`.
         kept: what the checkpointed block keeps, and the key of this group there; None: it is kept with what backward needs.
     """
+    if gates.ndim != 2:
+        gates = gates.flatten(0, -2)
+    if chosen is not None and chosen.ndim != 2:
+        chosen = chosen.flatten(0, -2)
     experts, trains = (*a, *b), False
     for each in experts:
         if each.requires_grad:
@@ -129,7 +133,7 @@ class _Call:
         if order is not None:
             self.gated = hidden
         else:
-            self.gated = gate(hidden, _by_token(gates), None if chosen is None else _by_token(chosen), spec.columns)
+            self.gated = gate(hidden, gates, chosen, spec.columns)
         memory = self.casts.memory if kept is None else None
         same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
         inputs = (rows if not same else None, x if same else None) if keep_x else (None, None)
@@ -197,10 +201,11 @@ class _Group(torch.autograd.Function):
         a_needed, b_needed = needed[:n], needed[n : 2 * n]
         d_a: list[Tensor | None] = [None] * n
         d_b: list[Tensor | None] = [None] * n
-        d_x = d_gates = None
+        d_x: Tensor | None = None
+        d_gates: Tensor | None = None
         with _NoAutocast(present[0].device.type):
             if x is not None:
-                rows = _by_token(x)
+                rows = x if x.ndim == 2 else x.flatten(0, -2)
             d_rows = [None if d is None else _rows(d, spec.dtype) for d in d_outputs]
             block = None if left.block is None else left.block()
             casts = Casts(a, b, spec, memory) if block is None else block.casts(left.key, a, b, spec)
@@ -208,28 +213,27 @@ class _Group(torch.autograd.Function):
                 hidden = None if block is None else block.hidden.pop(left.place, None)
                 if hidden is None:
                     hidden = _hidden(rows, casts, a, spec, order)
-            gate_rows = group_pairs.side_by_side(_by_token(gates)) if order else _by_token(gates)
-            d_gate_rows: Tensor | None
             gated: Tensor | None
             if order is not None:
-                gated = None
-                d_hidden, d_gate_rows = group_pairs.hidden_backward(d_rows, hidden, gate_rows, casts, spec, order)
+                gated, gates = None, group_pairs.side_by_side(gates)
+                d_hidden, d_gates = group_pairs.hidden_backward(d_rows, hidden, gates, casts, spec, order)
             else:
-                d_hidden, d_gate_rows, gated = gate_backward(
+                d_hidden, d_gates, gated = gate_backward(
                     _d_gated(d_rows, casts.wide_b(), spec),
                     hidden,
-                    gate_rows,
-                    None if chosen is None else _by_token(chosen),
+                    gates,
+                    chosen,
                     spec.columns,
                     want_gates=gates_needed,
                     want_gated=True in b_needed,
                 )
-            if gates_needed and d_gate_rows is not None:
-                d_gates = d_gate_rows if d_gate_rows.dtype == gates.dtype else d_gate_rows.to(gates.dtype)
-                d_gates = d_gates if gates.ndim == 2 else d_gates.reshape(gates.shape)
+            if not gates_needed:
+                d_gates = None
+            elif d_gates is not None and d_gates.dtype != gates.dtype:
+                d_gates = d_gates.to(gates.dtype)
             if x_needed:
                 if order is not None:
-                    d_x = group_pairs.d_input(d_hidden, casts, a, spec, order, gate_rows.shape[0])
+                    d_x = group_pairs.d_input(d_hidden, casts, a, spec, order, gates.shape[0])
                 else:
                     d_x = _d_input(d_hidden, casts.wide_a(a), spec)
                 _add_base(d_x, d_rows, left.base, spec)
@@ -238,7 +242,7 @@ class _Group(torch.autograd.Function):
                 d_x = d_x.view(left.x_shape)
             if order is not None:
                 if True in b_needed:
-                    d_b = group_pairs.d_b(d_rows, hidden, gate_rows, b, b_needed, spec, order)
+                    d_b = group_pairs.d_b(d_rows, hidden, gates, b, b_needed, spec, order)
                 if True in a_needed:
                     d_a = list(group_pairs.d_a(d_hidden, rows, a, spec, order))
             else:
@@ -316,14 +320,9 @@ class _NoAutocast:
             torch.set_autocast_enabled(self.kind, True)
 
 
-def _by_token(each: Tensor) -> Tensor:
-    """[..., n] -> [T, n]"""
-    return each if each.ndim == 2 else each.flatten(0, -2)
-
-
 def _rows(each: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., n] -> [T, n], in this dtype."""
-    rows = _by_token(each)
+    rows = each if each.ndim == 2 else each.flatten(0, -2)
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 
@@ -357,8 +356,7 @@ def _outputs(gated: Tensor, gates: Tensor, call: _Call, x_shape: torch.Size) -> 
     spec, rows, outputs, lead = call.spec, call.rows, [], x_shape[:-1]
     if call.order is not None:
         outputs = [rows.new_empty(rows.shape[0], each.shape[1]) for each in call.b]
-        gate_rows = group_pairs.side_by_side(_by_token(gates))
-        group_pairs.write_up(outputs, gated, gate_rows, call.casts, spec, call.order, call.biases)
+        group_pairs.write_up(outputs, gated, group_pairs.side_by_side(gates), call.casts, spec, call.order, call.biases)
     else:
         # `F.linear` would fold and unfold, which takes the host longer than the product.
         for part, up, bias in zip(_parts(gated, spec), call.casts.up(), call.biases, strict=True):
@@ -385,7 +383,7 @@ def _added(ctx: Any, results: Sequence[Tensor], gated: Tensor, gates: Tensor, ca
                 y = result.clone(memory_format=torch.contiguous_format)
             outputs.append(y)
         flat = [y.view(-1, y.shape[-1]) for y in outputs]
-        group_pairs.add_up(flat, gated, group_pairs.side_by_side(_by_token(gates)), call.casts, spec, call.order)
+        group_pairs.add_up(flat, gated, group_pairs.side_by_side(gates), call.casts, spec, call.order)
         ctx.mark_dirty(*dirty)
         return [y if y.dtype == r.dtype else r + y.to(r.dtype) for r, y in zip(results, outputs, strict=True)]
     for result, part, up, in_place in zip(results, _parts(gated, spec), call.casts.up(), spec.in_place, strict=True):
