@@ -78,7 +78,7 @@ def run(
             anchor = next((each for each in (x, gates, *experts) if each.requires_grad), None)
             if anchor is not None:
                 with torch.no_grad():
-                    call.begin(x, gates, chosen, any(each.requires_grad for each in a))
+                    call.begin(x, any(each.requires_grad for each in a))
                 token = _Keep.apply(anchor, call)  # type: ignore[no-untyped-call]
         # What is no argument costs no time: experts that are frozen are none.
         outputs: tuple[Tensor, ...] = _apply_group(
@@ -94,6 +94,7 @@ class _Call:
         trains: some experts ask for a gradient. If not, they are no arguments of the autograd function.
         keeper: the context of `_Keep`, if that has kept what backward needs.
         place: of the hidden in what the block keeps, if backward finds it there.
+        hidden: None: it has not begun.
     """
 
     def __init__(
@@ -111,10 +112,10 @@ class _Call:
         self.spec, self.base, self.biases, self.order, self.kept = spec, base, biases, order, kept
         self.keeper: Any = None
         self.place: tuple[Any, int] | None = None
-        self.gated: Tensor | None = None  # by pairs: not yet
+        self.hidden: Tensor | None = None
 
-    def begin(self, x: Tensor, gates: Tensor, chosen: Tensor | None, keep_x: bool) -> None:
-        """Everything up to the gated hidden, and what is kept of it."""
+    def begin(self, x: Tensor, keep_x: bool) -> None:
+        """Everything up to the hidden, and what is kept for backward."""
         spec, order, kept = self.spec, self.order, self.kept
         self.rows = rows = _rows(x, spec.dtype)
         if kept is None:
@@ -122,22 +123,31 @@ class _Call:
         else:
             self.casts = kept[0].casts(kept[1], self.a, self.b, spec)
         if kept is None or not keep_x:
-            hidden = _hidden(rows, self.casts, self.a, spec, order)
+            self.hidden = _hidden(rows, self.casts, self.a, spec, order)
         else:  # backward asks for the input first: then the block has run again, and has the hidden
             self.place = kept[0].place(kept[1])
-            found = kept[0].hidden.get(self.place)
-            if found is None:
-                found = _hidden(rows, self.casts, self.a, spec, order)
-                kept[0].keep_hidden(self.place, found, rows)
-            hidden = found
-        if order is not None:
-            self.gated = hidden
-        else:
-            self.gated = gate(hidden, gates, chosen, spec.columns)
+            self.hidden = kept[0].hidden.get(self.place)
+            if self.hidden is None:
+                self.hidden = _hidden(rows, self.casts, self.a, spec, order)
+                kept[0].keep_hidden(self.place, self.hidden, rows)
         memory = self.casts.memory if kept is None else None
         same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
         inputs = (rows if not same else None, x if same else None) if keep_x else (None, None)
-        self.saved = (*inputs, hidden if self.place is None else None, memory)
+        self.saved = (*inputs, self.hidden if self.place is None else None, memory)
+
+    def gated(self, gates: Tensor, chosen: Tensor | None) -> Tensor:
+        """The gated hidden; by pairs, which apply the gates themselves, the hidden."""
+        assert self.hidden is not None
+        if self.order is not None:
+            return self.hidden
+        if self.kept is None or self.place is None:
+            return gate(self.hidden, gates, chosen, self.spec.columns)
+        gated = self.kept[0].gated.pop(self.place, None)
+        if gated is None:
+            gated = gate(self.hidden, gates, chosen, self.spec.columns)
+            if not self.spec.last:  # which needs none in the second run
+                self.kept[0].keep_gated(self.place, gated)
+        return gated
 
 
 class _Keep(torch.autograd.Function):
@@ -169,10 +179,9 @@ class _Group(torch.autograd.Function):
         spec = call.spec
         n = spec.size if call.trains else 0
         ctx.set_materialize_grads(False)
-        if call.gated is None:
-            call.begin(x, gates, chosen, True in ctx.needs_input_grad[5 : 5 + n])
-        gated = call.gated
-        assert gated is not None
+        if call.hidden is None:
+            call.begin(x, True in ctx.needs_input_grad[5 : 5 + n])
+        gated = call.gated(gates, chosen)
         if spec.given:
             outputs = _added(ctx, tensors[2 * n :], gated, gates, call)
         else:

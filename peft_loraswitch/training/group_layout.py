@@ -16,8 +16,11 @@ from .gate_hidden import Columns, runs
 # the largest group is gate_proj and up_proj, 4.5 MiB at E * r = 64. All groups together: 2 bytes for each number in A and B,
 # 320 MiB there. Its hidden, as a part of the group's input: with E * r = 64, q_proj, k_proj and v_proj have 192 columns of 4,096,
 # and all groups together 0.11 of what checkpointing itself keeps of a block.
+# The gated hidden spares one launch, which counts where launches take longer than what they do: 192 columns of 4,096 tokens are
+# 1.5 MiB.
 KEPT_BYTES = 16 * 2**20
 KEPT_HIDDEN = 1 / 16
+KEPT_GATED_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -181,10 +184,12 @@ class KeptByBlock:
 
     Attributes:
         hidden: by `place()`. Backward takes it away, so it is made anew if there is a second backward.
+        gated: the same, which the second run takes away.
     """
 
     def __init__(self) -> None:
         self.hidden: dict[Any, Tensor] = {}
+        self.gated: dict[Any, Tensor] = {}
         self._casts: dict[Any, Casts] = {}
         self._second_run = False
         self._calls: dict[Any, int] = {}
@@ -212,3 +217,8 @@ class KeptByBlock:
         """Unless it is too large for its input `rows`. That of the second run is kept in any case, as backward comes next."""
         if self._second_run or hidden.numel() <= KEPT_HIDDEN * rows.numel():
             self.hidden[place] = hidden
+
+    def keep_gated(self, place: tuple[Any, int], gated: Tensor) -> None:
+        """Of a first run, if it is small and the hidden is kept."""
+        if not self._second_run and place in self.hidden and gated.nbytes <= KEPT_GATED_BYTES:
+            self.gated[place] = gated

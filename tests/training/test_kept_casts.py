@@ -1,6 +1,6 @@
 """The weights that a checkpointed block has cast in its first run are those of its second and of its backward
-(`group_layout.KeptByBlock`), and so is the hidden: made once where they are small, twice where they are large, gone as backward
-goes on."""
+(`group_layout.KeptByBlock`), and so are the hidden and the gated hidden: made once where they are small, twice where they are
+large, gone as backward goes on."""
 
 from __future__ import annotations
 
@@ -45,6 +45,21 @@ def hidden(monkeypatch) -> list[weakref.ref]:
         return result
 
     monkeypatch.setattr(group_function, "_hidden", remember)
+    return found
+
+
+@pytest.fixture
+def gated(monkeypatch) -> list[weakref.ref]:
+    """The gated hidden of each group that a forward computed, in order."""
+    found: list[weakref.ref] = []
+    compute = group_function.gate
+
+    def remember(*args: Any) -> torch.Tensor:
+        result = compute(*args)
+        found.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(group_function, "gate", remember)
     return found
 
 
@@ -108,6 +123,28 @@ def test_the_hidden_is_computed_once_where_it_is_small(share, times, twice, hidd
         model.zero_grad()
         loss.backward()
         assert len(hidden) == (times + 1) * BLOCKS * GROUPS and alive(hidden) == 0
+    for name, actual in adapter_gradients(model).items():
+        torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "share, limit, kept",
+    [(8.0, 2**20, GROUPS - 1), (8.0, 0, 0), (0.0, 2**20, 0)],
+    ids=["small", "large", "without-the-hidden"],
+)
+def test_the_gates_are_applied_once_where_the_hidden_is_small(share, limit, kept, gated, monkeypatch):
+    """The last group of a block needs no gated hidden in the second run."""
+    model = model_of(False)
+    monkeypatch.setattr(group_layout, "KEPT_GATED_BYTES", 0)
+    gradients(model)
+    expected = gradients(model)
+    monkeypatch.setattr(group_layout, "KEPT_HIDDEN", share)
+    monkeypatch.setattr(group_layout, "KEPT_GATED_BYTES", limit)
+    gated.clear()
+    loss = loss_of(model)
+    assert len(gated) == BLOCKS * GROUPS and alive(gated) == BLOCKS * kept
+    loss.backward()
+    assert len(gated) == BLOCKS * (GROUPS + GROUPS - 1 - kept) and alive(gated) == 0
     for name, actual in adapter_gradients(model).items():
         torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
