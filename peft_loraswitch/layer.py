@@ -392,8 +392,8 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features], in the dtype that the base layer returns."""
-        if not (self.disable_adapters or args or kwargs or torch.compiler.is_compiling()):
-            frame = self.routing_state.frame_or_outside()
+        if not (self._disable_adapters or args or kwargs or torch.compiler.is_compiling()):
+            frame = self.routing_state.frame_or_outside(False)
             faster = fast_linears.forward(self, x, frame) if frame.training else None
             if faster is not None:
                 return faster

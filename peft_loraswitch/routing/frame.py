@@ -262,10 +262,16 @@ class RoutingState:
         """The names of the mixed batch that this thread is in, one per sample, or None."""
         return self._local.adapter_names
 
-    def frame_or_outside(self) -> RoutingFrame:
+    def frame_or_outside(self, compiling: bool = True) -> RoutingFrame:
         """The frame of the forward that this thread is in; if it is in none, one that is good for shared experts only
-        (`generate` calls the encoder of an encoder-decoder model by itself)."""
-        frame = self.running_frame()
+        (`generate` calls the encoder of an encoder-decoder model by itself).
+
+        Args:
+            compiling: False: it is known that no compiler traces this call, which takes less time.
+        """
+        frame = self._local.frame
+        if compiling or frame is None or not frame.is_running():
+            frame = self.running_frame()
         if frame is None:
             frame = RoutingFrame(False, self._local.adapter_names)
             frame.opened_at = OUTSIDE

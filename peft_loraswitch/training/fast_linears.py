@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..routing.frame import RoutingFrame, RoutingState
 from ..tensor_parallel import is_split
 from .gate_hidden import Columns
 from .group_function import autocast_dtype, run
-from .group_layout import KeptCasts, Spec
+from .group_layout import KeptByBlock, Spec
 from .pair_order import PairOrder, order_of
 from .pair_products import pays
 
@@ -107,16 +107,16 @@ def _look_at(layer: Any, seen: list[Any]) -> None:
         type(layer),
         "forward" in attributes,
         attributes["_disable_adapters"],
-        active if type(active) is str else tuple(active),
+        _active(layer),
         attributes["training"],
         attributes["cast_input_dtype_enabled"],
         type(base),
         _hooked(base),
     )
+    weights: list[Any] = []
     if type(base) in PRODUCTS:
         parameters = base._parameters
-        _look_at_weight(parameters["weight"], seen)
-        _look_at_weight(parameters["bias"], seen)
+        weights += (parameters["weight"], parameters["bias"])
     else:
         seen.append(is_split(layer.get_base_layer()))
     a_of, b_of = modules["loraswitch_A"]._modules, modules["loraswitch_B"]._modules
@@ -126,17 +126,20 @@ def _look_at(layer: Any, seen: list[Any]) -> None:
         options = attributes["routing_options"][adapter]
         dropout = modules["loraswitch_dropout"]._modules[adapter]
         seen += (adapter, attributes["scaling"][adapter], options, type(dropout))
-        for experts in (a_of[adapter], b_of[adapter]):
-            seen += (_hooked(experts), experts.alone)
-            _look_at_weight(experts._parameters["weight"], seen)
+        down, up = a_of[adapter], b_of[adapter]
+        seen += (_hooked(down), down.alone, _hooked(up), up.alone)
+        weights += (down._parameters["weight"], up._parameters["weight"])
+    for weight in weights:
+        seen += (None,) if weight is None else (
+            # attributes: DeepSpeed marks its parameters with them
+            type(weight), weight.dtype, weight.device, weight.shape, weight.requires_grad, tuple(weight.__dict__),
+        )  # fmt: skip
 
 
-def _look_at_weight(weight: Any, seen: list[Any]) -> None:
-    if weight is None:
-        seen.append(None)
-    else:
-        # attributes: DeepSpeed marks its parameters with them
-        seen += (type(weight), weight.dtype, weight.device, weight.shape, weight.requires_grad, tuple(weight.__dict__))
+def _active(layer: Any) -> str | tuple[str, ...]:
+    """What `layer.active_adapters` is made of, to compare."""
+    active = layer.__dict__["_active_adapter"]
+    return active if type(active) is str else tuple(active)
 
 
 class Plan:
@@ -147,12 +150,19 @@ class Plan:
         adapters: those that are added, in this order; none where the layer's own form runs.
         layers: the linears; the first is the one that was asked for.
         own: their base layers' products are computed as well.
+        active: what the first one's adapters were taken from.
+        routed, ranks: by adapter, whether there is a decision to follow, and the rank in each linear.
     """
 
     def __init__(
         self, looked: Looked, adapters: Sequence[str] = (), layers: Sequence[Any] = (), own: bool = False
     ) -> None:
         self.looked, self.adapters, self.layers, self.own = looked, adapters, layers, own
+        self.active: str | tuple[str, ...] | None = _active(layers[0]) if layers else None
+        self.routed = {adapter: bool(layers[0].routing_options[adapter].is_routed) for adapter in adapters}
+        self.ranks = {
+            adapter: tuple(one.loraswitch_A[adapter].weight.shape[1] for one in layers) for adapter in adapters
+        }
         self._specs: dict[Any, Spec] = {}
         self.dtype: torch.dtype | None = None
 
@@ -201,14 +211,14 @@ class SharedInputs:
         checkpointed: it is within a checkpointed block now.
         newest: id of the first linear of the group that was computed last.
         plans: by which groups were computed; a checkpointed block's second run goes by them again.
-        casts: the cast weights of the checkpointed block that runs now, which both of its runs use; None: it keeps none.
+        kept: what both runs of the checkpointed block that runs now use; None: it keeps nothing.
     """
 
     def __init__(self, state: RoutingState, known: KnownGroups, learning: bool) -> None:
         self.state, self.known, self.learning, self.checkpointed = state, known, learning, False
         self.plans: dict[Any, Plan] = {}
         self.second_run = False
-        self.casts: KeptCasts | None = None
+        self.kept: KeptByBlock | None = None
         self.newest: int | None = None
         self._ends: set[int] = set()
         self._operands: dict[str, tuple[Any, ...]] = {}
@@ -218,24 +228,26 @@ class SharedInputs:
         self._runs: list[list[Any]] = []
         self._calls: dict[int, int] = {}
 
-    def again(self, casts: KeptCasts | None) -> SharedInputs:
-        """For a checkpointed block's second run: the same groups, computed in the same way."""
+    def again(self, kept: KeptByBlock | None, routings: Mapping[str, Any]) -> SharedInputs:
+        """For a checkpointed block's second run: the same groups, computed in the same way; of the gates those of `routings`,
+        the decisions from before the block."""
         again = SharedInputs(self.state, self.known, False)
+        again._operands = {name: made for name, made in self._operands.items() if made[0] is routings.get(name)}
         again.plans, again.second_run, again.checkpointed = self.plans, True, True
-        again._orders, again.casts = self._orders, casts
-        if casts is not None:
-            casts.second_run = True
+        again._orders, again.kept = self._orders, kept
+        if kept is not None:
+            kept.begin_second_run()
         return again
 
     @contextmanager
-    def checkpointed_block(self, casts: KeptCasts | None) -> Iterator[None]:
+    def checkpointed_block(self, kept: KeptByBlock | None) -> Iterator[None]:
         """Within it a checkpointed block runs for the first time."""
-        before = self.checkpointed, self.casts
-        self.checkpointed, self.casts, self.newest = True, casts, None
+        before = self.checkpointed, self.kept
+        self.checkpointed, self.kept, self.newest = True, kept, None
         try:
             yield
         finally:
-            self.checkpointed, self.casts = before
+            self.checkpointed, self.kept = before
         if self.newest is not None:
             self._ends.add(self.newest)
 
@@ -324,13 +336,14 @@ def forward(layer: Any, x: Tensor, frame: RoutingFrame) -> Tensor | None:
     if frame.adapter_names is not None:
         return _plain_form("a batch has an adapter for each sample (adapter_names)")
     inputs: SharedInputs = frame.shared_inputs or shared_inputs_of(layer.routing_state, frame)
-    waiting = inputs.waiting.pop(id(layer), None) if inputs.waiting else None
-    if inputs.learning or id(layer) not in inputs.known.seen:
+    number = id(layer)
+    waiting = inputs.waiting.pop(number, None) if inputs.waiting else None
+    if inputs.learning or number not in inputs.known.seen:
         inputs.look(layer, x)
     if waiting is not None:
         if waiting[0] is x and waiting[1] == x._version:
             return waiting[2]
-        inputs.drop(id(layer))
+        inputs.drop(number)
     if frame.given and any(adapter in frame.given for adapter in _adapters(layer)):
         return None  # the layer multiplies each sample by its own expert alone, which is less work
     plan = _plan(layer, inputs, x)
@@ -338,7 +351,7 @@ def forward(layer: Any, x: Tensor, frame: RoutingFrame) -> Tensor | None:
         return None
     if inputs.waiting:  # for linears of a group that was not asked for all of its outputs
         inputs.drop_waiting()
-    inputs.newest = id(layer)
+    inputs.newest = number
     results: Sequence[Tensor] | None = None if plan.own else [one.base_layer(x) for one in plan.layers]
     for adapter in plan.adapters:
         results = _with_adapter(adapter, plan, x, frame, inputs, results)
@@ -353,22 +366,28 @@ def _with_adapter(
 ) -> Sequence[Tensor]:
     """The outputs of the plan's linears with one adapter, added to `results`, or to what their base layers make of x."""
     layers, first = plan.layers, plan.layers[0]
-    routing = first.routing_for(adapter, frame, x)
-    if adapter not in frame.trained and any(one.trains(adapter) for one in layers[1:]):
-        frame.trained.add(adapter)
+    routing = None
+    if adapter in frame.used and adapter in frame.trained and plan.routed[adapter]:  # nothing to note down any more
+        routing = frame.routings.get(adapter)
+    if routing is None:
+        routing = first.routing_for(adapter, frame, x)
+        if adapter not in frame.trained and any(one.trains(adapter) for one in layers[1:]):
+            frame.trained.add(adapter)
     gates, chosen = inputs.operands(adapter, routing, x, first.name)
-    a = [_weight_of(one._modules["loraswitch_A"]._modules[adapter]) for one in layers]
-    b = [_weight_of(one._modules["loraswitch_B"]._modules[adapter]) for one in layers]
-    last = inputs.checkpointed and id(first) in inputs.known.last
+    downs = [one._modules["loraswitch_A"]._modules[adapter] for one in layers]
+    ups = [one._modules["loraswitch_B"]._modules[adapter] for one in layers]
+    a = [each._parameters["weight"] if each.alone is None else each.whole() for each in downs]
+    b = [each._parameters["weight"] if each.alone is None else each.whole() for each in ups]
     experts, slots, order = gates.shape[1], routing.experts.shape[-1], None
     assert plan.dtype is not None
-    if pays(x.device, plan.dtype, gates.shape[0], slots, experts, [each.shape[1] for each in a]):
+    if pays(x.device, plan.dtype, gates.shape[0], slots, experts, plan.ranks[adapter]):
         order = inputs.order(adapter, routing, experts, x.device)
     slots = 0 if order is None else slots
-    kept = None if inputs.casts is None else (inputs.casts, (plan, adapter))
+    kept = None if inputs.kept is None else (inputs.kept, (plan, adapter, slots))
     if results is None:
-        bases = [one._modules["base_layer"]._parameters for one in layers]
+        last = inputs.checkpointed and id(first) in inputs.known.last
         spec = plan.spec(adapter, False, (), inputs.checkpointed, last, slots)
+        bases = [one._modules["base_layer"]._parameters for one in layers]
         weights, biases = [base["weight"] for base in bases], [base["bias"] for base in bases]
         return run(spec, x, gates, chosen, a, b, weights, biases, order, kept)
     # What this path has computed itself may be added to; of a base layer's result it must be known that nobody holds it.
@@ -378,17 +397,12 @@ def _with_adapter(
     return run(spec, x, gates, chosen, a, b, results, (), order, kept)
 
 
-def _weight_of(experts: Any) -> Tensor:
-    weight: Tensor = experts._parameters["weight"] if experts.alone is None else experts.whole()
-    return weight
-
-
 def _plan(layer: Any, inputs: SharedInputs, x: Tensor) -> Plan:
     """That of the group of `layer`, for an input like x, here and now."""
     place = (id(layer), x.dtype, x.device, autocast_dtype(x))
     if inputs.second_run:
         plan = inputs.plans.get(place)
-        if plan is not None and _adapters(layer) == plan.adapters:  # if not, the block's second run is refused
+        if plan is not None and _active(layer) == plan.active:  # if not, the block's second run is refused
             return plan
     key = _key(place, x)
     plan = inputs.known.plans.get(key)

@@ -28,7 +28,7 @@ from torch import nn
 from ..routing.decision import Routing
 from ..routing.frame import SECOND_RUN, RoutingFrame, RoutingState
 from .fast_linears import shared_inputs_of
-from .group_layout import KeptCasts
+from .group_layout import KeptByBlock
 
 
 class CheckpointedBlock:
@@ -92,8 +92,8 @@ class _Block:
         self.given = frame.given
         self.routings_before = dict(frame.routings)
         self.inputs = frame.inputs.for_second_run()
-        self.shared_inputs = shared_inputs_of(state, frame).again(None)
-        self.casts: KeptCasts | None = None
+        self.shared_inputs = shared_inputs_of(state, frame).again(None, self.routings_before)
+        self.kept: KeptByBlock | None = None
         self.used: set[str] | None = None  # adapters that the first run used; None: it has not run yet
         self.trained: set[str] = set()
         self.reentrant = False
@@ -108,8 +108,8 @@ class _Block:
         self.reentrant = not torch.is_grad_enabled()
         before, frame.used = frame.used, set()
         # Reentrant checkpointing holds on to the block as long as there is a loss, not until its backward is over.
-        self.casts = None if self.reentrant else KeptCasts()
-        with shared_inputs_of(self.state, frame).checkpointed_block(self.casts):
+        self.kept = None if self.reentrant else KeptByBlock()
+        with shared_inputs_of(self.state, frame).checkpointed_block(self.kept):
             output = self.function(*args, **kwargs)
         self.used, frame.used = frame.used, before | frame.used
         self.trained = set(frame.trained)
@@ -125,7 +125,7 @@ class _Block:
         again = RoutingFrame(self.training, self.adapter_names)
         again.opened_at, again.relays, again.given = SECOND_RUN, self.relays, self.given
         again.trained = self.trained
-        again.inputs, again.shared_inputs = self.inputs, self.shared_inputs.again(self.casts)
+        again.inputs, again.shared_inputs = self.inputs, self.shared_inputs.again(self.kept, self.routings_before)
         for adapter, routing in self.routings_before.items():
             again.routings[adapter] = self._relayed(adapter, routing) if self.reentrant else routing
         used, finished = self.used or set(), False

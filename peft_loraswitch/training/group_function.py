@@ -11,7 +11,7 @@ float32 and back, sums of two results, copies. So there is none here:
 - gates, scaling and mask are one launch each way (`gate_hidden.py`);
 - of many experts each token's own alone are multiplied, where that takes less time (`group_pairs.py`);
 - for backward it keeps its input (only if A trains), the hidden, [tokens, E * r], from which the gated hidden is made again, and
-  the weights as it has cast them; a checkpointed block keeps these for both of its runs (`KeptCasts`).
+  the weights as it has cast them; a checkpointed block keeps hidden and weights for both of its runs (`KeptByBlock`).
 
 Base layers that it cannot compute itself (quantised, with hooks, trained) give it their results, and get their own gradient.
 
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from . import group_pairs
 from .gate_hidden import gate, gate_backward
-from .group_layout import Casts, KeptCasts, Spec
+from .group_layout import Casts, KeptByBlock, Spec
 from .pair_order import PairOrder
 
 
@@ -51,7 +51,7 @@ def run(
     base: Sequence[Tensor],
     biases: Sequence[Tensor | None] = (),
     order: PairOrder | None = None,
-    kept: tuple[KeptCasts, Any] | None = None,
+    kept: tuple[KeptByBlock, Any] | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs [..., out] of each linear, for x [..., in].
 
@@ -61,22 +61,29 @@ def run(
         base: the base layers' weights, which ask for no gradient, or their results if `spec.given`.
         biases: of the base layers, unless `spec.given`.
         order: of the tokens' pairs, with `spec.slots`.
-        kept: where the cast weights are kept, and by what key; None: with what backward needs.
+        kept: what the checkpointed block keeps, and the key of this group there; None: it is kept with what backward needs.
     """
-    experts = (*a, *b)
-    if not any(each.requires_grad for each in experts):
-        experts = ()
-    call, token = _Call(spec, a, b, len(experts) > 0, base, biases, order, kept), None
-    if spec.last and torch.is_grad_enabled():
-        trains = [each.requires_grad for each in (x, gates, *a, *b)]
-        if any(trains):
-            n = spec.size
-            with torch.no_grad(), _NoAutocast(x):
-                call.begin(x, gates, chosen, a, b, any(trains[2 : 2 + n]))
-            anchor = next(each for each, one in zip((x, gates, *a, *b), trains, strict=True) if one)
-            token = _Keep.apply(anchor, call)  # type: ignore[no-untyped-call]
-    results = base if spec.given else ()
-    outputs: tuple[Tensor, ...] = _Group.apply(call, token, x, gates, chosen, *experts, *results)  # type: ignore[no-untyped-call]
+    if gates.ndim != 2:
+        gates = gates.flatten(0, -2)
+    if chosen is not None and chosen.ndim != 2:
+        chosen = chosen.flatten(0, -2)
+    experts, trains = (*a, *b), False
+    for each in experts:
+        if each.requires_grad:
+            trains = True
+            break
+    call, token = _Call(spec, a, b, trains, base, biases, order, kept), None
+    with _NoAutocast(x.device.type):
+        if spec.last and torch.is_grad_enabled():
+            anchor = next((each for each in (x, gates, *experts) if each.requires_grad), None)
+            if anchor is not None:
+                with torch.no_grad():
+                    call.begin(x, any(each.requires_grad for each in a))
+                token = _Keep.apply(anchor, call)  # type: ignore[no-untyped-call]
+        # What is no argument costs no time: experts that are frozen are none.
+        outputs: tuple[Tensor, ...] = _apply_group(
+            call, token, x, gates, chosen, *(experts if trains else ()), *(base if spec.given else ())
+        )
     return outputs
 
 
@@ -84,7 +91,10 @@ class _Call:
     """What the steps of a forward hand to each other, arguments as in `run`.
 
     Attributes:
-        trains: some experts ask for a gradient. If not, they are no arguments of the autograd function, which cost time.
+        trains: some experts ask for a gradient. If not, they are no arguments of the autograd function.
+        keeper: the context of `_Keep`, if that has kept what backward needs.
+        place: of the hidden in what the block keeps, if backward finds it there.
+        hidden: None: it has not begun.
     """
 
     def __init__(
@@ -96,34 +106,48 @@ class _Call:
         base: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         order: PairOrder | None,
-        kept: tuple[KeptCasts, Any] | None,
+        kept: tuple[KeptByBlock, Any] | None,
     ) -> None:
         self.a, self.b, self.trains = tuple(a), tuple(b), trains
         self.spec, self.base, self.biases, self.order, self.kept = spec, base, biases, order, kept
-        self.keeper: Any = None  # the context of `_Keep`
-        self.gated: Tensor | None = None  # by pairs: not yet
+        self.keeper: Any = None
+        self.place: tuple[Any, int] | None = None
+        self.hidden: Tensor | None = None
 
-    def begin(
-        self,
-        x: Tensor,
-        gates: Tensor,
-        chosen: Tensor | None,
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
-        keep_x: bool,
-    ) -> None:
-        """Everything up to the gated hidden, and what is kept of it."""
-        spec = self.spec
+    def begin(self, x: Tensor, keep_x: bool) -> None:
+        """Everything up to the hidden, and what is kept for backward."""
+        spec, order, kept = self.spec, self.order, self.kept
         self.rows = rows = _rows(x, spec.dtype)
-        self.casts = casts = Casts(a, b, spec) if self.kept is None else self.kept[0].get(self.kept[1], a, b, spec)
-        if self.order is not None:
-            hidden = self.gated = group_pairs.hidden_of(rows, casts, a, spec, self.order)
+        if kept is None:
+            self.casts = Casts(self.a, self.b, spec)
         else:
-            hidden = _hidden(rows, casts, a, spec)
-            self.gated = gate(hidden, _by_token(gates), None if chosen is None else _by_token(chosen), spec.columns)
+            self.casts = kept[0].casts(kept[1], self.a, self.b, spec)
+        if kept is None or not keep_x:
+            self.hidden = _hidden(rows, self.casts, self.a, spec, order)
+        else:  # backward asks for the input first: then the block has run again, and has the hidden
+            self.place = kept[0].place(kept[1])
+            self.hidden = kept[0].hidden.get(self.place)
+            if self.hidden is None:
+                self.hidden = _hidden(rows, self.casts, self.a, spec, order)
+                kept[0].keep_hidden(self.place, self.hidden, rows)
+        memory = self.casts.memory if kept is None else None
         same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
         inputs = (rows if not same else None, x if same else None) if keep_x else (None, None)
-        self.saved = (*inputs, hidden, casts.memory if self.kept is None else None)
+        self.saved = (*inputs, self.hidden if self.place is None else None, memory)
+
+    def gated(self, gates: Tensor, chosen: Tensor | None) -> Tensor:
+        """The gated hidden; by pairs, which apply the gates themselves, the hidden."""
+        assert self.hidden is not None
+        if self.order is not None:
+            return self.hidden
+        if self.kept is None or self.place is None:
+            return gate(self.hidden, gates, chosen, self.spec.columns)
+        gated = self.kept[0].gated.pop(self.place, None)
+        if gated is None:
+            gated = gate(self.hidden, gates, chosen, self.spec.columns)
+            if not self.spec.last:  # which needs none in the second run
+                self.kept[0].keep_gated(self.place, gated)
+        return gated
 
 
 class _Keep(torch.autograd.Function):
@@ -154,105 +178,117 @@ class _Group(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         spec = call.spec
         n = spec.size if call.trains else 0
-        a, b = (tensors[:n], tensors[n : 2 * n]) if n else (call.a, call.b)
-        needed = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        with _NoAutocast(x):
-            if call.gated is None:
-                call.begin(x, gates, chosen, a, b, any(needed[5 : 5 + n]))
-            rows, gated = call.rows, call.gated
-            assert gated is not None
-            if spec.given:
-                outputs = _added(ctx, tensors[2 * n :], gated, gates, call)
-            else:
-                lead = x.shape[:-1]
-                outputs = [rows.new_empty((*lead, each.shape[1])) for each in b]  # no views: a model may write to them
-                places = outputs if len(lead) == 1 else [y.view(-1, y.shape[-1]) for y in outputs]
-                if call.order is not None:
-                    gate_rows = group_pairs.side_by_side(_by_token(gates))
-                    group_pairs.write_up(places, gated, gate_rows, call.casts, spec, call.order, call.biases)
-                else:
-                    _write_up(places, gated, call)
-                for place, weight in zip(places, call.base, strict=True):
-                    place.addmm_(rows, _matrix(weight, spec))
-        ctx.trains = call.trains
-        ctx.spec, ctx.order, ctx.x_shape, ctx.x_dtype = spec, call.order, x.shape, x.dtype
+        if call.hidden is None:
+            call.begin(x, True in ctx.needs_input_grad[5 : 5 + n])
+        gated = call.gated(gates, chosen)
+        if spec.given:
+            outputs = _added(ctx, tensors[2 * n :], gated, gates, call)
+        else:
+            outputs = _outputs(gated, gates, call, x.shape)
         # What lies outside of the function is referred to where it is. In a checkpointed block, that is all: keeping would
         # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
-        ctx.outside, ctx.keeper = (gates, chosen, a, b, () if spec.given else call.base), call.keeper
-        ctx.kept = None if call.kept is None else (weakref.ref(call.kept[0]), call.kept[1])
+        base = () if spec.given else call.base
+        ctx.call = _Left(call, x, gates, chosen, base)
         if call.keeper is None:
-            watched = () if spec.checkpointed else (gates, chosen, *a, *b, *ctx.outside[4])
+            watched = () if spec.checkpointed else (gates, chosen, *call.a, *call.b, *base)
             ctx.save_for_backward(*call.saved, *watched)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
-        spec: Spec = ctx.spec
-        n, present = spec.size if ctx.trains else 0, [d for d in d_outputs if d is not None]
+        left: _Left = ctx.call
+        spec, order = left.spec, left.order
+        n, present = spec.size if left.trains else 0, [d for d in d_outputs if d is not None]
         if not present:
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             return _backward_to_differentiate(ctx, d_outputs)
-        rows, x, hidden, memory = (ctx.keeper or ctx).saved_tensors[:4]
-        gates, chosen, a, b, base = ctx.outside
+        rows, x, hidden, memory = (left.keeper or ctx).saved_tensors[:4]
+        gates, chosen, a, b = left.gates, left.chosen, left.a, left.b
         _, _, x_needed, gates_needed, _, *needed = ctx.needs_input_grad
         a_needed, b_needed = needed[:n], needed[n : 2 * n]
         d_a: list[Tensor | None] = [None] * n
         d_b: list[Tensor | None] = [None] * n
-        d_x = d_gates = None
-        with _NoAutocast(present[0]):
+        d_x: Tensor | None = None
+        d_gates: Tensor | None = None
+        with _NoAutocast(present[0].device.type):
             if x is not None:
-                rows = _by_token(x)
+                rows = x if x.ndim == 2 else x.flatten(0, -2)
             d_rows = [None if d is None else _rows(d, spec.dtype) for d in d_outputs]
-            block = None if ctx.kept is None else ctx.kept[0]()
-            casts = Casts(a, b, spec, memory) if block is None else block.get(ctx.kept[1], a, b, spec)
-            order: PairOrder | None = ctx.order
-            gate_rows = group_pairs.side_by_side(_by_token(gates)) if order else _by_token(gates)
-            d_gate_rows: Tensor | None
+            block = None if left.block is None else left.block()
+            casts = Casts(a, b, spec, memory) if block is None else block.casts(left.key, a, b, spec)
+            if hidden is None:
+                hidden = None if block is None else block.hidden.pop(left.place, None)
+                if hidden is None:
+                    hidden = _hidden(rows, casts, a, spec, order)
             gated: Tensor | None
             if order is not None:
-                gated = None
-                d_hidden, d_gate_rows = group_pairs.hidden_backward(d_rows, hidden, gate_rows, casts, spec, order)
+                gated, gates = None, group_pairs.side_by_side(gates)
+                d_hidden, d_gates = group_pairs.hidden_backward(d_rows, hidden, gates, casts, spec, order)
             else:
-                d_hidden, d_gate_rows, gated = gate_backward(
+                d_hidden, d_gates, gated = gate_backward(
                     _d_gated(d_rows, casts.wide_b(), spec),
                     hidden,
-                    gate_rows,
-                    None if chosen is None else _by_token(chosen),
+                    gates,
+                    chosen,
                     spec.columns,
                     want_gates=gates_needed,
-                    want_gated=any(b_needed),
+                    want_gated=True in b_needed,
                 )
-            if gates_needed and d_gate_rows is not None:
-                d_gates = d_gate_rows if d_gate_rows.dtype == gates.dtype else d_gate_rows.to(gates.dtype)
-                d_gates = d_gates if gates.dim() == 2 else d_gates.reshape(gates.shape)
+            if not gates_needed:
+                d_gates = None
+            elif d_gates is not None and d_gates.dtype != gates.dtype:
+                d_gates = d_gates.to(gates.dtype)
             if x_needed:
                 if order is not None:
-                    d_x = group_pairs.d_input(d_hidden, casts, a, spec, order, gate_rows.shape[0])
+                    d_x = group_pairs.d_input(d_hidden, casts, a, spec, order, gates.shape[0])
                 else:
                     d_x = _d_input(d_hidden, casts.wide_a(a), spec)
-                _add_base(d_x, d_rows, base, spec)
-                if d_x.dtype != ctx.x_dtype:
-                    d_x = d_x.to(ctx.x_dtype)
-                d_x = d_x.view(ctx.x_shape)
+                _add_base(d_x, d_rows, left.base, spec)
+                if d_x.dtype != left.x_dtype:
+                    d_x = d_x.to(left.x_dtype)
+                d_x = d_x.view(left.x_shape)
             if order is not None:
-                if any(b_needed):
-                    d_b = group_pairs.d_b(d_rows, hidden, gate_rows, b, b_needed, spec, order)
-                if any(a_needed):
-                    whole = group_pairs.d_a(d_hidden, rows, a, spec, order)
-                    d_a = [each if need else None for each, need in zip(whole, a_needed, strict=True)]
-                return (None, None, d_x, d_gates, None, *d_a, *d_b, *(d_outputs if spec.given else ()))
-            if gated is not None:
-                for i, (d, part) in enumerate(zip(d_rows, _parts(gated, spec), strict=True)):
-                    if b_needed[i] and d is not None:
-                        d_b[i] = _d_b(product(d.t(), part, b[i].dtype), b[i])
-            if any(a_needed):
-                for i, each in enumerate(_d_a(d_hidden, rows, a[0].dtype, spec)):
-                    if a_needed[i]:
-                        d_a[i] = (each if each.dtype == a[i].dtype else each.to(a[i].dtype)).view(a[i].shape)
-        d_base = d_outputs if spec.given else ()
-        return (None, None, d_x, d_gates, None, *d_a, *d_b, *d_base)
+                if True in b_needed:
+                    d_b = group_pairs.d_b(d_rows, hidden, gates, b, b_needed, spec, order)
+                if True in a_needed:
+                    d_a = list(group_pairs.d_a(d_hidden, rows, a, spec, order))
+            else:
+                if gated is not None:
+                    for i, (d, part) in enumerate(zip(d_rows, _parts(gated, spec), strict=True)):
+                        if b_needed[i] and d is not None:
+                            d_b[i] = _d_b(product(d.t(), part, b[i].dtype), b[i])
+                if True in a_needed:
+                    d_a = _d_a(d_hidden, rows, a, spec)
+            if False in a_needed:
+                d_a = [each if need else None for each, need in zip(d_a, a_needed, strict=True)]
+        return (None, None, d_x, d_gates, None, *d_a, *d_b, *(d_outputs if spec.given else ()))
+
+
+# `Function.apply` looks first, in Python, whether an argument is what a transform of torch.func has left behind, or whether one
+# is at work. Where one is, a linear does not come here, and what has been left behind is an ordinary tensor to what follows.
+_apply_group: Any = getattr(super(torch.autograd.Function, _Group), "apply", _Group.apply)
+
+
+class _Left:
+    """What a forward leaves for its backward, besides what is kept as autograd keeps it. Of the block that keeps casts and hidden
+    there is a weak reference only."""
+
+    __slots__ = (
+        "spec", "order", "trains", "keeper", "a", "b", "base", "gates", "chosen", "x_shape", "x_dtype", "block", "key", "place",
+    )  # fmt: skip
+
+    def __init__(self, call: _Call, x: Tensor, gates: Tensor, chosen: Tensor | None, base: Sequence[Tensor]) -> None:
+        self.spec, self.order, self.trains, self.keeper, self.place = (
+            call.spec, call.order, call.trains, call.keeper, call.place,
+        )  # fmt: skip
+        self.a, self.b, self.base, self.gates, self.chosen = call.a, call.b, base, gates, chosen
+        self.x_shape, self.x_dtype = x.shape, x.dtype
+        self.block: weakref.ref[KeptByBlock] | None = None
+        self.key: Any = None
+        if call.kept is not None:
+            self.block, self.key = weakref.ref(call.kept[0]), call.kept[1]
 
 
 def product(left: Tensor, right: Tensor, wanted: torch.dtype) -> Tensor:
@@ -280,8 +316,8 @@ class _NoAutocast:
 
     __slots__ = ("kind", "was_on")
 
-    def __init__(self, x: Tensor) -> None:
-        self.kind = x.device.type
+    def __init__(self, kind: str) -> None:
+        self.kind = kind  # of device
 
     def __enter__(self) -> None:
         self.was_on = _has_autocast(self.kind) and torch.is_autocast_enabled(self.kind)
@@ -293,14 +329,9 @@ class _NoAutocast:
             torch.set_autocast_enabled(self.kind, True)
 
 
-def _by_token(each: Tensor) -> Tensor:
-    """[..., n] -> [T, n]"""
-    return each if each.dim() == 2 else each.reshape(-1, each.shape[-1])
-
-
 def _rows(each: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., n] -> [T, n], in this dtype."""
-    rows = _by_token(each)
+    rows = each if each.ndim == 2 else each.flatten(0, -2)
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 
@@ -316,22 +347,34 @@ def _parts(each: Tensor, spec: Spec) -> Sequence[Tensor]:
     return (each,) if spec.size == 1 else each.split_with_sizes(spec.widths, -1)
 
 
-def _hidden(rows: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec) -> Tensor:
-    hidden, wide_a = rows.new_empty(rows.shape[0], spec.width), casts.wide_a(a)
-    places = (hidden,) if len(wide_a) == 1 else _parts(hidden, spec)
-    for place, each in zip(places, wide_a, strict=True):
-        torch.mm(rows, each.t(), out=place)
+def _hidden(rows: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, order: PairOrder | None) -> Tensor:
+    """[T, N], or by pairs [P, sum of r]."""
+    if order is not None:
+        return group_pairs.hidden_of(rows, casts, a, spec, order)
+    down = casts.down(a)
+    if len(down) == 1:
+        return rows.mm(down[0])
+    hidden = rows.new_empty(rows.shape[0], spec.width)
+    for place, each in zip(_parts(hidden, spec), down, strict=True):
+        torch.mm(rows, each, out=place)
     return hidden
 
 
-def _write_up(places: Sequence[Tensor], gated: Tensor, call: _Call) -> None:
-    """gated [T, N] -> [T, out] of each linear, with its bias, in its place."""
-    # Into given places: `F.linear` folds and unfolds, which takes the host longer than the product.
-    for place, part, up, bias in zip(places, _parts(gated, call.spec), call.casts.up(), call.biases, strict=True):
-        if bias is None:
-            torch.mm(part, up, out=place)
-        else:
-            torch.addmm(bias.to(up.dtype), part, up, out=place)
+def _outputs(gated: Tensor, gates: Tensor, call: _Call, x_shape: torch.Size) -> list[Tensor]:
+    """[..., out] of each linear: its experts' part and its bias, then the base layer's product added to it."""
+    spec, rows, outputs, lead = call.spec, call.rows, [], x_shape[:-1]
+    if call.order is not None:
+        outputs = [rows.new_empty(rows.shape[0], each.shape[1]) for each in call.b]
+        group_pairs.write_up(outputs, gated, group_pairs.side_by_side(gates), call.casts, spec, call.order, call.biases)
+    else:
+        # `F.linear` would fold and unfold, which takes the host longer than the product.
+        for part, up, bias in zip(_parts(gated, spec), call.casts.up(), call.biases, strict=True):
+            outputs.append(part.mm(up) if bias is None else torch.addmm(bias.to(up.dtype), part, up))
+    for y, weight in zip(outputs, call.base, strict=True):
+        y.addmm_(rows, _matrix(weight, spec))
+        if len(lead) != 1:
+            y.resize_(*lead, y.shape[1])  # the same numbers; no view, because a model may write to its outputs
+    return outputs
 
 
 def _added(ctx: Any, results: Sequence[Tensor], gated: Tensor, gates: Tensor, call: _Call) -> list[Tensor]:
@@ -349,7 +392,7 @@ def _added(ctx: Any, results: Sequence[Tensor], gated: Tensor, gates: Tensor, ca
                 y = result.clone(memory_format=torch.contiguous_format)
             outputs.append(y)
         flat = [y.view(-1, y.shape[-1]) for y in outputs]
-        group_pairs.add_up(flat, gated, group_pairs.side_by_side(_by_token(gates)), call.casts, spec, call.order)
+        group_pairs.add_up(flat, gated, group_pairs.side_by_side(gates), call.casts, spec, call.order)
         ctx.mark_dirty(*dirty)
         return [y if y.dtype == r.dtype else r + y.to(r.dtype) for r, y in zip(results, outputs, strict=True)]
     for result, part, up, in_place in zip(results, _parts(gated, spec), call.casts.up(), spec.in_place, strict=True):
@@ -406,30 +449,38 @@ def _add_base(total: Tensor, d_rows: list[Tensor | None], base: Sequence[Tensor]
 def _d_b(each: Tensor, b: Tensor) -> Tensor:
     """[out, E * r] -> [E, out, r] of B. Not contiguous if it has the dtype of B: `.grad` copies it as it takes or adds it."""
     experts, out, rank = b.shape
-    each = each.view(out, experts, rank).transpose(0, 1)
+    each = each.as_strided((experts, out, rank), (rank, experts * rank, 1))
     return each if each.dtype == b.dtype else each.to(b.dtype, memory_format=torch.contiguous_format)
 
 
-def _d_a(d_hidden: Tensor, rows: Tensor, wanted: torch.dtype, spec: Spec) -> Sequence[Tensor]:
-    if rows.is_cuda:  # one product, of which each linear gets its rows
+def _d_a(d_hidden: Tensor, rows: Tensor, a: Sequence[Tensor], spec: Spec) -> list[Tensor | None]:
+    """[E, r, in] of each A. On a GPU one product, of which each gets its rows; `.grad` takes these as they are."""
+    wanted, features = a[0].dtype, rows.shape[1]
+    if rows.is_cuda:
         whole = product(d_hidden.t(), rows, wanted)
-        return [whole] if spec.size == 1 else whole.split_with_sizes(spec.widths)
-    return [product(part.t(), rows, wanted) for part in _parts(d_hidden, spec)]
+        if whole.dtype != wanted:
+            whole = whole.to(wanted)
+        return [
+            whole.as_strided(each.shape, (each.shape[1] * features, features, 1), columns.start * features)
+            for columns, each in zip(spec.columns, a, strict=True)
+        ]
+    found = [product(part.t(), rows, wanted) for part in _parts(d_hidden, spec)]
+    return [(d if d.dtype == wanted else d.to(wanted)).view(each.shape) for d, each in zip(found, a, strict=True)]
 
 
 def _backward_to_differentiate(ctx: Any, d_outputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     """`create_graph=True`: the same gradients from operations that autograd can differentiate again."""
-    spec: Spec = ctx.spec
+    left: _Left = ctx.call
+    spec, gates, chosen, a, b, base = left.spec, left.gates, left.chosen, left.a, left.b, left.base
     n = spec.size
-    _, x, *_ = (ctx.keeper or ctx).saved_tensors
-    gates, chosen, a, b, base = ctx.outside
+    _, x, *_ = (left.keeper or ctx).saved_tensors
     if x is None:
         raise RuntimeError(
             "The backward of this adapted linear cannot be differentiated again (create_graph=True): LoRA-Switch has kept no "
             "input for it, because its experts are frozen, or because the input was cast or copied. Call the model without "
             "autocast, and with experts that train."
         )
-    with torch.enable_grad(), _NoAutocast(x):
+    with torch.enable_grad(), _NoAutocast(x.device.type):
         # Views, because the gates may have been computed from x, and those paths are not this function's.
         inputs = [each.view_as(each) for each in (x, gates, *a, *b)]
         x, gates, *experts = inputs

@@ -12,9 +12,15 @@ from torch import Tensor
 
 from .gate_hidden import Columns, runs
 
-# What a checkpointed block's first run keeps for its second, at most, of one group of linears. In an 8B model the largest group
-# is gate_proj and up_proj: 4.5 MiB at E * r = 64. All groups together: 2 bytes for each number in A and B, 320 MiB there.
+# What a checkpointed block's first run keeps for its second, at most, of one group of linears. Its cast weights: in an 8B model
+# the largest group is gate_proj and up_proj, 4.5 MiB at E * r = 64. All groups together: 2 bytes for each number in A and B,
+# 320 MiB there. Its hidden, as a part of the group's input: with E * r = 64, q_proj, k_proj and v_proj have 192 columns of 4,096,
+# and all groups together 0.11 of what checkpointing itself keeps of a block.
+# The gated hidden spares one launch, which counts where launches take longer than what they do: 192 columns of 4,096 tokens are
+# 1.5 MiB.
 KEPT_BYTES = 16 * 2**20
+KEPT_HIDDEN = 1 / 16
+KEPT_GATED_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,7 @@ class Casts:
             torch._foreach_copy_(places, [*a, *b] if layout.holds_a else list(b))
         self.memory = memory
         self._wide_a: list[Tensor] | None = None
+        self._down: list[Tensor] | None = None
         self._wide_b: list[Tensor] | None = None
         self._up: list[Tensor] | None = None
 
@@ -134,6 +141,15 @@ class Casts:
         if self._wide_a is None:
             self._wide_a = [self.memory.as_strided((layout.width, layout.features), (layout.features, 1), 0)]
         return self._wide_a
+
+    def down(self, a: Sequence[Tensor]) -> list[Tensor]:
+        """[in, N], or one [in, E * r] for each linear: the same, the other way round."""
+        layout = self.layout
+        if not layout.holds_a:
+            return [each.t() for each in self.wide_a(a)]
+        if self._down is None:
+            self._down = [self.memory.as_strided((layout.features, layout.width), (1, layout.features), 0)]
+        return self._down
 
     def wide_b(self) -> list[Tensor]:
         """[out, E * r] each"""
@@ -158,26 +174,51 @@ class Casts:
         return [self.memory.as_strided(*place) for place in self.layout.pair_b]
 
 
-class KeptCasts:
-    """The weights of a checkpointed block's groups as its runs have cast them, for as long as the block may run again.
+class KeptByBlock:
+    """What a checkpointed block's runs have made for its groups of linears, for as long as the block may run again: the weights
+    as they were cast, and the hidden, so that the second run takes what the first has, and backward what the second has.
 
     Within a step they are right whatever happens to the weights: they are those that the forward went by. So there is no
     fingerprint. (FSDP frees the weights after the forward and fills them again with the same numbers.) The block alone holds on
     to this object, and the autograd function refers to it weakly: memory goes as backward goes on from block to block.
 
     Attributes:
-        second_run: the block runs for the second time now; its casts are kept whatever their size, as backward comes next.
+        hidden: by `place()`. Backward takes it away, so it is made anew if there is a second backward.
+        gated: the same, which the second run takes away.
     """
 
     def __init__(self) -> None:
-        self.second_run = False
-        self._of: dict[Any, Casts] = {}
+        self.hidden: dict[Any, Tensor] = {}
+        self.gated: dict[Any, Tensor] = {}
+        self._casts: dict[Any, Casts] = {}
+        self._second_run = False
+        self._calls: dict[Any, int] = {}
 
-    def get(self, key: Any, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> Casts:
+    def begin_second_run(self) -> None:
+        self._second_run = True
+        self._calls.clear()
+
+    def casts(self, key: Any, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> Casts:
         """Those of the group that `key` stands for, made now if need be."""
-        found = self._of.get(key)
+        found = self._casts.get(key)
         if found is None:
             found = Casts(a, b, spec)
-            if self.second_run or found.layout.bytes <= KEPT_BYTES:
-                self._of[key] = found
+            if self._second_run or found.layout.bytes <= KEPT_BYTES:
+                self._casts[key] = found
         return found
+
+    def place(self, key: Any) -> tuple[Any, int]:
+        """Of the hidden that the group `key` has now: a run may call a group several times, in both runs in the same order."""
+        call = self._calls.get(key, 0)
+        self._calls[key] = call + 1
+        return key, call
+
+    def keep_hidden(self, place: tuple[Any, int], hidden: Tensor, rows: Tensor) -> None:
+        """Unless it is too large for its input `rows`. That of the second run is kept in any case, as backward comes next."""
+        if self._second_run or hidden.numel() <= KEPT_HIDDEN * rows.numel():
+            self.hidden[place] = hidden
+
+    def keep_gated(self, place: tuple[Any, int], gated: Tensor) -> None:
+        """Of a first run, if it is small and the hidden is kept."""
+        if not self._second_run and place in self.hidden and gated.nbytes <= KEPT_GATED_BYTES:
+            self.gated[place] = gated

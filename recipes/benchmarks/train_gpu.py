@@ -19,6 +19,9 @@ router_only-8x8 (experts frozen), layerwise-8x8 (a router in every linear, `reci
 nothing checkpointed), compiled (as checkpointing, `torch.compile` of the model), 4bit (as checkpointing, bitsandbytes' NF4
 linears).
 
+`times` are those of all measured steps, `host_ms` is the median time after which the host was done with a step (the GPU may have
+been at work for longer), `gc_ms` what Python's garbage collector took in all measured steps together.
+
 `bound_gib` is the floor's peak and the adapter's parameters, gradients and optimizer state; `peak_gib` is what was measured.
 `loss` is that of the first step, `loss_end` of the last: from the same seeds, dense and fused rows start alike
 (`train_losses.py` compares their course).
@@ -199,12 +202,14 @@ def measure(model: LlamaForCausalLM, row: Row, mode: str, args: argparse.Namespa
         warm = time.perf_counter() - start
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(args.steps):
-            start = time.perf_counter()
-            losses.append(step())
-            synchronize(args.device)
-            times.append((time.perf_counter() - start) * 1e3)
+        times, host_times = [], []
+        with Collecting() as collecting:
+            for _ in range(args.steps):
+                start = time.perf_counter()
+                losses.append(step())
+                host_times.append((time.perf_counter() - start) * 1e3)
+                synchronize(args.device)
+                times.append((time.perf_counter() - start) * 1e3)
         peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0.0
         profile = kernels_by_kind(step) if args.profile and args.device == "cuda" else {}
     adapter = sum(p.numel() for p in trained) if row.method != "floor" else 0
@@ -215,13 +220,35 @@ def measure(model: LlamaForCausalLM, row: Row, mode: str, args: argparse.Namespa
         "model": args.model, "method": row.method, "mode": mode, "experts": row.experts,
         "top_k": (row.top_k or args.top_k) if row.experts else 0, "rank": row.rank, "tokens": samples * args.length,
         "ms": round(statistics.median(times), 2), "ms_fastest": round(min(times), 2), "ms_slowest": round(max(times), 2),
-        "ratio": 0.0, "peak_gib": round(peak, 3), "adapter_gib": round((16 * adapter + frozen) / 2**30, 3),
+        "ratio": 0.0, "host_ms": round(statistics.median(host_times), 2), "times": [round(each, 1) for each in times],
+        "gc_ms": round(collecting.seconds * 1e3, 1), "peak_gib": round(peak, 3),
+        "adapter_gib": round((16 * adapter + frozen) / 2**30, 3),
         "loss": round(losses[0].item(), 5), "loss_end": round(losses[-1].item(), 5), "warmup_s": round(warm, 1),
     }  # fmt: skip
     if profile:
         result["kernels"] = profile
     take_off()
     return result
+
+
+class Collecting:
+    """The time that Python's garbage collector takes within it."""
+
+    def __init__(self) -> None:
+        self.seconds = self.start = 0.0
+
+    def _note(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self.start = time.perf_counter()
+        elif self.start:  # a collection may have begun before
+            self.seconds += time.perf_counter() - self.start
+
+    def __enter__(self) -> Collecting:
+        gc.callbacks.append(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gc.callbacks.remove(self._note)
 
 
 def _ask_for_gradient(module: Any, args: Any, output: torch.Tensor) -> None:

@@ -4,11 +4,13 @@ r"""The host's share of the fused training path: microseconds of Python a group 
     python -m recipes.benchmarks.train_host --output recipes/results/train_host_cpu.json
 
 A training step (bf16 autocast, float32 adapter on a bf16 backbone, gradient checkpointing) of a Llama whose linears have next to
-no work. A decoder layer has four groups of linears (q k v, o, gate up, down), each called three times a step: forward,
-its second run, backward. All rows are differences from the same step with nothing adapted ("floor"), for one such call:
+no work; E * r is the part of their features that 8 x 8 is of Llama-3.1-8B's. A decoder layer has four groups of linears (q k v,
+o, gate up, down), each called three times a step: forward, its second run, backward. All rows are differences from the same step
+with nothing adapted ("floor"), for one such call:
 
 - `lora`: PEFT's LoRA on the same linears;
-- `fused`: LoRA-Switch, with `calls` torch functions called from Python and `ops` dispatched (those of its autograd function);
+- `fused`: LoRA-Switch, with `calls` torch functions called from Python and `ops` dispatched (those of its autograd function;
+  `gate_ops` of them in place of what is one launch on a GPU with Triton);
 - `torch`: what these torch functions take when they are called again by themselves, less those of the floor's linears;
 - `functions`: all functions called, Python's and C's, as cProfile counts them, in `fused` and `lora`: a number that other work on
   the machine does not change;
@@ -50,7 +52,7 @@ CALLS = 3 * 4  # of groups, a layer and step
 
 def model_of(method: str, layers: int) -> Any:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -58,7 +60,7 @@ def model_of(method: str, layers: int) -> Any:
     if method == "lora":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
     elif method == "fused":
-        adapter = LoRASwitchConfig(r=2, num_experts=4, top_k=2, target_modules=TARGETS, init_weights=False)
+        adapter = LoRASwitchConfig(r=1, num_experts=2, top_k=1, target_modules=TARGETS, init_weights=False)
         model = get_peft_model(model, adapter)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -84,12 +86,13 @@ def _alone(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def _called_by_a_group() -> bool:
-    """Whether the code that has called the function that a mode sees is the autograd function's."""
+def _caller() -> str:
+    """The module of `GROUP` that has called the function that a mode sees, or ""."""
     frame: Any = sys._getframe(2)
     while frame is not None and frame.f_globals["__name__"].startswith("torch."):
         frame = frame.f_back
-    return frame is not None and frame.f_globals["__name__"] in GROUP
+    name = "" if frame is None else frame.f_globals["__name__"]
+    return name if name in GROUP else ""
 
 
 class Functions(TorchFunctionMode):
@@ -104,7 +107,7 @@ class Functions(TorchFunctionMode):
         before = len(self.calls)
         result = func(*args, **kwargs)
         # x.shape and the like do not count, and a mode within this one may have noted it
-        if len(self.calls) == before and _called_by_a_group() and getattr(func, "__name__", "") != "__get__":
+        if len(self.calls) == before and _caller() and getattr(func, "__name__", "") != "__get__":
             self.calls.append((func, *tree_map(_alone, (args, kwargs))))
         return result
 
@@ -129,15 +132,17 @@ class Functions(TorchFunctionMode):
 
 
 class Ops(TorchDispatchMode):
-    """Counts what the groups' code has dispatched within it."""
+    """Counts what the groups' code has dispatched within it; `of_gates`: of these, what stands for one launch on a GPU."""
 
     def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
-        self.counts = counts
+        self.counts, self.of_gates = counts, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _called_by_a_group():
+        caller = _caller()
+        if caller:
             self.counts[str(func)] += 1
+            self.of_gates += caller.endswith(".gate_hidden")
         return func(*args, **(kwargs or {}))
 
 
@@ -185,7 +190,7 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
         Functions(calls).of_step(step)
         contestants[f"torch {depth}"] = replay(list(calls))
         contestants[f"linears {depth}"] = replay(linears_of_floor(models["floor"]))
-    with Ops(counts):
+    with Ops(counts) as ops:
         step()
     functions = {name: functions_of(each) for name, each in contestants.items() if name.split()[0] in METHODS}
     times = take_turns(contestants, rounds)
@@ -204,6 +209,7 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
         "floor_ms": best[f"floor {layers}"] * 1e3,
         "calls": len(calls) / (CALLS * few),
         "ops": sum(counts.values()) / (CALLS * few),
+        "gate_ops": ops.of_gates / (CALLS * few),
     }
     result["beyond_us"] = result["fused_us"] - result["torch_us"]
     return {**{key: round(value, 2) for key, value in result.items()}, "dispatched": dict(counts.most_common())}
@@ -226,7 +232,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(f"for each call of a group, over the floor (a step of {report['floor_ms']:.1f} ms):")
     print(f"  lora   {report['lora_us']:7.1f} us   {report['lora_functions']:.0f} functions")
     print(f"  fused  {report['fused_us']:7.1f} us   {report['fused_functions']:.0f} functions", end="; ")
-    print(f"{report['calls']:.1f} of torch called from Python, {report['ops']:.1f} ops")
+    print(
+        f"{report['calls']:.1f} of torch called from Python, {report['ops']:.1f} ops, {report['gate_ops']:.1f} of them the gates'"
+    )
     print(f"  torch  {report['torch_us']:7.1f} us")
     print(f"  beyond {report['beyond_us']:7.1f} us")
     return report

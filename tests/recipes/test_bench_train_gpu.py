@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from recipes.benchmarks import train_gpu as bench
 TINY = (
     "--hidden 128 --intermediate 192 --head-dim 32 --layers 1 --vocab 60 --length 8 --steps 2 --warmup 1 --device cpu"
 ).split()
-FIELDS = ("model", "method", "mode", "experts", "top_k", "rank", "tokens", "ms", "ratio", "peak_gib")
+FIELDS = ("model", "method", "mode", "experts", "top_k", "rank", "tokens", "ms", "ratio", "host_ms", "times", "gc_ms",
+          "peak_gib")  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
@@ -28,6 +30,7 @@ def test_rows_of_two_modes_come_into_one_file(tmp_path, capsys):
     assert [row["method"] for row in first] == ["floor", "lora", "dense", "fused", "router_only", "layerwise"]
     assert all(field in row for row in first for field in FIELDS) and all(row["ms"] > 0 for row in first)
     assert first[0]["ratio"] == 1 and first[0]["tokens"] == 16 and (first[3]["experts"], first[3]["rank"]) == (3, 2)
+    assert all(len(row["times"]) == 2 and 0 < row["host_ms"] <= max(row["times"]) + 0.1 for row in first)
     dense, fused = first[2], first[3]
     assert fused["loss"] == pytest.approx(dense["loss"], abs=2e-2) and fused["adapter_gib"] == dense["adapter_gib"] >= 0
     both = run(tmp_path / "out.json", "--modes", "plain", "--rows", "floor", "fused-3x2")
@@ -64,6 +67,15 @@ def test_a_row_leaves_the_backbone_as_it_was():
         assert found == (name == "fused-3x2")
         take_off()
         assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_the_garbage_collector_is_timed_within_and_no_longer():
+    before = list(gc.callbacks)
+    with bench.Collecting() as collecting:
+        gc.collect()
+    took = collecting.seconds
+    gc.collect()
+    assert 0 < took == collecting.seconds and gc.callbacks == before
 
 
 def test_no_row_begins_late(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The weights that a checkpointed block has cast in its first run are those of its second and of its backward
-(`group_layout.KeptCasts`): cast once where they are small, twice where they are large, gone as backward goes on."""
+(`group_layout.KeptByBlock`), and so are the hidden and the gated hidden: made once where they are small, twice where they are
+large, gone as backward goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 
 from checkpoint_steps import checkpointed, lm_batch
 from helpers import adapted, adapter_gradients, tiny_llama
-from peft_loraswitch.training import group_layout
+from peft_loraswitch.training import fast_linears, group_function, group_layout
 
 BLOCKS, GROUPS = 3, 4  # q k v, o, gate up, down
 
@@ -30,6 +31,36 @@ def made(monkeypatch) -> list[weakref.ref]:
 
     monkeypatch.setattr(group_layout.Casts, "__init__", remember)
     return memories
+
+
+@pytest.fixture
+def hidden(monkeypatch) -> list[weakref.ref]:
+    """The hidden of each group that was computed, in order."""
+    found: list[weakref.ref] = []
+    compute = group_function._hidden
+
+    def remember(*args: Any) -> torch.Tensor:
+        result = compute(*args)
+        found.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(group_function, "_hidden", remember)
+    return found
+
+
+@pytest.fixture
+def gated(monkeypatch) -> list[weakref.ref]:
+    """The gated hidden of each group that a forward computed, in order."""
+    found: list[weakref.ref] = []
+    compute = group_function.gate
+
+    def remember(*args: Any) -> torch.Tensor:
+        result = compute(*args)
+        found.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(group_function, "gate", remember)
+    return found
 
 
 def model_of(reentrant: bool | None) -> Any:
@@ -72,6 +103,87 @@ def test_weights_are_cast_once_where_they_are_small(reentrant, limit, times, mad
     actual = adapter_gradients(model)
     for name, expected in gradients(copy.deepcopy(model)).items():
         torch.testing.assert_close(actual[name], expected, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("share, times", [(8.0, 1), (0.0, 2)], ids=["small", "large"])
+@pytest.mark.parametrize("twice", [False, True], ids=["one-backward", "two-backwards"])
+def test_the_hidden_is_computed_once_where_it_is_small(share, times, twice, hidden, monkeypatch):
+    """With the same bits, and nothing is left of it after backward. A second backward computes it anew."""
+    model = model_of(False)
+    monkeypatch.setattr(group_layout, "KEPT_HIDDEN", 0.0)
+    gradients(model)
+    expected = gradients(model)
+    monkeypatch.setattr(group_layout, "KEPT_HIDDEN", share)
+    hidden.clear()
+    loss = loss_of(model)
+    assert len(hidden) == BLOCKS * GROUPS and alive(hidden) == (BLOCKS * GROUPS if share else 0)
+    loss.backward(retain_graph=twice)
+    assert len(hidden) == times * BLOCKS * GROUPS and alive(hidden) == 0
+    if twice:
+        model.zero_grad()
+        loss.backward()
+        assert len(hidden) == (times + 1) * BLOCKS * GROUPS and alive(hidden) == 0
+    for name, actual in adapter_gradients(model).items():
+        torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "share, limit, kept",
+    [(8.0, 2**20, GROUPS - 1), (8.0, 0, 0), (0.0, 2**20, 0)],
+    ids=["small", "large", "without-the-hidden"],
+)
+def test_the_gates_are_applied_once_where_the_hidden_is_small(share, limit, kept, gated, monkeypatch):
+    """The last group of a block needs no gated hidden in the second run."""
+    model = model_of(False)
+    monkeypatch.setattr(group_layout, "KEPT_GATED_BYTES", 0)
+    gradients(model)
+    expected = gradients(model)
+    monkeypatch.setattr(group_layout, "KEPT_HIDDEN", share)
+    monkeypatch.setattr(group_layout, "KEPT_GATED_BYTES", limit)
+    gated.clear()
+    loss = loss_of(model)
+    assert len(gated) == BLOCKS * GROUPS and alive(gated) == BLOCKS * kept
+    loss.backward()
+    assert len(gated) == BLOCKS * (GROUPS + GROUPS - 1 - kept) and alive(gated) == 0
+    for name, actual in adapter_gradients(model).items():
+        torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("share", [8.0, 0.0], ids=["small", "large"])
+def test_a_group_that_a_block_calls_twice_has_two(share, monkeypatch):
+    """The mlp of each block runs on its own result once more: backward takes the hidden of the right call."""
+    monkeypatch.setattr(group_layout, "KEPT_HIDDEN", share)
+    model, plain = model_of(False), model_of(None)
+    for each in (model, plain):
+        for block in each.base_model.model.model.layers:
+            forward = block.mlp.forward
+            block.mlp.forward = lambda x, forward=forward: forward(forward(x).tanh())
+    for _ in range(2):
+        model.zero_grad()
+        model(**lm_batch()).loss.backward()  # float32
+    with fast_linears.plain():
+        plain(**lm_batch()).loss.backward()
+    actual = adapter_gradients(model)
+    for name, exact in adapter_gradients(plain).items():
+        assert (actual[name] - exact).norm() < 1e-4 * exact.norm(), name
+
+
+def test_backward_finds_no_block_any_more(monkeypatch):
+    """Backward makes it all from what autograd has kept, and from the weights."""
+    model = model_of(False)
+    gradients(model)
+    expected = gradients(model)
+    loss = loss_of(model)
+    backward = group_function._Group.backward
+
+    def without(ctx: Any, *d_outputs: Any) -> Any:
+        ctx.call.block = lambda: None
+        return backward(ctx, *d_outputs)
+
+    monkeypatch.setattr(group_function._Group, "backward", staticmethod(without))
+    loss.backward()
+    for name, actual in adapter_gradients(model).items():
+        torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_memory_goes_block_by_block(made):
