@@ -181,7 +181,7 @@ class DirectFewTokens(_Direct):
     def _shape(self, x: Tensor, experts: Tensor) -> _Shape | None:
         """Worked out once for each shape of x; None if the kernels are no good for it."""
         group = self._sized(x, experts)
-        if group is None or group.tokens > self.few_tokens:
+        if group is None or group.tokens > self.few_tokens or self.packed.path(x, experts) != kernels.FAST_PATH:
             return None
         return self._keep(x, experts, group, aligned=True)  # no slower kernel takes another x
 

@@ -201,9 +201,10 @@ def refresh_fused(model: nn.Module) -> None:
       parameters, scalings and base layers;
     - at the next forward that is not compiled (`generate` begins with one): writes to experts that PyTorch counts, with those
       through `parameter.data` and by optimisers, fused ones too;
-    - not at all where layers work from copies of experts (another dtype than the backbone's, strategy "merge"): writes of which
-      PyTorch knows nothing, through NumPy, DLPack, one's own kernels, a flat buffer that parameters are parts of, or
-      `parameter.data` taken before fusing. Call this after those, and where nothing but compiled code runs.
+    - not at all where layers work from copies (experts of another dtype than the backbone's, strategy "merge", scales of 4-bit
+      weights that are quantised themselves): writes of which PyTorch knows nothing, through NumPy, DLPack, one's own kernels, a
+      flat buffer that parameters are parts of, or `parameter.data` taken before fusing; of such scales any `.data`. Call this
+      after those, and where nothing but compiled code runs.
 
     Args:
         model: a model with LoRA-Switch layers. Nothing happens if it is not fused.

@@ -36,7 +36,8 @@ class FusedGroup(nn.Module):
         base0, base1, ...: `_parameters` of their base layers, where new ones are seen; a0, b0, ...: the experts' weights, or
             the casts of those; scaling0, ...: their layers' dictionaries.
         modules0, ...: `_modules` of the layers, for the base layers whose own forwards compute what the ops cannot.
-        four_bit: the base layers' weights have 4 bits, and the ops read them for few tokens: packed0, ..., scales0, ..., code.
+        four_bit: the base layers' weights have 4 bits, and the ops read them for few tokens: packed0, ..., scales0, ...,
+            code0 (see `FourBitWeight`).
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
@@ -48,7 +49,7 @@ class FusedGroup(nn.Module):
     def __init__(self, live: list[LiveLinear], adapter: str, facts: BaseFacts, number: int | None = None) -> None:
         super().__init__()
         self._register(number)
-        self.live = live
+        self.live, self.fingerprint = live, fingerprint_of(live, adapter, facts.plain)  # before what it is of is read
         layers = [one.layer for one in live]
         first = layers[0]
         self.adapter, self.key, self.size = adapter, first.routing_state.key, len(layers)
@@ -66,7 +67,6 @@ class FusedGroup(nn.Module):
                 values |= {"packed": one.four_bit.packed, "scales": one.four_bit.scales, "code": one.four_bit.code}
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.four_bit = facts.four_bit is not None and self._reads_four_bits(facts.four_bit, active)
-        self.fingerprint = fingerprint_of(live, adapter, facts.plain, self.four_bit)
         self.direct: DirectFewTokens | None = None
         self.deltas: DirectDeltas | None = None
 

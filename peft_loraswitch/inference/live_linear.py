@@ -52,17 +52,17 @@ def live_linear(
     return LiveLinear(layer, base._parameters, a, b, casts, four_bit, layer.scaling, *hooks)
 
 
-def fingerprint_of(linears: Sequence[LiveLinear], adapter: str, plain: bool, four_bit: bool) -> Fingerprint:
+def fingerprint_of(linears: Sequence[LiveLinear], adapter: str, plain: bool) -> Fingerprint:
     """Of all that the ops are given of a group.
 
     Args:
-        plain, four_bit: the ops read the weights of the base layers, too, of one kind or the other.
+        plain: the ops read the weights of the base layers, too.
     """
-    bases = [one.base for one in linears] if plain or four_bit else []
-    packed = [one.four_bit.fingerprint for one in linears if one.four_bit is not None] if four_bit else []
+    bases = [one.base for one in linears] if plain else []
+    packed = [one.four_bit.fingerprint for one in linears if one.four_bit is not None]
     return Fingerprint(
-        weights=[*(bases if plain else ()), *(one.a for one in linears), *(one.b for one in linears)],
-        biases=bases,
+        weights=[*bases, *(one.a for one in linears), *(one.b for one in linears)],
+        biases=[one.base for one in linears if plain or one.four_bit is not None],
         scalings=[one.scaling for one in linears],
         adapter=adapter,
         hooks=[hooks for one in linears for hooks in (one.hooks, one.pre_hooks)],

@@ -189,11 +189,12 @@ def hooked(model: nn.Module) -> None:
         layer.base_layer.register_forward_hook(lambda module, args, out: out)
 
 
-def of_a_class_of_its_own(model: nn.Module) -> None:
-    class Doubled(bnb.nn.Linear4bit):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
+class Doubled(bnb.nn.Linear4bit):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
+
+def of_a_class_of_its_own(model: nn.Module) -> None:
     for layer in adapted_layers(model):
         layer.base_layer.__class__ = Doubled
 
@@ -331,6 +332,21 @@ def a_plain_base_layer_in_the_dictionary(layer: Any) -> None:
     layer._modules["base_layer"] = new.requires_grad_(False)
 
 
+def the_same_weight_in_another_layer(layer: Any) -> None:
+    new = Doubled(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16)
+    new.weight, new.support_avx512bf16_for_cpu = layer.base_layer.weight, False
+    layer._modules["base_layer"] = new.eval()
+
+
+def bytes_elsewhere(layer: Any) -> None:
+    layer.base_layer.weight.data = layer.base_layer.weight.data ^ 0x7F
+
+
+def scales_elsewhere(layer: Any) -> None:
+    state = layer.base_layer.weight.quant_state
+    (state.state2 if state.nested else state).absmax = (state.state2 if state.nested else state).absmax * -2
+
+
 def another_state(layer: Any) -> None:
     weight = layer.base_layer.weight
     state = copy.deepcopy(weight.quant_state)
@@ -359,20 +375,15 @@ def bias_replaced(layer: Any) -> None:
     layer.base_layer.bias = nn.Parameter(torch.ones(layer.out_features, dtype=torch.bfloat16), requires_grad=False)
 
 
-def compute_dtype_changed(layer: Any) -> None:
-    """The result is nearly the same; what counts is who computes it."""
-    layer.base_layer.compute_dtype = torch.float32
-    layer.base_layer.weight.data.bitwise_xor_(0x7F)
-
-
 def hook(layer: Any) -> None:
     layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
 
 
 CHANGES = [
     another_weight, another_weight_in_the_dictionary, another_base_layer, another_base_layer_in_the_dictionary,
-    a_plain_base_layer, a_plain_base_layer_in_the_dictionary, another_state, bytes_written, scales_written, offset_written,
-    bias_replaced, compute_dtype_changed, hook,
+    a_plain_base_layer, a_plain_base_layer_in_the_dictionary, the_same_weight_in_another_layer, bytes_elsewhere,
+    scales_elsewhere, another_state, bytes_written, scales_written, offset_written,
+    bias_replaced, hook,
 ]  # fmt: skip
 
 
@@ -393,6 +404,16 @@ def test_what_is_changed_after_fusing_is_seen(change, way, double, name, request
     model.unfuse()
     expected = logits(model, FEW)
     assert all(same(one, expected) for one in after) and not same(before, expected, 0.1)
+
+
+def test_another_compute_dtype_is_left_to_the_library(library):
+    model = fused(made_4bit())
+    before = [logits(model, FEW) for _ in range(2)][-1]
+    layer_of(model, "layers.1.mlp.up_proj").base_layer.compute_dtype = torch.float32
+    for _ in range(2):
+        with launches() as of:
+            assert same(logits(model, FEW), before)
+    assert sizes(of, "deltas") == [1] and sizes(of, "linear") == [3, 1, 2, 1, 3, 1, 1, 1]
 
 
 def test_what_shows_nowhere_is_taken_up_when_asked(library):
