@@ -454,18 +454,15 @@ def _d_b(each: Tensor, b: Tensor) -> Tensor:
 
 
 def _d_a(d_hidden: Tensor, rows: Tensor, a: Sequence[Tensor], spec: Spec) -> list[Tensor | None]:
-    """[E, r, in] of each A. On a GPU one product, of which each gets its rows; `.grad` takes these as they are."""
+    """[E, r, in] of each A: one product, of which each gets its rows; `.grad` takes these as they are, without a copy."""
     wanted, features = a[0].dtype, rows.shape[1]
-    if rows.is_cuda:
-        whole = product(d_hidden.t(), rows, wanted)
-        if whole.dtype != wanted:
-            whole = whole.to(wanted)
-        return [
-            whole.as_strided(each.shape, (each.shape[1] * features, features, 1), columns.start * features)
-            for columns, each in zip(spec.columns, a, strict=True)
-        ]
-    found = [product(part.t(), rows, wanted) for part in _parts(d_hidden, spec)]
-    return [(d if d.dtype == wanted else d.to(wanted)).view(each.shape) for d, each in zip(found, a, strict=True)]
+    whole = product(d_hidden.t(), rows, wanted)
+    if whole.dtype != wanted:
+        whole = whole.to(wanted)
+    return [
+        whole.as_strided(each.shape, (each.shape[1] * features, features, 1), columns.start * features)
+        for columns, each in zip(spec.columns, a, strict=True)
+    ]
 
 
 def _backward_to_differentiate(ctx: Any, d_outputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
