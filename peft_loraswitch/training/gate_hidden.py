@@ -56,7 +56,7 @@ def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, columns: tuple[Co
     """
     if gate_kernels.usable(hidden):
         return gate_kernels.gate(hidden, gates, chosen, runs(columns))
-    return _gate((hidden,), gates, chosen, columns)[0]
+    return _gate((hidden,), gates, None if chosen is None else ~chosen, columns)[0]
 
 
 def gate_backward(
@@ -71,18 +71,21 @@ def gate_backward(
     """(d_hidden [T, N], d_gates float32 [T, E] if wanted, and `gate()` again if wanted), from d_gated [T, N]."""
     if gate_kernels.usable(hidden):
         return gate_kernels.gate_backward(d_gated, hidden, gates, chosen, runs(columns), want_gates, want_gated)
-    d_hidden, *again = _gate((d_gated, hidden) if want_gated else (d_gated,), gates, chosen, columns)
+    absent = None if chosen is None else ~chosen
+    d_hidden, *again = _gate((d_gated, hidden) if want_gated else (d_gated,), gates, absent, columns)
     gated = again[0] if again else None
     if not want_gates:
         return d_hidden, None, gated
     total = None
     for (h, first, count), (d, _, _) in zip(_each_run(hidden, columns), _each_run(d_gated, columns), strict=True):
-        shape = (h.shape[0], count, first.experts, first.rank)
-        products = (d.to(torch.promote_types(d.dtype, gates.dtype)) * h).reshape(shape)
-        part = products.sum(dim=(1, 3)) * first.scaling
-        total = part if total is None else total + part
+        products = d.to(_promoted(d.dtype, gates.dtype)) * h
+        part = products.view(h.shape[0], count, first.experts, first.rank).sum(dim=(1, 3)).mul_(first.scaling)
+        total = part if total is None else total.add_(part)
     assert total is not None
-    return d_hidden, total if chosen is None else total.where(chosen, 0.0), gated
+    return d_hidden, total if absent is None else total.masked_fill_(absent, 0.0), gated
+
+
+_promoted = functools.cache(torch.promote_types)
 
 
 def _each_run(each: Tensor, columns: tuple[Columns, ...]) -> list[tuple[Tensor, Columns, int]]:
@@ -96,23 +99,23 @@ def _each_run(each: Tensor, columns: tuple[Columns, ...]) -> list[tuple[Tensor, 
 
 
 def _gate(
-    values: tuple[Tensor, ...], gates: Tensor, chosen: Tensor | None, columns: tuple[Columns, ...]
+    values: tuple[Tensor, ...], gates: Tensor, absent: Tensor | None, columns: tuple[Columns, ...]
 ) -> list[Tensor]:
-    """`gate()` of each [T, N], all of one dtype."""
+    """`gate()` of each [T, N], all of one dtype; absent: bool [T, E], the experts that are not chosen."""
+    tokens, experts = gates.shape
     factors: dict[float, Tensor] = {}  # by scaling, which all linears share mostly
     for _, _, _, scaling in columns:
         if scaling not in factors:
-            factors[scaling] = (gates * scaling).to(values[0].dtype)[:, None, :, None]
-    counts = None if chosen is None else chosen[:, None, :, None]
+            factors[scaling] = (gates * scaling).to(values[0].dtype).view(tokens, 1, experts, 1)
+    if absent is not None:
+        absent = absent.view(tokens, 1, experts, 1)
     gated = []
     for value in values:
         parts = []
         for h, first, count in _each_run(value, columns):
-            part = h.reshape(h.shape[0], count, first.experts, first.rank)
-            if counts is None:
-                part = part * factors[first.scaling]
-            else:
-                part = part.where(counts, 0.0).mul_(factors[first.scaling])
+            part = h.reshape(tokens, count, experts, first.rank) * factors[first.scaling]
+            if absent is not None:
+                part.masked_fill_(absent, 0.0)
             parts.append(part.view(h.shape))
         gated.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
     return gated

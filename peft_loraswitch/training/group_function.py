@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from . import group_pairs
 from .gate_hidden import gate, gate_backward
@@ -63,6 +64,7 @@ def run(
         order: of the tokens' pairs, with `spec.slots`.
         kept: what the checkpointed block keeps, and the key of this group there; None: it is kept with what backward needs.
     """
+    x, gates = unwrap_if_dead(x), unwrap_if_dead(gates)
     if gates.ndim != 2:
         gates = gates.flatten(0, -2)
     if chosen is not None and chosen.ndim != 2:
@@ -79,7 +81,7 @@ def run(
             if anchor is not None:
                 with torch.no_grad():
                     call.begin(x, any(each.requires_grad for each in a))
-                token = _Keep.apply(anchor, call)  # type: ignore[no-untyped-call]
+                token = _apply_keep(anchor, call)
         # What is no argument costs no time: experts that are frozen are none.
         outputs: tuple[Tensor, ...] = _apply_group(
             call, token, x, gates, chosen, *(experts if trains else ()), *(base if spec.given else ())
@@ -266,8 +268,9 @@ class _Group(torch.autograd.Function):
         return (None, None, d_x, d_gates, None, *d_a, *d_b, *(d_outputs if spec.given else ()))
 
 
-# `Function.apply` looks first, in Python, whether an argument is what a transform of torch.func has left behind, or whether one
-# is at work. Where one is, a linear does not come here, and what has been left behind is an ordinary tensor to what follows.
+# `Function.apply` looks first, in Python, whether a transform of torch.func is at work, or has left behind any of the arguments.
+# Where one is at work, a linear does not come here; what may have been left behind is seen to in `run`.
+_apply_keep: Any = getattr(super(torch.autograd.Function, _Keep), "apply", _Keep.apply)
 _apply_group: Any = getattr(super(torch.autograd.Function, _Group), "apply", _Group.apply)
 
 
@@ -454,18 +457,15 @@ def _d_b(each: Tensor, b: Tensor) -> Tensor:
 
 
 def _d_a(d_hidden: Tensor, rows: Tensor, a: Sequence[Tensor], spec: Spec) -> list[Tensor | None]:
-    """[E, r, in] of each A. On a GPU one product, of which each gets its rows; `.grad` takes these as they are."""
+    """[E, r, in] of each A: one product, of which each gets its rows; `.grad` takes these as they are, without a copy."""
     wanted, features = a[0].dtype, rows.shape[1]
-    if rows.is_cuda:
-        whole = product(d_hidden.t(), rows, wanted)
-        if whole.dtype != wanted:
-            whole = whole.to(wanted)
-        return [
-            whole.as_strided(each.shape, (each.shape[1] * features, features, 1), columns.start * features)
-            for columns, each in zip(spec.columns, a, strict=True)
-        ]
-    found = [product(part.t(), rows, wanted) for part in _parts(d_hidden, spec)]
-    return [(d if d.dtype == wanted else d.to(wanted)).view(each.shape) for d, each in zip(found, a, strict=True)]
+    whole = product(d_hidden.t(), rows, wanted)
+    if whole.dtype != wanted:
+        whole = whole.to(wanted)
+    return [
+        whole.as_strided(each.shape, (each.shape[1] * features, features, 1), columns.start * features)
+        for columns, each in zip(spec.columns, a, strict=True)
+    ]
 
 
 def _backward_to_differentiate(ctx: Any, d_outputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:

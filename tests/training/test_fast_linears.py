@@ -178,6 +178,37 @@ def test_inputs_that_are_not_contiguous():
     torch.testing.assert_close(d_x, torch.autograd.grad(plainly(plain, *others)[0].sum(), plain)[0])
 
 
+def test_what_a_transform_has_left_behind_is_an_ordinary_input():
+    values = operands()
+    left: list[torch.Tensor] = []
+
+    def remember(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        left.extend((x * 1, gates * 1))
+        return x.sum() + gates.sum()
+
+    torch.func.grad(remember, argnums=(0, 1))(values[0], values[1])
+    assert all(torch._C._functorch.is_gradtrackingtensor(each) for each in left)
+    leaves = [each.requires_grad_() for each in (*values[3], *values[4])]
+    expected, actual = fused(*values), fused(*left, *values[2:])
+    for y, z in zip(actual, expected, strict=True):
+        assert torch.equal(y, z)
+    got, want = (torch.autograd.grad([y.sum() for y in outputs], leaves) for outputs in (actual, expected))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_gradients_of_a_are_taken_without_a_copy():
+    """Those of a group lie in one piece of memory: its `.grad` are parts of it, in the parameters' own layout."""
+    values = operands(torch.bfloat16)
+    a = [nn.Parameter(each.float()) for each in values[3]]
+    b = [nn.Parameter(each.float()) for each in values[4]]
+    x, gates, chosen, _, _, weights, _ = values
+    spec = Spec(torch.bfloat16, columns(a), False)
+    outputs = group_function.run(spec, x, gates, chosen, a, b, weights, (None,) * len(a))
+    sum(y.float().sum() for y in outputs).backward()
+    assert len({each.grad.untyped_storage().data_ptr() for each in a}) == 1
+    assert all(each.grad.is_contiguous() and each.grad.dtype == torch.float32 for each in (*a, *b))
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_what_was_not_chosen_reaches_nothing(value, monkeypatch):
     values = operands()

@@ -14,6 +14,7 @@ import torch
 from checkpoint_steps import checkpointed, lm_batch
 from helpers import adapted, adapter_gradients, tiny_llama
 from peft_loraswitch.training import fast_linears, group_function, group_layout
+from peft_loraswitch.training.pair_products import forced
 
 BLOCKS, GROUPS = 3, 4  # q k v, o, gate up, down
 
@@ -147,6 +148,38 @@ def test_the_gates_are_applied_once_where_the_hidden_is_small(share, limit, kept
     assert len(gated) == BLOCKS * (GROUPS + GROUPS - 1 - kept) and alive(gated) == 0
     for name, actual in adapter_gradients(model).items():
         torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["all-experts", "by-pairs"])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_gradients_with_all_that_is_kept_equal_those_without(device, pairs, hidden, gated, monkeypatch):
+    model = model_of(False).to(device)
+    batch = {key: value.to(device) for key, value in lm_batch().items()}
+
+    def results() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast(device, torch.bfloat16), forced(pairs):
+            loss = model(**batch).loss
+            with torch.autocast(device, enabled=False):
+                loss.backward()
+        return {name: each.clone() for name, each in adapter_gradients(model).items()}
+
+    results()
+    for name in ("KEPT_HIDDEN", "KEPT_GATED_BYTES", "KEPT_BYTES"):
+        monkeypatch.setattr(group_layout, name, 0)
+    expected, without = results(), len(hidden)
+    for name in ("KEPT_HIDDEN", "KEPT_GATED_BYTES", "KEPT_BYTES"):
+        monkeypatch.setattr(group_layout, name, 2**24)
+    hidden.clear()
+    actual = results()
+    assert len(hidden) == BLOCKS * GROUPS < without and bool(gated) != pairs
+    for name, exact in expected.items():  # attention on a GPU need not give the same bits twice
+        assert (actual[name] - exact).norm() <= (0.02 if device == "cuda" else 0) * exact.norm(), name
 
 
 @pytest.mark.parametrize("share", [8.0, 0.0], ids=["small", "large"])
