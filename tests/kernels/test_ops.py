@@ -105,7 +105,7 @@ def test_linear_and_change_against_the_oracle(device, dtype, tokens, transposed,
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tokens", [33, 64, 256])
 def test_linear_and_change_in_a_captured_graph(tokens):
-    """Two groups, one after the other, as in a model: what one has freed is written by the next. Results are poisoned in between."""
+    """Two groups, one after the other, as in a model: what one has freed is written by the next. Results are poisoned."""
     groups = [group("cuda", torch.bfloat16, (tokens,), 512, (512, 512), (8, 8)) for _ in range(2)]
     still = {k: groups[0][k] for k in ("experts", "gates")}
 
