@@ -269,19 +269,21 @@ class RoutingState:
         Args:
             compiling: False: it is known that no compiler traces this call, which takes less time.
         """
-        frame = self._local.frame
-        if compiling or frame is None or not frame.is_running():
-            frame = self.running_frame()
+        frame = self.running_frame(compiling)
         if frame is None:
             frame = RoutingFrame(False, self._local.adapter_names)
             frame.opened_at = OUTSIDE
         return frame
 
-    def running_frame(self) -> RoutingFrame | None:
+    def running_frame(self, compiling: bool = True) -> RoutingFrame | None:
         """The frame of the forward that this thread is in, or None. Frames of forwards that have ended without a word (a
-        KeyboardInterrupt, a thread that was told to stop) are closed first."""
+        KeyboardInterrupt, a thread that was told to stop) are closed first.
+
+        Args:
+            compiling: as above.
+        """
         frame = self._local.frame
-        while not (frame is None or traced() or frame.is_running()):
+        while not (frame is None or (compiling and traced()) or frame.is_running()):
             self.close_frame(frame, False)
             frame = self._local.frame
         return frame
