@@ -24,9 +24,10 @@ from torch import Tensor
 from . import pair_kernels
 from .pair_order import PairOrder
 
-# From how many columns of all experts together, E * r, pairs take less time, by the number of experts of a token: measured on an
-# H200 (docs/training_log.md, recipes/results/train_crossover_h200.json); for three experts between two and four.
-CROSSOVER = {1: 384, 2: 512, 3: 896, 4: 1280}
+# From how many columns of all experts together, E * r, pairs take less time by the clock, by the number of experts of a token:
+# measured on an H200 (docs/training_log.md, recipes/results/train_crossover_h200.json); for three experts between two and four.
+# The GPU alone is faster by pairs earlier, from two thirds of it on, but they ask more of the host.
+CROSSOVER = {1: 768, 2: 768, 3: 1152, 4: 1536}
 MOST_RANK = 32  # of one expert: for 8 x 64, a step took 1.58 of the floor's by pairs, and 1.30 without
 LEAST_PAIRS = 32  # an expert, on average: with fewer, tiles are mostly empty
 _forced: bool | None = None
