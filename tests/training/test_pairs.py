@@ -337,7 +337,7 @@ def test_when_pairs_pay(monkeypatch):
         assert not pair_products.pays(gpu, half, 4, slots, experts, [16])
     assert not pair_products.pays(gpu, half, 4096, 9, 1000, [16])
     assert not pair_products.pays(gpu, half, 4096, 2, 8, [256])
-    assert not pair_products.pays(gpu, half, 4096, 2, 8, [64]) and pair_products.pays(gpu, half, 4096, 2, 16, [32])
+    assert not pair_products.pays(gpu, half, 4096, 2, 8, [64]) and pair_products.pays(gpu, half, 4096, 2, 24, [32])
     with pair_products.forced(True):
         assert pair_products.pays(gpu, half, 4, 2, 4, [1]) and not pair_products.pays(gpu, torch.float64, 4, 2, 4, [1])
     with pair_products.forced(False):
