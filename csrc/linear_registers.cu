@@ -21,9 +21,6 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
 
-// On a multiprocessor, for the registers that they need. Weights of 4 bits wait for one thing after the other: the table, the weights, x.
-constexpr int blocks_at_once(int nt, int f) { return nt > 1 ? 2 : f > 0 ? 4 : 3; }
-
 // sum = A[row] x[token] over one part of the features, `row` of all experts' A: for every entry that chose that expert.
 __device__ __forceinline__ void store_hidden(const GroupParams &p, int item_index, const short *ids, int token, int row, int split,
                                              float sum) {
@@ -37,7 +34,7 @@ __device__ __forceinline__ void store_hidden(const GroupParams &p, int item_inde
 
 // NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered), of weights of 4 bits F chunks of theirs (0: the
 // weights have the dtype of x).
-template <class E, int NT, int MT, int U, int F> __global__ void __launch_bounds__(kThreads, blocks_at_once(NT, F))
+template <class E, int NT, int MT, int U, int F> __global__ void __launch_bounds__(kThreads, NT == 1 && F == 0 ? 3 : 2)
     linear_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
   __shared__ __align__(16) float partial[kWarps][8 * NT][kRows + 4];  // and before that, the hidden
@@ -244,7 +241,7 @@ template <class E, int NT, int MT, int U, int F = 0> int launch_shape(GroupParam
 
 template <class E> int launch_as(GroupParams &p, void *stream) {
   if (has_four_bits(p.g)) {
-    if (p.g.tokens <= 8) return launch_shape<E, 1, 1, 2, 2>(p, stream);
+    if (p.g.tokens <= 8) return launch_shape<E, 1, 1, 4, 4>(p, stream);
     if (p.g.tokens <= 16) return launch_shape<E, 2, 1, 2, 4>(p, stream);
     return launch_shape<E, 4, 1, 1, 2>(p, stream);
   }
