@@ -10,6 +10,7 @@ import pytest
 
 from peft_loraswitch import LoRASwitchLinear
 from recipes.benchmarks import train_gpu as bench
+from recipes.benchmarks import train_phases
 
 TINY = (
     "--hidden 128 --intermediate 192 --head-dim 32 --layers 1 --vocab 60 --length 8 --steps 2 --warmup 1 --device cpu"
@@ -81,3 +82,18 @@ def test_the_garbage_collector_is_timed_within_and_no_longer():
 def test_no_row_begins_late(tmp_path, capsys):
     assert run(tmp_path / "out.json", "--modes", "plain", "--rows", "floor", "--seconds", "1e-6") == []
     assert "left out" in capsys.readouterr().err
+
+
+def test_phases_of_a_step(tmp_path):
+    """Their sum is the step; rows that train are measured with one thread, too."""
+    path = tmp_path / "phases.json"
+    small = ["--hidden", "64", "--intermediate", "128", "--head-dim", "16", "--layers", "1", "--length", "8"]
+    small += ["--vocab", "64", "--device", "cpu", "--steps", "2", "--warmup", "1", "--modes", "checkpointing"]
+    train_phases.main([*small, "--rows", "floor", "fused-8x8", "--functions", "3", "--output", str(path)])
+    floor, fused = json.loads(path.read_text())["rows"]
+    assert floor["row"] == "floor" and "one_thread" not in floor and floor["optimizer"] < fused["optimizer"]
+    for row in (floor, fused, fused["one_thread"]):
+        assert (
+            row["step"] > 0
+            and abs(sum(row[phase] for phase in train_phases.PHASES[:-1]) - row["step"]) < 0.5 * row["step"]
+        )

@@ -88,7 +88,7 @@ def captured_loop(model: Any, batch: int, device: str) -> Loop:
 
         return Loop(uncaptured, decoder.rewind)
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # for the prompt's token: where the GPU was busy, it was not there yet
+    stream.wait_stream(torch.cuda.current_stream())  # the prompt's token may not be there yet
     with torch.cuda.stream(stream):
         for _ in range(2):
             decoder.step(decoder.token, decoder.position)

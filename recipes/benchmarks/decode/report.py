@@ -23,7 +23,11 @@ Row = dict[str, Any]
 SOURCE = "recipes/results/decode_h200.json"
 OTHER_GPUS = ("recipes/results/decode_h100.json",)
 # Of `--only`; where two have a row, the later one counts.
-PARTS = ("recipes/results/decode_h200_parts_aaa3520.json", "recipes/results/decode_h200_parts.json")
+PARTS = (
+    "recipes/results/decode_h200_parts_aaa3520.json",
+    "recipes/results/decode_h200_parts.json",
+    "recipes/results/decode_h200_parts_452f508.json",
+)
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
     "mistral-7b": "Mistral-7B",
