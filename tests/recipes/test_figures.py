@@ -30,6 +30,42 @@ def test_training_on_a_cpu() -> None:
     assert settings["batch"] * settings["length"] == 512 and settings["experts"] * settings["rank"] == 64
 
 
+def test_training_on_a_gpu() -> None:
+    """The table's rows, and the README's sentence."""
+    page, readme = document("recipes/benchmarks/README.md"), document("README.md")
+    for name, shown in (
+        (
+            "train_h200_e01d55b.json",
+            ("fused 8 8", "fused 8 16", "router_only 8 8", "plain fused 8 8", "plain lora 0 16"),
+        ),
+        ("train_h200_452f508.json", ("fused 8 64", "fused 32 16", "4bit fused 8 8")),
+    ):
+        rows = {}
+        for row in result(name)["rows"]:
+            mode = "" if row["mode"] == "checkpointing" else f"{row['mode']} "
+            rows[f"{mode}{row['method']} {row['experts']} {row['rank']}"] = row
+        for row in shown:
+            assert f"{rows[row]['ratio']:.3f}" in page, row
+        if "e01d55b" in name:
+            assert f"takes {rows['fused 8 8']['ratio']:.2f} of the step with nothing adapted" in readme
+    phases = {(row["mode"], row["row"]): row for row in result("train_phases_h200.json")["rows"]}
+    lora = phases["checkpointing", "lora-16"]["step"] / phases["checkpointing", "floor"]["step"]
+    assert f"PEFT's LoRA of rank 16 takes {lora:.2f}" in readme
+    fused = phases["plain", "fused-8x8"]
+    assert f"took {fused['one_thread']['step']:.0f} ms instead of {fused['step']:.0f}" in document("docs/training.md")
+
+
+def test_weights_of_4_bits() -> None:
+    rows = [row for row in result("decode_h200_parts_452f508.json")["rows"] if row["method"] == "fused"]
+    one, eight = (
+        next(r["ratio"] for r in rows if r["backbone"] == "nf4" and r["mode"] == "compiled" and r["batch"] == batch)
+        for batch in (1, 8)
+    )
+    said = f"takes {one:.2f} of the unadapted NF4 backbone's at batch 1 and {eight:.2f} at batch 8"
+    assert said in document("docs/inference.md")
+    assert f"{one:.2f} of the unadapted backbone at batch 1 and **{eight:.2f} at batch 8**" in document("README.md")
+
+
 def test_host_time_of_a_step() -> None:
     rows = {row["method"]: row for row in result("host_cpu.json")["rows"] if row["mode"] == "step"}
     ms = {method: (row["us"] / 1000, row["unguarded_us"] / 1000) for method, row in rows.items()}
