@@ -178,8 +178,9 @@ class KeptByBlock:
     """What a checkpointed block's runs have made for its groups of linears, for as long as the block may run again: the weights
     as they were cast, and the hidden, so that the second run takes what the first has, and backward what the second has.
 
-    Within a step they are right whatever happens to the weights: they are those that the forward went by. So there is no
-    fingerprint. (FSDP frees the weights after the forward and fills them again with the same numbers.) The block alone holds on
+    Within a step what is kept is of the weights that the forward went by. So there is no fingerprint. (FSDP frees the weights after
+    the forward and fills them again with the same numbers.) Weights that are not kept here are read as they are by then: A that
+    needs no cast, and casts above the limit. Who writes to those between forward and backward gets gradients of neither. The block alone holds on
     to this object, and the autograd function refers to it weakly: memory goes as backward goes on from block to block.
 
     Attributes:
