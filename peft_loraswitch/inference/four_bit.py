@@ -6,7 +6,6 @@ quantised themselves; they are then kept dequantised, 4 bytes for each block, on
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fingerprint import Fingerprint
+from ..four_bit_layers import four_bit_state
 from ..ops import FEATURES_OF_A_SCALE
 from ..ordinary import ordinary
 
@@ -78,17 +78,11 @@ class FourBitFingerprint(Fingerprint):
 
 def format_of(base: nn.Module) -> FourBitFormat | None:
     """That of a base layer whose weight the ops can read; None of all others."""
-    library: Any = sys.modules.get("bitsandbytes.nn")  # as long as nobody imports it nothing is of its classes
-    if library is None or type(base) not in (library.Linear4bit, library.LinearNF4, library.LinearFP4):
+    state = four_bit_state(base)
+    if state is None:
         return None
     layer: Any = base
     weight, bias, out, width = layer.weight, layer.bias, layer.out_features, layer.in_features
-    state = getattr(weight, "quant_state", None)
-    # A weight that is not quantised yet; one that bitsandbytes has packed otherwise, for some CPUs.
-    if type(weight) is not library.Params4bit or state is None or getattr(state, "packing_format_for_cpu", False):
-        return None
-    if state.quant_type not in ("nf4", "fp4") or tuple(state.shape or ()) != (out, width):
-        return None
     if state.blocksize % FEATURES_OF_A_SCALE or width % state.blocksize:
         return None
     if layer.compute_dtype not in (None, *HALVES):

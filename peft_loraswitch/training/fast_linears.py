@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..fingerprint import Fingerprint
 from ..routing.frame import RoutingFrame, RoutingState
 from ..tensor_parallel import is_split
+from .four_bit_weights import FourBitWeight, four_bit_form
 from .gate_hidden import Columns
 from .group_function import autocast_dtype, run
 from .group_layout import KeptByBlock, Spec
@@ -118,7 +119,10 @@ def _look_at(layer: Any, seen: list[Any]) -> None:
         parameters = base._parameters
         weights += (parameters["weight"], parameters["bias"])
     else:
-        seen.append(is_split(layer.get_base_layer()))
+        form = four_bit_form(base)
+        seen += (is_split(layer.get_base_layer()), form)
+        if form is not None:
+            weights.append(base._parameters["bias"])
     a_of, b_of = modules["loraswitch_A"]._modules, modules["loraswitch_B"]._modules
     for adapter in (active,) if type(active) is str else active:
         if adapter not in a_of:
@@ -149,7 +153,7 @@ class Plan:
         looked: whether all of this is still right.
         adapters: those that are added, in this order; none where the layer's own form runs.
         layers: the linears; the first is the one that was asked for.
-        own: their base layers' products are computed as well.
+        own: their base layers' products are computed as well; packed: of weights in 4 bits.
         active: what the first one's adapters were taken from.
         routed, ranks: by adapter, whether there is a decision to follow, and the rank in each linear.
     """
@@ -158,6 +162,7 @@ class Plan:
         self, looked: Looked, adapters: Sequence[str] = (), layers: Sequence[Any] = (), own: bool = False
     ) -> None:
         self.looked, self.adapters, self.layers, self.own = looked, adapters, layers, own
+        self.packed = own and type(layers[0].base_layer) not in PRODUCTS
         self.active: str | tuple[str, ...] | None = _active(layers[0]) if layers else None
         self.routed = {adapter: bool(layers[0].routing_options[adapter].is_routed) for adapter in adapters}
         self.ranks = {
@@ -179,7 +184,8 @@ class Plan:
                 start = columns[-1].stop
             transposed = not given and type(self.layers[0].base_layer) is Conv1D
             assert self.dtype is not None
-            found = Spec(self.dtype, tuple(columns), given, transposed, in_place, checkpointed, last, slots)
+            packed = self.packed and not given
+            found = Spec(self.dtype, tuple(columns), given, transposed, in_place, checkpointed, last, slots, packed)
             self._specs[key] = found
         return found
 
@@ -389,6 +395,8 @@ def _with_adapter(
         spec = plan.spec(adapter, False, (), inputs.checkpointed, last, slots)
         bases = [one._modules["base_layer"]._parameters for one in layers]
         weights, biases = [base["weight"] for base in bases], [base["bias"] for base in bases]
+        if plan.packed:
+            weights = [FourBitWeight(weight) for weight in weights]
         return run(spec, x, gates, chosen, a, b, weights, biases, order, kept)
     # What this path has computed itself may be added to; of a base layer's result it must be known that nobody holds it.
     again = plan.own or adapter != plan.adapters[0]
@@ -486,18 +494,23 @@ def _fits(one: Any, first: Any, x: Tensor, adapters: list[str], dtype: torch.dty
 
 
 def _computable(base: Any, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the base layer is a frozen product and nothing else."""
-    if type(base) not in PRODUCTS or _hooked(base):
+    """Whether the base layer is a frozen product and nothing else, of a weight that is there or can be made."""
+    if _hooked(base):
         return False
-    weight, bias = base.weight, base.bias
-    for each in (weight, bias):
-        if each is None:
-            continue
-        if not _ordinary(each, x) or each.requires_grad or each.dtype not in FLOATS:
+    if type(base) not in PRODUCTS:
+        form = four_bit_form(base)
+        # For the library, autocast changes no dtype. It casts the bias for good; here it is cast in each call.
+        if form is None or form.device != x.device or (form.compute_dtype or x.dtype) != dtype:
             return False
-        if each.dtype != dtype and autocast_dtype(x) is None:
+        return base.bias is None or _frozen(base.bias, x)
+    for each in (base.weight, base.bias):
+        if each is not None and (not _frozen(each, x) or each.dtype != dtype and autocast_dtype(x) is None):
             return False
     return True
+
+
+def _frozen(weight: Tensor, x: Tensor) -> bool:
+    return _ordinary(weight, x) and not weight.requires_grad and weight.dtype in FLOATS
 
 
 def _is_fresh(base: Any, result: Tensor) -> bool:

@@ -13,7 +13,9 @@ float32 and back, sums of two results, copies. So there is none here:
 - for backward it keeps its input (only if A trains), the hidden, [tokens, E * r], from which the gated hidden is made again, and
   the weights as it has cast them; a checkpointed block keeps hidden and weights for both of its runs (`KeptByBlock`).
 
-Base layers that it cannot compute itself (quantised, with hooks, trained) give it their results, and get their own gradient.
+Base layers that it cannot compute itself (most quantised ones, with hooks, trained) give it their results, and get their own
+gradient. Where a weight can be had in the dtype of the products (`PackedWeight`: bitsandbytes in 4 bits), it is made for each
+product that reads it, and kept by none.
 
 A GPU that waits for Python has gained nothing, so the operations are few: weights are cast into one piece of memory by one call,
 and views of it are made by stride. Two tensors are kept, because a checkpointed block has a Python hook called for each.
@@ -38,7 +40,7 @@ from torch._C._functorch import unwrap_if_dead
 
 from . import group_pairs
 from .gate_hidden import gate, gate_backward
-from .group_layout import Casts, KeptByBlock, Spec
+from .group_layout import Casts, KeptByBlock, Spec, Weight
 from .pair_order import PairOrder
 
 
@@ -49,7 +51,7 @@ def run(
     chosen: Tensor | None,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
-    base: Sequence[Tensor],
+    base: Sequence[Weight],
     biases: Sequence[Tensor | None] = (),
     order: PairOrder | None = None,
     kept: tuple[KeptByBlock, Any] | None = None,
@@ -105,7 +107,7 @@ class _Call:
         a: Sequence[Tensor],
         b: Sequence[Tensor],
         trains: bool,
-        base: Sequence[Tensor],
+        base: Sequence[Weight],
         biases: Sequence[Tensor | None],
         order: PairOrder | None,
         kept: tuple[KeptByBlock, Any] | None,
@@ -188,12 +190,15 @@ class _Group(torch.autograd.Function):
             outputs = _added(ctx, tensors[2 * n :], gated, gates, call)
         else:
             outputs = _outputs(gated, gates, call, x.shape)
+            if spec.packed and x.dtype != spec.dtype:
+                outputs = [y.to(x.dtype) for y in outputs]
         # What lies outside of the function is referred to where it is. In a checkpointed block, that is all: keeping would
         # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
         base = () if spec.given else call.base
         ctx.call = _Left(call, x, gates, chosen, base)
         if call.keeper is None:
-            watched = () if spec.checkpointed else (gates, chosen, *call.a, *call.b, *base)
+            plain = () if spec.packed else base
+            watched = () if spec.checkpointed else (gates, chosen, *call.a, *call.b, *plain)
             ctx.save_for_backward(*call.saved, *watched)
         return tuple(outputs)
 
@@ -282,7 +287,7 @@ class _Left:
         "spec", "order", "trains", "keeper", "a", "b", "base", "gates", "chosen", "x_shape", "x_dtype", "block", "key", "place",
     )  # fmt: skip
 
-    def __init__(self, call: _Call, x: Tensor, gates: Tensor, chosen: Tensor | None, base: Sequence[Tensor]) -> None:
+    def __init__(self, call: _Call, x: Tensor, gates: Tensor, chosen: Tensor | None, base: Sequence[Weight]) -> None:
         self.spec, self.order, self.trains, self.keeper, self.place = (
             call.spec, call.order, call.trains, call.keeper, call.place,
         )  # fmt: skip
@@ -338,11 +343,12 @@ def _rows(each: Tensor, dtype: torch.dtype) -> Tensor:
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 
-def _matrix(weight: Tensor, spec: Spec) -> Tensor:
-    """[in, out]"""
-    if weight.dtype != spec.dtype:  # float32 weights under autocast
+def _matrix(weight: Any, spec: Spec) -> Tensor:
+    """[in, out], of a `Weight`."""
+    if weight.dtype != spec.dtype:  # float32 weights under autocast, and packed ones
         weight = weight.to(spec.dtype)
-    return weight if spec.transposed else weight.t()
+    matrix: Tensor = weight if spec.transposed else weight.t()
+    return matrix
 
 
 def _parts(each: Tensor, spec: Spec) -> Sequence[Tensor]:
@@ -440,7 +446,7 @@ def _d_input(d_hidden: Tensor, wide_a: Sequence[Tensor], spec: Spec) -> Tensor:
     return total
 
 
-def _add_base(total: Tensor, d_rows: list[Tensor | None], base: Sequence[Tensor], spec: Spec) -> None:
+def _add_base(total: Tensor, d_rows: list[Tensor | None], base: Sequence[Any], spec: Spec) -> None:
     """Adds to the gradient [T, in] what comes through the base layers, unless they have their own backward: no weights then."""
     for d, weight in zip(d_rows, base, strict=False):
         if d is not None:
@@ -502,7 +508,7 @@ def _backward_to_differentiate(ctx: Any, d_outputs: tuple[Tensor | None, ...]) -
 
 
 def _dense(
-    spec: Spec, i: int, x: Tensor, gates: Tensor, chosen: Tensor | None, a: Tensor, b: Tensor, base: Sequence[Tensor]
+    spec: Spec, i: int, x: Tensor, gates: Tensor, chosen: Tensor | None, a: Tensor, b: Tensor, base: Sequence[Weight]
 ) -> Tensor:
     """What linear i adds to its base layer's result, with that unless it is given, up to the bias."""
     rows, columns = _rows(x, spec.dtype), spec.columns[i]  # gates have one row a token

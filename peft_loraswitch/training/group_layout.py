@@ -23,6 +23,21 @@ KEPT_HIDDEN = 1 / 16
 KEPT_GATED_BYTES = 2 * 2**20
 
 
+class PackedWeight:
+    """Stands where the weight of a base layer does, in a form that no product reads. Like a weight of another dtype than that of
+    the products it is cast to theirs (`to`) for each product, and what that makes is kept by none."""
+
+    __slots__ = ()
+    dtype: torch.dtype | None = None  # none of any product
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """[out, in], made anew in each call."""
+        raise NotImplementedError
+
+
+Weight = Tensor | PackedWeight
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a call is, besides its tensors, whose shapes but for the number of tokens are the same in all calls of one object.
@@ -36,6 +51,7 @@ class Spec:
         checkpointed: the call is in a checkpointed block.
         last: and nothing that comes after it in the block is known to be needed in backward.
         slots: experts of a token, where products go by (token, expert) pairs (`group_pairs.py`); 0: with all experts at once.
+        packed: the base layers' weights are `PackedWeight`s, and their outputs have the dtype of the input.
     """
 
     dtype: torch.dtype
@@ -46,6 +62,7 @@ class Spec:
     checkpointed: bool = False
     last: bool = False
     slots: int = 0
+    packed: bool = False
 
     @functools.cached_property
     def size(self) -> int:
@@ -178,10 +195,11 @@ class KeptByBlock:
     """What a checkpointed block's runs have made for its groups of linears, for as long as the block may run again: the weights
     as they were cast, and the hidden, so that the second run takes what the first has, and backward what the second has.
 
-    Within a step what is kept is of the weights that the forward went by. So there is no fingerprint. (FSDP frees the weights after
-    the forward and fills them again with the same numbers.) Weights that are not kept here are read as they are by then: A that
-    needs no cast, and casts above the limit. Who writes to those between forward and backward gets gradients of neither. The block alone holds on
-    to this object, and the autograd function refers to it weakly: memory goes as backward goes on from block to block.
+    Within a step what is kept is of the weights that the forward went by. So there is no fingerprint. (FSDP frees the weights
+    after the forward and fills them again with the same numbers.) Weights that are not kept here are read as they are by then: A
+    that needs no cast, and casts above the limit. Who writes to those between forward and backward gets gradients of neither. The
+    block alone holds on to this object, and the autograd function refers to it weakly: memory goes as backward goes on from block
+    to block.
 
     Attributes:
         hidden: by `place()`. Backward takes it away, so it is made anew if there is a second backward.

@@ -1,0 +1,23 @@
+"""Which base layers are linears of bitsandbytes in 4 bits (NF4, FP4) whose weight lies as that library makes it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def four_bit_state(base: nn.Module) -> Any | None:
+    """What goes with the bytes of its weight (`QuantState`: scales, block size, code, shape); None of all other layers."""
+    library: Any = sys.modules.get("bitsandbytes.nn")  # as long as nobody imports it nothing is of its classes
+    if library is None or type(base) not in (library.Linear4bit, library.LinearNF4, library.LinearFP4):
+        return None
+    layer: Any = base
+    weight = layer._parameters.get("weight")  # the attribute takes a microsecond
+    state = getattr(weight, "quant_state", None)
+    # A weight that is not quantised yet; one that bitsandbytes has packed otherwise, for some CPUs.
+    if type(weight) is not library.Params4bit or state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    fits = state.quant_type in ("nf4", "fp4") and tuple(state.shape or ()) == (layer.out_features, layer.in_features)
+    return state if fits else None
