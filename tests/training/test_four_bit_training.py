@@ -7,8 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,12 +15,23 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fast_linear_checks
 from fast_linear_checks import CONFIGS, NO_LOSSES, relative, step
-from four_bit_linear import exact_weight, in_4_bits, linear_4bit
-from helpers import adapter_gradients, padded, tiny_llama
-from oracle import Oracle
-from peft_loraswitch.inference.fuse import adapted_layers
+from four_bit_linear import exact_weight, linear_4bit
+from four_bit_training import (
+    KINDS,
+    LINEARS,
+    MODES,
+    SOFT,
+    agree,
+    definition,
+    distance,
+    given,
+    layers_of,
+    model_of,
+    noted_specs,
+    packed,
+)
+from helpers import adapter_gradients, padded
 from peft_loraswitch.training import fast_linears, four_bit_weights, pair_products
 from peft_loraswitch.training.group_layout import Spec
 
@@ -29,88 +39,12 @@ pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"
 )
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": True}  # blocks have at least 64 features
-MODES = ["no checkpointing", "non-reentrant", "reentrant"]
-SOFT = {"top_k": 4, **NO_LOSSES}  # all experts: rounding changes no choice
-LINEARS = 14
-KINDS: dict[str, dict[str, Any]] = {
-    "nf4": {},
-    "fp4": {"quant_type": "fp4"},
-    "double": {"double": True},
-    "blocks of 128": {"blocksize": 128},
-    "stored as bf16": {"storage": torch.bfloat16},
-}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.06}
 
 
 @pytest.fixture
 def specs(monkeypatch) -> list[Spec]:
-    """Of each call of the autograd function."""
-    found: list[Spec] = []
-    run = fast_linears.run
-    monkeypatch.setattr(fast_linears, "run", lambda spec, *args: (found.append(spec), run(spec, *args))[1])
-    return found
-
-
-@contextmanager
-def given() -> Iterator[None]:
-    """Within it the library computes the base layers' products."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_linears, "four_bit_form", lambda base: None)
-        yield
-
-
-def model_of(
-    dtype: torch.dtype = torch.float32, mode: str = "no checkpointing", kind: dict[str, Any] | None = None, **config: Any
-) -> Any:  # fmt: skip
-    """Everything in one dtype."""
-    model = fast_linear_checks.adapted(tiny_llama(**SHAPE), **config).to(dtype)
-    in_4_bits(model, **{"compute_dtype": dtype, **(kind or {})})
-    return checkpointed(model.train(), mode)
-
-
-def checkpointed(model: Any, mode: str) -> Any:
-    if mode != "no checkpointing":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"})
-        model.enable_input_require_grads()
-    return model
-
-
-def definition(model: Any, dtype: torch.dtype) -> Oracle:
-    """Of `model` with the weights of its base layers as numbers of `dtype`."""
-    twin = copy.deepcopy(model)
-    twin.gradient_checkpointing_disable()
-    for layer in adapted_layers(twin):
-        base, plain = (
-            layer.base_layer,
-            nn.Linear(layer.in_features, layer.out_features, layer.base_layer.bias is not None),
-        )
-        plain.weight = nn.Parameter(exact_weight(base).to(dtype).double(), requires_grad=False)
-        if base.bias is not None:
-            plain.bias = nn.Parameter(base.bias.detach().double(), requires_grad=False)
-        layer.base_layer = plain
-    return Oracle(twin)
-
-
-def layers_of(model: Any) -> list[Any]:
-    return list(adapted_layers(model))
-
-
-def packed(specs: list[Spec]) -> int:
-    """Linears whose base products the function has computed; the others must have been given."""
-    assert all(spec.packed != spec.given for spec in specs)
-    return sum(spec.size for spec in specs if spec.packed)
-
-
-def agree(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert actual.keys() == expected.keys() and actual
-    for name, each in expected.items():
-        assert relative(actual[name], each) < tolerance, name
-
-
-def distance(actual: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    """The mean relative error of all gradients."""
-    return sum(relative(each, exact[name]) for name, each in actual.items()) / len(actual)
+    return noted_specs(monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------------------- the results
@@ -189,6 +123,18 @@ def test_autocast_equals_the_given_way(activations, mode, specs):
     assert relative(logits[real], other_logits[real]) < 0.03 and relative(logits[real], expected.logits[real]) < 0.03
     agree(gradients, others, 0.1)
     assert distance(gradients, exact) < 1.2 * distance(others, exact)
+
+
+def test_float32_under_autocast_is_left_to_the_library(specs):
+    """The default of `BitsAndBytesConfig`; other products are in bfloat16."""
+    model = model_of(torch.float32, **SOFT)
+    for _ in range(2):
+        logits, gradients = step(model, padded([7, 4]), torch.bfloat16)
+    assert packed(specs) == 0 and len(specs) == 2 * 8
+    with fast_linears.plain():
+        other_logits, others = step(model, padded([7, 4]), torch.bfloat16)
+    assert relative(logits, other_logits) < 0.03
+    agree(gradients, others, 0.1)
 
 
 @pytest.mark.parametrize("mode", MODES)
