@@ -37,9 +37,7 @@ class FourBitWeight(PackedWeight):
         from bitsandbytes.functional import dequantize_4bit
 
         state = self.state
-        if (
-            state.dtype != dtype
-        ):  # that which was quantised; the library's forward, too, rounds once, to what it computes in
+        if state.dtype != dtype:  # of what was quantised. The library's forward, too, rounds to what it computes in
             state = copy.copy(state)
             state.dtype = dtype
         weight: Tensor = dequantize_4bit(self.packed, state)
@@ -67,8 +65,6 @@ def four_bit_form(base: nn.Module) -> FourBitForm | None:
     with torch._C.DisableTorchFunctionSubclass():
         if not layer.compute_type_is_set or weight.requires_grad or "ds_id" in weight.__dict__:
             return None
-        if (
-            weight.dim() != 2 or weight.shape[1] != 1 or weight.shape[0] == 1
-        ):  # one row: the library takes that for [in, out]
+        if weight.dim() != 2 or weight.shape[1] != 1 or weight.shape[0] == 1:  # one row: for the library, [in, out]
             return None
         return FourBitForm(weight.device, layer.compute_dtype)
