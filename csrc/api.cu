@@ -16,6 +16,18 @@ namespace {
 constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 
 // Whether linear_sm90.cu is the one for it.
+// Whether linear_split_k_sm90.cu is, which reads A and B of all experts. Measured on an H200 (docs/kernel_log.md): always for more tokens
+// than the others take; for fewer where the hidden is too wide for linear_persistent.cu, and most experts are chosen anyway.
+bool takes_split_k(const ls_group &g) {
+  constexpr int kWide = 512;  // columns of the hidden
+  if (g.tuning & LS_TUNING_SPLIT_K) return can_split_k(g);
+  if ((g.tuning & ~LS_TUNING_GEMM_SHRINK) || !can_split_k(g)) return false;
+  if (g.tokens > LS_FAST_TOKENS) return true;
+  if (g.tokens <= kStreamingTokens || g.tokens * g.top_k < g.num_experts) return false;
+  for (int i = 0; i < g.n_items; ++i)
+    if (g.num_experts * g.items[i].rank >= kWide) return true;
+  return false;
+}
 bool takes_sm90(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & 3) == 0 && can_sm90(g); }
 
 bool fast(const ls_group &g) {
@@ -59,7 +71,7 @@ int check(const ls_group &g) {
   return g.tokens > kGridHeight && !takes_sm90(g) ? LS_ERROR_ARGUMENT : 0;
 }
 
-enum Kernel { kGeneric, kStreaming, kPersistent, kRegisters, kSm90 };
+enum Kernel { kGeneric, kStreaming, kPersistent, kRegisters, kSplitK, kSm90 };
 constexpr int kFewColumns = 256;  // up to so many columns of the hidden, shrink_sm90.cu is faster than linear_sm90.cu
 
 // Whether the kernel can compute the hidden itself. linear_streaming.cu, and linear_persistent.cu if there are many experts, read lora_a of
@@ -80,6 +92,7 @@ bool can_shrink_inside(GroupParams &p, Kernel kernel) {
 
 // Measured on an H200 (docs/kernel_log.md): linear_persistent.cu wherever it shrinks inside, by the limits at the end of that file.
 Kernel choose(GroupParams &p) {
+  if (takes_split_k(p.g)) return kSplitK;
   if (takes_sm90(p.g)) return kSm90;
   if (!fast(p.g)) return kGeneric;
   if (has_four_bits(p.g)) return kRegisters;
@@ -129,8 +142,11 @@ LS_EXPORT int ls_device_supported(int device) {
 LS_EXPORT int64_t ls_hidden_elements(const ls_group *group) {
   ls::GroupParams p;
   p.g = *group;
-  const int64_t elements = ls::layout_hidden(p);
-  if (group->tokens > LS_FAST_TOKENS) return std::max(elements, ls::takes_sm90(*group) ? ls::layout_hidden_sm90(p) : 0);
+  int64_t elements = ls::layout_hidden(p);
+  const bool padded = ls::takes_split_k(*group) || ls::takes_sm90(*group);
+  if (padded) elements = std::max(elements, ls::layout_hidden_sm90(p));
+  if (ls::takes_split_k(*group)) elements = ls::split_k_elements(*group, elements);
+  if (padded || group->tokens > LS_FAST_TOKENS) return elements;
   const bool may_split = group->dtype != LS_FLOAT32;
   const int splits = elements <= ls::kPersistentHidden ? std::max(ls::kSplits, ls::persistent_parts(*group)) : ls::kSplits;
   return may_split ? elements * splits * 2 : elements;  // floats take two elements of 16 bits
@@ -142,7 +158,7 @@ LS_EXPORT int ls_linear_path(const ls_group *group) {
   p.g = *group;
   ls::layout_hidden(p);
   const ls::Kernel kernel = ls::choose(p);
-  return kernel == ls::kSm90 ? LS_PATH_SM90 : kernel == ls::kGeneric ? LS_PATH_GENERIC : LS_PATH_FAST;
+  return kernel == ls::kSm90 || kernel == ls::kSplitK ? LS_PATH_SM90 : kernel == ls::kGeneric ? LS_PATH_GENERIC : LS_PATH_FAST;
 }
 
 LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
@@ -155,6 +171,7 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   p.g = *group;
   ls::layout_hidden(p);
   const ls::Kernel kernel = ls::choose(p);
+  if (kernel == ls::kSplitK) return ls::launch_linear_split_k(p, stream);
   if (kernel == ls::kSm90) {
     const int64_t width = ls::layout_hidden_sm90(p) / p.g.tokens;
     if (width > 0) error = width > ls::kFewColumns ? ls::launch_shrink_many_ranks(p, stream) : ls::launch_shrink_few_ranks(p, stream);
@@ -171,6 +188,7 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
     case ls::kStreaming: return ls::launch_linear_streaming(p, stream);
     case ls::kPersistent: return ls::launch_linear_persistent(p, stream);
     case ls::kRegisters: return ls::launch_linear_registers(p, stream);
+    case ls::kSplitK:
     case ls::kSm90: break;
   }
   return LS_ERROR_ARGUMENT;

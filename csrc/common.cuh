@@ -134,6 +134,16 @@ template <auto kKernel> inline cudaError_t allow_shared(int device, int bytes) {
   return error;
 }
 
+// Has a multiprocessor that runs the kernel keep as much shared memory as it can, for blocks of others.
+template <auto kKernel> inline cudaError_t prefer_shared(int device) {
+  static std::atomic<bool> told[kMaxDevices];
+  const bool known = device >= 0 && device < kMaxDevices;
+  if (known && told[device].load(std::memory_order_relaxed)) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (known && error == cudaSuccess) told[device].store(true, std::memory_order_relaxed);
+  return error;
+}
+
 bool follows_ours(cudaStream_t stream);  // pdl.cu
 void launched(cudaStream_t stream);
 

@@ -99,6 +99,11 @@ int launch_linear_streaming(GroupParams &p, void *stream);
 int launch_linear_persistent(GroupParams &p, void *stream);
 int launch_linear_registers(GroupParams &p, void *stream);
 int launch_linear_sm90(GroupParams &p, void *stream);
+bool can_split_k(const ls_group &g);
+int64_t split_k_elements(const ls_group &g, int64_t hidden);  // of the hidden, and what linear_split_k_sm90.cu needs besides
+bool can_shrink_beside(const ls_group &g, int width);  // columns of the hidden
+int launch_shrink_beside(GroupParams &p, void *stream);
+int launch_linear_split_k(GroupParams &p, void *stream);  // and its shrink
 int launch_linear_generic(GroupParams &p, void *stream);
 
 }  // namespace ls

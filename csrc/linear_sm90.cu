@@ -12,8 +12,7 @@
 //
 // The experts are more of the inner dimension K: with 8 experts of rank 8 one step after the 64 steps of in = 4096, and no trip to
 // memory for a sum of two results. kShrink: weight is lora_a of all experts, and the epilogue multiplies by the gates instead.
-#include "sm90.cuh"
-#include "mma.cuh"
+#include "linear_sm90.cuh"
 
 namespace ls {
 namespace {
@@ -22,23 +21,12 @@ constexpr int kTokens = 128;                    // of a tile
 constexpr int kFeatures = kSm90Features;        // of a step
 constexpr int kThreads = 384;                   // four warps of which one copies, eight that multiply
 constexpr int kCluster = 2;
-constexpr int kUnits = kFeatures / kUnit;
 constexpr int kInputBytes = kTokens * kFeatures * 2;
 constexpr int kRingBytes = 192 << 10;
 
-struct Linear {
-  void *out;
-  const void *bias;
-  int columns;     // of the result
-  int steps;       // of its experts' ranks
-  int units_each;  // of one expert
-  int hidden;      // where its hidden begins
-  float scaling;   // of gates
-};
-
 struct LinearSm90Params {
   CUtensorMap x, hidden, weight[LS_MAX_GROUP], lora_b[LS_MAX_GROUP];
-  Linear linears[LS_MAX_GROUP];
+  Sm90Linear linears[LS_MAX_GROUP];
   const int64_t *experts;
   const float *gates;
   int begin[LS_MAX_GROUP + 1];  // first pair of tiles of each linear
@@ -105,7 +93,7 @@ template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__
       constexpr uint16_t kBoth = (1 << kCluster) - 1;
       for (int pair = first; pair < pairs; pair += stride) {
         const Tile tile = tile_of<kOutputs>(p, pair);
-        const Linear &linear = p.linears[tile.item];
+        const Sm90Linear &linear = p.linears[tile.item];
         const CUtensorMap &weight_map = p.weight[tile.item], &b_map = p.lora_b[tile.item];
         const int row = tile.row + rank * kTokens, steps = p.steps + linear.steps, half = tile.column + rank * (kOutputs / kCluster);
 #pragma unroll 1
@@ -117,14 +105,14 @@ template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__
             copy_tile(x, p.x, barrier, step * kFeatures, row);
             copy_tile(weight + rank * (kWeightBytes / kCluster), weight_map, barrier, step * kFeatures, half, kBoth);
           } else {
-            const int units = (step - p.steps) * kUnits;
+            const int units = (step - p.steps) * kStepUnits;
             copy_tile(x, p.hidden, barrier, linear.hidden + units * kUnit, row);
-            if (linear.units_each % kUnits == 0) {  // one expert's
+            if (linear.units_each % kStepUnits == 0) {  // one expert's
               copy_tile(weight + rank * (kWeightBytes / kCluster), b_map, barrier, units % linear.units_each * kUnit, half,
                         units / linear.units_each, kBoth);
               continue;
             }
-            for (int i = rank * (kUnits / kCluster); i < (rank + 1) * (kUnits / kCluster); ++i)
+            for (int i = rank * (kStepUnits / kCluster); i < (rank + 1) * (kStepUnits / kCluster); ++i)
               copy_tile(weight + i * (kOutputs * 16), b_map, barrier, 0, tile.column, (units + i) % linear.units_each,
                         (units + i) / linear.units_each, kBoth);
           }
@@ -137,13 +125,13 @@ template <class E, int kOutputs, bool kShrink> __global__ void __launch_bounds__
     float sums[kOutputs / 2];
     for (int pair = first; pair < pairs; pair += stride) {
       const Tile tile = tile_of<kOutputs>(p, pair);
-      const Linear &linear = p.linears[tile.item];
+      const Sm90Linear &linear = p.linears[tile.item];
       const int steps = p.steps + linear.steps;
       uint32_t before = 0;  // the barrier of the stage that products on their way still read
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const uint32_t x = ring + place.stage * kStageBytes, weight = x + kInputBytes;
-        const bool swizzled = step < p.steps || linear.units_each % kUnits == 0;
+        const bool swizzled = step < p.steps || linear.units_each % kStepUnits == 0;
         const uint64_t a = swizzled_matrix(x + group * (kInputBytes / 2)),
                        b = swizzled ? swizzled_matrix(weight) : unit_matrix(weight, kOutputs);
         const int on = swizzled ? 32 >> 4 : 2 * kOutputs * 16 >> 4;
@@ -247,13 +235,7 @@ template <bool kShrink> int launch_many(LinearSm90Params &p, const ls_group &g, 
   for (int i = 0; i < g.n_items; ++i) {
     const Dimension weight[] = {{in, 1, kFeatures}, {uint64_t(rows[i]), in, uint32_t(outputs / kCluster)}};
     if (p.linears[i].columns && !make_map(p.weight[i], g.dtype, weights[i], weight, 2, true)) return LS_ERROR_ARGUMENT;
-    const uint64_t out = g.items[i].out_features, rank = g.items[i].rank, experts = g.num_experts;
-    if (kShrink || rank == 0) continue;
-    const Dimension units[] = {{kUnit, 1, kUnit}, {out, rank, uint32_t(outputs)}, {rank / kUnit, kUnit, 1}, {experts, out * rank, 1}};
-    const Dimension whole[] = {{rank, 1, kFeatures}, {out, rank, uint32_t(outputs / kCluster)}, {experts, out * rank, 1}};
-    const bool made = rank % kFeatures ? make_map(p.lora_b[i], g.dtype, g.items[i].lora_b, units, 4, false)
-                                       : make_map(p.lora_b[i], g.dtype, g.items[i].lora_b, whole, 3, true);
-    if (!made) return LS_ERROR_ARGUMENT;
+    if (!kShrink && g.items[i].rank && !make_b_map(p.lora_b[i], g, g.items[i], outputs, outputs / kCluster)) return LS_ERROR_ARGUMENT;
   }
   const int blocks = int(pairs < at_once ? pairs : at_once) * kCluster;
   const bool is_bf16 = g.dtype == LS_BFLOAT16;
@@ -261,8 +243,6 @@ template <bool kShrink> int launch_many(LinearSm90Params &p, const ls_group &g, 
                              : (is_bf16 ? launch_kernel<bf16, 128, kShrink> : launch_kernel<fp16, 128, kShrink>);
   return launched(p, blocks, g.device, stream);
 }
-
-int steps_of(const ls_group &g, const ls_item &item) { return (g.num_experts * item.rank + kFeatures - 1) / kFeatures; }
 
 }  // namespace
 
@@ -289,7 +269,7 @@ int launch_linear_sm90(GroupParams &params, void *stream) {
   for (int i = 0; i < g.n_items; ++i) {
     const ls_item &item = g.items[i];
     weights[i] = item.weight, rows[i] = item.out_features;
-    p.linears[i] = Linear{item.out, item.bias, item.out_features, steps_of(g, item), item.rank / kUnit, int(params.hidden[i]), 0.f};
+    p.linears[i] = Sm90Linear{item.out, item.bias, item.out_features, expert_steps(g, item), item.rank / kUnit, int(params.hidden[i]), 0.f};
   }
   return launch_many<false>(p, g, weights, rows, stream);
 }
@@ -304,13 +284,13 @@ int launch_shrink_many_ranks(GroupParams &params, void *stream) {
   for (int i = 0; i < g.n_items; ++i) {
     const ls_item &item = g.items[i];
     weights[i] = item.lora_a, rows[i] = g.num_experts * item.rank;
-    p.linears[i] = Linear{static_cast<uint16_t *>(g.hidden) + params.hidden[i],
-                          nullptr,
-                          steps_of(g, item) * kFeatures,
-                          0,
-                          item.rank / kUnit,
-                          0,
-                          item.scaling};
+    p.linears[i] = Sm90Linear{static_cast<uint16_t *>(g.hidden) + params.hidden[i],
+                              nullptr,
+                              expert_steps(g, item) * kFeatures,
+                              0,
+                              item.rank / kUnit,
+                              0,
+                              item.scaling};
   }
   return launch_many<true>(p, g, weights, rows, stream);
 }

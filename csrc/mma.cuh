@@ -32,6 +32,14 @@ template <class E> __device__ __forceinline__ void mma32(float (&c)[4], const ui
   mma<E>(c, w[0].z, w[1].z, w[0].w, w[1].w, x.z, x.w);
 }
 
+// 16 rows by 16 features from shared memory, as a product takes them: `at` is this lane's row (lane % 16) and half of the features.
+__device__ __forceinline__ void read_fragments(uint32_t at, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(at)
+               : "memory");
+}
+
 // Between two lanes: `high` of the lower one for `low` of the upper one.
 __device__ __forceinline__ void exchange(uint32_t &low, uint32_t &high, int distance, bool upper) {
   const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);

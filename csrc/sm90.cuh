@@ -70,6 +70,8 @@ template <int kStages> struct RingPlace {
   }
 };
 
+__device__ __forceinline__ void prefetch_map(const CUtensorMap &map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
 // Copies of a tile. What lies outside of the tensor is zero. `blocks`: a bit for each block of the cluster that gets it, at the
 // same addresses as this one.
 __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int c0, int c1) {
@@ -100,6 +102,25 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, u
       : "memory");
 }
 
+// Of three and four dimensions, for this block alone.
+__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+               "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+               "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier)
+               : "memory");
+}
+
+// Of bytes as they lie, to this block alone; addresses and size divisible by 16.
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void *from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+               "r"(barrier)
+               : "memory");
+}
+
 // The address within the block's memory: above it is the number of the block in its cluster.
 __device__ __forceinline__ uint64_t matrix_start(uint32_t address) { return (address & 0x3ffff) >> 4; }
 // A matrix in shared memory as the tensor cores are told of it. Rows of 128 bytes (64 features), swizzled as the copy engine
@@ -123,6 +144,10 @@ template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wg
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), \
       "+f"(sums[i + 7])
 #define LS_32(i) LS_8(i), LS_8(i + 8), LS_8(i + 16), LS_8(i + 24)
+#define LS_4 "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+#define LS_NAMES_4 "%0, %1, %2, %3"
+#define LS_16 LS_8(0), LS_8(8)
+#define LS_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define LS_NAMES_32                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -142,14 +167,44 @@ template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wg
                : __VA_ARGS__                                                                                                            \
                : "l"(a_), "l"(b_), "r"(int(add_)))
 #define LS_WGMMAS(type)                                                           \
-  if constexpr (N == 32)                                                          \
+  if constexpr (N == 4)                                                           \
+    LS_WGMMA("8", type, LS_NAMES_4, "%4", "%5", "%6", LS_4);                      \
+  else if constexpr (N == 16)                                                     \
+    LS_WGMMA("32", type, LS_NAMES_16, "%16", "%17", "%18", LS_16);                \
+  else if constexpr (N == 32)                                                     \
     LS_WGMMA("64", type, LS_NAMES_32, "%32", "%33", "%34", LS_32(0));             \
   else if constexpr (N == 64)                                                     \
     LS_WGMMA("128", type, LS_NAMES_64, "%64", "%65", "%66", LS_32(0), LS_32(32)); \
   else                                                                            \
     LS_WGMMA("256", type, LS_NAMES_128, "%128", "%129", "%130", LS_32(0), LS_32(32), LS_32(64), LS_32(96))
 template <class E, int N> __device__ __forceinline__ void wgmma(float (&sums)[N], uint64_t a_, uint64_t b_, bool add_) {
-  static_assert(N == 32 || N == 64 || N == 128, "64, 128 or 256 columns");
+  static_assert(N == 4 || N == 16 || N == 32 || N == 64 || N == 128, "8, 32, 64, 128 or 256 columns");
+  if constexpr (std::is_same_v<E, bf16>) {
+    LS_WGMMAS("bf16");
+  } else {
+    LS_WGMMAS("f16");
+  }
+}
+#undef LS_WGMMAS
+#undef LS_WGMMA
+// The same with `a` in registers, as mma.sync has it: of this warp's 16 rows.
+#define LS_WGMMA(columns, type, names, a0, a1, a2, a3, b, add, ...)                                                                     \
+  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type \
+               " {" names "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", adds, 1, 1, 0;\n}"                                               \
+               : __VA_ARGS__                                                                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_), "r"(int(add_)))
+#define LS_WGMMAS(type)                                                                                \
+  if constexpr (N == 4)                                                                                \
+    LS_WGMMA("8", type, LS_NAMES_4, "%4", "%5", "%6", "%7", "%8", "%9", LS_4);                         \
+  else if constexpr (N == 16)                                                                          \
+    LS_WGMMA("32", type, LS_NAMES_16, "%16", "%17", "%18", "%19", "%20", "%21", LS_16);                \
+  else if constexpr (N == 32)                                                                          \
+    LS_WGMMA("64", type, LS_NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37", LS_32(0));             \
+  else if constexpr (N == 64)                                                                          \
+    LS_WGMMA("128", type, LS_NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69", LS_32(0), LS_32(32)); \
+  else                                                                                                 \
+    LS_WGMMA("256", type, LS_NAMES_128, "%128", "%129", "%130", "%131", "%132", "%133", LS_32(0), LS_32(32), LS_32(64), LS_32(96))
+template <class E, int N> __device__ __forceinline__ void wgmma(float (&sums)[N], const uint32_t (&a)[4], uint64_t b_, bool add_) {
   if constexpr (std::is_same_v<E, bf16>) {
     LS_WGMMAS("bf16");
   } else {
@@ -161,6 +216,10 @@ template <class E, int N> __device__ __forceinline__ void wgmma(float (&sums)[N]
 #undef LS_NAMES_128
 #undef LS_NAMES_64
 #undef LS_NAMES_32
+#undef LS_NAMES_16
+#undef LS_NAMES_4
+#undef LS_4
+#undef LS_16
 #undef LS_32
 #undef LS_8
 // Products on their way must not be moved across this.

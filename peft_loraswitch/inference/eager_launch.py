@@ -30,9 +30,9 @@ _ITEMS = [Group.items.offset + i * sizeof(Item) for i in range(MAX_GROUP)]
 _OUTPUTS, _BASES = [at + Item.out.offset for at in _ITEMS], [at + Item.base.offset for at in _ITEMS]
 _MOST_SHAPES = 64  # of inputs, kept for each group
 
-# For fewer tokens, library products take the GPU less time than the kernel for many tokens (docs/kernel_log.md), and the host
-# more: a dozen calls in place of one. So the kernel serves them where everybody waits for the host: nothing is being captured,
-# and the weights are no more than a GPU reads in the time of such calls.
+# For fewer tokens, but more than the kernel for up to 128 takes, library products take the GPU less time than the kernel for many
+# (docs/kernel_log.md), and the host more: a dozen calls in place of one. So the kernel serves them where everybody waits for the
+# host: nothing is being captured, and the weights are no more than a GPU reads in the time of such calls.
 _FEWER_TOKENS, _FEW_BYTES = 192, 1 << 28
 
 
@@ -44,7 +44,10 @@ class _Shape:
     outputs: list[tuple[tuple[int, ...], tuple[int, ...]]]  # size and stride of each linear's result
     hidden: int  # elements of scratch
     aligned: bool = False  # one C call, by a kernel that takes only an x whose address is divisible by 16
-    many: Expansion | None = None  # library products and a C call: no such kernel, or it takes the GPU longer
+    many: Expansion | None = (
+        None  # library products and a C call: no such kernel, it takes the GPU longer, or x is elsewhere
+    )
+    slower: bool = False  # the GPU takes longer for the one C call
 
 
 def launchable(x: Tensor) -> bool:
@@ -102,8 +105,9 @@ class _Direct:
         return group if x.numel() == group.tokens * group.in_features else None
 
     def _keep(
-        self, x: Tensor, experts: Tensor, group: Group, aligned: bool = False, many: Expansion | None = None
-    ) -> _Shape:
+        self, x: Tensor, experts: Tensor, group: Group, aligned: bool = False, many: Expansion | None = None,
+        slower: bool = False,
+    ) -> _Shape:  # fmt: skip
         outputs = []
         for out in self.packed.out_features:
             size = (*x.shape[:-1], out)
@@ -111,7 +115,7 @@ class _Direct:
         hidden = library().ls_hidden_elements(byref(group))
         if len(self.shapes) >= _MOST_SHAPES:
             self.shapes.clear()
-        shape = self.shapes[x.shape, experts.shape] = _Shape(bytes(group), outputs, hidden, aligned, many)
+        shape = self.shapes[x.shape, experts.shape] = _Shape(bytes(group), outputs, hidden, aligned, many, slower)
         return shape
 
 
@@ -209,7 +213,8 @@ class DirectGroup(DirectFewTokens):
         if not self._reads(x, routing) or not self.fingerprint.is_current():
             return None
         fits = not shape.aligned or x.data_ptr() % 16 == 0
-        if shape.many is not None and not (shape.aligned and fits and not torch._C._cuda_isCurrentStreamCapturing()):
+        one_call = shape.aligned and fits and not (shape.slower and torch._C._cuda_isCurrentStreamCapturing())
+        if shape.many is not None and not one_call:
             return self._many(x, routing, shape, shape.many)
         return self._launch(x, routing, shape) if fits else None
 
@@ -232,15 +237,15 @@ class DirectGroup(DirectFewTokens):
         group = self._sized(x, experts)
         if group is None:
             return None
-        aligned, many = False, None
+        aligned, slower, many = False, False, None
         if group.tokens > self.few_tokens:
-            few = group.tokens < _FEWER_TOKENS
+            slower = kernels.SPLIT_K_TOKENS < group.tokens < _FEWER_TOKENS
             size = sum(matrix.numel() * matrix.element_size() for matrix in self.matrices)
-            aligned = self.packed.path(x, experts) == kernels.SM90_PATH and not (few and size > _FEW_BYTES)
-            if few or not aligned:
+            aligned = self.packed.path(x, experts) == kernels.SM90_PATH and not (slower and size > _FEW_BYTES)
+            if group.tokens < _FEWER_TOKENS or not aligned:
                 many = kernels.expansion(self.lora_b, self.biases, self.scalings, group.top_k)
                 if not (many.expands or many.widens):
                     many = None
             if many is None and not aligned:
                 return None
-        return self._keep(x, experts, group, aligned, many)
+        return self._keep(x, experts, group, aligned, many, slower)

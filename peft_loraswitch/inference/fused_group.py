@@ -39,6 +39,7 @@ class FusedGroup(nn.Module):
         four_bit: the base layers' weights have 4 bits, and the ops read them for few tokens: packed0, ..., scales0, ...,
             code0 (see `FourBitWeight`).
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
+        compiled_tokens: up to how many tokens compiled code goes by `ops.linear`: where a GPU has a kernel for it, more.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
         live: each linear; fingerprint: of all that is read of them. No forward that is compiled without gradients looks at these.
@@ -67,8 +68,22 @@ class FusedGroup(nn.Module):
                 values |= {"packed": one.four_bit.packed, "scales": one.four_bit.scales, "code": one.four_bit.code}
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.four_bit = facts.four_bit is not None and self._reads_four_bits(facts.four_bit, active)
+        self.compiled_tokens = self._compiled_tokens(active)
         self.direct: DirectFewTokens | None = None
         self.deltas: DirectDeltas | None = None
+
+    def _compiled_tokens(self, active: int) -> int:
+        if not (self.plain and self.kernels and self.within):
+            return self.few_tokens
+        weights, biases, lora_a, lora_b, scalings = self.parts()
+        if not all(t.is_contiguous() for t in (*weights, *biases, *lora_a, *lora_b) if t is not None):
+            return self.few_tokens
+        packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, self.transposed)
+        return (
+            kernels.SPLIT_K_TOKENS
+            if packed.path_of(kernels.SPLIT_K_TOKENS, active) == kernels.SM90_PATH
+            else self.few_tokens
+        )
 
     def _register(self, number: int | None) -> None:
         self.number = next(_numbers) if number is None else number

@@ -1,4 +1,4 @@
-"""Compiled decoding of batches beyond the fused op's tokens: B, gates and bias by `expand`, in one launch for a group."""
+"""Compiled batches beyond the fused tokens: what the experts add is computed apart, in a captured graph beside the products."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from peft_loraswitch.inference.fused_layer import FusedLinear
 
 
 @pytest.fixture
-def expanded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each call of `expand` that is traced."""
+def changed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each call of `change` that is traced."""
     calls: list[int] = []
-    real = ops.expand
+    real = ops.linear_and_change
 
-    def spy(hidden, *arguments):
-        calls.append(hidden.shape[0])
-        return real(hidden, *arguments)
+    def spy(x, *arguments):
+        calls.append(x.shape[:-1].numel())
+        return real(x, *arguments)
 
-    monkeypatch.setattr(group_outputs.ops, "expand", spy)
+    monkeypatch.setattr(group_outputs.ops, "linear_and_change", spy)
     return calls
 
 
@@ -35,8 +35,8 @@ def as_on_a_gpu(model: torch.nn.Module) -> None:
 
 @devices
 @pytest.mark.parametrize("name", sorted(MAKERS))
-@pytest.mark.parametrize(("batch", "by_expand"), [(40, True), (256, True), (257, False)])
-def test_compiled_batches(name: str, batch: int, by_expand: bool, device: str, expanded: list[int]):
+@pytest.mark.parametrize(("batch", "apart"), [(40, True), (256, True), (257, False)])
+def test_compiled_batches(name: str, batch: int, apart: bool, device: str, changed: list[int]):
     model = adapted(MAKERS[name](), device, torch.bfloat16)
     tokens = ids(batch, 1, device)
     want = logits(model, tokens).double()
@@ -44,11 +44,11 @@ def test_compiled_batches(name: str, batch: int, by_expand: bool, device: str, e
     as_on_a_gpu(model)
     torch._dynamo.reset()
     got = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).logits.double()
-    assert bool(expanded) == by_expand and all(tokens == batch for tokens in expanded)
+    assert bool(changed) == apart and all(tokens == batch for tokens in changed)
     assert (got - want).norm() < 0.03 * want.norm()
 
 
-def test_ranks_that_expand_does_not_take(expanded: list[int]):
+def test_ranks_that_no_kernel_takes_for_many_tokens(changed: list[int]):
     model = adapted(tiny_llama(), "cpu", torch.bfloat16, r=16, num_experts=16)
     tokens = ids(40, 1, "cpu")
     want = logits(model, tokens).double()
@@ -56,5 +56,5 @@ def test_ranks_that_expand_does_not_take(expanded: list[int]):
     as_on_a_gpu(model)
     torch._dynamo.reset()
     got = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).logits.double()
-    assert not expanded
+    assert not changed
     assert (got - want).norm() < 0.03 * want.norm()

@@ -1,0 +1,115 @@
+"""`linear_split_k_sm90.cu` and its shrinks, for up to 128 tokens, against the float64 oracle: on a GPU of capability 9.0."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernel_oracle as oracle
+from kernel_groups import check_group, make_group
+from kernel_oracle import HALVES, randn
+from peft_loraswitch import kernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("kernels_must_be_there"),
+]
+
+
+SHRINKS = [kernels.TUNING_SPLIT_K, kernels.TUNING_SPLIT_K | kernels.TUNING_GEMM_SHRINK]
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("linear_split_k_sm90.cu is for compute capability 9.0")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128])
+def test_every_number_of_tokens(dtype, tuning, tokens):
+    packed, x, experts = check_group([512, 104, 8], 520, [8, 24, 64], 8, 2, tokens, dtype, tuning=tuning, bias=True)
+    assert packed.path(x, experts) == kernels.SM90_PATH
+
+
+@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize("rank", [0, 8, 16, 24, 32, 40, 64, 72, 128, 256])
+@pytest.mark.parametrize("num_experts", [1, 3, 8])
+def test_every_rank(tuning, rank, num_experts):
+    ranks = [rank, 8, rank, 0]
+    for tokens in (5, 70, 128):
+        check_group([136, 256, 264, 40], 256, ranks, num_experts, 1, tokens, torch.bfloat16, tuning=tuning)
+
+
+@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 8), (64, 3), (256, 8), (200, 7)])
+def test_experts_and_top_k(tuning, num_experts, top_k):
+    for tokens in (4, 32, 60, 100):
+        check_group([264], 320, [8], num_experts, top_k, tokens, torch.bfloat16, tuning=tuning)
+        check_group([264, 72], 320, [16, 0], num_experts, top_k, tokens, torch.float16, tuning=tuning)
+
+
+@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize("in_features", [8, 24, 56, 64, 72, 128, 1000, 4104])
+def test_odd_input_widths(tuning, in_features):
+    for tokens in (16, 40, 120):
+        check_group([264, 16], in_features, [8, 16], 4, 2, tokens, torch.bfloat16, tuning=tuning, bias=True)
+
+
+@pytest.mark.parametrize("tuning", SHRINKS)
+def test_full_size(tuning):
+    """More tiles than blocks, and fewer: a block has parts of several, a tile is of several blocks."""
+    for outs, in_features in (([4096] * 3, 4096), ([4096, 1024, 1024], 4096), ([4096], 11008), ([11008] * 2, 4096)):
+        for rank, tokens in ((8, 64), (64, 24), (16, 128)):
+            check_group(outs, in_features, [rank] * len(outs), 8, 2, tokens, torch.bfloat16, tuning=tuning)
+
+
+def test_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice():
+    ids = torch.randint(-2, 12, (90, 3), device="cuda")
+    ids[0] = torch.tensor([4, 4, -1], device="cuda")
+    for num_experts in (8, 7, 5):  # with 7 and 5, hidden columns are left that are of no expert
+        for ranks in ([8, 24], [64, 40], [256, 256]):
+            for tuning in SHRINKS:
+                check_group([128, 64], 256, ranks, num_experts, 3, 90, torch.bfloat16, ids=ids, tuning=tuning)
+
+
+@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize("rank", [0, 8, 256])
+@pytest.mark.parametrize("tokens", [8, 64, 128])
+def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens, tuning):
+    """In a graph the linear begins beside its shrink. Each of four calls in a row takes what a kernel of PyTorch's or the call
+    before it has just written."""
+    width, dtype = 1024, torch.bfloat16
+    groups = [
+        kernels.PackedGroup(**make_group([width, width], width, [rank, rank], 8, dtype), tuning=tuning)
+        for _ in range(4)
+    ]
+    source, (experts, gates) = randn(tokens, width, dtype=dtype), oracle.random_ids(tokens, 8, 2, "cuda")
+
+    def run():
+        results, x = [], source * 0.5
+        for i, group in enumerate(groups):
+            results += group(x, experts, gates)
+            x = results[-1] if i % 2 else results[-1] + 0.25
+        return results
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            kept = run()
+    for _ in range(20):
+        source.copy_(randn(tokens, width, dtype=dtype))
+        new_experts, new_gates = oracle.random_ids(tokens, 8, 2, "cuda")
+        experts.copy_(new_experts), gates.copy_(new_gates)
+        for result in kept:
+            result.fill_(float("nan"))
+        graph.replay()
+        graph.replay()
+        for replayed, called in zip(kept, run(), strict=True):
+            assert torch.equal(replayed, called)
