@@ -37,6 +37,7 @@ from .tensor_parallel import Split, features_of, split_of
 from .training import fast_linears
 from .training.loss_joining import join_at_decision
 from .training.losses import PendingBatches
+from .transforms import under_transform, under_vmap
 
 
 class LoRASwitchLayer(BaseTunerLayer):
@@ -275,7 +276,8 @@ class LoRASwitchLayer(BaseTunerLayer):
         if options.decay:
             context = frame.context(adapter, options.decay, options.num_choices, logits.shape[:-1], logits.device)
             logits = context.logits(logits)
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(logits).all():
+        readable = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not under_vmap()
+        if readable and not torch.isfinite(logits).all():
             why = None if context is None else context.broken_past()
             raise ValueError(why or _broken_logits(adapter, asked_by, routed, router.weight))
         routing = route(logits, options)
@@ -285,13 +287,16 @@ class LoRASwitchLayer(BaseTunerLayer):
                 routing.logits = logits.detach()
                 if frame.training:
                     routing.router_input = self._mean_input(adapter, context, routed)
-        if frame.training and router.weight.requires_grad and not torch.compiler.is_compiling():
+        # Under a transform of torch.func blocks cannot be checkpointed, and losses are a part of the output's alone.
+        traced = torch.compiler.is_compiling() or under_transform()
+        if frame.training and router.weight.requires_grad and not traced:
             relay = frame.relays.setdefault(adapter, Relay())
             if not torch.is_grad_enabled():  # the first, gradient-free run of a reentrant checkpoint
                 routing.dense_gates = relay.stand_in(routing.dense_gates)
             elif routing.dense_gates.requires_grad:
                 routing.dense_gates.register_hook(relay.join)
-                join_at_decision(routing, router.weight)
+                if options.aux_loss_coef or options.z_loss_coef:
+                    join_at_decision(routing, router.weight)
         return routing
 
     def _mean_input(self, adapter: str, context: Context, x: torch.Tensor) -> torch.Tensor:

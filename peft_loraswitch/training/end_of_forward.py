@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,13 +14,16 @@ from ..routing.frame import RoutingFrame, RoutingState
 from ..routing.options import RoutingOptions
 from ..routing.router import full_precision
 from ..routing.statistics import RoutedTokens
-from .loss_joining import RouterGradient, add_to_loss, join_at_outputs
-from .losses import Losses, losses_of, whole_weight
+from ..transforms import is_transformed, under_transform
+from .loss_joining import RouterGradient, add_to_loss, add_under_transform, join_at_outputs
+from .losses import Losses, losses_of, value_of, whole_weight
 
 
 def finish_forward(state: RoutingState, frame: RoutingFrame, output: Any) -> Any:
     """At the end of a forward: count the routed tokens, and in training join the losses to `output` (returned)."""
     passes = (*frame.earlier, frame)
+    if not torch.compiler.is_compiling() and under_transform():
+        return _finish_under_transform(state, passes, output)
     for adapter in dict.fromkeys(name for each in passes for name in each.routings):
         router_layer = state.router_layers.get(adapter)
         routed = [(each, each.routings[adapter]) for each in passes if adapter in each.routings]
@@ -48,6 +52,27 @@ def finish_forward(state: RoutingState, frame: RoutingFrame, output: Any) -> Any
         if losses is not None:
             points = [routing.join_point for _, routing in routed]
             output = _join(output, losses, points, router, _weight_in_loss(frame, losses.micro_batches))
+    return output
+
+
+def _finish_under_transform(state: RoutingState, passes: Sequence[RoutingFrame], output: Any) -> Any:
+    """The same under a transform of torch.func, which refuses writes to what lies outside of it: nothing is counted, and losses
+    are those of this forward alone, whatever gradients are accumulated outside."""
+    frame = passes[-1]
+    for adapter in dict.fromkeys(name for each in passes for name in each.routings):
+        router_layer = state.router_layers.get(adapter)
+        routed = [(each, each.routings[adapter]) for each in passes if adapter in each.routings]
+        if router_layer is None or not frame.training or all(routing.is_given for _, routing in routed):
+            continue
+        options, weight = router_layer.routing_options[adapter], router_layer.loraswitch_router[adapter].weight
+        trains = weight.requires_grad or is_transformed(weight)  # jvp asks for no gradient
+        if trains and (options.aux_loss_coef or options.z_loss_coef):
+            with full_precision(weight.device):
+                # by logits with a graph to the weight, not those of the decision
+                asked = [(each, replace(routing, logits=None)) for each, routing in routed]
+                batches = [_routed_tokens(each, adapter, routing, weight, options) for each, routing in asked]
+                value = _weight_in_loss(frame, 1.0) * value_of(options, batches)
+            output = add_under_transform(output, value)
     return output
 
 

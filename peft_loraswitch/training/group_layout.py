@@ -92,16 +92,19 @@ class Layout:
     """Where in `Casts` something begins.
 
     Attributes:
-        holds_a: on a CPU, A stays where it is if its dtype is that of the products: copying costs more than the products that it
-            joins.
+        joins_a: A of all linears is one matrix there. On a CPU not if its dtype is that of the products: copying costs more than
+            the products that it joins.
+        holds_a: A is there: if it is joined, and in a checkpointed block, so that it is kept with B. Elsewhere it is read where
+            it lies.
         end: the size of all; `bytes`: in bytes.
     """
 
     def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> None:
         self.width, self.features = spec.width, a[0].shape[-1]
-        self.holds_a = len(a) > 1 and a[0].is_cuda or any(each.dtype != spec.dtype for each in a)
+        self.joins_a = len(a) > 1 and a[0].is_cuda or any(each.dtype != spec.dtype for each in a)
+        self.holds_a = self.joins_a or spec.checkpointed
         end = _aligned(spec.width * self.features if self.holds_a else 0)
-        self.places_a, self.places_b, self.wide_b, self.up = [], [], [], []  # size, strides, start
+        self.places_a, self.places_b, self.wide_a, self.wide_b, self.up = [], [], [], [], []  # size, strides, start
         self.pair_a: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         self.pair_b: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         for columns, width, up in zip(spec.columns, spec.widths, b, strict=True):
@@ -109,11 +112,15 @@ class Layout:
             size, strides = (experts, rank, self.features), (rank * self.features, self.features, 1)
             if self.holds_a:
                 self.places_a.append((size, strides, columns.start * self.features))
+                self.wide_a.append(((width, self.features), (self.features, 1), columns.start * self.features))
             self.places_b.append(((experts, out, rank), (rank, width, 1), end))
             self.wide_b.append(((out, width), (width, 1), end))
             self.up.append(((width, out), (1, width), end))
             self.pair_b.append(((1, experts, rank, out), (out * width, rank, 1, width), end))
             end += _aligned(out * width)
+        if self.joins_a:
+            self.wide_a = [((self.width, self.features), (self.features, 1), 0)]
+        self.down = [(size[::-1], strides[::-1], start) for size, strides, start in self.wide_a]
         self.end, self.bytes = end, end * spec.dtype.itemsize
         for first, count in runs(spec.columns):
             alike = (count, first.experts, first.rank, self.features)
@@ -156,16 +163,15 @@ class Casts:
         if not layout.holds_a:  # not kept: whoever owns A may have put it elsewhere since
             return [each.detach().view(-1, layout.features) for each in a]
         if self._wide_a is None:
-            self._wide_a = [self.memory.as_strided((layout.width, layout.features), (layout.features, 1), 0)]
+            self._wide_a = [self.memory.as_strided(*place) for place in layout.wide_a]
         return self._wide_a
 
     def down(self, a: Sequence[Tensor]) -> list[Tensor]:
         """[in, N], or one [in, E * r] for each linear: the same, the other way round."""
-        layout = self.layout
-        if not layout.holds_a:
+        if not self.layout.holds_a:
             return [each.t() for each in self.wide_a(a)]
         if self._down is None:
-            self._down = [self.memory.as_strided((layout.features, layout.width), (1, layout.features), 0)]
+            self._down = [self.memory.as_strided(*place) for place in self.layout.down]
         return self._down
 
     def wide_b(self) -> list[Tensor]:
@@ -195,11 +201,15 @@ class KeptByBlock:
     """What a checkpointed block's runs have made for its groups of linears, for as long as the block may run again: the weights
     as they were cast, and the hidden, so that the second run takes what the first has, and backward what the second has.
 
-    Within a step what is kept is of the weights that the forward went by. So there is no fingerprint. (FSDP frees the weights
-    after the forward and fills them again with the same numbers.) Weights that are not kept here are read as they are by then: A
-    that needs no cast, and casts above the limit. Who writes to those between forward and backward gets gradients of neither. The
-    block alone holds on to this object, and the autograd function refers to it weakly: memory goes as backward goes on from block
-    to block.
+    Nothing looks whether the experts have been written to in between: FSDP frees them after the forward and fills them again with
+    the same numbers, and a write through `.data` cannot be seen. So the second run and backward take A and B together from one
+    moment, and backward differentiates what the second run computes. Where a group's casts are kept, that is by the weights of
+    the first run. Where they are too large, it is by those of the second, as in any checkpointed block, and what the first run
+    has made of the inputs of this and later groups in the block is not kept: they may be others by then. All other weights that a
+    block's inputs follow from (the backbone's, the router's, norms that train) have to stay as they are until backward.
+
+    The block alone holds on to this object, and the autograd function refers to it weakly: memory goes as backward goes on from
+    block to block.
 
     Attributes:
         hidden: by `place()`. Backward takes it away, so it is made anew if there is a second backward.
@@ -211,6 +221,7 @@ class KeptByBlock:
         self.gated: dict[Any, Tensor] = {}
         self._casts: dict[Any, Casts] = {}
         self._second_run = False
+        self._all_kept = True  # the casts of all groups that the first run has come to
         self._calls: dict[Any, int] = {}
 
     def begin_second_run(self) -> None:
@@ -224,6 +235,8 @@ class KeptByBlock:
             found = Casts(a, b, spec)
             if self._second_run or found.layout.bytes <= KEPT_BYTES:
                 self._casts[key] = found
+            else:
+                self._all_kept = False
         return found
 
     def place(self, key: Any) -> tuple[Any, int]:
@@ -233,8 +246,9 @@ class KeptByBlock:
         return key, call
 
     def keep_hidden(self, place: tuple[Any, int], hidden: Tensor, rows: Tensor) -> None:
-        """Unless it is too large for its input `rows`. That of the second run is kept in any case, as backward comes next."""
-        if self._second_run or hidden.numel() <= KEPT_HIDDEN * rows.numel():
+        """Unless it is too large for its input `rows`, or this need not be the same in the second run. That of the second run is
+        kept in any case, as backward comes next."""
+        if self._second_run or self._all_kept and hidden.numel() <= KEPT_HIDDEN * rows.numel():
             self.hidden[place] = hidden
 
     def keep_gated(self, place: tuple[Any, int], gated: Tensor) -> None:

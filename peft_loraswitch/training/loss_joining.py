@@ -21,6 +21,9 @@ do not know of each other either.)
 own (a block that is compiled by itself) cannot carry the losses: there the differentiable tensors of the output do
 (`_AtOutputs`, `_Passage`). **In a compiled model** backward is one graph for all outputs, and those that nobody uses receive
 zeros: there the losses scale with what `output.loss` receives if that is not zero, and come with weight 1 if it is.
+
+**Under a transform of `torch.func`** (grad, vjp, jvp, ...) what is differentiated is a function's value. So there the losses
+are a term of `output.loss` like any other, and come with nothing else.
 """
 
 from __future__ import annotations
@@ -263,18 +266,31 @@ class _Passages:
         return self.made[id(tensor)][1]
 
 
-def add_to_loss(output: Any, term: torch.Tensor) -> Any:
-    """`output` with `term` (a scalar) added to its loss, if it has one."""
-    found = _loss_of(output)
+def add_under_transform(output: Any, term: torch.Tensor) -> Any:
+    """`output` with `term` (a scalar) added to its loss, under a transform of torch.func; a warning if it has none."""
+    if _loss_of(output, _is_floating) is None:
+        warnings.warn(
+            "Under a transform of torch.func the losses of LoRA-Switch's router are a part of output.loss alone, and the model "
+            f"has returned none ({type(output).__name__}): the load-balance and z-loss do not train. Call the model with labels, "
+            "or set router_aux_loss_coef and router_z_loss_coef to 0.",
+            stacklevel=2,
+        )
+    return add_to_loss(output, term, _is_floating)
+
+
+def add_to_loss(output: Any, term: torch.Tensor, may_be: Callable[[Any], bool] | None = None) -> Any:
+    """`output` with `term` (a scalar) added to its loss, if it has one, found as `_loss_of` says."""
+    found = _loss_of(output, may_be)
     if found is None:
         return output
     key, loss = found
     return _with_loss(output, key, loss + term.to(device=loss.device, dtype=loss.dtype))
 
 
-def _loss_of(output: Any) -> tuple[Any, torch.Tensor] | None:
-    """(where, the loss): the output itself, its "loss" (of a dict, a named tuple or an object), or the first differentiable
-    tensor of a plain tuple; if that is a scalar."""
+def _loss_of(output: Any, may_be: Callable[[Any], bool] | None = None) -> tuple[Any, torch.Tensor] | None:
+    """(where, the loss): the output itself, its "loss" (of a dict, a named tuple or an object), or the first value of a plain
+    tuple that `may_be` one (None: that is differentiable); if that is a scalar."""
+    may_be = may_be or _is_differentiable
     key: Any = "loss"
     value: Any = None
     if isinstance(output, torch.Tensor):
@@ -282,10 +298,10 @@ def _loss_of(output: Any) -> tuple[Any, torch.Tensor] | None:
     elif isinstance(output, dict):
         value = output.get("loss")
     elif isinstance(output, (tuple, list)) and "loss" not in getattr(output, "_fields", ()):
-        key, value = next(((i, v) for i, v in enumerate(output) if _is_differentiable(v)), (None, None))
+        key, value = next(((i, v) for i, v in enumerate(output) if may_be(v)), (None, None))
     else:
         value = getattr(output, "loss", None)
-    return (key, value) if _is_differentiable(value) and value.dim() == 0 else None
+    return (key, value) if may_be(value) and value.dim() == 0 else None
 
 
 def _with_loss(output: Any, key: Any, loss: torch.Tensor) -> Any:
@@ -306,4 +322,8 @@ def _sequence_like(example: Any, items: list[Any]) -> Any:
 
 
 def _is_differentiable(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad and value.is_floating_point()
+    return _is_floating(value) and value.requires_grad
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -202,6 +202,14 @@ def losses_of(
     return Losses(terms.value(probabilities, z), gradients, differentiable, micro_batches)
 
 
+def value_of(options: RoutingOptions, batches: Sequence[RoutedTokens]) -> torch.Tensor:
+    """The losses of these tokens, by themselves, a scalar: with a graph to the router's weight if `batches` have one."""
+    tokens, counts, probabilities, z = (
+        torch.stack(each).sum(0) for each in zip(*(b.sums for b in batches), strict=True)
+    )
+    return Terms(options, counts, tokens).value(probabilities, z)
+
+
 def _gradient(
     terms: Terms, real: torch.Tensor, earlier: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:

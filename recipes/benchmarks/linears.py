@@ -26,12 +26,14 @@ def graph_ms(run, repeats: int = 7, inner: int = 20) -> float:
     import torch
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
     with torch.cuda.stream(stream):
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             keep = run()
+    torch.cuda.current_stream().wait_stream(stream)
     graph.replay()
     times = []
     for _ in range(repeats):

@@ -14,8 +14,9 @@ checkpoint in the middle; then the adapter is loaded in a fresh process. What ha
   alone has another;
 - the last checkpoint and the saved adapter give the same greedy tokens.
 
-A row for each run goes into `--output` (real_size.json in recipes/results): seconds of a step, GiB of each GPU,
-losses.
+A row for each run goes into `--output` (real_size.json in recipes/results): seconds of a step, losses, and `reserved_gib`, what
+PyTorch held at most for each process of the first training on its GPU. (`peak_gib` in older rows is what nvidia-smi said of every
+GPU in sight, whatever else ran there.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import math
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from itertools import takewhile
 from pathlib import Path
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> tuple[dict[str, Any], lis
     for folder in (first, second):
         shutil.rmtree(folder, ignore_errors=True)
     _say("training")
-    peaks = _train(args, recipe, [*options, "--output_dir", str(first)])
+    _train(args, recipe, [*options, "--output_dir", str(first)])
     _say("training again, from the checkpoint in the middle")
     middle = str(first / f"checkpoint-{args.steps // 2}")
     _train(args, recipe, [*options, "--output_dir", str(second), "--resume_from_checkpoint", middle])
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> tuple[dict[str, Any], lis
         "steps": args.steps,
         "tokens_of_a_step_at_most": length * batch * accumulation * args.processes,
         "seconds_of_a_step": round(seconds / args.steps, 3),
-        "peak_gib": peaks,
+        "reserved_gib": _reserved(state),
         "losses": losses,
         "resumed_losses": resumed,
         "eval_loss": evaluated,
@@ -168,31 +168,23 @@ def _say(text: str) -> None:
     print(f"--- {text} ({time.strftime('%H:%M:%S')})", flush=True)
 
 
-def _train(args: argparse.Namespace, recipe: str, options: list[str]) -> list[float]:
-    """Run the recipe; the most memory that each GPU held, in GiB, from nvidia-smi."""
+def _train(args: argparse.Namespace, recipe: str, options: list[str]) -> None:
+    """Run the recipe."""
     launch = ["--config_file", str(LAUNCH / f"{args.launch}.yaml"), "--num_processes", str(args.processes)]
     if args.tiny:
         launch = ["--cpu", "--num_processes", "1", "--mixed_precision", "no"]
     command = module_command(
         "accelerate.commands.launch", *launch, "-m", f"recipes.train.{recipe}", str(CONFIGS / f"{args.config}.yaml"), *options
     )  # fmt: skip
-    process = subprocess.Popen(command, env=module_environment(HF_HUB_OFFLINE="1"), cwd=args.work)
-    peaks: list[float] = []
-    watcher = threading.Thread(target=_watch, args=(process, peaks), daemon=True)
-    watcher.start()
-    if process.wait():
-        raise SystemExit(f"{' '.join(command)} ended with exit status {process.returncode}")
-    watcher.join()
-    return [round(peak, 1) for peak in peaks if peak > 1]
+    done = subprocess.run(command, env=module_environment(HF_HUB_OFFLINE="1"), cwd=args.work, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with exit status {done.returncode}")
 
 
-def _watch(process: subprocess.Popen[bytes], peaks: list[float]) -> None:
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    while process.poll() is None and shutil.which(query[0]):
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
-        now = [int(line) / 1024 for line in done.stdout.split()]
-        peaks[:] = [max(pair) for pair in zip(now, peaks or now, strict=True)]
-        time.sleep(0.5)
+def _reserved(state: dict[str, Any]) -> list[float]:
+    """By rank, from what the recipe has noted in the trainer's state (`trl_script.note_memory`); none without a GPU."""
+    (noted,) = [entry["reserved_gib"] for entry in state["log_history"] if "reserved_gib" in entry] or [[]]
+    return list(noted)
 
 
 def _losses(folder: Path) -> list[float]:

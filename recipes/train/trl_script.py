@@ -37,11 +37,23 @@ def train(trainer_class: type, training_config: type, preference: bool) -> None:
         callbacks=[RouterStatsCallback()],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    note_memory(trainer)
     trainer.save_state()  # trainer_state.json: the log, with the router's statistics next to the loss
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"Adapter saved to {training.output_dir}")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def note_memory(trainer: Any) -> None:
+    """Into the trainer's log: the most memory that PyTorch has held for each process on its own GPU, in GiB, by rank ("reserved":
+    tensors and room between them, without CUDA's own few hundred MiB). Nothing where there is no GPU."""
+    accelerator = trainer.accelerator
+    if accelerator.device.type != "cuda":
+        return
+    held = torch.tensor([torch.cuda.max_memory_reserved(accelerator.device) / 2**30], device=accelerator.device)
+    by_rank = [round(each, 1) for each in accelerator.gather(held).tolist()]
+    trainer.state.log_history.append({"step": trainer.state.global_step, "reserved_gib": by_rank})
 
 
 def load_model(arguments: ModelConfig, trust_remote_code: bool) -> PreTrainedModel:

@@ -91,6 +91,7 @@ def test_replay_of_deltas_behind_products_of_the_library(tokens, num_experts, to
         return ids, gates, bases, torch.ops.loraswitch.deltas(bases, x, ids, gates, *experts)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
     with torch.cuda.stream(stream):
         run()
         graph = torch.cuda.CUDAGraph()
@@ -438,6 +439,7 @@ def test_graph_replay_with_everything_poisoned_between_replays(num_experts, top_
         return made
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
     with torch.cuda.stream(stream):
         chain()
         graph = torch.cuda.CUDAGraph()

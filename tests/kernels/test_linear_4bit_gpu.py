@@ -128,6 +128,7 @@ def test_graph_replay_with_everything_poisoned_between_replays(num_experts, top_
         return made
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
     with torch.cuda.stream(stream):
         chain()
         graph = torch.cuda.CUDAGraph()

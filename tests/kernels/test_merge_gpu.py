@@ -122,6 +122,7 @@ def test_merge_in_place_graph_replay_follows_its_inputs():
         old_gates.copy_(gates)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
     with torch.cuda.stream(stream):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):

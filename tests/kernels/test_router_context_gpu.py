@@ -79,6 +79,7 @@ def test_graph_replay_goes_on_from_its_own_sums():
         return experts, gates
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
     with torch.cuda.stream(stream):
         step()
         graph = torch.cuda.CUDAGraph()

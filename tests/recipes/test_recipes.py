@@ -7,9 +7,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file, save_file
@@ -47,29 +49,17 @@ class Forks:
     PIPE = subprocess.PIPE
 
     @staticmethod
-    def run(command: list[str], env: dict[str, str], **options: Any) -> Finished:
+    def run(command: list[str], env: dict[str, str], cwd: Path = ROOT, **options: Any) -> Finished:
+        """Of `accelerate launch` for one process, which starts another Python, only that one runs."""
         assert command[:2] == [sys.executable, "-m"] and env["PYTHONPATH"].startswith(str(ROOT))
-        done = run_module(*command[2:], environment=env, timeout=600, libraries=TRL)
+        if command[2] == "accelerate.commands.launch":
+            args, *_ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
+            command, variables = prepare_simple_launcher_cmd_env(args)
+            assert command[1] == "-m"
+            env = {**variables, **env}
+        done = run_module(*command[2:], cwd=cwd, environment=env, timeout=600, libraries=TRL)
         assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done
-
-    class Popen:
-        """`accelerate launch` for one process, which starts another Python: only that one runs."""
-
-        def __init__(self, command: list[str], env: dict[str, str], cwd: Path) -> None:
-            assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-            args, *_ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
-            started, variables = prepare_simple_launcher_cmd_env(args)
-            assert started[1] == "-m"
-            environment = {**variables, **env}
-            self.done = run_module(*started[2:], cwd=cwd, environment=environment, timeout=600, libraries=TRL)
-            self.returncode = self.done.returncode
-
-        def wait(self) -> int:
-            assert self.returncode == 0, f"{self.done.stdout[-4000:]}\n{self.done.stderr[-4000:]}"
-            return self.returncode
-
-        poll = wait
 
 
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,5 +203,35 @@ def test_real_size_rehearsed(config: str, tmp_path: Path, monkeypatch: pytest.Mo
     real_size.main([config, *options])
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row["failed"] == [] and len(row["losses"]) == 4 and len(row["resumed_losses"]) == 2
+    assert row["reserved_gib"] == []  # on a CPU
     # Of an answer, TRL may count one token more or less at its beginning.
     assert math.isclose(row["fresh"]["loss"], row["eval_loss"], rel_tol=1e-4 if config.startswith("sft") else 3e-3)
+
+
+def test_memory_of_a_real_size_is_that_of_its_own_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process says what it has held on its own GPU, and the row has what the processes said."""
+    from transformers import TrainerState
+
+    from recipes.train import real_size, trl_script
+
+    asked = []
+
+    class Accelerator:
+        device = SimpleNamespace(type="cuda", index=1)
+
+        @staticmethod
+        def gather(mine: torch.Tensor) -> torch.Tensor:
+            return torch.cat([torch.tensor([41.96]), mine])
+
+    def held(device: Any) -> float:
+        asked.append(device)
+        return 38.25 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", held)
+    monkeypatch.setattr(trl_script.torch, "tensor", lambda values, device=None, make=torch.tensor: make(values))
+    trainer = SimpleNamespace(accelerator=Accelerator, state=TrainerState(global_step=8, log_history=[{"loss": 1.0}]))
+    trl_script.note_memory(trainer)
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+    assert asked == [Accelerator.device]
+    assert real_size._reserved(json.loads((tmp_path / "state.json").read_text())) == [42.0, 38.2]
+    assert real_size._reserved({"log_history": [{"loss": 1.0}]}) == []

@@ -239,12 +239,14 @@ def saved_for_backward(model: nn.Module, batch: dict[str, Any]) -> int:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_of_the_size_of_the_activations_is_kept(dtype, dropout):
-    """[T, hidden] in float32 is 4 * T * hidden bytes; what the losses keep is less than one of those in the model's dtype."""
+    """But for the router's input, once a forward, where nothing else keeps it as it is: the experts see it behind a dropout, and
+    the router multiplies it in float32."""
     model = trained(lora_dropout=dropout).to(dtype)
     twin, batch = without_losses(model), {"input_ids": tokens(4, 64)}
     activations = 4 * 64 * HIDDEN * dtype.itemsize
     extra = saved_for_backward(model, batch) - saved_for_backward(twin, batch)
-    assert extra < activations / 2
+    own = activations if dropout and dtype != torch.float32 else 0
+    assert extra < own + activations / 2
 
 
 def test_forwards_leave_nothing_behind():

@@ -246,6 +246,68 @@ def test_backward_is_that_of_the_weights_that_the_forward_saw():
         torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def gradients_of_changed(change: str, autocast: bool) -> dict[str, torch.Tensor]:
+    """Of a forward with experts of which the parts `change` ("A", "B", "AB" or "") are written to before backward."""
+    model = model_of(False)
+    for _ in range(2):  # the last group of each block is known after the first forward
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**lm_batch()).loss
+    for name, parameter in model.named_parameters():
+        if any(f"loraswitch_{part}." in name for part in change):
+            parameter.data.mul_(3)
+    loss.backward()
+    return {name: each.clone() for name, each in adapter_gradients(model).items()}
+
+
+@pytest.mark.parametrize("change", ["A", "B", "AB"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_what_is_written_between_forward_and_backward_changes_nothing_where_weights_are_kept(
+    autocast, change, monkeypatch
+):
+    monkeypatch.setattr(group_layout, "KEPT_HIDDEN", 8.0)
+    actual = gradients_of_changed(change, autocast)
+    for name, expected in gradients_of_changed("", autocast).items():
+        torch.testing.assert_close(actual[name], expected, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("change", ["A", "B", "AB"])
+def test_it_changes_what_it_changes_in_the_plain_form_where_weights_are_too_large_to_keep(change, monkeypatch):
+    monkeypatch.setattr(group_layout, "KEPT_BYTES", 0)
+    monkeypatch.setattr(group_layout, "KEPT_HIDDEN", 8.0)
+    actual, unchanged = gradients_of_changed(change, False), gradients_of_changed("", False)
+    with fast_linears.plain():
+        expected = gradients_of_changed(change, False)
+    moved = [(actual[name] - each).norm() > 0.1 * each.norm() for name, each in unchanged.items()]
+    assert any(moved)
+    for name, exact in expected.items():
+        assert (actual[name] - exact).norm() < 1e-4 * exact.norm(), name
+
+
+@pytest.mark.parametrize("change", ["A", "B", "AB"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kept", [0, 1, 2], ids=["none", "o", "o-and-down"])
+def test_no_hidden_is_kept_that_the_second_run_need_not_have(kept, autocast, change, monkeypatch):
+    """Behind a group whose weights are too large to keep, inputs may be others in the second run. Same bits as without."""
+    init = group_layout.Layout.__init__
+    sizes: set[int] = {0}
+
+    def remember(self: Any, *args: Any) -> None:
+        init(self, *args)
+        sizes.add(self.bytes)
+
+    monkeypatch.setattr(group_layout.Layout, "__init__", remember)
+    gradients_of_changed("", autocast)
+    assert len(sizes) == 4  # q k v and gate up have the same
+    monkeypatch.setattr(group_layout, "KEPT_BYTES", sorted(sizes)[kept])
+    monkeypatch.setattr(group_layout, "KEPT_HIDDEN", 0.0)
+    expected = gradients_of_changed(change, autocast)
+    monkeypatch.setattr(group_layout, "KEPT_HIDDEN", 8.0)
+    actual = gradients_of_changed(change, autocast)
+    for name, exact in expected.items():
+        torch.testing.assert_close(actual[name], exact, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_backward_twice_from_one_forward():
     model = model_of(False)
     expected = gradients(model)

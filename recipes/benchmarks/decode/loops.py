@@ -96,6 +96,7 @@ def captured_loop(model: Any, batch: int, device: str) -> Loop:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             kept = decoder.step(decoder.token, decoder.position)
+    torch.cuda.current_stream().wait_stream(stream)
 
     def run(tokens: int) -> None:
         assert kept is not None and decoder is not None  # what the graph reads and writes stays alive
