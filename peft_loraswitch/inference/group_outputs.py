@@ -64,19 +64,17 @@ def _packed(
     return packed
 
 
-# Up to so many tokens, if `expand` takes so many ranks of all experts of a linear, compiled code has the experts' part computed
-# apart: two launches for a group, in place of a copy of B, a product and a sum for each linear.
-_APART_TOKENS, _APART_RANKS = 256, 128
+# Compiled code goes by `expand` for up to so many tokens, if `expand` takes so many ranks of all experts of a linear: one launch
+# for a group, in place of a copy of B, a product and a sum for each linear.
+_EXPANDED_TOKENS, _EXPANDED_RANKS = 256, 128
 
 
 def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     """The outputs of a group for many tokens: one shrink for the whole group, and a product more for each linear."""
     weights, biases, lora_a, lora_b, scalings = group.parts()
-    if torch.compiler.is_compiling() and group.kernels and _apart(x, lora_b):
-        results = ops.linear_and_change(x, routing.experts, routing.gates, *group.parts(), group.transposed)
-        # The compiler joins the sums with what comes next.
-        return [base + change for base, change in zip(results[: group.size], results[group.size :], strict=True)]
     rows = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling() and group.kernels and rows.shape[0] <= _EXPANDED_TOKENS and _expandable(lora_b):
+        return _expanded(group, x, routing)
     results = []
     hidden = _hidden(rows, routing, lora_a, scalings)
     for h, weight, bias, b in zip(hidden, weights, biases, lora_b, strict=True):
@@ -85,11 +83,23 @@ def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     return results
 
 
-def _apart(x: Tensor, lora_b: list[Tensor]) -> bool:
-    if x.numel() // x.shape[-1] > _APART_TOKENS or x.dtype not in (torch.float16, torch.bfloat16):
-        return False
+def _expandable(lora_b: list[Tensor]) -> bool:
     shapes = [b.shape for b in lora_b]
-    return all(stack * rank <= _APART_RANKS and out % 8 == 0 and rank % 8 == 0 for stack, out, rank in shapes)
+    few = all(stack * rank <= _EXPANDED_RANKS and out % 8 == 0 and rank % 8 == 0 for stack, out, rank in shapes)
+    return few and lora_b[0].dtype in (torch.float16, torch.bfloat16)
+
+
+def _expanded(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
+    """The same with gates, B and bias in one launch; the compiler joins the sum with what comes next."""
+    weights, biases, lora_a, lora_b, scalings = group.parts()
+    rows = x.reshape(-1, x.shape[-1])
+    experts, gates = (each.reshape(-1, each.shape[-1]) for each in (routing.experts, routing.gates))
+    added = ops.expand(ops.all_hidden(rows, lora_a), experts, gates, biases, lora_b, scalings)
+    results = []
+    for weight, add in zip(weights, added, strict=True):
+        matrix = weight.T if group.transposed else weight
+        results.append((torch.nn.functional.linear(rows, matrix) + add).view(*x.shape[:-1], add.shape[1]))
+    return results
 
 
 def _hidden(rows: Tensor, routing: Routing, lora_a: list[Tensor], scalings: list[float]) -> list[Tensor]:

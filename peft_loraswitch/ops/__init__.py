@@ -14,7 +14,6 @@ from .dense_products import all_hidden, dense_linear, gated, group_hidden, wide
 route = torch.ops.loraswitch.route.default
 route_context = torch.ops.loraswitch.route_context.default
 linear = torch.ops.loraswitch.linear.default
-linear_and_change = torch.ops.loraswitch.linear_and_change.default
 linear_4bit = torch.ops.loraswitch.linear_4bit.default
 expand = torch.ops.loraswitch.expand.default
 deltas = torch.ops.loraswitch.deltas.default
@@ -32,7 +31,6 @@ __all__ = [
     "group_hidden",
     "linear",
     "linear_4bit",
-    "linear_and_change",
     "merge",
     "merge_table",
     "route",

@@ -4,7 +4,6 @@
     route_context  x, router, sums so far, decay        -> experts, gates by context, and the sums with x (`router_decay`)
     linear  x, experts, gates, a group of linears       -> their outputs, experts included
     linear_4bit  the same of weights in 4 bits with scales, as bitsandbytes keeps NF4 and FP4
-    linear_and_change  the same as linear, for more tokens -> the products alone, then what the experts add to each
     expand  all experts' hidden, a group of linears     -> what their chosen experts add, plus the biases (many tokens)
     deltas  bases, x, experts, gates, a group's experts -> each base plus what its experts add
     merge   weights, sources, a model's experts         -> weights = sources + the chosen experts (written in place)
@@ -35,10 +34,6 @@ library.define(
 library.define(
     "linear_4bit(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor[] scales, Tensor code, Tensor?[] biases, "
     "Tensor[] lora_a, Tensor[] lora_b, float[] scalings) -> Tensor[]"
-)
-library.define(
-    "linear_and_change(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, "
-    "Tensor[] lora_b, float[] scalings, bool transposed=False) -> Tensor[]"
 )
 library.define(
     "expand(Tensor hidden, Tensor experts, Tensor gates, Tensor?[] biases, Tensor[] lora_b, float[] scalings) -> Tensor[]"
@@ -283,14 +278,6 @@ def _linear_4bit_fake(
     return [x.new_empty((*x.shape[:-1], b.shape[1])) for b in lora_b]
 
 
-def _linear_and_change_fake(
-    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    arguments = x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed
-    return _linear_fake(*arguments) + _linear_fake(*arguments)
-
-
 def _expand_fake(
     hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
     scalings: Sequence[float],
@@ -309,8 +296,6 @@ def _deltas_fake(
 
 for _name, _fake in (
     ("route", _route_fake), ("route_context", _route_context_fake), ("linear", _linear_fake),
-    ("linear_and_change", _linear_and_change_fake),
-    ("linear_4bit", _linear_4bit_fake), ("expand", _expand_fake), ("deltas", _deltas_fake),
-    ("merge", check_merge),
+    ("linear_4bit", _linear_4bit_fake), ("expand", _expand_fake), ("deltas", _deltas_fake), ("merge", check_merge),
 ):  # fmt: skip
     torch.library.register_fake(f"loraswitch::{_name}", _fake, lib=library)

@@ -19,15 +19,12 @@ from .contract import (
     check_route_context,
     library,
 )
-from .dense_products import all_hidden
 from .pytorch import (
     deltas_pytorch,
     expand_pytorch,
     linear_4bit_pytorch,
-    linear_and_change_pytorch,
     linear_pytorch,
     merge_pytorch,
-    products,
     route_context_pytorch,
     route_pytorch,
 )
@@ -123,43 +120,6 @@ def _deltas_cuda(
     return packed(x, experts, gates, [base.contiguous() for base in bases])
 
 
-_beside: dict[
-    int, torch.cuda.Stream
-] = {}  # of each device, the stream that computes what experts add, while a captured graph multiplies
-
-
-def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    index = device.index or 0
-    if index not in _beside:
-        _beside[index] = torch.cuda.Stream(device)
-    return _beside[index]
-
-
-def _linear_and_change_cuda(
-    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    if x.numel() == 0 or not _usable(*lora_a, *lora_b):
-        return linear_and_change_pytorch(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
-    check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
-    rows, experts, gates = (each.reshape(-1, each.shape[-1]) for each in (x, experts, gates))
-    nothing = [None] * len(lora_b)  # the products have the biases
-
-    def changes() -> list[Tensor]:
-        added = _expand_cuda(all_hidden(rows, lora_a), experts, gates, nothing, lora_b, scalings)
-        return [each.view(*x.shape[:-1], each.shape[-1]) for each in added]
-
-    if not torch.cuda.is_current_stream_capturing():  # the host would pay for the second stream
-        return products(x, weights, biases, transposed) + changes()
-    here, beside = torch.cuda.current_stream(x.device), _stream_beside(x.device)
-    beside.wait_stream(here)
-    with torch.cuda.stream(beside):  # its memory, too: the next who gets it waits for this stream to be done
-        added = changes()
-    results = products(x, weights, biases, transposed)
-    here.wait_stream(beside)
-    return results + added
-
-
 _tables: list[kernels.MergeTable] = []  # of the last models merged: a CUDA graph cannot make one while it is captured
 
 
@@ -194,7 +154,6 @@ def _merge_cuda(
 
 for _name, _function in (
     ("route", _route_cuda), ("route_context", _route_context_cuda), ("linear", _linear_cuda),
-    ("linear_and_change", _linear_and_change_cuda),
     ("linear_4bit", _linear_4bit_cuda), ("expand", _expand_cuda), ("deltas", _deltas_cuda), ("merge", _merge_cuda),
 ):  # fmt: skip
     library.impl(_name, _function, "CUDA")

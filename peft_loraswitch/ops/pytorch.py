@@ -121,25 +121,6 @@ def _linears(
     return results
 
 
-def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], transposed: bool) -> list[Tensor]:
-    """x [..., in] times each weight, without experts: [..., out] each."""
-    matrices = [weight.T if transposed else weight for weight in weights]
-    return [F.linear(x, matrix, bias) for matrix, bias in zip(matrices, biases, strict=True)]
-
-
-def linear_and_change_pytorch(
-    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float], transposed: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    check_linear(x, experts, gates, weights, biases, lora_a, lora_b, scalings, transposed)
-    tokens = x.reshape(-1, x.shape[-1])
-    experts, gates = (t.reshape(-1, t.shape[-1]) for t in (experts, gates))
-    results = products(x, weights, biases, transposed)
-    for a, b, scaling in zip(lora_a, lora_b, scalings, strict=True):
-        results.append(_experts_reference(tokens, experts, gates, a, b, scaling).view(*x.shape[:-1], b.shape[1]))
-    return results
-
-
 def expand_pytorch(
     hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
     scalings: Sequence[float],
@@ -190,7 +171,6 @@ def merge_pytorch(
 
 for _name, _function in (
     ("route", route_pytorch), ("route_context", route_context_pytorch), ("linear", linear_pytorch),
-    ("linear_and_change", linear_and_change_pytorch),
     ("linear_4bit", linear_4bit_pytorch), ("expand", expand_pytorch), ("deltas", deltas_pytorch), ("merge", merge_pytorch),
 ):  # fmt: skip
     library.impl(_name, _function, "CPU")

@@ -1,4 +1,5 @@
-"""Compiled batches beyond the fused tokens: what the experts add is computed apart, in a captured graph beside the products."""
+"""Compiled decoding of batches beyond the tokens that the fused op takes by itself: by that op where a GPU has a kernel for them,
+else B, gates and bias by `expand`, in one launch for a group."""
 
 from __future__ import annotations
 
@@ -13,48 +14,64 @@ from peft_loraswitch.inference.fused_layer import FusedLinear
 
 
 @pytest.fixture
-def changed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each call of `change` that is traced."""
+def expanded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each call of `expand` that is traced."""
     calls: list[int] = []
-    real = ops.linear_and_change
+    real = ops.expand
 
-    def spy(x, *arguments):
-        calls.append(x.shape[:-1].numel())
-        return real(x, *arguments)
+    def spy(hidden, *arguments):
+        calls.append(hidden.shape[0])
+        return real(hidden, *arguments)
 
-    monkeypatch.setattr(group_outputs.ops, "linear_and_change", spy)
+    monkeypatch.setattr(group_outputs.ops, "expand", spy)
     return calls
 
 
-def as_on_a_gpu(model: torch.nn.Module) -> None:
+def as_on_a_gpu(model: torch.nn.Module, most: int) -> None:
+    """`most`: tokens that compiled code gives to the fused op."""
     for layer in model.modules():
         if isinstance(layer, FusedLinear):
             for group in layer.fused_groups.values():
-                group.kernels = True
+                group.kernels, group.compiled_tokens = True, most
 
 
 @devices
 @pytest.mark.parametrize("name", sorted(MAKERS))
-@pytest.mark.parametrize(("batch", "apart"), [(40, True), (256, True), (257, False)])
-def test_compiled_batches(name: str, batch: int, apart: bool, device: str, changed: list[int]):
+@pytest.mark.parametrize(
+    ("batch", "most", "by_expand"),
+    [(40, 32, True), (256, 32, True), (257, 32, False), (40, 128, False), (128, 128, False), (129, 128, True)],
+)
+def test_compiled_batches(name: str, batch: int, most: int, by_expand: bool, device: str, expanded: list[int]):
     model = adapted(MAKERS[name](), device, torch.bfloat16)
     tokens = ids(batch, 1, device)
     want = logits(model, tokens).double()
     model.fuse_for_inference()
-    as_on_a_gpu(model)
+    as_on_a_gpu(model, most)
     torch._dynamo.reset()
     got = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).logits.double()
-    assert bool(changed) == apart and all(tokens == batch for tokens in changed)
+    assert bool(expanded) == by_expand and all(tokens == batch for tokens in expanded)
     assert (got - want).norm() < 0.03 * want.norm()
 
 
-def test_ranks_that_no_kernel_takes_for_many_tokens(changed: list[int]):
+def test_ranks_that_expand_does_not_take(expanded: list[int]):
     model = adapted(tiny_llama(), "cpu", torch.bfloat16, r=16, num_experts=16)
     tokens = ids(40, 1, "cpu")
     want = logits(model, tokens).double()
     model.fuse_for_inference()
-    as_on_a_gpu(model)
+    as_on_a_gpu(model, 32)
     torch._dynamo.reset()
     got = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).logits.double()
-    assert not changed
+    assert not expanded
     assert (got - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_hopper_gives_128_tokens_of_compiled_code_to_the_fused_op():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("linear_split_k_sm90.cu is for compute capability 9.0")
+    model = adapted(tiny_llama(), "cuda", torch.bfloat16)
+    model.fuse_for_inference()
+    logits(model, ids(2, 1, "cuda"))
+    groups = [g for m in model.modules() if isinstance(m, FusedLinear) for g in m.fused_groups.values()]
+    assert groups and all(group.compiled_tokens == 128 for group in groups)

@@ -83,56 +83,6 @@ def test_linear_against_the_oracle(device, dtype, tokens, transposed):
 
 @devices
 @dtypes
-@pytest.mark.parametrize("tokens", [(1,), (64, 1), (5, 1, 44)])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("ranks", [(8, 16), (8, 3)])  # `expand` has a kernel for the former
-def test_linear_and_change_against_the_oracle(device, dtype, tokens, transposed, ranks):
-    g = group(device, dtype, tokens, outs=(16, 136), ranks=ranks, transposed=transposed)
-    results = ops.linear_and_change(**g)
-    flat = [g[k].reshape(-1, g[k].shape[-1]) for k in ("x", "experts", "gates")]
-    for i, (product, added) in enumerate(zip(results[:2], results[2:], strict=True)):
-        w, b, *experts = (g[k][i] for k in ("weights", "biases", "lora_a", "lora_b", "scalings"))
-        x = flat[0].double()
-        for result, expected in (
-            (product, x @ (w if transposed else w.T).double() + b.double()),
-            (added, oracle.delta(*flat, *experts)),
-        ):
-            assert result.shape == (*tokens, expected.shape[1]) and result.dtype == dtype
-            assert oracle.relative_error(result.flatten(0, -2), expected) < 2 * oracle.limit(result) + 1e-6
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("tokens", [33, 64, 256])
-def test_linear_and_change_in_a_captured_graph(tokens):
-    """Two groups, one after the other, as in a model: what one has freed is written by the next, and everything is poisoned
-    between replays."""
-    groups = [group("cuda", torch.bfloat16, (tokens,), 512, (512, 512), (8, 8)) for _ in range(2)]
-    still = {k: groups[0][k] for k in ("experts", "gates")}
-
-    def run(x):
-        for g in groups:
-            a, b, change_a, change_b = ops.linear_and_change(**{**g, **still, "x": x})
-            x = torch.tanh(a + change_a) + torch.tanh(b + change_b)
-        return x
-
-    x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
-    run(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = [run(x), run(x + 1)]
-    for _ in range(20):
-        x.normal_()
-        wanted = [run(x), run(x + 1)]
-        for result in results:
-            result.fill_(float("nan"))
-        graph.replay()
-        for result, expected in zip(results, wanted, strict=True):
-            torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
-
-
-@devices
-@dtypes
 @pytest.mark.parametrize("tokens", [(1,), (2, 3), (40,)])
 @pytest.mark.parametrize("views", [False, True])  # of another layout
 def test_deltas_against_the_oracle(device, dtype, tokens, views):
@@ -318,7 +268,6 @@ def test_opcheck(device, tokens):
     torch.library.opcheck(ops.deltas, (bases, *rest))
     torch.library.opcheck(ops.deltas, ([base.transpose(0, -1).clone().transpose(0, -1) for base in bases], *rest))
     torch.library.opcheck(ops.expand, expand_arguments(g))
-    torch.library.opcheck(ops.linear_and_change, tuple(g.values()))
     torch.library.opcheck(ops.route, (g["x"], torch.randn(5, 24, device=device), 2, True))
     torch.library.opcheck(ops.route, (g["x"], torch.randn(5, 24, device=device), 2, True, 0.5))
     torch.library.opcheck(ops.route_context, context_arguments(device))
@@ -349,7 +298,6 @@ def test_empty_batch(device):
     g = group(device, tokens=(0,))
     assert [r.shape for r in ops.linear(**g)] == [(0, 16), (0, 10)]
     assert [r.shape for r in ops.expand(*expand_arguments(g))] == [(0, 16), (0, 10)]
-    assert [r.shape for r in ops.linear_and_change(**g)] == [(0, 16), (0, 10)] * 2
     assert [r.shape for r in ops.deltas(*deltas_arguments(g))] == [(0, 16), (0, 10)]
 
 
