@@ -246,13 +246,13 @@ def test_backward_is_that_of_the_weights_that_the_forward_saw():
         torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def gradients_of_changed(change: str, autocast: bool) -> dict[str, torch.Tensor]:
+def gradients_of_changed(change: str, autocast: bool, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Of a forward with experts of which the parts `change` ("A", "B", "AB" or "") are written to before backward."""
-    model = model_of(False)
+    model, batch = model_of(False).to(device), {key: value.to(device) for key, value in lm_batch().items()}
     for _ in range(2):  # the last group of each block is known after the first forward
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**lm_batch()).loss
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = model(**batch).loss
     for name, parameter in model.named_parameters():
         if any(f"loraswitch_{part}." in name for part in change):
             parameter.data.mul_(3)
@@ -262,13 +262,15 @@ def gradients_of_changed(change: str, autocast: bool) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("change", ["A", "B", "AB"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_what_is_written_between_forward_and_backward_changes_nothing_where_weights_are_kept(
-    autocast, change, monkeypatch
+    device, autocast, change, monkeypatch
 ):
     monkeypatch.setattr(group_layout, "KEPT_HIDDEN", 8.0)
-    actual = gradients_of_changed(change, autocast)
-    for name, expected in gradients_of_changed("", autocast).items():
-        torch.testing.assert_close(actual[name], expected, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    actual = gradients_of_changed(change, autocast, device)
+    for name, exact in gradients_of_changed("", autocast, device).items():
+        bound = 0.02 if device == "cuda" else 0  # attention on a GPU need not give the same bits twice
+        assert (actual[name] - exact).norm() <= bound * exact.norm(), name
 
 
 @pytest.mark.parametrize("change", ["A", "B", "AB"])
