@@ -174,8 +174,9 @@ int ls_router_context(const void *x, const void *router, const float *previous, 
 
 /* Hands `bytes` of zeroed device memory to the library, 16-byte aligned: counters and words by which the blocks of a launch
  * tell each other that the shrink is done. It must stay allocated for as long as anything is launched. Once per device: a
- * second call is refused. Every stream takes 8 KiB for good, every launch that a stream captures 16 bytes and 4 more for each
- * element of the hidden (up to 2 tokens). Without it, or when it is used up, ls_linear makes two launches. A captured launch
+ * second call is refused. Every stream takes 8 KiB for good, every launch that a stream captures 16 bytes, and 4 more for each
+ * element of the hidden (up to 2 tokens) or each multiprocessor (33 to 128 tokens, or fewer and a wide hidden). Without it, or when it is
+ * used up, ls_linear makes two launches, and those of linear_split_k_sm90.cu are linear_sm90.cu's. A captured launch
  * may run again (graph replay), but not twice at a time. */
 int ls_set_workspace(int32_t device, void *zeroed, int64_t bytes);
 /* Bytes of it that no stream and no captured launch has taken yet; -1: none was given. */

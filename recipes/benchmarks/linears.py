@@ -1,6 +1,7 @@
 """The linear layers of a decoder alone, in one CUDA graph: what docs/kernel_log.md comes from.
 
     python -m recipes.benchmarks.linears [--shape llama-2-7b] [--layers 8] [--tokens 1 8 32] [--ranks 0 8] [--kernels 0 1 2]
+    python -m recipes.benchmarks.linears --by-group --tokens 64 --ranks 0 8    # microseconds of q, k, v; o; gate, up; down
 
 Compares pure reading of the same bytes, cuBLAS without an adapter, and the kernels with and without one (rank 0). Eight
 layers are 3.2 GB: fifty times an L2 cache.
@@ -180,6 +181,53 @@ def measure(
     return {"shape": shape, "layers": layers, "gb": round(gigabytes, 3), "read_ms": round(read, 4), "rows": rows}
 
 
+def by_group(
+    shape: str, layers: int, token_counts: list[int], ranks: list[int], torch, tunings, adapter: Adapter
+) -> None:
+    """Prints microseconds of each group of linears: by cuBLAS without an adapter, and by the kernels. Before each stands a small
+    launch of somebody else's, as in a model; its time is in all of them."""
+    import torch.nn.functional as F
+
+    from peft_loraswitch import kernels
+
+    torch.manual_seed(0)
+    kernels.give_workspace(torch.cuda.current_device())
+    model, filler = Layers(shape, layers), torch.zeros(4096, device="cuda")
+    groups = len(model.weights) // layers
+
+    def micros(call, first: int) -> float:
+        """Of the `first`-th group, in all layers in turn: no layer finds the one before it in the cache."""
+
+        def run():
+            results = []
+            for i in range(first, len(model.weights), groups):
+                filler.add_(1.0)
+                results.append(call(i))
+            return results
+
+        return graph_ms(run) / layers * 1e3
+
+    for rank in ranks:
+        experts = model.experts(rank, adapter.experts)
+        for tokens in token_counts:
+            ids = torch.rand(tokens, adapter.experts, device="cuda").topk(adapter.top_k).indices
+            gates = torch.rand(tokens, adapter.top_k, device="cuda")
+            for first in range(groups):
+                width = model.weights[first][0].shape[1]
+                x = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda")
+                times = {"cuBLAS": micros(lambda i: [F.linear(x, w) for w in model.weights[i]], first)}  # noqa: B023
+                for tuning in tunings:
+                    packed = {
+                        i: kernels.PackedGroup(w, [None] * len(w), *experts[i], [1.0] * len(w), tuning=tuning)
+                        for i, w in enumerate(model.weights)
+                        if i % groups == first
+                    }
+                    times[f"kernel {tuning}"] = micros(lambda i: packed[i](x, ids, gates), first)  # noqa: B023
+                shapes = " ".join(f"{w.shape[0]} x {w.shape[1]}" for w in model.weights[first])
+                line = "  ".join(f"{name} {time:.2f}" for name, time in times.items())
+                print(f"tokens {tokens}  rank {rank}  {shapes}: {line} us", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-2-7b", choices=SHAPES)
@@ -191,6 +239,7 @@ def main() -> None:
     parser.add_argument(
         "--kernels", type=int, nargs="+", default=[0], help="LS_TUNING_* of csrc/loraswitch.h; 0: choose"
     )
+    parser.add_argument("--by-group", action="store_true", help="each group of linears by itself")
     args = parser.parse_args()
     import torch
 
@@ -199,7 +248,8 @@ def main() -> None:
     if not torch.cuda.is_available() or not kernels.available():
         parser.error(f"needs a CUDA GPU and the kernels: {kernels.why_not()}")
     adapter = Adapter(args.experts, args.top_k)
-    measure(args.shape, args.layers, args.tokens, args.ranks, torch, args.kernels, adapter)
+    how = by_group if args.by_group else measure
+    how(args.shape, args.layers, args.tokens, args.ranks, torch, args.kernels, adapter)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def test_training_on_a_gpu() -> None:
             "train_h200_e01d55b.json",
             ("fused 8 8", "fused 8 16", "router_only 8 8", "plain fused 8 8", "plain lora 0 16"),
         ),
-        ("train_h200_452f508.json", ("fused 8 64", "fused 32 16", "4bit fused 8 8")),
+        ("train_h200_452f508.json", ("4bit fused 8 8",)),
+        ("train_h200_a322179.json", ("fused 8 64", "fused 32 16", "fused 8 8")),
     ):
         rows = {}
         for row in result(name)["rows"]:
@@ -53,6 +54,16 @@ def test_training_on_a_gpu() -> None:
     assert f"PEFT's LoRA of rank 16 takes {lora:.2f}" in readme
     fused = phases["plain", "fused-8x8"]
     assert f"took {fused['one_thread']['step']:.0f} ms instead of {fused['step']:.0f}" in document("docs/training.md")
+
+
+def test_serving_batches() -> None:
+    ratios = {}
+    for name in ("decode_h200_parts_452f508.json", "decode_h200_parts_6a1f948.json"):
+        for row in result(name)["rows"]:
+            if row["method"] == "fused" and row["batch"] in (64, 128, 256):
+                ratios[row["batch"]] = row["ratio"]
+    one, two, three = (f"{ratios[batch]:.2f}" for batch in (64, 128, 256))
+    assert f"compiled batches of 64, 128 and 256 take {one}, {two} and {three} (r = 8)" in document("README.md")
 
 
 def test_weights_of_4_bits() -> None:
