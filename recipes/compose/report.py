@@ -161,7 +161,7 @@ def line(table: Table, key: Key) -> str:
     return f"| {key.kind} | {name} | {score} | {share} | {losses} | {trained} |"
 
 
-HEAD = ["| | | exact match, % | of (b) | loss | trained on all domains |", "|---" * 6 + "|"]
+HEAD = ["| | | exact match, % | of (b), same seeds | loss | trained on all domains |", "|---" * 6 + "|"]
 
 
 def summary(table: Table) -> str:
