@@ -471,7 +471,7 @@ def test_two_streams_at_once_do_not_disturb_each_other():
         assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("tokens", [1, 8, 64])
 def test_launches_that_fill_the_gpu_on_many_streams_do_not_wait_for_each_other_for_ever(tokens):
     """Blocks of one launch wait for each other: with four launches at once, none of which fits beside another, that must end."""
     group = make_group([16384], 4096, [64], 8, torch.bfloat16)
@@ -494,7 +494,7 @@ def test_graphs_captured_on_one_stream_can_be_replayed_on_two():
     group = make_group([4096, 4096], 2048, [16, 16], 8, torch.bfloat16)
     packed = kernels.PackedGroup(**group)
     stream, graphs = torch.cuda.Stream(), []
-    for tokens in (1, 8):
+    for tokens in (1, 8, 100):
         x = randn(tokens, 2048, dtype=torch.bfloat16)
         ids, gates = oracle.random_ids(tokens, 8, 2, "cuda")
         torch.cuda.synchronize()
@@ -538,7 +538,7 @@ def test_soak_of_many_sizes():
         num_experts = pick(1, 4, 8, 64)
         ranks = [pick(0, 1, 8, 16, 64) for _ in range(n)]
         outs = [pick(1, 16, 100, 768, 1024) for _ in range(n)]
-        check_group(outs, pick(8, 96, 500, 1024, 4096), ranks, num_experts, pick(1, min(2, num_experts)), pick(1, 2, 8, 15, 32),
+        check_group(outs, pick(8, 96, 500, 1024, 4096), ranks, num_experts, pick(1, min(2, num_experts)), pick(1, 2, 8, 15, 32, 33, 100),
                     pick(*DTYPES), bias=pick(True, False), base=pick(True, False))  # fmt: skip
 
 

@@ -113,3 +113,23 @@ def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens, tuning):
         graph.replay()
         for replayed, called in zip(kept, run(), strict=True):
             assert torch.equal(replayed, called)
+
+
+def test_ranks_that_a_step_holds_several_experts_of_and_not_all():
+    """Of 8, 16 and 32 a step copies whole experts: the last step of a linear may have fewer than it has room for."""
+    for rank in (8, 16, 32):
+        for num_experts in (1, 2, 3, 5, 9, 17):
+            for outs in ([8], [120, 136], [1000]):
+                check_group(
+                    outs, 192, [rank] * len(outs), num_experts, 1, 40, torch.bfloat16, tuning=kernels.TUNING_SPLIT_K
+                )
+
+
+def test_wide_experts_of_few_tokens_take_it_by_themselves():
+    for num_experts, rank, tokens in ((8, 128, 8), (64, 16, 32), (8, 64, 4)):
+        packed, x, experts = check_group([512, 264], 512, [rank] * 2, num_experts, 2, tokens, torch.bfloat16)
+        assert packed.path(x, experts) == kernels.SM90_PATH
+    packed, x, experts = check_group(
+        [512], 512, [16], 64, 2, 8, torch.bfloat16
+    )  # 16 choices of 64: others read only those
+    assert packed.path(x, experts) == kernels.FAST_PATH
