@@ -68,6 +68,7 @@ int check(const ls_group &g) {
     if (g.tokens > 0 && (!g.experts || !g.gates || !g.hidden)) return LS_ERROR_POINTER;
   }
   if (has_four_bits(g)) return check_four_bits(g);
+  if (g.tokens > 0 && !g.hidden && takes_split_k(g)) return LS_ERROR_POINTER;
   return g.tokens > kGridHeight && !takes_sm90(g) ? LS_ERROR_ARGUMENT : 0;
 }
 
@@ -91,8 +92,8 @@ bool can_shrink_inside(GroupParams &p, Kernel kernel) {
 }
 
 // Measured on an H200 (docs/kernel_log.md): linear_persistent.cu wherever it shrinks inside, by the limits at the end of that file.
-Kernel choose(GroupParams &p) {
-  if (takes_split_k(p.g)) return kSplitK;
+Kernel choose(GroupParams &p, bool split_k = true) {
+  if (split_k && takes_split_k(p.g)) return kSplitK;
   if (takes_sm90(p.g)) return kSm90;
   if (!fast(p.g)) return kGeneric;
   if (has_four_bits(p.g)) return kRegisters;
@@ -142,14 +143,14 @@ LS_EXPORT int ls_device_supported(int device) {
 LS_EXPORT int64_t ls_hidden_elements(const ls_group *group) {
   ls::GroupParams p;
   p.g = *group;
-  int64_t elements = ls::layout_hidden(p);
-  const bool padded = ls::takes_split_k(*group) || ls::takes_sm90(*group);
-  if (padded) elements = std::max(elements, ls::layout_hidden_sm90(p));
-  if (ls::takes_split_k(*group)) elements = ls::split_k_elements(*group, elements);
-  if (padded || group->tokens > LS_FAST_TOKENS) return elements;
+  int64_t elements = ls::layout_hidden(p), padded = 0;
+  if (ls::takes_split_k(*group) || ls::takes_sm90(*group)) padded = ls::layout_hidden_sm90(p);
+  if (ls::takes_split_k(*group)) padded = ls::split_k_elements(*group, padded);
+  if (group->tokens > LS_FAST_TOKENS) return std::max(elements, padded);
   const bool may_split = group->dtype != LS_FLOAT32;
   const int splits = elements <= ls::kPersistentHidden ? std::max(ls::kSplits, ls::persistent_parts(*group)) : ls::kSplits;
-  return may_split ? elements * splits * 2 : elements;  // floats take two elements of 16 bits
+  if (may_split) elements *= splits * 2;  // floats take two elements of 16 bits
+  return std::max(elements, padded);  // either may be called for, if there are no counters or x lies elsewhere
 }
 
 LS_EXPORT int ls_linear_path(const ls_group *group) {
@@ -170,8 +171,12 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   ls::GroupParams p;
   p.g = *group;
   ls::layout_hidden(p);
-  const ls::Kernel kernel = ls::choose(p);
-  if (kernel == ls::kSplitK) return ls::launch_linear_split_k(p, stream);
+  ls::Kernel kernel = ls::choose(p);
+  if (kernel == ls::kSplitK) {
+    if (ls::Sync *const sync = ls::next_sync(p.g.device, stream, ls::split_k_words(p))) return ls::launch_linear_split_k(p, sync, stream);
+    ls::layout_hidden(p);
+    kernel = ls::choose(p, false);
+  }
   if (kernel == ls::kSm90) {
     const int64_t width = ls::layout_hidden_sm90(p) / p.g.tokens;
     if (width > 0) error = width > ls::kFewColumns ? ls::launch_shrink_many_ranks(p, stream) : ls::launch_shrink_few_ranks(p, stream);

@@ -103,7 +103,8 @@ bool can_split_k(const ls_group &g);
 int64_t split_k_elements(const ls_group &g, int64_t hidden);  // of the hidden, and what linear_split_k_sm90.cu needs besides
 bool can_shrink_beside(const ls_group &g, int width);  // columns of the hidden
 int launch_shrink_beside(GroupParams &p, void *stream);
-int launch_linear_split_k(GroupParams &p, void *stream);  // and its shrink
+int split_k_words(const GroupParams &p);  // of the workspace
+int launch_linear_split_k(GroupParams &p, Sync *sync, void *stream);  // and its shrink
 int launch_linear_generic(GroupParams &p, void *stream);
 
 }  // namespace ls

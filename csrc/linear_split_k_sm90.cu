@@ -388,23 +388,28 @@ int64_t split_k_elements(const ls_group &g, int64_t hidden) {
   return (hidden + kFeatures - 1) / kFeatures * kFeatures + 2 * partial_elements(g);
 }
 
-int launch_linear_split_k(GroupParams &params, void *stream) {
+// By a launch of this kernel, with flags of its own.
+bool shrinks_itself(const ls_group &g, int width) {
+  return width > 0 && ((g.tuning & LS_TUNING_GEMM_SHRINK) || !can_shrink_beside(g, width));
+}
+
+int split_k_words(const GroupParams &params) {
+  GroupParams p = params;
+  const int width = int(layout_hidden_sm90(p) / p.g.tokens);
+  return multiprocessors(p.g.device) * (shrinks_itself(p.g, width) ? 2 : 1);
+}
+
+int launch_linear_split_k(GroupParams &params, Sync *sync, void *stream) {
   const ls_group &g = params.g;
   const int width = int(layout_hidden_sm90(params) / g.tokens);
-  const bool beside = width > 0 && can_shrink_beside(g, width) && !(g.tuning & LS_TUNING_GEMM_SHRINK);
-  Sync *const sync = next_sync(g.device, stream, multiprocessors(g.device));
-  Sync *const of_shrink = width > 0 && !beside ? next_sync(g.device, stream, multiprocessors(g.device)) : sync;
-  if (!sync || !of_shrink) {  // no flags to be had
-    const int error = width > 0 ? launch_shrink_many_ranks(params, stream) : 0;
-    return error ? error : launch_linear_sm90(params, stream);
-  }
+  unsigned *const flags = reinterpret_cast<unsigned *>(sync + 1);
   if (width > 0) {
-    const int error = beside ? launch_shrink_beside(params, stream)
-                             : launch_shrink_split_k(params, width, stream, reinterpret_cast<unsigned *>(of_shrink + 1));
+    const int error = shrinks_itself(g, width) ? launch_shrink_split_k(params, width, stream, flags + multiprocessors(g.device))
+                                               : launch_shrink_beside(params, stream);
     if (error) return error;
   }
   SplitKParams p = {};
-  p.follows_shrink = width, p.partials = partials_of(params, 0), p.flags = reinterpret_cast<unsigned *>(sync + 1);
+  p.follows_shrink = width, p.partials = partials_of(params, 0), p.flags = flags;
   const void *weights[LS_MAX_GROUP];
   int rows[LS_MAX_GROUP];
   for (int i = 0; i < g.n_items; ++i) {

@@ -175,22 +175,24 @@ int ls_router_context(const void *x, const void *router, const float *previous, 
 /* Hands `bytes` of zeroed device memory to the library, 16-byte aligned: counters and words by which the blocks of a launch
  * tell each other that the shrink is done. It must stay allocated for as long as anything is launched. Once per device: a
  * second call is refused. Every stream takes 8 KiB for good, every launch that a stream captures 16 bytes, and 4 more for each
- * element of the hidden (up to 2 tokens) or each multiprocessor (33 to 128 tokens, or fewer and a wide hidden). Without it, or when it is
- * used up, ls_linear makes two launches, and those of linear_split_k_sm90.cu are linear_sm90.cu's. A captured launch
- * may run again (graph replay), but not twice at a time. */
+ * element of the hidden (up to 2 tokens) or each multiprocessor (linear_split_k_sm90.cu; twice that for a very wide hidden). Without it,
+ * or when it is used up, ls_linear makes two launches, and linear_split_k_sm90.cu gives way to other kernels. A captured launch may run
+ * again (graph replay), but not twice at a time. */
 int ls_set_workspace(int32_t device, void *zeroed, int64_t bytes);
 /* Bytes of it that no stream and no captured launch has taken yet; -1: none was given. */
 int64_t ls_workspace_left(int32_t device);
 
-/* Elements of the group's dtype that ls_linear needs in `hidden`. */
+/* Elements of the group's dtype that ls_linear needs in `hidden`, for these sizes and this number of tokens: fewer tokens may need more
+ * (128 ask for 17 MB, where their blocks leave partial sums, 129 for none of it). */
 int64_t ls_hidden_elements(const ls_group *group);
 /* Which path ls_linear will take: enum ls_path, or -1 if the arguments are refused. */
 int ls_linear_path(const ls_group *group);
 /* The group's linears with their experts. One launch on the fast path (see ls_set_workspace), else two: the experts' shrink,
  * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). For many tokens
- * (LS_PATH_SM90, from 192 on, on GPUs of compute capability 9.0, for sizes and pointers as on the fast path and out_features
- * divisible by 8) two launches as fast as a library's, `hidden` then being a row for each token, and what an expert that the token
- * did not choose made of it zero. `group` is host memory. */
+ * (LS_PATH_SM90, from 33 on, and from 3 on where the linears' experts have many ranks, on GPUs of compute capability 9.0, for sizes and
+ * pointers as on the fast path and out_features divisible by 8) two launches as fast as a library's, `hidden` then being a row for each
+ * token, and what an expert that the token did not choose made of it zero; it is multiplied by lora_b of all experts, so that NaN in
+ * that of an expert which nobody chose shows in the result. `group` is host memory. */
 int ls_linear(const ls_group *group, void *stream);
 
 /* 1 if ls_expand takes a group of these sizes, dtype, lora_b and bias, else 0. `args` is host memory, here and below. */

@@ -78,7 +78,10 @@ class FusedGroup(nn.Module):
         weights, biases, lora_a, lora_b, scalings = self.parts()
         if not all(t.is_contiguous() for t in (*weights, *biases, *lora_a, *lora_b) if t is not None):
             return self.few_tokens
-        packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, self.transposed)
+        try:
+            packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, self.transposed)
+        except RuntimeError:  # tensors without memory: a tracer's
+            return self.few_tokens
         return (
             kernels.SPLIT_K_TOKENS
             if packed.path_of(kernels.SPLIT_K_TOKENS, active) == kernels.SM90_PATH
@@ -95,6 +98,7 @@ class FusedGroup(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._register(None)
+        self.compiled_tokens = self.few_tokens  # until it is known where it is now
 
     def _reads_four_bits(self, kept: FourBitFormat, active: int) -> bool:
         """Whether what the ops make of the base layers' weights is what the layers' own forwards make of them, and there is a

@@ -38,7 +38,7 @@ def served(model: nn.Module) -> bool:
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_linear_is_its_weight_and_its_experts(kind, dtype):
-    model = made(dtype, {"rank_pattern": {"k_proj": 16, "up_proj": 64}}, **kind)
+    model = made(dtype, {"rank_pattern": {"k_proj": 16, "up_proj": 128}}, **kind)
     model.fuse_for_inference("fused")
     assert served(model)
     check_layers(
