@@ -539,8 +539,9 @@ def test_soak_of_many_sizes():
         num_experts = pick(1, 4, 8, 64)
         ranks = [pick(0, 1, 8, 16, 64) for _ in range(n)]
         outs = [pick(1, 16, 100, 768, 1024) for _ in range(n)]
-        check_group(outs, pick(8, 96, 500, 1024, 4096), ranks, num_experts, pick(1, min(2, num_experts)), pick(1, 2, 8, 15, 32, 33, 100),
-                    pick(*DTYPES), bias=pick(True, False), base=pick(True, False))  # fmt: skip
+        tokens, top_k = pick(1, 2, 8, 15, 32, 33, 100), pick(1, min(2, num_experts))
+        check_group(outs, pick(8, 96, 500, 1024, 4096), ranks, num_experts, top_k, tokens, pick(*DTYPES),
+                    bias=pick(True, False), base=pick(True, False))  # fmt: skip
 
 
 def test_refused_arguments():
