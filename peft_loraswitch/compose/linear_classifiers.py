@@ -117,7 +117,11 @@ def regression_rows(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
     rows, towards_mean = both[:, :-1], both[:, -1]
     rows = (rows - torch.outer(towards_mean, mean @ rows / (mean @ towards_mean).clamp(min=TINY))).T
     rows = rows / ((rows @ covariance) * rows).sum(1).clamp(min=TINY).sqrt()[:, None]
-    return rows, (rows * cross.T).sum(1).square() / wanted.clamp(min=TINY)
+    # What is left of equal values is rounding, as large as that of what was subtracted, and follows anything.
+    size = ((moments.tt / moments.count).diagonal() / spread.square()).max()
+    told_apart = wanted > 1000 * torch.finfo(wanted.dtype).eps * size
+    shares = (rows * cross.T).sum(1).square() / wanted.clamp(min=TINY)
+    return rows, shares.where(told_apart, 0.0)
 
 
 def _ridged(covariance: Tensor, ridge: float) -> Tensor:

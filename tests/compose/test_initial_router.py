@@ -14,6 +14,7 @@ from helpers import adapted, router_layer, switch_layers, tiny_gpt2, tiny_llama,
 from loras import save_lora
 from peft_loraswitch import from_loras, router_from_texts, router_from_weights
 from peft_loraswitch.compose.initial_router import LOGISTIC_RIDGE
+from peft_loraswitch.compose.linear_classifiers import Moments, regression_rows
 from peft_loraswitch.router_inputs import averaged, read
 from trainer_tools import sentence, tokenizer
 from unchanged import unchanged
@@ -456,3 +457,14 @@ def test_arguments_of_the_weights_are_checked(arguments, match):
     model = made()
     with refused(model, ValueError, match):
         router_from_weights(model, **arguments)
+
+
+@pytest.mark.parametrize(("difference", "told_apart"), [(0.0, False), (1e-15, False), (1e-4, True)])
+def test_values_that_differ_by_rounding_alone_are_not_told_apart(difference, told_apart):
+    """Whatever the processor makes of equal experts: products of the same numbers may be summed up in another order."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    same = 3.0 + x[:, :1].abs()
+    values = same * (1.0 + difference * torch.randn(200, 3, generator=generator, dtype=torch.float64) * x[:, 1:4])
+    _, shares = regression_rows(Moments.of(x, values), 1e-3)
+    assert bool((shares > 1e-12).all()) == told_apart and bool((shares == 0).all()) != told_apart
