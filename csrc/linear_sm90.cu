@@ -266,11 +266,7 @@ int launch_linear_sm90(GroupParams &params, void *stream) {
   if (width && !make_map(p.hidden, g.dtype, g.hidden, hidden, 2, true)) return LS_ERROR_ARGUMENT;
   const void *weights[LS_MAX_GROUP];
   int rows[LS_MAX_GROUP];
-  for (int i = 0; i < g.n_items; ++i) {
-    const ls_item &item = g.items[i];
-    weights[i] = item.weight, rows[i] = item.out_features;
-    p.linears[i] = Sm90Linear{item.out, item.bias, item.out_features, expert_steps(g, item), item.rank / kUnit, int(params.hidden[i]), 0.f};
-  }
+  fill_linears(params, false, p.linears, weights, rows);
   return launch_many<false>(p, g, weights, rows, stream);
 }
 
@@ -281,17 +277,7 @@ int launch_shrink_many_ranks(GroupParams &params, void *stream) {
   p.stride = int(params.hidden_elements / g.tokens);
   const void *weights[LS_MAX_GROUP];
   int rows[LS_MAX_GROUP];
-  for (int i = 0; i < g.n_items; ++i) {
-    const ls_item &item = g.items[i];
-    weights[i] = item.lora_a, rows[i] = g.num_experts * item.rank;
-    p.linears[i] = Sm90Linear{static_cast<uint16_t *>(g.hidden) + params.hidden[i],
-                              nullptr,
-                              expert_steps(g, item) * kFeatures,
-                              0,
-                              item.rank / kUnit,
-                              0,
-                              item.scaling};
-  }
+  fill_linears(params, true, p.linears, weights, rows);
   return launch_many<true>(p, g, weights, rows, stream);
 }
 

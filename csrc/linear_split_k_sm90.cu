@@ -366,17 +366,7 @@ int launch_shrink_split_k(const GroupParams &params, int width, void *stream, un
   p.partials = partials_of(params, 1), p.flags = flags;
   const void *weights[LS_MAX_GROUP];
   int rows[LS_MAX_GROUP];
-  for (int i = 0; i < g.n_items; ++i) {
-    const ls_item &item = g.items[i];
-    weights[i] = item.lora_a, rows[i] = g.num_experts * item.rank;
-    p.linears[i] = Sm90Linear{static_cast<uint16_t *>(g.hidden) + params.hidden[i],
-                              nullptr,
-                              expert_steps(g, item) * kFeatures,
-                              0,
-                              item.rank / kUnit,
-                              0,
-                              item.scaling};
-  }
+  fill_linears(params, true, p.linears, weights, rows);
   return launch_any<true>(p, g, weights, rows, stream);
 }
 
@@ -412,11 +402,7 @@ int launch_linear_split_k(GroupParams &params, Sync *sync, void *stream) {
   p.follows_shrink = width, p.partials = partials_of(params, 0), p.flags = flags;
   const void *weights[LS_MAX_GROUP];
   int rows[LS_MAX_GROUP];
-  for (int i = 0; i < g.n_items; ++i) {
-    const ls_item &item = g.items[i];
-    weights[i] = item.weight, rows[i] = item.out_features;
-    p.linears[i] = Sm90Linear{item.out, item.bias, item.out_features, expert_steps(g, item), item.rank / kUnit, int(params.hidden[i]), 0.f};
-  }
+  fill_linears(params, false, p.linears, weights, rows);
   return launch_any<false>(p, g, weights, rows, stream);
 }
 
