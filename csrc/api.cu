@@ -15,8 +15,7 @@ namespace {
 
 constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 
-// Whether linear_sm90.cu is the one for it.
-// Whether linear_split_k_sm90.cu is, which reads A and B of all experts. Measured on an H200 (docs/kernel_log.md): always for more tokens
+// Whether linear_split_k_sm90.cu is the one for it, which reads A and B of all experts. Measured on an H200 (docs/kernel_log.md): always for more tokens
 // than the others take; for fewer where the hidden is too wide for linear_persistent.cu, and most experts are chosen anyway.
 bool takes_split_k(const ls_group &g) {
   constexpr int kWide = 512;  // columns of the hidden
@@ -28,6 +27,7 @@ bool takes_split_k(const ls_group &g) {
     if (g.num_experts * g.items[i].rank >= kWide) return true;
   return false;
 }
+// Whether linear_sm90.cu is.
 bool takes_sm90(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & 3) == 0 && can_sm90(g); }
 
 bool fast(const ls_group &g) {
@@ -144,8 +144,9 @@ LS_EXPORT int64_t ls_hidden_elements(const ls_group *group) {
   ls::GroupParams p;
   p.g = *group;
   int64_t elements = ls::layout_hidden(p), padded = 0;
-  if (ls::takes_split_k(*group) || ls::takes_sm90(*group)) padded = ls::layout_hidden_sm90(p);
-  if (ls::takes_split_k(*group)) padded = ls::split_k_elements(*group, padded);
+  const bool split_k = ls::takes_split_k(*group);
+  if (split_k || ls::takes_sm90(*group)) padded = ls::layout_hidden_sm90(p);
+  if (split_k) padded += ls::split_k_elements(*group);
   if (group->tokens > LS_FAST_TOKENS) return std::max(elements, padded);
   const bool may_split = group->dtype != LS_FLOAT32;
   const int splits = elements <= ls::kPersistentHidden ? std::max(ls::kSplits, ls::persistent_parts(*group)) : ls::kSplits;
@@ -173,6 +174,7 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   ls::layout_hidden(p);
   ls::Kernel kernel = ls::choose(p);
   if (kernel == ls::kSplitK) {
+    ls::layout_hidden_sm90(p);
     if (ls::Sync *const sync = ls::next_sync(p.g.device, stream, ls::split_k_words(p))) return ls::launch_linear_split_k(p, sync, stream);
     ls::layout_hidden(p);
     kernel = ls::choose(p, false);

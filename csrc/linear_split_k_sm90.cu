@@ -1,4 +1,4 @@
-// GEMM with experts for up to 128 tokens on sm_90a (WGMMA, TMA, clusters, split-K): out = [x | hidden] [weight | lora_b]^T + bias.
+// GEMM with experts for up to 128 tokens on sm_90a (WGMMA, TMA, stream-K): out = [x | hidden] [weight | lora_b]^T + bias.
 //
 //   x [tokens, in]   weight [out, in]   lora_b [E, out, rank]   bias [out]   out [tokens, out]
 //   hidden [tokens, width]: of all experts, times their gates, 0 where a token did not choose; each linear's E * rank columns padded
@@ -91,7 +91,7 @@ __device__ __forceinline__ void store_unit(const SplitKParams &p, const Sm90Line
 
 // lora_b of a step's experts is copied in whole rows of outputs, [experts][kRows][rank] in shared memory. Rank 8 is units for the
 // tensor cores.
-__device__ __forceinline__ bool as_it_lies(const Sm90Linear &linear) {
+__host__ __device__ __forceinline__ bool as_it_lies(const Sm90Linear &linear) {
   return linear.units_each == 1 || linear.units_each == 2 || linear.units_each == 4;
 }
 
@@ -167,12 +167,15 @@ template <class E, int kTokens, bool kShrink> __global__ void __maxnreg__(kRegis
             const E *const from = static_cast<const E *>(p.lora_b[s.item]) + (int64_t(expert) * linear.columns + s.column) * rank;
             copy_bytes(weight + e * (kRows * rank * 2), from, bytes, barrier);
           }
-        } else if (mbarrier_expect(barrier, kStageBytes); linear.units_each % kStepUnits == 0)  // one expert's
-          copy_tile(weight, b_map, barrier, units % linear.units_each * kUnit, s.column, units / linear.units_each);
-        else
-          for (int u = 0; u < kStepUnits; ++u)
-            copy_tile(weight + u * (kRows * 16), b_map, barrier, 0, s.column, (units + u) % linear.units_each,
-                      (units + u) / linear.units_each);
+        } else {
+          mbarrier_expect(barrier, kStageBytes);
+          if (linear.units_each % kStepUnits == 0)  // one expert's
+            copy_tile(weight, b_map, barrier, units % linear.units_each * kUnit, s.column, units / linear.units_each);
+          else
+            for (int u = 0; u < kStepUnits; ++u)
+              copy_tile(weight + u * (kRows * 16), b_map, barrier, 0, s.column, (units + u) % linear.units_each,
+                        (units + u) / linear.units_each);
+        }
         if (!waited) pdl_wait(), waited = true;
         copy_tile(x, p.hidden, barrier, linear.hidden + units * kUnit, 0);
       }
@@ -299,6 +302,8 @@ template <class E, int kTokens, bool kShrink> __global__ void __maxnreg__(kRegis
 #endif
 }
 
+int tile_tokens(const ls_group &g) { return g.tokens <= 8 ? 8 : g.tokens <= 32 ? 32 : g.tokens <= 64 ? 64 : 128; }
+
 int blocks_of(const ls_group &g, int steps) {
   constexpr int kLeastSteps = 4;
   const int blocks = multiprocessors(g.device), most = (steps + kLeastSteps - 1) / kLeastSteps;
@@ -317,7 +322,8 @@ int launch_shape(SplitKParams &p, const ls_group &g, const void *const *weights,
     const Dimension weight[] = {{in, 1, kFeatures}, {uint64_t(rows[i]), in, kRows}};
     if (p.linears[i].columns && !make_map(p.weight[i], g.dtype, weights[i], weight, 2, true)) return LS_ERROR_ARGUMENT;
     p.lora_b[i] = g.items[i].lora_b;
-    if (!kShrink && p.linears[i].steps && !make_b_map(p.b_map[i], g, g.items[i], kRows, kRows)) return LS_ERROR_ARGUMENT;
+    if (!kShrink && p.linears[i].steps && !as_it_lies(p.linears[i]) && !make_b_map(p.b_map[i], g, g.items[i], kRows, kRows))
+      return LS_ERROR_ARGUMENT;
   }
   if (const uint64_t width = p.follows_shrink) {
     const Dimension hidden[] = {{width, 1, kFeatures}, {tokens, width, kTokens}};
@@ -337,11 +343,12 @@ int launch_dtype(SplitKParams &p, const ls_group &g, const void *const *weights,
   }
   if (steps > INT32_MAX) return LS_ERROR_ARGUMENT;
   p.begin[g.n_items] = int(steps);
-  const auto launched = g.tokens <= 8    ? launch_shape<E, 8, kShrink>
-                        : g.tokens <= 32 ? launch_shape<E, 32, kShrink>
-                        : g.tokens <= 64 ? launch_shape<E, 64, kShrink>
-                                         : launch_shape<E, 128, kShrink>;
-  return launched(p, g, weights, rows, stream);
+  switch (tile_tokens(g)) {
+    case 8: return launch_shape<E, 8, kShrink>(p, g, weights, rows, stream);
+    case 32: return launch_shape<E, 32, kShrink>(p, g, weights, rows, stream);
+    case 64: return launch_shape<E, 64, kShrink>(p, g, weights, rows, stream);
+    default: return launch_shape<E, 128, kShrink>(p, g, weights, rows, stream);
+  }
 }
 
 template <bool kShrink> int launch_any(SplitKParams &p, const ls_group &g, const void *const *weights, const int *rows, void *stream) {
@@ -350,13 +357,15 @@ template <bool kShrink> int launch_any(SplitKParams &p, const ls_group &g, const
 }
 
 // Elements of one launch's partials, behind the hidden: first the linear's, then those of its shrink.
-int64_t partial_elements(const ls_group &g) {
-  const int tokens = g.tokens <= 8 ? 8 : g.tokens <= 32 ? 32 : g.tokens <= 64 ? 64 : 128;
-  return int64_t(multiprocessors(g.device)) * tokens * kRows * 2;
-}
+int64_t partial_elements(const ls_group &g) { return int64_t(multiprocessors(g.device)) * tile_tokens(g) * kRows * 2; }
 float *partials_of(const GroupParams &params, int launch) {
-  const int64_t hidden = (params.hidden_elements + kFeatures - 1) / kFeatures * kFeatures;
-  return reinterpret_cast<float *>(static_cast<uint16_t *>(params.g.hidden) + hidden + launch * partial_elements(params.g));
+  const int64_t begin = params.hidden_elements + launch * partial_elements(params.g);  // rows of the hidden are divisible by 64
+  return reinterpret_cast<float *>(static_cast<uint16_t *>(params.g.hidden) + begin);
+}
+int width_of(const GroupParams &params) { return int(params.hidden_elements / params.g.tokens); }
+// By a launch of this kernel, with flags of its own.
+bool shrinks_itself(const ls_group &g, int width) {
+  return width > 0 && ((g.tuning & LS_TUNING_GEMM_SHRINK) || !can_shrink_beside(g, width));
 }
 
 int launch_shrink_split_k(const GroupParams &params, int width, void *stream, unsigned *flags) {
@@ -374,24 +383,15 @@ int launch_shrink_split_k(const GroupParams &params, int width, void *stream, un
 
 bool can_split_k(const ls_group &g) { return g.tokens <= LS_SPLIT_K_TOKENS && can_sm90(g); }
 
-int64_t split_k_elements(const ls_group &g, int64_t hidden) {
-  return (hidden + kFeatures - 1) / kFeatures * kFeatures + 2 * partial_elements(g);
-}
-
-// By a launch of this kernel, with flags of its own.
-bool shrinks_itself(const ls_group &g, int width) {
-  return width > 0 && ((g.tuning & LS_TUNING_GEMM_SHRINK) || !can_shrink_beside(g, width));
-}
+int64_t split_k_elements(const ls_group &g) { return 2 * partial_elements(g); }
 
 int split_k_words(const GroupParams &params) {
-  GroupParams p = params;
-  const int width = int(layout_hidden_sm90(p) / p.g.tokens);
-  return multiprocessors(p.g.device) * (shrinks_itself(p.g, width) ? 2 : 1);
+  return multiprocessors(params.g.device) * (shrinks_itself(params.g, width_of(params)) ? 2 : 1);
 }
 
 int launch_linear_split_k(GroupParams &params, Sync *sync, void *stream) {
   const ls_group &g = params.g;
-  const int width = int(layout_hidden_sm90(params) / g.tokens);
+  const int width = width_of(params);
   unsigned *const flags = reinterpret_cast<unsigned *>(sync + 1);
   if (width > 0) {
     const int error = shrinks_itself(g, width) ? launch_shrink_split_k(params, width, stream, flags + multiprocessors(g.device))
