@@ -45,7 +45,6 @@ SOURCES = [
     "shrink_sm90.cu",
     "linear_sm90.cu",
     "linear_split_k_sm90.cu",
-    "shrink_beside_sm90.cu",
     "expand.cu",
     "widen.cu",
     "merge.cu",

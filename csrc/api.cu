@@ -20,7 +20,7 @@ constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 bool takes_split_k(const ls_group &g) {
   constexpr int kWide = 512;  // columns of the hidden
   if (g.tuning & LS_TUNING_SPLIT_K) return can_split_k(g);
-  if ((g.tuning & ~LS_TUNING_GEMM_SHRINK) || !can_split_k(g)) return false;
+  if (g.tuning || !can_split_k(g)) return false;
   if (g.tokens > LS_FAST_TOKENS) return true;
   if (g.tokens <= kStreamingTokens || g.tokens * g.top_k < g.num_experts) return false;
   for (int i = 0; i < g.n_items; ++i)
@@ -175,7 +175,7 @@ LS_EXPORT int ls_linear(const ls_group *group, void *stream) {
   ls::Kernel kernel = ls::choose(p);
   if (kernel == ls::kSplitK) {
     ls::layout_hidden_sm90(p);
-    if (ls::Sync *const sync = ls::next_sync(p.g.device, stream, ls::split_k_words(p))) return ls::launch_linear_split_k(p, sync, stream);
+    if (ls::Sync *const sync = ls::next_sync(p.g.device, stream, ls::split_k_words(p.g))) return ls::launch_linear_split_k(p, sync, stream);
     ls::layout_hidden(p);
     kernel = ls::choose(p, false);
   }

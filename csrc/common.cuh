@@ -137,10 +137,6 @@ template <auto kKernel, cudaFuncAttribute kAttribute> inline cudaError_t set_onc
 template <auto kKernel> inline cudaError_t allow_shared(int device, int bytes) {
   return set_once<kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize>(device, bytes);
 }
-// Has a multiprocessor that runs it keep as much shared memory as it can, for blocks of others.
-template <auto kKernel> inline cudaError_t prefer_shared(int device) {
-  return set_once<kKernel, cudaFuncAttributePreferredSharedMemoryCarveout>(device, cudaSharedmemCarveoutMaxShared);
-}
 
 bool follows_ours(cudaStream_t stream);  // pdl.cu
 void launched(cudaStream_t stream);

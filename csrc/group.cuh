@@ -101,10 +101,7 @@ int launch_linear_registers(GroupParams &p, void *stream);
 int launch_linear_sm90(GroupParams &p, void *stream);
 bool can_split_k(const ls_group &g);
 int64_t split_k_elements(const ls_group &g);  // that linear_split_k_sm90.cu needs behind the hidden
-bool can_shrink_beside(const ls_group &g, int width);  // columns of the hidden
-int launch_shrink_beside(GroupParams &p, void *stream);
-// After layout_hidden_sm90(): words of the workspace that it needs, and the launches, of which the first is its shrink.
-int split_k_words(const GroupParams &p);
+int split_k_words(const ls_group &g);  // of the workspace
 int launch_linear_split_k(GroupParams &p, Sync *sync, void *stream);
 int launch_linear_generic(GroupParams &p, void *stream);
 

@@ -25,11 +25,10 @@ extern "C" {
 #define LS_TUNING_REGISTERS 2 /* linear_registers.cu */
 #define LS_TUNING_PERSISTENT 3 /* linear_persistent.cu wherever it can */
 #define LS_TUNING_TWO_LAUNCHES 4 /* added to any of them, or alone: the shrink in a launch of its own */
-#define LS_TUNING_IMPATIENT 8 /* added: no block of linear_persistent.cu waits for another's part of the hidden, for tests */
+#define LS_TUNING_IMPATIENT 8 /* added: no block of linear_persistent.cu or linear_split_k_sm90.cu waits for another's part of the hidden, for tests */
 #define LS_TUNING_NARROW 16 /* added: linear_sm90.cu takes 128 outputs at a time */
 #define LS_TUNING_WIDE 32 /* added: it takes 256 */
 #define LS_TUNING_SPLIT_K 64 /* added: linear_split_k_sm90.cu wherever it can */
-#define LS_TUNING_GEMM_SHRINK 128 /* added: and its shrink, too */
 #define LS_SPLIT_K_TOKENS 128 /* tokens that linear_split_k_sm90.cu takes */
 #define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
 

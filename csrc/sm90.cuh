@@ -44,6 +44,10 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, int block) {
       : "memory");
 }
 
+// Between writes of threads and copies that read them, by whoever copies, once it knows of the writes. (Whoever has written could do it,
+// too, but where copies never cease it takes until they do.)
+__device__ __forceinline__ void async_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -60,6 +64,18 @@ __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return int(rank);
+}
+
+// Two matrices of 8 x 8, fragments as of the tensor cores, into shared memory, columns as rows of 16 bytes: lanes 0 to 7 say where those
+// of the first go, lanes 8 to 15 those of the second.
+__device__ __forceinline__ void write_transposed(uint32_t to, uint32_t first, uint32_t second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
+}
+
+__device__ __forceinline__ uint4 read_shared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
 }
 
 // A place in a ring of stages, and the parity of how often it has been gone round.

@@ -165,7 +165,9 @@ class ExpertsB(Experts):
         hidden, wide = hidden.flatten(-2), weight.transpose(1, 2).flatten(0, 1)  # [..., E * r] and [E * r, out]
         if result is None:
             return hidden @ wide
-        if result.dtype != hidden.dtype:  # float32 experts on a bf16 backbone
+        # Float32 experts on a bf16 backbone; or a compiler for a GPU, which joins a sum with what comes next, but copies `result`
+        # before a product that starts from it.
+        if result.dtype != hidden.dtype or result.is_cuda and torch.compiler.is_compiling():
             return result + (hidden @ wide).to(result.dtype)
         # A product that starts from `result` saves a pass over it, a third of the adapter's time on a CPU. Out of place:
         # a quantised base layer may return a view.

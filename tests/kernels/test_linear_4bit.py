@@ -46,9 +46,12 @@ def check(g):
     assert len(results) == len(g["weights"])
     for i, result in enumerate(results):
         w, scales, bias, a, b, s = (g[name][i] for name in LISTS)
-        expected = oracle.linear(*flat, oracle.from_4bit(w, scales, g["code"]), bias, a, b, s)
+        weight = oracle.from_4bit(w, scales, g["code"])
+        expected = oracle.linear(*flat, weight, bias, a, b, s)
+        # What a result is made of is rounded: where its summands cancel, as they may in one of a single number, it is less exact.
+        least = (flat[0].double().square() @ weight.double().square().T).sqrt().norm()
         assert result.shape == (*g["x"].shape[:-1], b.shape[1]) and result.dtype == g["x"].dtype
-        assert oracle.relative_error(result.flatten(0, -2), expected) < oracle.limit_4bit(result)
+        assert oracle.relative_error(result.flatten(0, -2), expected, least) < oracle.limit_4bit(result)
 
 
 @devices

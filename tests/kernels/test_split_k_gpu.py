@@ -1,4 +1,4 @@
-"""`linear_split_k_sm90.cu` and its shrinks, for up to 128 tokens, against the float64 oracle: on a GPU of capability 9.0."""
+"""`linear_split_k_sm90.cu`, for up to 128 tokens, against the float64 oracle: on a GPU of capability 9.0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ pytestmark = [
 ]
 
 
-SHRINKS = [kernels.TUNING_SPLIT_K, kernels.TUNING_SPLIT_K | kernels.TUNING_GEMM_SHRINK]
+# Its blocks wait for each other's part of the hidden, or, as when these do not come, compute all of it.
+WAITS = [kernels.TUNING_SPLIT_K, kernels.TUNING_SPLIT_K | kernels.TUNING_IMPATIENT]
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +28,14 @@ def hopper():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize("tuning", WAITS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128])
 def test_every_number_of_tokens(dtype, tuning, tokens):
     packed, x, experts = check_group([512, 104, 8], 520, [8, 24, 64], 8, 2, tokens, dtype, tuning=tuning, bias=True)
     assert packed.path(x, experts) == kernels.SM90_PATH
 
 
-@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize("tuning", WAITS)
 @pytest.mark.parametrize("rank", [0, 8, 16, 24, 32, 40, 64, 72, 128, 256])
 @pytest.mark.parametrize("num_experts", [1, 3, 8])
 def test_every_rank(tuning, rank, num_experts):
@@ -43,7 +44,7 @@ def test_every_rank(tuning, rank, num_experts):
         check_group([136, 256, 264, 40], 256, ranks, num_experts, 1, tokens, torch.bfloat16, tuning=tuning)
 
 
-@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize("tuning", WAITS)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 8), (64, 3), (256, 8), (200, 7)])
 def test_experts_and_top_k(tuning, num_experts, top_k):
     for tokens in (4, 32, 60, 100):
@@ -51,14 +52,14 @@ def test_experts_and_top_k(tuning, num_experts, top_k):
         check_group([264, 72], 320, [16, 0], num_experts, top_k, tokens, torch.float16, tuning=tuning)
 
 
-@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize("tuning", WAITS)
 @pytest.mark.parametrize("in_features", [8, 24, 56, 64, 72, 128, 1000, 4104])
 def test_odd_input_widths(tuning, in_features):
     for tokens in (16, 40, 120):
         check_group([264, 16], in_features, [8, 16], 4, 2, tokens, torch.bfloat16, tuning=tuning, bias=True)
 
 
-@pytest.mark.parametrize("tuning", SHRINKS)
+@pytest.mark.parametrize("tuning", WAITS)
 def test_full_size(tuning):
     """More tiles than blocks, and fewer: a block has parts of several, a tile is of several blocks."""
     for outs, in_features in (([4096] * 3, 4096), ([4096, 1024, 1024], 4096), ([4096], 11008), ([11008] * 2, 4096)):
@@ -71,19 +72,17 @@ def test_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice():
     ids[0] = torch.tensor([4, 4, -1], device="cuda")
     for num_experts in (8, 7, 5):  # with 7 and 5, hidden columns are left that are of no expert
         for ranks in ([8, 24], [64, 40], [256, 256]):
-            for tuning in SHRINKS:
+            for tuning in WAITS:
                 check_group([128, 64], 256, ranks, num_experts, 3, 90, torch.bfloat16, ids=ids, tuning=tuning)
 
 
-@pytest.mark.parametrize("tuning", SHRINKS)
 @pytest.mark.parametrize("rank", [0, 8, 256])
 @pytest.mark.parametrize("tokens", [8, 64, 128])
-def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens, tuning):
-    """In a graph the linear begins beside its shrink. Each of four calls in a row takes what a kernel of PyTorch's or the call
-    before it has just written."""
+def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens):
+    """Each of four calls in a row takes what a kernel of PyTorch's or the call before it has just written."""
     width, dtype = 1024, torch.bfloat16
     groups = [
-        kernels.PackedGroup(**make_group([width, width], width, [rank, rank], 8, dtype), tuning=tuning)
+        kernels.PackedGroup(**make_group([width, width], width, [rank, rank], 8, dtype), tuning=kernels.TUNING_SPLIT_K)
         for _ in range(4)
     ]
     source, (experts, gates) = randn(tokens, width, dtype=dtype), oracle.random_ids(tokens, 8, 2, "cuda")
@@ -133,3 +132,35 @@ def test_wide_experts_of_few_tokens_take_it_by_themselves():
         [512], 512, [16], 64, 2, 8, torch.bfloat16
     )  # 16 choices of 64: others read only those
     assert packed.path(x, experts) == kernels.FAST_PATH
+
+
+@pytest.mark.parametrize(("rank", "tokens"), [(8, 64), (128, 8)])
+def test_two_streams_at_once(rank, tokens):
+    """Neither launch has all multiprocessors, so blocks of each may wait for some that cannot begin."""
+    outs, dtype = [2048, 2048], torch.bfloat16
+    operands = [make_group(outs, 4096, [rank] * 2, 8, dtype) for _ in range(2)]
+    groups = [kernels.PackedGroup(**each, tuning=kernels.TUNING_SPLIT_K) for each in operands]
+    x, (experts, gates) = randn(tokens, 4096, dtype=dtype), oracle.random_ids(tokens, 8, 2, "cuda")
+    alone = [group(x, experts, gates) for group in groups]
+    streams, graphs, kept = [torch.cuda.Stream() for _ in groups], [], []
+    for group, stream in zip(groups, streams, strict=True):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            group(x, experts, gates)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                kept.append([group(x, experts, gates) for _ in range(20)])
+            graphs.append(graph)
+    for _ in range(20):
+        for result in (each for results in kept for each in sum(results, [])):
+            result.fill_(float("nan"))
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for results, expected in zip(kept, alone, strict=True):
+            for each in results:
+                for got, want in zip(each, expected, strict=True):
+                    assert oracle.relative_error(got, want.double()) < oracle.limit(got)

@@ -291,3 +291,24 @@ def test_inductor():
     torch.compile(model, fullgraph=True)(x).square().mean().backward()
     for name, gradient in adapter_gradients(plain).items():
         torch.testing.assert_close(adapter_gradients(model)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_product_on_a_gpu_starts_from_a_copy_of_the_base_layers_result():
+    """Inductor copies what an `addmm` adds to, a pass over all activations, and joins a plain sum with what comes next."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_compiler
+
+    products = []
+
+    def look(graph, _):
+        products.extend(node.target for node in graph.graph.nodes if "mm" in str(node.target))
+        return make_boxed_compiler(graph.forward)
+
+    model = get_peft_model(tiny_llama(), switch_config()).to("cuda", torch.bfloat16)
+    randomize_adapter(model)
+    batch = {key: value.to("cuda") for key, value in padded([6, 4]).items()}
+    torch.compile(model, backend=aot_autograd(fw_compiler=look), fullgraph=True)(**batch).loss.backward()
+    assert torch.ops.aten.mm.default in products
+    assert torch.ops.aten.addmm.default not in products

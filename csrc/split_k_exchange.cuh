@@ -1,0 +1,171 @@
+// What the blocks of linear_split_k_sm90.cu tell each other: of their partial sums, and of the hidden, which is made of partial sums of
+// the shrink. Or, where others do not come, by each block for itself.
+#pragma once
+#include "stream_k.cuh"
+
+namespace ls {
+
+constexpr long long kPatience = 1000000;  // nanoseconds until other blocks' part of the hidden is not waited for any longer
+
+constexpr int kMultiplying = 256, kHelping = 96;
+constexpr int kThreads = kMultiplying + 32 + kHelping;  // eight warps that multiply, one that copies, three that exchange
+template <int kTokens> constexpr int kQuadsOfTile = kTokens * kRows / 4;  // of a block's partials: four floats each
+// Barriers: of the helpers; between consumers and helpers.
+constexpr int kBegin = 1, kHelpers = 2, kPartShrunk = 3, kPartTaken = 4, kPartialLeft = 5, kFlags = 6;
+
+#ifdef LS_HAS_SM90A
+// What an expert's hidden of a token is multiplied by; 0: it was not chosen, or is none.
+__device__ __forceinline__ float gate_of(const SplitKParams &p, const Sm90Linear &linear, int token, int expert) {
+  float gate = 0.f;
+  if (token >= p.tokens || expert >= p.num_experts) return gate;
+  for (int j = 0; j < p.top_k; ++j) {
+    const int64_t at = int64_t(token) * p.top_k + j;
+    const float value = p.gates[at];
+    if (p.experts[at] == expert) gate += value;
+  }
+  return gate * linear.scaling;
+}
+
+// Of two experts, for a token and the next. All that it reads is asked for at once.
+__device__ __forceinline__ void gates_of(const SplitKParams &p, const Sm90Linear &linear, int token, int low, int high, float (&gates)[4]) {
+  int64_t ids[2][LS_MAX_TOP_K];
+  float values[2][LS_MAX_TOP_K];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < LS_MAX_TOP_K; ++j) {
+      const bool there = token + i < p.tokens && j < p.top_k;
+      const int64_t at = int64_t(token + i) * p.top_k + j;
+      ids[i][j] = there ? p.experts[at] : -1, values[i][j] = there ? p.gates[at] : 0.f;
+    }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int expert = i / 2 ? high : low;
+    float gate = 0.f;
+#pragma unroll
+    for (int j = 0; j < LS_MAX_TOP_K; ++j)
+      if (ids[i % 2][j] == expert && expert < p.num_experts) gate += values[i % 2][j];
+    gates[i] = gate * linear.scaling;
+  }
+}
+
+// Waits, for one thread, until a counter has come to `wanted`. False: not in reasonable time.
+__device__ __forceinline__ bool wait_for(const unsigned *counter, int wanted, bool impatient) {
+  long long start, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+  for (unsigned there;;) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
+    if (int(there) >= wanted) return true;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (now - start >= (impatient ? 0 : kPatience)) return false;
+  }
+}
+
+// The hidden of the whole group, by a warp.
+template <class E> __device__ __noinline__ void shrink_alone(const SplitKParams &p) {
+  const int lane = threadIdx.x % 32, in = p.in_features;
+  for (int i = 0; i < p.n_items; ++i) {
+    const Sm90Linear &linear = p.linears[i];
+    const int rank = linear.units_each * kUnit, columns = linear.steps * kFeatures;
+    for (int token = 0; token < p.tokens; ++token) {
+      E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden;
+      const E *const x = static_cast<const E *>(p.input) + int64_t(token) * in;
+      for (int first = 0; first < columns; first += rank) {
+        const int expert = first / rank;
+        const float gate = gate_of(p, linear, token, expert);
+        if (gate == 0.f) {
+          for (int c = first + lane; c < min(first + rank, columns); c += 32) to[c] = from_float<E>(0.f);
+          continue;
+        }
+        for (int c = first; c < first + rank; ++c) {
+          const E *const a = static_cast<const E *>(p.lora_a[i]) + int64_t(c) * in;
+          float sum = 0.f;
+          for (int k = lane * kUnit; k < in; k += 32 * kUnit) {
+            const uint4 of_a = load_static(a + k), of_x = load_shared_input(x + k);
+            const uint32_t *const pairs_a = &of_a.x, *const pairs_x = &of_x.x;
+#pragma unroll
+            for (int i = 0; i < kUnit / 2; ++i) {
+              const float2 fa = unpack2<E>(pairs_a[i]), fx = unpack2<E>(pairs_x[i]);
+              sum += fa.x * fx.x + fa.y * fx.y;
+            }
+          }
+          sum = warp_sum(sum);
+          if (lane == 0) to[c] = from_float<E>(gate * sum);
+        }
+      }
+    }
+  }
+}
+
+// By a warp, whose first lane may come late: when it returns, the hidden is where the copy engine finds it.
+template <class E> __device__ __noinline__ void wait_for_hidden(const SplitKParams &p) {
+  __shared__ bool there;
+  if (threadIdx.x % 32 == 0) there = wait_for(&p.sync->done, p.parts, p.impatient);
+  __syncwarp();
+  if (!there) shrink_alone<E>(p), __threadfence();
+  async_fence();
+  __syncwarp();
+}
+// The helpers: of the block's parts of the shrink, and of the tile that it begins in the midst of.
+template <class E, int kTokens> __device__ __forceinline__ void exchange_partials(const SplitKParams &p, int blocks, int block,
+                                                                                  volatile bool &published, volatile bool &shrunk) {
+  __shared__ bool all_there;
+  const int thread = threadIdx.x - (kMultiplying + 32), lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int first = first_of(p, kShrink, blocks, block), last = first_of(p, kShrink, blocks, block + 1);
+  for (int part = first; part < last; ++part) {
+    const int tile = part / p.shares, share = part - tile * p.shares;
+    const Segment s = segment_of(p, kShrink, part, last);
+    const Sm90Linear &linear = p.linears[s.item];
+    const int rank = linear.units_each * kUnit;
+    // A thread has what a consumer's thread has of eight tokens: two tokens of two columns.
+    auto column_of = [&](int place) { return s.column + place / 32 * 16 + g; };
+    float gates[4];
+    auto find_gates = [&](int chunk, int place) {
+      gates_of(p, linear, chunk * 8 + t * 2, column_of(place) / rank, (column_of(place) + 8) / rank, gates);
+    };
+    find_gates(share, thread);
+    barrier(kPartShrunk, kMultiplying + kHelping);
+    if (thread == 0) {
+      all_there = true;
+      if (p.shares > 1) {
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived + tile) : "memory");
+        if (share * 8 < p.tokens) all_there = wait_for(p.arrived + tile, p.shares, p.impatient);
+      }
+    }
+    barrier(kHelpers, kHelping);
+    const bool there = all_there;  // if not, every block computes the hidden for itself
+    constexpr int kQuads = kQuadsOfTile<kTokens>;
+    for (int chunk = share; chunk * 8 < p.tokens && there; chunk += p.shares)
+      for (int place = thread; place < kMultiplying && s.column + place / 128 * 64 < s.columns; place += kHelping) {
+        const float4 *const from = reinterpret_cast<const float4 *>(p.partials) +
+                                   int64_t(shrink_place(p, blocks, block, tile * p.shares)) * kQuads + chunk * kMultiplying + place;
+        float4 v[kMostShares], sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int i = 0; i < kMostShares; ++i) v[i] = i < p.shares ? __ldcg(from + i * kQuads) : sum;
+        if (chunk != share || place != thread) find_gates(chunk, place);
+#pragma unroll
+        for (int i = 0; i < kMostShares; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
+        const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+        const int token = chunk * 8 + t * 2;
+        E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden + column_of(place);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)  // what was not chosen may be anything
+          if (token + i % 2 < p.tokens) to[i % 2 * p.width + i / 2 * 8] = from_float<E>(gates[i] == 0.f ? 0.f : sums[i] * gates[i]);
+      }
+    barrier(kHelpers, kHelping);
+    if (thread == 0 && there) shrink_done(p.sync);
+    if (part + 1 < last) arrive(kPartTaken, kMultiplying + kHelping);
+  }
+  if (first < last && thread == 0) {
+    published = true;
+    __threadfence();
+    shrunk = true;
+  }
+  const int begin = first_of(p, kLinear, blocks, block), end = first_of(p, kLinear, blocks, block + 1);
+  if (thread >= 32 || begin == end || segment_of(p, kLinear, begin, end).begin == 0) return;
+  barrier(kPartialLeft, kMultiplying + 32);
+  if (thread == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.flags + block) : "memory");
+}
+#endif
+
+}  // namespace ls

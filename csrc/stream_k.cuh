@@ -1,0 +1,135 @@
+// How linear_split_k_sm90.cu deals the work of a launch out to its blocks (stream-K), and what it is told.
+#pragma once
+#include "linear_sm90.cuh"
+
+namespace ls {
+
+constexpr int kRows = 128;                // outputs of a tile
+constexpr int kFeatures = kSm90Features;  // of a step
+constexpr int kMostShares = 16;           // blocks that share a tile of the shrink
+constexpr int kFewShares = 8;             // where these have few steps, and there is time: fewer have to exchange something
+constexpr int kLong = 24, kFew = 8;       // steps of a block, of a share
+constexpr int kLeastShare = 4;            // steps of a share
+constexpr int kLeastSteps = 4;            // of a block, on average
+constexpr int kExchange = 9, kBeside = 2;  // steps that a block could do while it exchanges its share: if it pauses, if not
+
+// Numbers that are dealt out evenly: the first one of a receiver.
+struct Deal {
+  int each, rest;
+  Deal() = default;
+  Deal(int all, int receivers) : each(all / receivers), rest(all % receivers) {}
+  __host__ __device__ __forceinline__ int first(int receiver) const { return receiver * each + (receiver < rest ? receiver : rest); }
+};
+
+// First comes the shrink, whose tiles are columns of the hidden. It goes by parts, each a tile's share of the features; the last
+// `shrink_blocks` blocks have them. Then the linears: all steps of all tiles, one after the other. Who shrinks has fewer of these.
+enum Phase { kShrink, kLinear };
+
+// What every block reads first stands together: it comes from memory in lines.
+struct SplitKParams {
+  int n_items, steps, width, shrink_blocks;  // steps: of in_features
+  int shares, parts;                         // of a tile of the shrink; of all
+  Deal of_blocks, of_shares, of_shrinking;   // steps: of all, of a tile's shares; parts
+  bool pauses;        // who shrinks copies nothing more until its share of the hidden is there
+  int exchange;       // steps that a share counts for beyond its own
+  int linear_blocks;  // that have steps of the linears, the first ones
+  bool apart;         // these are dealt out evenly by themselves
+  bool impatient;
+  int tokens, top_k, num_experts, in_features;
+  int begin[LS_MAX_GROUP + 1], begin_shrink[LS_MAX_GROUP + 1];  // first step of each linear's first tile; first tile
+  Sm90Linear linears[LS_MAX_GROUP];
+  const void *lora_a[LS_MAX_GROUP], *lora_b[LS_MAX_GROUP], *input;
+  void *hidden;
+  const int64_t *experts;
+  const float *gates;
+  float *partials;    // of each block, and of each part of the shrink
+  unsigned *flags;    // of each block: 1: its partials are there; whoever reads them puts it back to 0
+  unsigned *arrived;  // of each tile of the shrink: how many partials are there
+  Sync *sync;         // done: parts of the shrink
+  CUtensorMap x, hidden_map, weight[LS_MAX_GROUP], a_map[LS_MAX_GROUP], b_map[LS_MAX_GROUP];
+};
+
+// Steps of the shrink that the blocks before this one have, and what their exchange counts for.
+__host__ __device__ __forceinline__ int shrink_steps_before(const SplitKParams &p, int blocks, int block) {
+  const int before = block - (blocks - p.shrink_blocks);
+  if (before <= 0) return 0;
+  const int part = p.of_shrinking.first(before);
+  return part / p.shares * p.steps + p.of_shares.first(part % p.shares) + before * p.exchange;
+}
+// The first part or step of a block.
+__host__ __device__ __forceinline__ int first_of(const SplitKParams &p, Phase phase, int blocks, int block) {
+  if (phase == kLinear)
+    return p.apart ? p.of_blocks.first(min(block, p.linear_blocks)) : p.of_blocks.first(block) - shrink_steps_before(p, blocks, block);
+  const int shrinking = block - (blocks - p.shrink_blocks);
+  return shrinking < 0 ? 0 : p.of_shrinking.first(shrinking);
+}
+
+// Where the partials of a part of the shrink are. A block that has several parts, which nobody shares, has one place for all.
+__device__ __forceinline__ int shrink_place(const SplitKParams &p, int blocks, int block, int part) {
+  return blocks + (p.shares > 1 ? part : block - (blocks - p.shrink_blocks));
+}
+
+// What a block has of a tile: steps `begin` to `end` of its `steps`, of which the first `experts` are the experts'.
+struct Segment {
+  int item, column, columns, begin, end, steps, experts;
+  int next;  // part or step
+  __device__ __forceinline__ int first() const { return max(begin, experts) - experts; }  // of in_features
+  __device__ __forceinline__ int own() const { return max(end, experts) - experts - first(); }
+  __device__ __forceinline__ int length() const { return end - begin; }
+};
+__device__ __forceinline__ Segment segment_of(const SplitKParams &p, Phase phase, int at, int last) {
+  Segment s;
+  s.item = 0;
+  if (phase == kShrink) {
+    const int tile = at / p.shares, share = at - tile * p.shares;
+    while (tile >= p.begin_shrink[s.item + 1]) ++s.item;
+    s.experts = 0, s.steps = p.steps, s.begin = p.of_shares.first(share), s.end = p.of_shares.first(share + 1);
+    s.column = (tile - p.begin_shrink[s.item]) * kRows, s.columns = p.linears[s.item].steps * kFeatures, s.next = at + 1;
+  } else {
+    while (at >= p.begin[s.item + 1]) ++s.item;
+    s.experts = p.linears[s.item].steps, s.steps = p.steps + s.experts;
+    const int step = at - p.begin[s.item], tile = step / s.steps;
+    s.column = tile * kRows, s.columns = p.linears[s.item].columns;
+    s.begin = step - tile * s.steps, s.end = min(s.steps, s.begin + last - at), s.next = at + s.end - s.begin;
+  }
+  return s;
+}
+
+// Deals everything out; returns the number of blocks, at most `most`, or 0: too many steps. `linears`, `n_items` and `steps` are there.
+inline int deal_out(SplitKParams &p, int most) {
+  int64_t steps = 0, tiles = 0;
+  for (int i = 0; i < p.n_items; ++i) {
+    const Sm90Linear &linear = p.linears[i];
+    p.begin[i] = int(steps), p.begin_shrink[i] = int(tiles);
+    steps += int64_t((linear.columns + kRows - 1) / kRows) * (p.steps + linear.steps);
+    tiles += (linear.steps * kFeatures + kRows - 1) / kRows;
+    if (steps + tiles * (p.steps + kMostShares * kExchange) > INT32_MAX) return 0;
+  }
+  p.begin[p.n_items] = int(steps), p.begin_shrink[p.n_items] = int(tiles);
+  const int shrink_steps = int(tiles) * p.steps;
+  int blocks = (int(steps) + shrink_steps + kLeastSteps - 1) / kLeastSteps;
+  if (blocks > most) blocks = most;
+  p.of_blocks = Deal(int(steps), blocks), p.linear_blocks = blocks, p.apart = true;
+  if (tiles == 0) return blocks;
+  // No block has two shares, so all of a tile can wait for each other.
+  int shares = blocks / int(tiles), limit = p.steps / kLeastShare;
+  const bool little = int(steps) / blocks < kLong;
+  const int most_shares = little || p.steps > kFewShares * kFew ? kMostShares : kFewShares;
+  if (limit > most_shares) limit = most_shares;
+  if (shares > limit) shares = limit;
+  p.shares = shares > 0 ? shares : 1, p.parts = int(tiles) * p.shares;
+  p.shrink_blocks = p.parts < blocks ? p.parts : blocks;
+  p.of_shares = Deal(p.steps, p.shares), p.of_shrinking = Deal(p.parts, p.shrink_blocks);
+  const int others = blocks - p.shrink_blocks;
+  p.pauses = little || p.shrink_blocks <= blocks / 4;
+  p.exchange = p.pauses ? kExchange : kBeside;
+  const Deal all(int(steps) + shrink_steps + p.shrink_blocks * p.exchange, blocks);
+  const int largest = (p.of_shrinking.each + (p.of_shrinking.rest > 0)) * (p.of_shares.each + (p.of_shares.rest > 0)) + p.exchange;
+  if (largest < all.each)
+    p.of_blocks = all, p.apart = false;
+  else if (others >= p.shrink_blocks)  // who shrinks is busy enough
+    p.of_blocks = Deal(int(steps), others), p.linear_blocks = others;
+  return blocks;
+}
+
+}  // namespace ls
