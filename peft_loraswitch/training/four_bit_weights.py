@@ -8,13 +8,14 @@ bits are to spare. The first forward of a layer settles which dtype it computes 
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..four_bit_layers import four_bit_state
+from . import four_bit_kernels
 from .group_layout import PackedWeight
 
 
@@ -30,18 +31,17 @@ class FourBitWeight(PackedWeight):
 
     def __init__(self, weight: Any) -> None:
         self.state = weight.quant_state
-        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' is in Python; a plain tensor has none
-            self.packed: Tensor = weight.detach()
+        self.packed: Tensor = weight.detach()
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
+        # In another dtype than what was quantised: the library's forward, too, rounds to what it computes in.
+        return four_bit_kernels.made(self.packed, self.state, dtype)
 
-        state = self.state
-        if state.dtype != dtype:  # of what was quantised. The library's forward, too, rounds to what it computes in
-            state = copy.copy(state)
-            state.dtype = dtype
-        weight: Tensor = dequantize_4bit(self.packed, state)
-        return weight
+
+def four_bit_weights(weights: Sequence[Any]) -> list[FourBitWeight]:
+    """Of bitsandbytes' parameters."""
+    with torch._C.DisableTorchFunctionSubclass():  # theirs is in Python; a plain tensor has none
+        return [FourBitWeight(weight) for weight in weights]
 
 
 class FourBitForm(NamedTuple):

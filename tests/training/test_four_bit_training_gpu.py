@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fast_linear_checks import NO_LOSSES
+from four_bit_linear import linear_4bit
 from four_bit_training import (
     KINDS,
     LINEARS,
@@ -22,7 +23,7 @@ from four_bit_training import (
     plain_twin,
 )
 from helpers import adapter_gradients, padded
-from peft_loraswitch.training import fast_linears, four_bit_weights
+from peft_loraswitch.training import fast_linears, four_bit_kernels, four_bit_weights
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
@@ -63,6 +64,21 @@ def test_the_librarys_products(kind, dtype, mode, lengths, batches, monkeypatch)
     twin = plain_twin(model, dtype).float()
     with fast_linears.plain():
         no_further(ours, theirs, [step(twin, lengths, seed) for seed in range(batches)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_librarys_kernels_are_called_and_give_its_bits(kind, dtype, monkeypatch):
+    from bitsandbytes.functional import dequantize_4bit
+
+    monkeypatch.setattr(four_bit_kernels, "_alike", {})
+    base = linear_4bit(torch.nn.Linear(4096, 1024, device=DEVICE), **kind)
+    state = base.weight.quant_state
+    state.dtype = dtype
+    for _ in range(2):
+        (weight,) = four_bit_weights.four_bit_weights([base.weight])
+        assert torch.equal(weight.to(dtype), dequantize_4bit(base.weight.detach(), state))
+    assert list(four_bit_kernels._alike.values()) == [True], "only the public function, which takes longer"
 
 
 @pytest.mark.parametrize("mode", MODES)
