@@ -25,12 +25,13 @@ Functions = tuple[Any, Any]  # for weights, and for their scales if these are qu
 _alike: dict[Any, bool] = {}  # by kind: whether a weight had the bits that the public function gives
 
 
-def made(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def made(packed: Tensor, state: Any, dtype: torch.dtype, kept: list[Tensor] | None = None) -> Tensor:
     """The weight, [out, in].
 
     Args:
         packed: the bytes, as the layer holds them; state: the `QuantState` that goes with them.
         dtype: to which the numbers are rounded, once, whatever dtype was quantised.
+        kept: where quantised scales are put once they are made, and taken from; None: they are made each time.
     """
     stream = _stream(packed)
     functions = None if stream is None else _functions(state.quant_type, dtype)
@@ -43,7 +44,7 @@ def made(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         if packed.is_cuda and torch.cuda.is_current_stream_capturing():  # to compare waits for the device
             return _by_the_library(packed, state, dtype)
         alike = _alike[kind] = _compare(functions, packed, state, dtype, stream)
-    return _launch(functions, packed, state, dtype, stream) if alike else _by_the_library(packed, state, dtype)
+    return _launch(functions, packed, state, dtype, stream, kept) if alike else _by_the_library(packed, state, dtype)
 
 
 def _by_the_library(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
@@ -56,10 +57,14 @@ def _by_the_library(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def _launch(functions: Functions, packed: Tensor, state: Any, dtype: torch.dtype, stream: int | None) -> Tensor:
+def _launch(
+    functions: Functions, packed: Tensor, state: Any, dtype: torch.dtype, stream: int | None, kept: list[Tensor] | None
+) -> Tensor:
     of_weights, of_scales = functions
     scales = state.absmax
-    if state.nested:
+    if kept:
+        scales = kept[0]
+    elif state.nested:
         codes, inner = scales, state.state2
         scales = torch.empty_like(codes, dtype=torch.float32)
         of_scales(
@@ -67,6 +72,8 @@ def _launch(functions: Functions, packed: Tensor, state: Any, dtype: torch.dtype
             inner.blocksize, codes.numel(), stream,
         )  # fmt: skip
         scales.add_(state.offset)
+        if kept is not None:
+            kept.append(scales)
     weight = torch.empty(state.shape, dtype=dtype, device=packed.device)
     of_weights(
         None, packed.data_ptr(), scales.data_ptr(), weight.data_ptr(), state.blocksize, weight.numel(), stream
@@ -113,7 +120,8 @@ def _fits(packed: Tensor, state: Any) -> bool:
 
 
 def _compare(functions: Functions, packed: Tensor, state: Any, dtype: torch.dtype, stream: int | None) -> bool:
-    weight, expected = _launch(functions, packed, state, dtype, stream), _by_the_library(packed, state, dtype)
+    weight = _launch(functions, packed, state, dtype, stream, None)
+    expected = _by_the_library(packed, state, dtype)
     alike = torch.equal(weight.view(torch.uint8), expected.view(torch.uint8))
     if not alike:
         logger.warning(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import nn
 
 from fast_linear_checks import NO_LOSSES, step
 from four_bit_linear import linear_4bit
-from four_bit_training import KINDS, MODES, agree, layers_of, model_of
-from helpers import padded
+from four_bit_training import KINDS, LINEARS, MODES, agree, model_of
+from helpers import adapter_gradients, padded
 from peft_loraswitch.training import four_bit_kernels
 from peft_loraswitch.training.four_bit_weights import four_bit_weights
 from stand_in_library import view
@@ -70,7 +71,7 @@ def base_of(kind: dict[str, Any]) -> Any:
 
 
 def made(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    (weight,) = four_bit_weights([base.weight])
+    (weight,) = four_bit_weights([base.weight], False)
     return weight.to(dtype)
 
 
@@ -131,7 +132,7 @@ def test_what_the_layer_holds_now_counts(double, kernels):
 def test_a_weight_that_was_noted_down_before_a_change_follows_it(kernels):
     """So backward does, whose weights are those of its forward."""
     base = base_of({})
-    (weight,) = four_bit_weights([base.weight])
+    (weight,) = four_bit_weights([base.weight], False)
     weight.to(torch.bfloat16)
     base.weight.quant_state.absmax.mul_(3)
     assert torch.equal(weight.to(torch.bfloat16), expected(base, torch.bfloat16))
@@ -193,10 +194,50 @@ def test_a_cpu_and_another_version_of_the_library(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_models_train_alike(mode, kernels, monkeypatch):
-    model = model_of(mode=mode, kind={"double": True}, **NO_LOSSES)
+@pytest.mark.parametrize("double", [False, True])
+def test_models_train_alike(double, mode, kernels, monkeypatch):
+    """A checkpointed block's second run leaves the scales to backward; it does not come to the last linear, one of each block."""
+    model = model_of(mode=mode, kind={"double": double}, **NO_LOSSES)
     for _ in range(2):
-        _, gradients = step(model, padded([7, 4]))
-    assert kernels.calls.count("weight") == kernels.calls.count("scales") > 2 * len(layers_of(model))
+        step(model, padded([7, 4]))
+    kernels.calls.clear()
+    _, gradients = step(model, padded([7, 4]))
+    weights = (LINEARS - 3 if mode == MODES[0] else LINEARS) + LINEARS  # backward, of all whose input asks; forward
+    scales = weights
+    if mode != MODES[0]:
+        weights += LINEARS - (2 if mode == "non-reentrant" else 0)
+    assert kernels.calls.count("weight") == weights and kernels.calls.count("scales") == (scales if double else 0)
     monkeypatch.setattr(four_bit_kernels, "_stream", lambda packed: None)
     agree(gradients, step(model, padded([7, 4]))[1], 1e-6)
+
+
+def test_scales_are_gone_after_backward(kernels):
+    model = model_of(mode="non-reentrant", kind={"double": True}, **NO_LOSSES)
+    alive = weakref.WeakSet()
+    of_scales = torch.empty_like
+
+    def noted(*args: Any, **settings: Any) -> torch.Tensor:
+        made = of_scales(*args, **settings)
+        alive.add(made)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", noted)
+        loss = None
+        for _ in range(2):
+            loss = model(**padded([7, 4])).loss
+            assert not any(each.dtype == torch.float32 and each.ndim == 1 for each in alive)
+            loss.backward()
+    assert kernels.calls and not any(each.ndim == 1 for each in alive)
+
+
+def test_a_second_backward_is_the_first_again(kernels):
+    model = model_of(mode="non-reentrant", kind={"double": True}, **NO_LOSSES)
+    step(model, padded([7, 4]))
+    model.zero_grad()
+    loss = model(**padded([7, 4])).loss
+    loss.backward(retain_graph=True)
+    first = adapter_gradients(model)
+    model.zero_grad()
+    loss.backward()
+    agree(adapter_gradients(model), first, 1e-6)

@@ -76,7 +76,7 @@ def test_the_librarys_kernels_are_called_and_give_its_bits(kind, dtype, monkeypa
     state = base.weight.quant_state
     state.dtype = dtype
     for _ in range(2):
-        (weight,) = four_bit_weights.four_bit_weights([base.weight])
+        (weight,) = four_bit_weights.four_bit_weights([base.weight], False)
         assert torch.equal(weight.to(dtype), dequantize_4bit(base.weight.detach(), state))
     assert list(four_bit_kernels._alike.values()) == [True], "only the public function, which takes longer"
 
