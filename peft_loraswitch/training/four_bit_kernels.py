@@ -98,7 +98,7 @@ def _functions(quant_type: str, dtype: torch.dtype) -> Functions | None:
         return None
     of_weights = getattr(lib, f"cdequantize_blockwise_{NAMES.get(dtype)}_{quant_type}", None)
     of_scales = getattr(lib, "cdequantize_blockwise_fp32", None)
-    if all(getattr(each, "argtypes", None) == ARGUMENTS for each in (of_weights, of_scales)):
+    if all(list(getattr(each, "argtypes", None) or ()) == ARGUMENTS for each in (of_weights, of_scales)):
         return of_weights, of_scales
     return None
 
