@@ -1,9 +1,9 @@
 """`pair_products.py` as Triton kernels: three, of which each takes the strides of weights of any layout.
 
 One launch computes linears alike of a group (q, k and v; gate and up), whose rows lie apart: each program takes the addresses of
-its own. Rows are read where they lie, by the token of each pair, so nothing is gathered in memory. Grids depend on numbers of tokens and
-experts alone. No atomics: every number is written by one program, and what is added up over a token's experts is added by one
-launch after the other, so the bits are the same in every run. Products and sums are float32.
+its own. Rows are read where they lie, by the token of each pair, so nothing is gathered in memory. Grids depend on numbers of
+tokens and experts alone. No atomics: every number is written by one program, and what is added up over a token's experts is added
+by one launch after the other, so the bits are the same in every run. Products and sums are float32.
 """
 
 from __future__ import annotations
