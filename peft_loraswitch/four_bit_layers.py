@@ -16,8 +16,10 @@ def four_bit_state(base: nn.Module) -> Any | None:
     layer: Any = base
     weight = layer._parameters.get("weight")  # the attribute takes a microsecond
     state = getattr(weight, "quant_state", None)
-    # A weight that is not quantised yet; one that bitsandbytes has packed otherwise, for some CPUs.
-    if type(weight) is not library.Params4bit or state is None or getattr(state, "packing_format_for_cpu", False):
+    if type(weight) is not library.Params4bit or state is None:  # a weight that is not quantised yet
+        return None
+    # Packed otherwise, for some CPUs. (For an attribute that is not there, the library looks up a table of its own.)
+    if state.__dict__.get("packing_format_for_cpu", False):
         return None
     fits = state.quant_type in ("nf4", "fp4") and tuple(state.shape or ()) == (layer.out_features, layer.in_features)
     return state if fits else None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..fingerprint import Fingerprint
 from ..routing.frame import RoutingFrame, RoutingState
 from ..tensor_parallel import is_split
-from .four_bit_weights import FourBitWeight, four_bit_form
+from .four_bit_weights import four_bit_form, four_bit_weights
 from .gate_hidden import Columns
 from .group_function import autocast_dtype, run
 from .group_layout import KeptByBlock, Spec
@@ -120,8 +120,10 @@ def _look_at(layer: Any, seen: list[Any]) -> None:
         weights += (parameters["weight"], parameters["bias"])
     else:
         form = four_bit_form(base)
-        seen += (is_split(layer.get_base_layer()), form)
-        if form is not None:
+        seen.append(form)
+        if form is None:
+            seen.append(is_split(layer.get_base_layer()))
+        else:  # a weight of one class alone, which is none that is split
             weights.append(base._parameters["bias"])
     a_of, b_of = modules["loraswitch_A"]._modules, modules["loraswitch_B"]._modules
     for adapter in (active,) if type(active) is str else active:
@@ -396,7 +398,7 @@ def _with_adapter(
         bases = [one._modules["base_layer"]._parameters for one in layers]
         weights, biases = [base["weight"] for base in bases], [base["bias"] for base in bases]
         if plan.packed:
-            weights = [FourBitWeight(weight) for weight in weights]
+            weights = four_bit_weights(weights, inputs.second_run)
         return run(spec, x, gates, chosen, a, b, weights, biases, order, kept)
     # What this path has computed itself may be added to; of a base layer's result it must be known that nobody holds it.
     again = plan.own or adapter != plan.adapters[0]

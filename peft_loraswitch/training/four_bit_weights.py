@@ -8,40 +8,48 @@ bits are to spare. The first forward of a layer settles which dtype it computes 
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..four_bit_layers import four_bit_state
+from . import four_bit_kernels
 from .group_layout import PackedWeight
 
 
 class FourBitWeight(PackedWeight):
     """That of a layer, as its memory is whenever `to` is called. So backward goes by what bytes and scales are by then, and to
-    write to them after the forward is no error: as in the library.
+    write to them after the forward is no error: as in the library. (In a checkpointed block that is by what the scales are in
+    its second run, where these are quantised, too.)
 
     Attributes:
         packed: the bytes, the layer's own memory; state: `QuantState`.
+        scales: those that were quantised, once they are made; None: they are not kept.
     """
 
-    __slots__ = ("packed", "state")
+    __slots__ = ("packed", "scales", "state")
 
-    def __init__(self, weight: Any) -> None:
+    def __init__(self, weight: Any, keeps_scales: bool) -> None:
         self.state = weight.quant_state
-        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' is in Python; a plain tensor has none
-            self.packed: Tensor = weight.detach()
+        self.packed: Tensor = weight.detach()
+        self.scales: list[Tensor] | None = [] if keeps_scales else None
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
+        # In another dtype than what was quantised: the library's forward, too, rounds to what it computes in.
+        return four_bit_kernels.made(self.packed, self.state, dtype, self.scales)
 
-        state = self.state
-        if state.dtype != dtype:  # of what was quantised. The library's forward, too, rounds to what it computes in
-            state = copy.copy(state)
-            state.dtype = dtype
-        weight: Tensor = dequantize_4bit(self.packed, state)
-        return weight
+
+def four_bit_weights(weights: Sequence[Any], keep_scales: bool) -> list[FourBitWeight]:
+    """Of bitsandbytes' parameters.
+
+    Args:
+        keep_scales: in a checkpointed block's second run, whose backward comes next: 4 bytes for each block of a
+            weight, until that is over.
+    """
+    with torch._C.DisableTorchFunctionSubclass():  # theirs is in Python; a plain tensor has none
+        return [FourBitWeight(weight, keep_scales) for weight in weights]
 
 
 class FourBitForm(NamedTuple):

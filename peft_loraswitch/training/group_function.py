@@ -130,6 +130,8 @@ class _Call:
             self.hidden = _hidden(rows, self.casts, self.a, spec, order)
         else:  # backward asks for the input first: then the block has run again, and has the hidden
             self.place = kept[0].place(kept[1])
+            if spec.packed:
+                kept[0].keep_packed(self.place, self.base)
             self.hidden = kept[0].hidden.get(self.place)
             if self.hidden is None:
                 self.hidden = _hidden(rows, self.casts, self.a, spec, order)
@@ -252,7 +254,8 @@ class _Group(torch.autograd.Function):
                     d_x = group_pairs.d_input(d_hidden, casts, a, spec, order, gates.shape[0])
                 else:
                     d_x = _d_input(d_hidden, casts.wide_a(a), spec)
-                _add_base(d_x, d_rows, left.base, spec)
+                base = left.base if block is None or not spec.packed else block.packed.pop(left.place, left.base)
+                _add_base(d_x, d_rows, base, spec)
                 if d_x.dtype != left.x_dtype:
                     d_x = d_x.to(left.x_dtype)
                 d_x = d_x.view(left.x_shape)

@@ -214,11 +214,13 @@ class KeptByBlock:
     Attributes:
         hidden: by `place()`. Backward takes it away, so it is made anew if there is a second backward.
         gated: the same, which the second run takes away.
+        packed: the weights that the second run has made of their 4 bits, with what that has left for backward.
     """
 
     def __init__(self) -> None:
         self.hidden: dict[Any, Tensor] = {}
         self.gated: dict[Any, Tensor] = {}
+        self.packed: dict[Any, Sequence[Weight]] = {}
         self._casts: dict[Any, Casts] = {}
         self._second_run = False
         self._all_kept = True  # the casts of all groups that the first run has come to
@@ -255,3 +257,8 @@ class KeptByBlock:
         """Of a first run, if it is small and the hidden is kept."""
         if not self._second_run and place in self.hidden and gated.nbytes <= KEPT_GATED_BYTES:
             self.gated[place] = gated
+
+    def keep_packed(self, place: tuple[Any, int], weights: Sequence[Weight]) -> None:
+        """Of a second run."""
+        if self._second_run:
+            self.packed[place] = weights

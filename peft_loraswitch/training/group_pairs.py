@@ -5,12 +5,13 @@ products that read it apply them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .gate_hidden import runs
+from .gate_hidden import Columns, runs
 from .group_layout import Casts, Spec
 from .pair_order import PairOrder
 from .pair_products import from_rank, to_rank, to_rank_backward, weight_gradient
@@ -28,8 +29,7 @@ def add_up(
     results: Sequence[Tensor], hidden: Tensor, gates: Tensor, casts: Casts, spec: Spec, order: PairOrder
 ) -> None:
     """Adds to the results [T, out] of all linears what their experts make of the hidden."""
-    for result, part, w, columns in zip(results, _parts(hidden, spec), casts.pair_b(), spec.columns, strict=True):
-        from_rank(part, w, order, result, None, True, gates, columns.scaling)
+    _up(results, hidden, gates, casts, spec, order, (None,) * spec.size, True)
 
 
 def write_up(
@@ -37,9 +37,16 @@ def write_up(
     biases: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
     """Writes it there, with the base layers' biases."""
-    operands = zip(results, _parts(hidden, spec), casts.pair_b(), spec.columns, biases, strict=True)
-    for result, part, w, columns, bias in operands:
-        from_rank(part, w, order, result, bias, False, gates, columns.scaling)
+    _up(results, hidden, gates, casts, spec, order, biases, False)
+
+
+def _up(
+    results: Sequence[Tensor], hidden: Tensor, gates: Tensor, casts: Casts, spec: Spec, order: PairOrder,
+    biases: Sequence[Tensor | None], add: bool,
+) -> None:  # fmt: skip
+    weights = casts.pair_b()
+    for one, _, some, columns in _alike(spec, [bias is None for bias in biases]):
+        from_rank(hidden[:, columns], weights[some], order, results[some], biases[some], add, gates, one.scaling)
 
 
 def hidden_backward(
@@ -49,14 +56,15 @@ def hidden_backward(
     first = next(d for d in d_rows if d is not None)
     d_hidden = torch.empty_like(hidden)
     d_pairs = gates.new_empty(spec.size, order.pairs, dtype=torch.promote_types(gates.dtype, hidden.dtype))
-    parts = zip(_parts(d_hidden, spec), _parts(hidden, spec), casts.pair_b(), strict=True)
-    for i, (d_part, part, w) in enumerate(parts):
-        d = d_rows[i]
-        if d is None:
-            d_part.zero_()
-            d_pairs[i].zero_()
+    weights = casts.pair_b()
+    for one, there, some, columns in _alike(spec, [d is not None for d in d_rows]):
+        d_part, part = d_hidden[:, columns], hidden[:, columns]
+        if there:
+            ds = [side_by_side(d) for d in d_rows[some] if d is not None]
+            to_rank_backward(ds, weights[some], order, part, gates, one.scaling, d_part, d_pairs[some])
         else:
-            to_rank_backward(side_by_side(d), w, order, part, gates, spec.columns[i].scaling, d_part, d_pairs[i])
+            d_part.zero_()
+            d_pairs[some].zero_()
     d_gates = d_pairs.new_zeros(first.shape[0], order.experts + 1)
     d_gates.view(-1).scatter_(0, order.gate_places, d_pairs.sum(dim=0) if spec.size > 1 else d_pairs[0])
     return d_hidden, d_gates[:, : order.experts]  # without the null index
@@ -67,7 +75,7 @@ def d_input(d_hidden: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, ord
     total = d_hidden.new_empty(tokens, casts.layout.features)
     add = False
     for w, part in _with_columns(casts.pair_a(a), d_hidden):
-        from_rank(part, w, order, total, None, add)
+        from_rank(part, [w], order, [total], [None], add)
         add = True
     return total
 
@@ -77,14 +85,15 @@ def d_b(
     order: PairOrder,
 ) -> list[Tensor | None]:  # fmt: skip
     """[E, out, r] of each linear that wants one and has a gradient, in the dtype of its B."""
-    found: list[Tensor | None] = []
-    for d, part, each, want, columns in zip(d_rows, _parts(hidden, spec), b, wanted, spec.columns, strict=True):
-        if d is None or not want:
-            found.append(None)
-            continue
-        gradient = torch.empty(each.shape, dtype=each.dtype, device=each.device)
-        weight_gradient(side_by_side(d), part, order, gradient.transpose(1, 2).unsqueeze(0), gates, columns.scaling)
-        found.append(gradient)
+    found: list[Tensor | None] = [None] * spec.size
+    asked = [d is not None and want for d, want in zip(d_rows, wanted, strict=True)]
+    for one, ask, some, columns in _alike(spec, asked):
+        if ask:
+            ds = [side_by_side(d) for d in d_rows[some] if d is not None]
+            made = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in b[some]]
+            turned = [each.transpose(1, 2).unsqueeze(0) for each in made]
+            weight_gradient(ds, hidden[:, columns], order, turned, gates, one.scaling)
+            found[some] = made
     return found
 
 
@@ -93,7 +102,7 @@ def d_a(d_hidden: Tensor, rows: Tensor, a: Sequence[Tensor], spec: Spec, order: 
     gradients: list[Tensor] = []
     alike = [a[0].new_empty(count, first.experts, first.rank, rows.shape[1]) for first, count in runs(spec.columns)]
     for w, part in _with_columns(alike, d_hidden):
-        weight_gradient(side_by_side(rows), part, order, w)
+        weight_gradient([side_by_side(rows)], part, order, [w])
         gradients += w.unbind(0)
     return gradients
 
@@ -103,8 +112,16 @@ def side_by_side(each: Tensor) -> Tensor:
     return each if each.stride(-1) == 1 else each.contiguous()
 
 
-def _parts(hidden: Tensor, spec: Spec) -> Sequence[Tensor]:
-    return hidden.split_with_sizes(spec.hidden_widths, -1)
+def _alike(spec: Spec, keys: Sequence[bool]) -> Iterator[tuple[Columns, bool, slice, slice]]:
+    """Linears alike that stand side by side and have the same key: one of them, the key, which they are, their columns of the
+    hidden."""
+    start, column = 0, 0
+    for one, count in runs(spec.columns):
+        for key, same in itertools.groupby(keys[start : start + count]):
+            end = start + len(list(same))
+            until = column + (end - start) * one.rank
+            yield one, key, slice(start, end), slice(column, until)
+            start, column = end, until
 
 
 def _with_columns(weights: Sequence[Tensor], hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

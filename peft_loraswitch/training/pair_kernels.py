@@ -1,13 +1,15 @@
 """`pair_products.py` as Triton kernels: three, of which each takes the strides of weights of any layout.
 
-Rows are read where they lie, by the token of each pair, so nothing is gathered in memory. Grids depend on numbers of tokens and
-experts alone. No atomics: every number is written by one program, and what is added up over a token's experts is added by one
-launch after the other, so the bits are the same in every run. Products and sums are float32.
+One launch computes linears alike of a group (q, k and v; gate and up), whose rows lie apart: each program takes the addresses of
+its own. Rows are read where they lie, by the token of each pair, so nothing is gathered in memory. Grids depend on numbers of
+tokens and experts alone. No atomics: every number is written by one program, and what is added up over a token's experts is added
+by one launch after the other, so the bits are the same in every run. Products and sums are float32.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ LARGEST_RANK = 128  # one program sums up a gate's gradient
 COLUMNS = 128  # of small matrices, in one program that makes them
 FEATURES = 64  # of wide matrices: read at a time
 WRITTEN = 128  # and written by one program
+LINEARS = 3  # of a group, in one launch: q, k and v. Kernels take operands for so many, None where there are fewer
 _compiles: dict[torch.device, bool] = {}
 
 
@@ -55,11 +58,25 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _to_rank_kernel(  # type: ignore[no-untyped-def]
-        features, w, small, tokens, tiles, gates, hidden, d_gates,
-        width, features_row, experts, small_row, hidden_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
+        features, features1, features2, w, w1, w2, small, tokens, tiles, gates, hidden, d_gates,
+        width, width1, width2, features_row, features_row1, features_row2,
+        experts, small_row, hidden_row, d_gates_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
         RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
-        BACKWARD: tl.constexpr,
+        BACKWARD: tl.constexpr, LINEARS: tl.constexpr,
     ):  # fmt: skip
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        if LINEARS > 1:  # which of them: each has one block of columns
+            other = tl.program_id(1) == 1
+            features, w = tl.where(other, features1, features), tl.where(other, w1, w)
+            width, features_row = tl.where(other, width1, width), tl.where(other, features_row1, features_row)
+        if LINEARS > 2:
+            other = tl.program_id(1) == 2
+            features, w = tl.where(other, features2, features), tl.where(other, w2, w)
+            width, features_row = tl.where(other, width2, width), tl.where(other, features_row2, features_row)
+        if LINEARS > 1:
+            column = tl.arange(0, BLOCK)
+            small, hidden = small + tl.program_id(1) * COLUMNS, hidden + tl.program_id(1) * COLUMNS
+            d_gates += tl.program_id(1).to(tl.int64) * d_gates_row
         tile = tiles + tl.program_id(0) * 3
         expert = tl.load(tile)
         if (expert < 0) | (expert >= experts):
@@ -67,7 +84,6 @@ if triton is not None:
         row = tl.load(tile + 1) + tl.arange(0, TILE)
         there = row < tl.load(tile + 2)
         token = tl.load(tokens + row, mask=there, other=0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         is_column = column < COLUMNS
         weight = w + expert.to(tl.int64) * w_expert + (column // RANK).to(tl.int64) * w_linear + column % RANK * w_rank
         source = features + token * features_row
@@ -90,12 +106,32 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _from_rank_kernel(  # type: ignore[no-untyped-def]
-        small, w, out, bias, tokens, tiles, gates,
-        width, out_row, experts, small_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
+        small, w, w1, w2, out, out1, out2, bias, bias1, bias2, tokens, tiles, gates,
+        width, width1, width2, out_row, out_row1, out_row2,
+        experts, small_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
         RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
-        ADD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+        ADD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, LINEARS: tl.constexpr,
     ):  # fmt: skip
         blocks = tl.cdiv(width, FEATURES)
+        second = blocks
+        if LINEARS > 1:
+            blocks += tl.cdiv(width1, FEATURES)
+        third = blocks
+        if LINEARS > 2:
+            blocks += tl.cdiv(width2, FEATURES)
+        block, before = tl.program_id(0) % blocks, 0
+        if LINEARS > 1:  # which of them
+            other = block >= second
+            w, out, bias = tl.where(other, w1, w), tl.where(other, out1, out), tl.where(other, bias1, bias)
+            width, out_row = tl.where(other, width1, width), tl.where(other, out_row1, out_row)
+            before = tl.where(other, second, before)
+            small += tl.where(other, COLUMNS, 0)
+        if LINEARS > 2:
+            other = block >= third
+            w, out, bias = tl.where(other, w2, w), tl.where(other, out2, out), tl.where(other, bias2, bias)
+            width, out_row = tl.where(other, width2, width), tl.where(other, out_row2, out_row)
+            before = tl.where(other, third, before)
+            small += tl.where(other, COLUMNS, 0)
         tile = tiles + tl.program_id(0) // blocks * 3
         expert = tl.load(tile)
         if expert < 0:
@@ -107,7 +143,7 @@ if triton is not None:
         there = row < end
         columns = tl.where(expert < experts, COLUMNS, 0)  # the null index has none
         token = tl.load(tokens + row, mask=there, other=0).to(tl.int64)
-        feature = tl.program_id(0) % blocks * FEATURES + tl.arange(0, FEATURES)
+        feature = (block - before) * FEATURES + tl.arange(0, FEATURES)
         is_feature = feature < width
         weight = w + expert.to(tl.int64) * w_expert
         source = small + row.to(tl.int64) * small_row
@@ -139,14 +175,30 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
-        features, small, d_w, tokens, bounds, gates,
-        width, features_row, small_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
+        features, features1, features2, small, d_w, d_w1, d_w2, tokens, bounds, gates,
+        width, width1, width2, features_row, features_row1, features_row2, w_expert, w_expert1, w_expert2,
+        small_row, w_linear, w_rank, w_feature, gate_row, scaling,
         RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
-        GATED: tl.constexpr,
+        GATED: tl.constexpr, LINEARS: tl.constexpr,
     ):  # fmt: skip
+        block, before = tl.program_id(1), 0
+        if LINEARS > 1:  # which of them
+            second = tl.cdiv(width, FEATURES)
+            third = second + tl.cdiv(width1, FEATURES)
+            other = block >= second
+            features, d_w = tl.where(other, features1, features), tl.where(other, d_w1, d_w)
+            width, features_row = tl.where(other, width1, width), tl.where(other, features_row1, features_row)
+            w_expert, before = tl.where(other, w_expert1, w_expert), tl.where(other, second, before)
+            small += tl.where(other, COLUMNS, 0)
+            if LINEARS > 2:
+                other = block >= third
+                features, d_w = tl.where(other, features2, features), tl.where(other, d_w2, d_w)
+                width, features_row = tl.where(other, width2, width), tl.where(other, features_row2, features_row)
+                w_expert, before = tl.where(other, w_expert2, w_expert), tl.where(other, third, before)
+                small += tl.where(other, COLUMNS, 0)
         expert = tl.program_id(0)
         first, end = tl.load(bounds + expert), tl.load(bounds + expert + 1)
-        feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+        feature = (block - before) * FEATURES + tl.arange(0, FEATURES)
         is_feature = feature < width
         column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
         is_column = column < COLUMNS
@@ -174,62 +226,73 @@ if triton is not None:
 
 def to_rank(features: Tensor, w: Tensor, order: PairOrder, small: Tensor) -> None:
     """As `pair_products.to_rank`."""
-    _to_rank(features, w, order, small, features, features, features, 0, 1.0, False)
+    _to_rank([features], [w], order, small, features, features, features, 0, 0, 1.0, False)
 
 
 def to_rank_backward(
-    d_out: Tensor, w: Tensor, order: PairOrder, hidden: Tensor, gates: Tensor, scaling: float, d_hidden: Tensor, d_gates: Tensor
+    d_outs: Sequence[Tensor], ws: Sequence[Tensor], order: PairOrder, hidden: Tensor, gates: Tensor, scaling: float,
+    d_hidden: Tensor, d_gates: Tensor,
 ) -> None:  # fmt: skip
-    """As `pair_products.to_rank_backward`."""
-    _to_rank(d_out, w, order, d_hidden, gates, hidden, d_gates, hidden.stride(0), scaling, True)
+    """As `pair_products.to_rank_backward`, of up to `LINEARS`."""
+    rows = (hidden.stride(0), d_gates.stride(0))
+    _to_rank(d_outs, ws, order, d_hidden, gates, hidden, d_gates, *rows, scaling, True)
 
 
 def _to_rank(
-    features: Tensor, w: Tensor, order: PairOrder, small: Tensor, gates: Tensor, hidden: Tensor, d_gates: Tensor,
-    hidden_row: int, scaling: float, backward: bool,
+    features: Sequence[Tensor], ws: Sequence[Tensor], order: PairOrder, small: Tensor, gates: Tensor, hidden: Tensor,
+    d_gates: Tensor, hidden_row: int, d_gates_row: int, scaling: float, backward: bool,
 ) -> None:  # fmt: skip
-    columns = w.shape[0] * w.shape[2]
+    w, n = ws[0], len(ws)
+    columns, unused = w.shape[0] * w.shape[2], (None,) * (LINEARS - n)
     block = _power(columns, COLUMNS)
-    with _on(features):
-        _to_rank_kernel[(order.tiles.shape[0], -(-columns // block))](
-            features, w, small, order.tokens, order.tiles, gates, hidden, d_gates,
-            features.shape[1], features.stride(0), order.experts, small.stride(0), hidden_row, *w.stride(),
-            gates.stride(0), scaling,
-            RANK=w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=FEATURES, BACKWARD=backward,
-            num_warps=4, num_stages=_stages(features),
+    sizes = [*(each.shape[1] for each in features), *unused, *(each.stride(0) for each in features), *unused]
+    with _on(w):
+        _to_rank_kernel[(order.tiles.shape[0], n if n > 1 else -(-columns // block))](
+            *features, *unused, *ws, *unused, small, order.tokens, order.tiles, gates, hidden, d_gates,
+            *sizes, order.experts, small.stride(0), hidden_row, d_gates_row, *w.stride(), gates.stride(0), scaling,
+            RANK=w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=FEATURES, BACKWARD=backward, LINEARS=n,
+            num_warps=4, num_stages=_stages(w),
         )  # fmt: skip
 
 
 def from_rank(
-    small: Tensor, w: Tensor, order: PairOrder, out: Tensor, bias: Tensor | None, add: bool,
+    small: Tensor, ws: Sequence[Tensor], order: PairOrder, outs: Sequence[Tensor], biases: Sequence[Tensor | None], add: bool,
     gates: Tensor | None = None, scaling: float = 1.0,
 ) -> None:  # fmt: skip
-    """As `pair_products.from_rank`."""
-    columns, gated = w.shape[0] * w.shape[2], gates is not None
-    factors = small if gates is None else gates
-    blocks = -(-out.shape[1] // WRITTEN)
-    with _on(out):
+    """As `pair_products.from_rank`, of up to `LINEARS`."""
+    w, gated, biased, n = ws[0], gates is not None, biases[0] is not None, len(outs)
+    columns, factors = w.shape[0] * w.shape[2], small if gates is None else gates
+    unused = (None,) * (LINEARS - n)
+    pointers = [*ws, *unused, *outs, *unused, *(biases if biased else outs), *unused]
+    sizes = [*(out.shape[1] for out in outs), *unused, *(out.stride(0) for out in outs), *unused]
+    blocks = sum(-(-out.shape[1] // WRITTEN) for out in outs)
+    with _on(w):
         for slot in range(order.slots):
             _from_rank_kernel[(order.slot_tiles.shape[1] * blocks,)](
-                small, w, out, out if bias is None else bias, order.tokens, order.slot_tiles[slot], factors,
-                out.shape[1], out.stride(0), order.experts, small.stride(0), *w.stride(), factors.stride(0), scaling,
+                small, *pointers, order.tokens, order.slot_tiles[slot], factors,
+                *sizes, order.experts, small.stride(0), *w.stride(), factors.stride(0), scaling,
                 RANK=w.shape[2], COLUMNS=columns, BLOCK=_power(columns, FEATURES), TILE=TILE, FEATURES=WRITTEN,
-                ADD=add or slot > 0, GATED=gated, BIAS=bias is not None and slot == 0, num_warps=4, num_stages=2,
+                ADD=add or slot > 0, GATED=gated, BIAS=biased and slot == 0, LINEARS=n, num_warps=4, num_stages=2,
             )  # fmt: skip
 
 
 def weight_gradient(
-    features: Tensor, small: Tensor, order: PairOrder, d_w: Tensor, gates: Tensor | None = None, scaling: float = 1.0
-) -> None:
-    """As `pair_products.weight_gradient`."""
-    columns, factors = d_w.shape[0] * d_w.shape[2], small if gates is None else gates
-    block = _power(columns, FEATURES)
-    with _on(features):
-        _weight_gradient_kernel[(order.experts, -(-features.shape[1] // WRITTEN), -(-columns // block))](
-            features, small, d_w, order.tokens, order.bounds, factors,
-            features.shape[1], features.stride(0), small.stride(0), *d_w.stride(), factors.stride(0), scaling,
-            RANK=d_w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=WRITTEN, GATED=gates is not None,
-            num_warps=4, num_stages=_stages(features),
+    features: Sequence[Tensor], small: Tensor, order: PairOrder, d_ws: Sequence[Tensor], gates: Tensor | None = None,
+    scaling: float = 1.0,
+) -> None:  # fmt: skip
+    """As `pair_products.weight_gradient`, of up to `LINEARS`."""
+    w, n = d_ws[0], len(d_ws)
+    columns, factors, unused = w.shape[0] * w.shape[2], small if gates is None else gates, (None,) * (LINEARS - n)
+    block, blocks = _power(columns, FEATURES), sum(-(-each.shape[1] // WRITTEN) for each in features)
+    sizes = [*(each.shape[1] for each in features), *unused, *(each.stride(0) for each in features), *unused]
+    linear, _, rank, feature = w.stride()
+    with _on(w):
+        _weight_gradient_kernel[(order.experts, blocks, -(-columns // block))](
+            *features, *unused, small, *d_ws, *unused, order.tokens, order.bounds, factors,
+            *sizes, *(each.stride(1) for each in d_ws), *unused, small.stride(0), linear, rank, feature,
+            factors.stride(0), scaling,
+            RANK=w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=WRITTEN, GATED=gates is not None, LINEARS=n,
+            num_warps=4, num_stages=_stages(features[0]),
         )  # fmt: skip
 
 

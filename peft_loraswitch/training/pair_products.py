@@ -7,7 +7,8 @@
 
 for pair p of token t_p and expert e_p in a `PairOrder`, and linear l of those that share the rows. W is [linears, experts, r,
 features], of any strides but for the kernels' unit ones between features of rows. Sums over a token's experts are rounded to the
-dtype of the result after each.
+dtype of the result after each. But for the first, each is of several linears that have the same experts, ranks and scaling but
+rows of their own: their W have the same strides but for those that follow from the number of features.
 
 On a GPU with Triton these are kernels (`pair_kernels.py`). The PyTorch operations below define them; they read the order on the
 host, so they are for a CPU.
@@ -68,54 +69,76 @@ def to_rank(features: Tensor, w: Tensor, order: PairOrder, small: Tensor) -> Non
 
 
 def to_rank_backward(
-    d_out: Tensor, w: Tensor, order: PairOrder, hidden: Tensor, gates: Tensor, scaling: float, d_hidden: Tensor, d_gates: Tensor
+    d_outs: Sequence[Tensor], ws: Sequence[Tensor], order: PairOrder, hidden: Tensor, gates: Tensor, scaling: float,
+    d_hidden: Tensor, d_gates: Tensor,
 ) -> None:  # fmt: skip
-    """Writes d_hidden [P, r], and d_gates [P] (of the null index: left as it is), of one linear.
+    """Writes d_hidden [P, n * r], and d_gates [n, P] (of the null index: left as it is), of n linears.
 
     Args:
-        d_out: [T, F]; w: [1, E, r, F]; hidden: [P, r], of `to_rank`; gates: [T, E].
+        d_outs: [T, F] each; ws: [1, E, r, F] each; hidden: [P, n * r], of `to_rank`; gates: [T, E].
     """
-    if d_out.is_cuda:
-        return pair_kernels.to_rank_backward(d_out, w, order, hidden, gates, scaling, d_hidden, d_gates)
-    for expert, rows, tokens in _segments(order):
-        d = d_out[tokens] @ w[0, expert].t()
-        d_gates[rows] = (d.to(d_gates.dtype) * hidden[rows]).sum(dim=1) * scaling
-        d_hidden[rows] = d * _factors(gates, tokens, expert, scaling, d)
+    rank = ws[0].shape[2]
+    for some, columns in _at_once(d_outs, rank):
+        d, h = d_hidden[:, columns], hidden[:, columns]
+        if d_outs[0].is_cuda:
+            pair_kernels.to_rank_backward(d_outs[some], ws[some], order, h, gates, scaling, d, d_gates[some])
+            continue
+        (d_out,), (w,), (d_gate,) = d_outs[some], ws[some], d_gates[some]
+        for expert, rows, tokens in _segments(order):
+            each = d_out[tokens] @ w[0, expert].t()
+            d_gate[rows] = (each.to(d_gate.dtype) * h[rows]).sum(dim=1) * scaling
+            d[rows] = each * _factors(gates, tokens, expert, scaling, each)
 
 
 def from_rank(
-    small: Tensor, w: Tensor, order: PairOrder, out: Tensor, bias: Tensor | None, add: bool,
+    small: Tensor, ws: Sequence[Tensor], order: PairOrder, outs: Sequence[Tensor], biases: Sequence[Tensor | None], add: bool,
     gates: Tensor | None = None, scaling: float = 1.0,
 ) -> None:  # fmt: skip
-    """Writes out [T, F], or adds to it, from small [P, linears * r] and w [linears, E, r, F].
+    """Writes outs [T, F] each, or adds to them, from small [P, n * linears * r] and ws [linears, E, r, F] each, of n outputs.
 
     Args:
-        bias: [F], only if not `add`.
+        biases: [F] each, or None each; only if not `add`.
         gates: [T, E]: each pair counts by `scaling` times that of its token and expert; None: by 1.
     """
-    if out.is_cuda:
-        return pair_kernels.from_rank(small, w, order, out, bias, add, gates, scaling)
-    if not add:
-        out.zero_() if bias is None else out.copy_(bias)
-    for expert, rows, tokens in _segments(order):
-        part = small[rows]
-        if gates is not None:
-            part = part * _factors(gates, tokens, expert, scaling, part)
-        out.index_add_(0, tokens, (part @ w[:, expert].flatten(0, 1)).to(out.dtype))
+    for some, columns in _at_once(outs, ws[0].shape[0] * ws[0].shape[2]):
+        if outs[0].is_cuda:
+            pair_kernels.from_rank(small[:, columns], ws[some], order, outs[some], biases[some], add, gates, scaling)
+            continue
+        (w,), (out,), (bias,) = ws[some], outs[some], biases[some]
+        if not add:
+            out.zero_() if bias is None else out.copy_(bias)
+        for expert, rows, tokens in _segments(order):
+            part = small[rows, columns]
+            if gates is not None:
+                part = part * _factors(gates, tokens, expert, scaling, part)
+            out.index_add_(0, tokens, (part @ w[:, expert].flatten(0, 1)).to(out.dtype))
 
 
 def weight_gradient(
-    features: Tensor, small: Tensor, order: PairOrder, d_w: Tensor, gates: Tensor | None = None, scaling: float = 1.0
-) -> None:
-    """Writes d_w [linears, E, r, F], of any strides, from features [T, F] and small [P, linears * r]; gates as in `from_rank`."""
-    if features.is_cuda:
-        return pair_kernels.weight_gradient(features, small, order, d_w, gates, scaling)
-    d_w.zero_()
-    for expert, rows, tokens in _segments(order):
-        part = small[rows]
-        if gates is not None:
-            part = part * _factors(gates, tokens, expert, scaling, part)
-        d_w[:, expert] = (part.t() @ features[tokens]).view(d_w.shape[0], d_w.shape[2], -1).to(d_w.dtype)
+    features: Sequence[Tensor], small: Tensor, order: PairOrder, d_ws: Sequence[Tensor], gates: Tensor | None = None,
+    scaling: float = 1.0,
+) -> None:  # fmt: skip
+    """Writes d_ws [linears, E, r, F] each, of any strides, from features [T, F] each and small [P, n * linears * r]; gates as in
+    `from_rank`."""
+    for some, columns in _at_once(features, d_ws[0].shape[0] * d_ws[0].shape[2]):
+        if features[0].is_cuda:
+            pair_kernels.weight_gradient(features[some], small[:, columns], order, d_ws[some], gates, scaling)
+            continue
+        (each,), (d_w,) = features[some], d_ws[some]
+        d_w.zero_()
+        for expert, rows, tokens in _segments(order):
+            part = small[rows, columns]
+            if gates is not None:
+                part = part * _factors(gates, tokens, expert, scaling, part)
+            d_w[:, expert] = (part.t() @ each[tokens]).view(d_w.shape[0], d_w.shape[2], -1).to(d_w.dtype)
+
+
+def _at_once(wide: Sequence[Tensor], columns: int) -> Iterator[tuple[slice, slice]]:
+    """Which of them one launch takes (without one, each by itself), and their columns of the small matrix, `columns` each."""
+    most = pair_kernels.LINEARS if wide[0].is_cuda else 1
+    for first in range(0, len(wide), most):
+        end = min(first + most, len(wide))
+        yield slice(first, end), slice(first * columns, end * columns)
 
 
 def _segments(order: PairOrder) -> Iterator[tuple[int, slice, Tensor]]:

@@ -24,6 +24,7 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": True}  #
 MODES = ["no checkpointing", "non-reentrant", "reentrant"]
 SOFT = {"top_k": 4, **NO_LOSSES}  # all experts: rounding changes no choice
 LINEARS = 14
+Steps = list[dict[str, torch.Tensor]]  # gradients of each
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {},
     "fp4": {"quant_type": "fp4"},
@@ -66,8 +67,9 @@ def checkpointed(model: Any, mode: str) -> Any:
     return model
 
 
-def definition(model: Any, dtype: torch.dtype) -> Oracle:
-    """Of `model` with the weights of its base layers as numbers of `dtype`."""
+def plain_twin(model: Any, dtype: torch.dtype) -> Any:
+    """A copy of `model` without checkpointing, whose base layers are plain ones in float64 with the weights that the quantised
+    ones have as numbers of `dtype`."""
     twin = copy.deepcopy(model)
     twin.gradient_checkpointing_disable()
     for layer in adapted_layers(twin):
@@ -79,7 +81,12 @@ def definition(model: Any, dtype: torch.dtype) -> Oracle:
         if base.bias is not None:
             plain.bias = nn.Parameter(base.bias.detach().double(), requires_grad=False)
         layer.base_layer = plain
-    return Oracle(twin)
+    return twin
+
+
+def definition(model: Any, dtype: torch.dtype) -> Oracle:
+    """Of `model` with the weights of its base layers as numbers of `dtype`."""
+    return Oracle(plain_twin(model, dtype))
 
 
 def layers_of(model: Any) -> list[Any]:
@@ -101,3 +108,24 @@ def agree(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], to
 def distance(actual: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
     """The mean relative error of all gradients."""
     return sum(relative(each, exact[name]) for name, each in actual.items()) / len(actual)
+
+
+def no_further(ours: Steps, theirs: Steps, exact: Steps) -> None:
+    """Our gradients are no further from the exact ones than the library's are. Both are off by rounding, by chance more or less:
+    so by half as much again on average, and each tensor by twice what the library is off in it and on average."""
+    expected = _distances(theirs, exact)
+    usual = sum(expected.values()) / len(expected)
+    found = _distances(ours, exact)
+    assert sum(found.values()) / len(found) <= 1.5 * usual
+    for name, each in found.items():
+        assert each <= 2 * (expected[name] + usual), name
+
+
+def _distances(actual: Steps, exact: Steps) -> dict[str, float]:
+    """The relative error of each tensor, the mean of all steps."""
+    found = dict.fromkeys(exact[0], 0.0)
+    for gradients, wanted in zip(actual, exact, strict=True):
+        assert gradients.keys() == wanted.keys() == found.keys()
+        for name, each in wanted.items():
+            found[name] += relative(gradients[name], each) / len(exact)
+    return found

@@ -78,42 +78,64 @@ def check_products(
     gates = torch.rand(tokens, experts)
     wide, exact_wide = random(tokens * slots, width + 5)
     small, exact_small = wide[:, 2 : 2 + width], exact_wide[:, 2 : 2 + width]  # columns of a wider tensor
-    packed = w[0].permute(2, 0, 1).contiguous().permute(1, 2, 0).unsqueeze(0)  # as B lies: [features, experts * rank]
 
     out, exact_out = torch.full_like(wide, torch.nan)[:, :width], exact_small.clone()
     pair_kernels.to_rank(x, w, order, out)
     pair_products.to_rank(exact_x, exact_w, exact_order, exact_out)
     close(out[:real], exact_out[:real])
 
-    d_small, d_gates = (
-        torch.full_like(out[:, :rank], torch.nan),
-        torch.full((tokens * slots,), torch.nan, device=device),
+    # Linears with rows of their own, W as B lies there: [features, experts * rank].
+    count = min(linears, pair_kernels.LINEARS)
+    widths = [features, 1, 2 * features + 3][:count]
+    rows, packed = (
+        [random(*shape(n)) for n in widths] for shape in (lambda n: (tokens, n), lambda n: (n, experts, rank))
     )
-    exact_d, exact_d_gates = exact_small[:, :rank].clone(), torch.zeros(tokens * slots, dtype=torch.float64)
-    call = (order, small[:, :rank], gates.to(device), 0.5, d_small, d_gates)
-    pair_kernels.to_rank_backward(x, packed, *call)
-    exact_call = (exact_order, exact_small[:, :rank], gates.double(), 0.5, exact_d, exact_d_gates)
-    pair_products.to_rank_backward(exact_x, exact_w[:1], *exact_call)
-    close(d_small[:real], exact_d[:real])
-    assert torch.allclose(d_gates[:real].cpu().double(), exact_d_gates[:real], rtol=1e-3, atol=1e-2)
+    xs, exact_xs = ([pair[i] for pair in rows] for i in (0, 1))
+    ws, exact_ws = ([pair[i].permute(1, 2, 0).unsqueeze(0) for pair in packed] for i in (0, 1))
+    own, exact_own = small[:, : count * rank], exact_small[:, : count * rank]
 
-    for bias, add, factors in ((False, False, None), (True, False, gates), (False, True, gates)):
-        begun, exact_begun = random(tokens, features)
-        y, z = (begun.clone(), exact_begun.clone()) if add else (torch.full_like(begun, torch.nan), exact_begun.clone())
-        line, exact_line = random(features)
+    d_small, d_gates = (
+        torch.full_like(own, torch.nan),
+        torch.full((count, tokens * slots), torch.nan, device=device),
+    )
+    exact_d, exact_d_gates = exact_own.clone(), torch.zeros(count, tokens * slots, dtype=torch.float64)
+    pair_kernels.to_rank_backward(xs, ws, order, own, gates.to(device), 0.5, d_small, d_gates)
+    exact_call = (exact_order, exact_own, gates.double(), 0.5, exact_d, exact_d_gates)
+    pair_products.to_rank_backward(exact_xs, exact_ws, *exact_call)
+    for each in range(count):
+        columns = slice(each * rank, (each + 1) * rank)
+        close(d_small[:real, columns], exact_d[:real, columns])
+    assert torch.allclose(d_gates[:, :real].cpu().double(), exact_d_gates[:, :real], rtol=1e-3, atol=1e-2)
+
+    lines = [random(n) for n in widths]
+    of_one = (small, [w], exact_small, [exact_w], [features], [random(features)])
+    of_several = (own, ws, exact_own, exact_ws, widths, lines)
+    for (part, weights, exact_part, exact_weights, sizes, biases), (biased, add, factors) in itertools.product(
+        (of_one, of_several), ((False, False, None), (True, False, gates), (False, True, gates), (False, False, gates))
+    ):
+        begun = [random(tokens, n) for n in sizes]
+        ys, zs = ([pair[i].clone() for pair in begun] for i in (0, 1))
+        if not add:
+            ys = [torch.full_like(y, torch.nan) for y in ys]
+        some, exactly = ([pair[i] if biased else None for pair in biases] for i in (0, 1))
         on_device = () if factors is None else (factors.to(device), 2.0)
-        exactly = () if factors is None else (factors.double(), 2.0)
-        pair_kernels.from_rank(small, w, order, y, line if bias else None, add, *on_device)
-        pair_products.from_rank(exact_small, exact_w, exact_order, z, exact_line if bias else None, add, *exactly)
-        close(y, z)
+        exact_factors = () if factors is None else (factors.double(), 2.0)
+        pair_kernels.from_rank(part, weights, order, ys, some, add, *on_device)
+        pair_products.from_rank(exact_part, exact_weights, exact_order, zs, exactly, add, *exact_factors)
+        for y, z in zip(ys, zs, strict=True):
+            close(y, z)
 
-    for turned in (False, True):
-        d_w, exact_d_w = torch.full_like(w, torch.nan, dtype=torch.float32), torch.zeros_like(exact_w)
-        if turned:  # as the gradient of B lies
-            d_w = d_w.transpose(2, 3).contiguous().transpose(2, 3)
-        pair_kernels.weight_gradient(x, small, order, d_w, gates.to(device), 2.0)
-        pair_products.weight_gradient(exact_x, exact_small, exact_order, exact_d_w, gates.double(), 2.0)
-        close(d_w, exact_d_w)
+    d_w, exact_d_w = torch.full_like(w, torch.nan, dtype=torch.float32), torch.zeros_like(exact_w)
+    pair_kernels.weight_gradient([x], small, order, [d_w], gates.to(device), 2.0)
+    pair_products.weight_gradient([exact_x], exact_small, exact_order, [exact_d_w], gates.double(), 2.0)
+    close(d_w, exact_d_w)
+    d_ws = [torch.full((experts, n, rank), torch.nan, device=device) for n in widths]  # as the gradient of B lies
+    exact_d_ws = [torch.zeros(experts, n, rank, dtype=torch.float64) for n in widths]
+    turned, exact_turned = ([each.transpose(1, 2).unsqueeze(0) for each in some] for some in (d_ws, exact_d_ws))
+    pair_kernels.weight_gradient(xs, own, order, turned, gates.to(device), 2.0)
+    pair_products.weight_gradient(exact_xs, exact_own, exact_order, exact_turned, gates.double(), 2.0)
+    for each, wanted in zip(d_ws, exact_d_ws, strict=True):
+        close(each, wanted)
 
 
 def compile_all(capability: int) -> int:
@@ -129,12 +151,25 @@ def compile_all(capability: int) -> int:
                 x, small = torch.zeros(tokens, features, dtype=dtype), torch.zeros(tokens, linears * rank, dtype=dtype)
                 w = torch.zeros(linears, experts, rank, features, dtype=dtype)
                 pair_kernels.to_rank(x, w, order, small)
-                d_gates = torch.zeros(tokens)
-                pair_kernels.to_rank_backward(x, w[:1], order, small[:, :rank], gates, 0.5, small[:, :rank], d_gates)
                 for bias, add, factors in itertools.product((x[0], None), (True, False), (gates, None)):
-                    pair_kernels.from_rank(small, w, order, x, bias, add, factors)
+                    pair_kernels.from_rank(small, [w], order, [x], [bias], add, factors)
                 for factors in (gates, None):
-                    pair_kernels.weight_gradient(x, small, order, w.float(), factors)
+                    pair_kernels.weight_gradient([x], small, order, [w.float()], factors)
+                lone, line, d_gates = (
+                    torch.zeros(tokens, 1, dtype=dtype),
+                    x[0, :1].clone(),
+                    torch.zeros(linears, tokens),
+                )
+                for xs, biases in (
+                    ([x], [None]),
+                    ([x, x, x], [x[0]] * 3),
+                    ([lone, x], [line, x[0]]),
+                    ([x, lone, x], [None] * 3),
+                ):
+                    ws = [w[:1]] * len(xs)
+                    pair_kernels.to_rank_backward(xs, ws, order, small, gates, 0.5, small, d_gates)
+                    pair_kernels.from_rank(small, ws, order, xs, biases, biases[0] is None, gates)
+                    pair_kernels.weight_gradient(xs, small, order, [each.float() for each in ws], gates)
     return len(compiled)
 
 

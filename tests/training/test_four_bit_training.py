@@ -28,8 +28,10 @@ from four_bit_training import (
     given,
     layers_of,
     model_of,
+    no_further,
     noted_specs,
     packed,
+    plain_twin,
 )
 from helpers import adapter_gradients, padded
 from peft_loraswitch.training import fast_linears, four_bit_weights, pair_products
@@ -92,6 +94,28 @@ def test_every_format_in_every_dtype(kind, dtype, specs):
         agree(gradients, {name: exact[name] for name in gradients}, 3 * TOLERANCE[dtype])
         ours, theirs = ours + distance(gradients, exact), theirs + distance(others, exact)
     assert ours < 3 * TOLERANCE[dtype] and ours < 1.2 * theirs
+
+
+@pytest.mark.parametrize(("lengths", "batches"), [([16, 12], 3), ([900, 800], 1)], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_further_than_the_library_from_float32(dtype, lengths, batches):
+    """The limit of the tests on a GPU. One gradient of half its size is beyond it, and all of nine tenths."""
+    model = model_of(dtype, "no checkpointing", KINDS["blocks of 128"], shape={"max_position_embeddings": 1024}, **SOFT)
+    twin = plain_twin(model, dtype).float()
+    step(model, padded(lengths))
+    data = [padded(lengths, seed=seed) for seed in range(batches)]
+    ours = [step(model, each)[1] for each in data]
+    with given():
+        theirs = [step(model, each)[1] for each in data]
+    with fast_linears.plain():
+        exact = [step(twin, each)[1] for each in data]
+    no_further(ours, theirs, exact)
+    for name in exact[0]:
+        wrong = [{**gradients, name: gradients[name] * 0.5} for gradients in ours]
+        with pytest.raises(AssertionError):
+            no_further(wrong, theirs, exact)
+    with pytest.raises(AssertionError):
+        no_further([{name: 0.9 * each for name, each in gradients.items()} for gradients in ours], theirs, exact)
 
 
 @pytest.mark.parametrize("mode", MODES)

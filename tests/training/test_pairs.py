@@ -53,7 +53,7 @@ def test_sorting_does_not_wait_for_the_gpu(tokens, experts, slots):
 # ---------------------------------------------------------------------------------------------------------- the function
 
 
-def operands(dtype: torch.dtype, tokens: int, slots: int, bias: bool) -> tuple[Any, ...]:
+def operands(dtype: torch.dtype, tokens: int, slots: int, bias: bool | str) -> tuple[Any, ...]:
     """(x, gates, experts of each token, a, b, weights, biases) of three linears, 6 features to 7, 1 and 4, ranks 2, 2 and 3."""
     generator = torch.Generator().manual_seed(0)
 
@@ -73,7 +73,7 @@ def operands(dtype: torch.dtype, tokens: int, slots: int, bias: bool) -> tuple[A
         a,
         b,
         [random(o, 6) for o in outs],
-        [random(o) if bias else None for o in outs],
+        [None if not bias or bias == "all but one" and i == 1 else random(o) for i, o in enumerate(outs)],
     )
 
 
@@ -109,7 +109,7 @@ def by_pairs(x, gates, chosen, a, b, weights, biases, given: str = "own") -> lis
 
 
 @pytest.mark.parametrize("given", ["own", "given", "in place"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, False, "all but one"])
 @pytest.mark.parametrize(("tokens", "slots"), [(9, 2), (4, 1), (70, 5), (1, 3), (0, 2)], ids=str)
 def test_outputs_and_gradients_equal_the_definition(tokens, slots, bias, given):
     values = operands(torch.float64, tokens, slots, bias)
@@ -122,6 +122,18 @@ def test_outputs_and_gradients_equal_the_definition(tokens, slots, bias, given):
     got, want = (torch.autograd.grad(each, leaves, directions) for each in (actual, expected))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
+
+
+def test_a_launch_takes_up_to_three_linears():
+    class OnAGpu:
+        is_cuda = True
+
+    def found(linears: int) -> list[tuple[Any, ...]]:
+        slices = pair_products._at_once([OnAGpu()] * linears, 16)  # type: ignore[list-item]
+        return [(linear.start, linear.stop, columns.start, columns.stop) for linear, columns in slices]
+
+    assert found(1) == [(0, 1, 0, 16)] and found(3) == [(0, 3, 0, 48)]
+    assert found(7) == [(0, 3, 0, 48), (3, 6, 48, 96), (6, 7, 96, 112)]
 
 
 @pytest.mark.parametrize(("given", "slots"), [("own", 2), ("given", 1)])
