@@ -7,7 +7,7 @@ namespace ls {
 // How the blocks of one launch agree that the shrink is done. All zero before and after every launch.
 struct alignas(16) Sync {
   unsigned ticket;  // linear_streaming.cu: next shrink task to hand out; behind the struct, a word for each element of the hidden
-  unsigned done;    // linear_registers.cu: tasks finished
+  unsigned done;    // tasks of the shrink that are finished
   unsigned left;    // blocks that need nothing more of this
   unsigned unused;
 };

@@ -29,7 +29,7 @@ extern "C" {
 #define LS_TUNING_NARROW 16 /* added: linear_sm90.cu takes 128 outputs at a time */
 #define LS_TUNING_WIDE 32 /* added: it takes 256 */
 #define LS_TUNING_SPLIT_K 64 /* added: linear_split_k_sm90.cu wherever it can */
-#define LS_SPLIT_K_TOKENS 128 /* tokens that linear_split_k_sm90.cu takes */
+#define LS_SPLIT_K_TOKENS 256 /* tokens that linear_split_k_sm90.cu takes */
 #define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
 
 #define LS_ERROR_ARGUMENT 100001 /* a size, a count or a dtype outside what this header allows */
@@ -174,9 +174,9 @@ int ls_router_context(const void *x, const void *router, const float *previous, 
 /* Hands `bytes` of zeroed device memory to the library, 16-byte aligned: counters and words by which the blocks of a launch
  * tell each other that the shrink is done. It must stay allocated for as long as anything is launched. Once per device: a
  * second call is refused. Every stream takes 8 KiB for good, every launch that a stream captures 16 bytes, and 4 more for each
- * element of the hidden (up to 2 tokens) or each multiprocessor (linear_split_k_sm90.cu; twice that for a very wide hidden). Without it,
- * or when it is used up, ls_linear makes two launches, and linear_split_k_sm90.cu gives way to other kernels. A captured launch may run
- * again (graph replay), but not twice at a time. */
+ * element of the hidden (up to 2 tokens), or 8 for each multiprocessor (linear_split_k_sm90.cu). Without it, or when it is used up,
+ * ls_linear makes two launches, and linear_split_k_sm90.cu gives way to other kernels. A captured launch may run again (graph
+ * replay), but not twice at a time. */
 int ls_set_workspace(int32_t device, void *zeroed, int64_t bytes);
 /* Bytes of it that no stream and no captured launch has taken yet; -1: none was given. */
 int64_t ls_workspace_left(int32_t device);

@@ -10,7 +10,7 @@ constexpr long long kPatience = 1000000;  // nanoseconds until other blocks' par
 constexpr int kMultiplying = 256, kHelping = 96;
 constexpr int kThreads = kMultiplying + 32 + kHelping;  // eight warps that multiply, one that copies, three that exchange
 template <int kTokens> constexpr int kQuadsOfTile = kTokens * kRows / 4;  // of a block's partials: four floats each
-// Barriers: of the helpers; between consumers and helpers.
+// Named barriers: before anything; of the helpers; of consumers and helpers, or of consumers alone (kFlags).
 constexpr int kBegin = 1, kHelpers = 2, kPartShrunk = 3, kPartTaken = 4, kPartialLeft = 5, kFlags = 6;
 
 #ifdef LS_HAS_SM90A
@@ -49,15 +49,20 @@ __device__ __forceinline__ void gates_of(const SplitKParams &p, const Sm90Linear
   }
 }
 
-// Waits, for one thread, until a counter has come to `wanted`. False: not in reasonable time.
-__device__ __forceinline__ bool wait_for(const unsigned *counter, int wanted, bool impatient) {
+// Waits, for one thread, until a counter has come to `wanted`. False: not in reasonable time, for this block or for another one.
+__device__ __forceinline__ bool wait_for(const SplitKParams &p, const unsigned *counter, int wanted) {
   long long start, now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+  volatile unsigned *const given_up = &p.sync->ticket;
   for (unsigned there;;) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
     if (int(there) >= wanted) return true;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    if (now - start >= (impatient ? 0 : kPatience)) return false;
+    if (now - start >= (p.impatient ? 0 : kPatience)) {
+      *given_up = 1;
+      return false;
+    }
+    if (now - start >= kPatience / 32 && *given_up) return false;
   }
 }
 
@@ -84,8 +89,8 @@ template <class E> __device__ __noinline__ void shrink_alone(const SplitKParams 
             const uint4 of_a = load_static(a + k), of_x = load_shared_input(x + k);
             const uint32_t *const pairs_a = &of_a.x, *const pairs_x = &of_x.x;
 #pragma unroll
-            for (int i = 0; i < kUnit / 2; ++i) {
-              const float2 fa = unpack2<E>(pairs_a[i]), fx = unpack2<E>(pairs_x[i]);
+            for (int pair = 0; pair < kUnit / 2; ++pair) {
+              const float2 fa = unpack2<E>(pairs_a[pair]), fx = unpack2<E>(pairs_x[pair]);
               sum += fa.x * fx.x + fa.y * fx.y;
             }
           }
@@ -97,10 +102,11 @@ template <class E> __device__ __noinline__ void shrink_alone(const SplitKParams 
   }
 }
 
-// By a warp, whose first lane may come late: when it returns, the hidden is where the copy engine finds it.
-template <class E> __device__ __noinline__ void wait_for_hidden(const SplitKParams &p) {
+// By a warp, whose first lane may come late and says whether the hidden is needed: when it returns, that is where the copy engine
+// finds it.
+template <class E> __device__ __noinline__ void wait_for_hidden(const SplitKParams &p, bool needed) {
   __shared__ bool there;
-  if (threadIdx.x % 32 == 0) there = wait_for(&p.sync->done, p.parts, p.impatient);
+  if (threadIdx.x % 32 == 0) there = !needed || wait_for(p, &p.sync->done, p.parts);
   __syncwarp();
   if (!there) shrink_alone<E>(p), __threadfence();
   async_fence();
@@ -129,7 +135,7 @@ template <class E, int kTokens> __device__ __forceinline__ void exchange_partial
       all_there = true;
       if (p.shares > 1) {
         asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived + tile) : "memory");
-        if (share * 8 < p.tokens) all_there = wait_for(p.arrived + tile, p.shares, p.impatient);
+        if (share * 8 < p.tokens) all_there = wait_for(p, p.arrived + tile, p.shares);
       }
     }
     barrier(kHelpers, kHelping);
@@ -139,12 +145,18 @@ template <class E, int kTokens> __device__ __forceinline__ void exchange_partial
       for (int place = thread; place < kMultiplying && s.column + place / 128 * 64 < s.columns; place += kHelping) {
         const float4 *const from = reinterpret_cast<const float4 *>(p.partials) +
                                    int64_t(shrink_place(p, blocks, block, tile * p.shares)) * kQuads + chunk * kMultiplying + place;
-        float4 v[kMostShares], sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        constexpr int kAtOnce = kTokens > 128 ? kMostShares / 2 : kMostShares;  // few registers are left
+        const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
+        float4 sum = zero;
 #pragma unroll
-        for (int i = 0; i < kMostShares; ++i) v[i] = i < p.shares ? __ldcg(from + i * kQuads) : sum;
-        if (chunk != share || place != thread) find_gates(chunk, place);
+        for (int first = 0; first < kMostShares; first += kAtOnce) {
+          float4 v[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kMostShares; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
+          for (int i = 0; i < kAtOnce; ++i) v[i] = first + i < p.shares ? __ldcg(from + (first + i) * kQuads) : zero;
+          if (first == 0 && (chunk != share || place != thread)) find_gates(chunk, place);
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
+        }
         const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
         const int token = chunk * 8 + t * 2;
         E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden + column_of(place);

@@ -45,7 +45,7 @@ struct SplitKParams {
   float *partials;    // of each block, and of each part of the shrink
   unsigned *flags;    // of each block: 1: its partials are there; whoever reads them puts it back to 0
   unsigned *arrived;  // of each tile of the shrink: how many partials are there
-  Sync *sync;         // done: parts of the shrink
+  Sync *sync;         // done: parts of the shrink; ticket: a block has given up waiting
   CUtensorMap x, hidden_map, weight[LS_MAX_GROUP], a_map[LS_MAX_GROUP], b_map[LS_MAX_GROUP];
 };
 

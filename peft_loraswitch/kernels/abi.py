@@ -10,8 +10,8 @@ ABI_VERSION = 7
 MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
 TUNING_STREAMING, TUNING_REGISTERS, TUNING_PERSISTENT, TUNING_TWO_LAUNCHES, TUNING_IMPATIENT = 1, 2, 3, 4, 8
 TUNING_NARROW, TUNING_WIDE = 16, 32
-TUNING_SPLIT_K, SPLIT_K_TOKENS = 64, 128
-# A captured model of 32 layers takes 2 KiB; by linear_streaming.cu at rank 64 it takes 114, by linear_split_k_sm90.cu 136.
+TUNING_SPLIT_K, SPLIT_K_TOKENS = 64, 256
+# A captured model of 32 layers takes 2 KiB; by linear_streaming.cu at rank 64 it takes 114, by linear_split_k_sm90.cu 134.
 WORKSPACE_BYTES = 32 << 20
 FAST_PATH, GENERIC_PATH, SM90_PATH = 0, 1, 2
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -8,7 +8,7 @@ import torch
 
 from fusing import MAKERS, adapted, devices, ids, logits
 from helpers import tiny_llama
-from peft_loraswitch import ops
+from peft_loraswitch import kernels, ops
 from peft_loraswitch.inference import group_outputs
 from peft_loraswitch.inference.fused_layer import FusedLinear
 
@@ -67,11 +67,11 @@ def test_ranks_that_expand_does_not_take(expanded: list[int]):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_hopper_gives_128_tokens_of_compiled_code_to_the_fused_op():
+def test_a_hopper_gives_so_many_tokens_of_compiled_code_to_the_fused_op():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("linear_split_k_sm90.cu is for compute capability 9.0")
     model = adapted(tiny_llama(), "cuda", torch.bfloat16)
     model.fuse_for_inference()
     logits(model, ids(2, 1, "cuda"))
     groups = [g for m in model.modules() if isinstance(m, FusedLinear) for g in m.fused_groups.values()]
-    assert groups and all(group.compiled_tokens == 128 for group in groups)
+    assert groups and all(group.compiled_tokens == kernels.SPLIT_K_TOKENS for group in groups)
