@@ -1,4 +1,4 @@
-// GEMM with experts for up to 256 tokens on sm_90a (WGMMA, TMA, stream-K), one launch: out = [x | hidden] [weight | lora_b]^T + bias,
+// GEMM with experts for up to 128 tokens on sm_90a (WGMMA, TMA, stream-K), one launch: out = [x | hidden] [weight | lora_b]^T + bias,
 // hidden = gates * (x lora_a^T).
 //
 //   x [tokens, in]   weight [out, in]   lora_a [E, rank, in]   lora_b [E, out, rank]   bias [out]   out [tokens, out]
@@ -6,7 +6,7 @@
 //   hidden [tokens, width]: of all experts, times scaling and gate, 0 where a token did not choose; each linear's E * rank columns
 //   padded to a multiple of 64
 //   dtypes: float16, bfloat16, accumulated in float32; in, out and rank divisible by 8, pointers aligned to 16 bytes
-//   tile: 128 outputs, or columns of the hidden (M of the tensor cores), by all tokens (N: 8, 32, 64, 128 or 256), K in steps of 64
+//   tile: 128 outputs, or columns of the hidden (M of the tensor cores), by all tokens (N: 8, 32, 64 or 128), K in steps of 64
 //   grid: one block a multiprocessor; the steps of all tiles of the group, one after the other, are dealt out evenly (stream-K)
 //   block: 384 threads: two consumer warpgroups (WGMMA), 64 outputs each, one producer warp (TMA), three that tell other blocks of
 //   partials, and make the hidden of them
@@ -32,14 +32,11 @@ namespace {
 
 constexpr int kWeightBytes = kRows * kFeatures * 2;
 constexpr int kBytes = 226 << 10;  // of shared memory
-constexpr int kMore = 208, kFewer = 88;  // registers of a thread where consumers need many: of these, of all others
-static_assert(kMore * 2 + kFewer <= 65536 / kThreads / 8 * 8 * 3, "more than a block has: it would wait for them forever");
 constexpr int kAhead = 2;          // stages on their way while a block exchanges its share of the shrink with others
 
 template <int kTokens> struct Shape {
   static constexpr int kInputBytes = kTokens * kFeatures * 2, kStageBytes = kWeightBytes + kInputBytes;
-  static constexpr int kPart = kTokens < 128 ? kTokens : 128;  // tokens whose results are written at once
-  static constexpr int kResultBytes = kPart * kRows * 2;
+  static constexpr int kResultBytes = kTokens * kRows * 2;
   static constexpr int kStages = (kBytes - 1024 - kResultBytes) / kStageBytes;
 };
 
@@ -61,27 +58,23 @@ template <class E> __device__ __forceinline__ float2 bias_of(const Sm90Linear &l
 // Writes 16 outputs of all tokens, by a warp: through `room` in shared memory, 32 bytes a token, so that eight of a token go together.
 template <class E, int kTokens> __device__ __forceinline__ void write_outputs(const Sm90Linear &linear, int tokens, int first,
                                                                               uint32_t room, const float (&sums)[kTokens / 2]) {
-  constexpr int kPart = Shape<kTokens>::kPart;
   const int lane = threadIdx.x % 32;
   const float2 bias = bias_of<E>(linear, first + lane / 4);
   auto place_of = [&](int token, int unit) { return room + token * 32 + (unit ^ token / 4 % 2) * 16; };
+  __syncwarp();
 #pragma unroll
-  for (int part = 0; part < kTokens; part += kPart) {
-    __syncwarp();
+  for (int chunk = 0; chunk < kTokens / 8; ++chunk) {
+    const float *const v = sums + chunk * 4;
+    write_transposed(place_of(chunk * 8 + lane % 8, lane / 8 % 2), pack2<E>(v[0] + bias.x, v[1] + bias.x),
+                     pack2<E>(v[2] + bias.y, v[3] + bias.y));
+  }
+  __syncwarp();
 #pragma unroll
-    for (int chunk = 0; chunk < kPart / 8; ++chunk) {
-      const float *const v = sums + part / 2 + chunk * 4;
-      write_transposed(place_of(chunk * 8 + lane % 8, lane / 8 % 2), pack2<E>(v[0] + bias.x, v[1] + bias.x),
-                       pack2<E>(v[2] + bias.y, v[3] + bias.y));
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < (kPart + 15) / 16; ++i) {
-      const int token = i * 16 + lane / 2, unit = lane % 2;
-      if (token < kPart && part + token < tokens && first + unit * kUnit < linear.columns)
-        *reinterpret_cast<uint4 *>(static_cast<E *>(linear.out) + int64_t(part + token) * linear.columns + first + unit * kUnit) =
-            read_shared(place_of(token, unit));
-    }
+  for (int i = 0; i < (kTokens + 15) / 16; ++i) {
+    const int token = i * 16 + lane / 2, unit = lane % 2;
+    if (token < tokens && first + unit * kUnit < linear.columns)
+      *reinterpret_cast<uint4 *>(static_cast<E *>(linear.out) + int64_t(token) * linear.columns + first + unit * kUnit) =
+          read_shared(place_of(token, unit));
   }
 }
 #endif
@@ -115,10 +108,8 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
   } else {
     barrier(kBegin, kThreads);
   }
-  constexpr bool kManySums = kTokens > 128;  // the consumers need some of the others' registers
   RingPlace<kStages> place;
   if (warp >= kMultiplying / 32) {
-    if constexpr (kManySums) fewer_registers<kFewer>();
     if (warp > kMultiplying / 32) {
       exchange_partials<E, kTokens>(p, blocks, block, published, shrunk);
     } else if (lane == 0) {
@@ -188,7 +179,6 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  if constexpr (kManySums) more_registers<kMore>();
   const int group = warp / 4;
   float sums[kTokens / 2];
   for (int phase = first_phase; phase <= kLinear; ++phase) {
@@ -294,17 +284,13 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
       }
 
       if (any)
-        write_outputs<E, kTokens>(linear, p.tokens, s.column + warp * 16, ring + kStages * kStageBytes + warp * (S::kPart * 32), sums);
+        write_outputs<E, kTokens>(linear, p.tokens, s.column + warp * 16, ring + kStages * kStageBytes + warp * (kTokens * 32), sums);
     }
   }
 #endif
 }
 
-int tile_tokens(const ls_group &g) {
-  for (const int tokens : {8, 32, 64, 128})
-    if (g.tokens <= tokens) return tokens;
-  return LS_SPLIT_K_TOKENS;
-}
+int tile_tokens(const ls_group &g) { return g.tokens <= 8 ? 8 : g.tokens <= 32 ? 32 : g.tokens <= 64 ? 64 : 128; }
 
 template <class E, int kTokens> int launch_shape(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
   constexpr auto kernel = linear_split_k_kernel<E, kTokens>;
@@ -332,8 +318,7 @@ template <class E> int launch_dtype(SplitKParams &p, const ls_group &g, int bloc
     case 8: return launch_shape<E, 8>(p, g, blocks, stream);
     case 32: return launch_shape<E, 32>(p, g, blocks, stream);
     case 64: return launch_shape<E, 64>(p, g, blocks, stream);
-    case 128: return launch_shape<E, 128>(p, g, blocks, stream);
-    default: return launch_shape<E, LS_SPLIT_K_TOKENS>(p, g, blocks, stream);
+    default: return launch_shape<E, 128>(p, g, blocks, stream);
   }
 }
 

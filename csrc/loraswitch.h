@@ -29,7 +29,7 @@ extern "C" {
 #define LS_TUNING_NARROW 16 /* added: linear_sm90.cu takes 128 outputs at a time */
 #define LS_TUNING_WIDE 32 /* added: it takes 256 */
 #define LS_TUNING_SPLIT_K 64 /* added: linear_split_k_sm90.cu wherever it can */
-#define LS_SPLIT_K_TOKENS 256 /* tokens that linear_split_k_sm90.cu takes */
+#define LS_SPLIT_K_TOKENS 128 /* tokens that linear_split_k_sm90.cu takes */
 #define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
 
 #define LS_ERROR_ARGUMENT 100001 /* a size, a count or a dtype outside what this header allows */
@@ -189,8 +189,8 @@ int ls_linear_path(const ls_group *group);
 /* The group's linears with their experts. One launch on the fast path (see ls_set_workspace), else two: the experts' shrink,
  * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). For many tokens
  * (LS_PATH_SM90, from 33 on, and from 3 on where the linears' experts have many ranks, on GPUs of compute capability 9.0, for sizes and
- * pointers as on the fast path and out_features divisible by 8) two launches as fast as a library's, `hidden` then being a row for each
- * token, and what an expert that the token did not choose made of it zero; it is multiplied by lora_b of all experts, so that NaN in
+ * pointers as on the fast path and out_features divisible by 8) one launch up to LS_SPLIT_K_TOKENS, then two, as fast as a library's,
+ * `hidden` then being a row for each token, and what an expert that the token did not choose made of it zero; it is multiplied by lora_b of all experts, so that NaN in
  * that of an expert which nobody chose shows in the result. `group` is host memory. */
 int ls_linear(const ls_group *group, void *stream);
 

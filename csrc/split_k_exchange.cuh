@@ -145,18 +145,12 @@ template <class E, int kTokens> __device__ __forceinline__ void exchange_partial
       for (int place = thread; place < kMultiplying && s.column + place / 128 * 64 < s.columns; place += kHelping) {
         const float4 *const from = reinterpret_cast<const float4 *>(p.partials) +
                                    int64_t(shrink_place(p, blocks, block, tile * p.shares)) * kQuads + chunk * kMultiplying + place;
-        constexpr int kAtOnce = kTokens > 128 ? kMostShares / 2 : kMostShares;  // few registers are left
-        const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
-        float4 sum = zero;
+        float4 v[kMostShares], sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int first = 0; first < kMostShares; first += kAtOnce) {
-          float4 v[kAtOnce];
+        for (int i = 0; i < kMostShares; ++i) v[i] = i < p.shares ? __ldcg(from + i * kQuads) : sum;
+        if (chunk != share || place != thread) find_gates(chunk, place);
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) v[i] = first + i < p.shares ? __ldcg(from + (first + i) * kQuads) : zero;
-          if (first == 0 && (chunk != share || place != thread)) find_gates(chunk, place);
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
-        }
+        for (int i = 0; i < kMostShares; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
         const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
         const int token = chunk * 8 + t * 2;
         E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden + column_of(place);

@@ -11,7 +11,9 @@ constexpr int kFewShares = 8;             // where these have few steps, and the
 constexpr int kLong = 24, kFew = 8;       // steps of a block, of a share
 constexpr int kLeastShare = 4;            // steps of a share
 constexpr int kLeastSteps = 4;            // of a block, on average
-constexpr int kExchange = 9, kBeside = 2;  // steps that a block could do while it exchanges its share: if it pauses, if not
+// Steps that the exchange of a share costs a block that pauses for it, if all blocks do and if few do; and one that goes on.
+constexpr int kPausing = 8, kPausingAlone = 26, kBeside = 2;
+constexpr int kFewest = 5;  // blocks that shrink, of those that have a linear's tile: all but one are added up last
 
 // Numbers that are dealt out evenly: the first one of a receiver.
 struct Deal {
@@ -28,12 +30,12 @@ enum Phase { kShrink, kLinear };
 // What every block reads first stands together: it comes from memory in lines.
 struct SplitKParams {
   int n_items, steps, width, shrink_blocks;  // steps: of in_features
-  int shares, parts;                         // of a tile of the shrink; of all
-  Deal of_blocks, of_shares, of_shrinking;   // steps: of all, of a tile's shares; parts
-  bool pauses;        // who shrinks copies nothing more until its share of the hidden is there
-  int exchange;       // steps that a share counts for beyond its own
+  int shares, parts;  // of a tile of the shrink; of all
+  Deal of_blocks, of_shares, of_shrinking;  // steps: of all, of a tile's shares; parts
+  bool pauses;  // who shrinks copies nothing more until its share of the hidden is there
+  int exchange;  // steps that a share counts for beyond its own
   int linear_blocks;  // that have steps of the linears, the first ones
-  bool apart;         // these are dealt out evenly by themselves
+  bool apart;  // these are dealt out evenly by themselves
   bool impatient;
   int tokens, top_k, num_experts, in_features;
   int begin[LS_MAX_GROUP + 1], begin_shrink[LS_MAX_GROUP + 1];  // first step of each linear's first tile; first tile
@@ -42,10 +44,10 @@ struct SplitKParams {
   void *hidden;
   const int64_t *experts;
   const float *gates;
-  float *partials;    // of each block, and of each part of the shrink
-  unsigned *flags;    // of each block: 1: its partials are there; whoever reads them puts it back to 0
+  float *partials;  // of each block, and of each part of the shrink
+  unsigned *flags;  // of each block: 1: its partials are there; whoever reads them puts it back to 0
   unsigned *arrived;  // of each tile of the shrink: how many partials are there
-  Sync *sync;         // done: parts of the shrink; ticket: a block has given up waiting
+  Sync *sync;  // done: parts of the shrink; ticket: a block has given up waiting
   CUtensorMap x, hidden_map, weight[LS_MAX_GROUP], a_map[LS_MAX_GROUP], b_map[LS_MAX_GROUP];
 };
 
@@ -103,7 +105,7 @@ inline int deal_out(SplitKParams &p, int most) {
     p.begin[i] = int(steps), p.begin_shrink[i] = int(tiles);
     steps += int64_t((linear.columns + kRows - 1) / kRows) * (p.steps + linear.steps);
     tiles += (linear.steps * kFeatures + kRows - 1) / kRows;
-    if (steps + tiles * (p.steps + kMostShares * kExchange) > INT32_MAX) return 0;
+    if (steps + tiles * (p.steps + kMostShares * kPausingAlone) > INT32_MAX) return 0;
   }
   p.begin[p.n_items] = int(steps), p.begin_shrink[p.n_items] = int(tiles);
   const int shrink_steps = int(tiles) * p.steps;
@@ -120,15 +122,20 @@ inline int deal_out(SplitKParams &p, int most) {
   p.shares = shares > 0 ? shares : 1, p.parts = int(tiles) * p.shares;
   p.shrink_blocks = p.parts < blocks ? p.parts : blocks;
   p.of_shares = Deal(p.steps, p.shares), p.of_shrinking = Deal(p.parts, p.shrink_blocks);
-  const int others = blocks - p.shrink_blocks;
-  p.pauses = little || p.shrink_blocks <= blocks / 4;
-  p.exchange = p.pauses ? kExchange : kBeside;
-  const Deal all(int(steps) + shrink_steps + p.shrink_blocks * p.exchange, blocks);
-  const int largest = (p.of_shrinking.each + (p.of_shrinking.rest > 0)) * (p.of_shares.each + (p.of_shares.rest > 0)) + p.exchange;
-  if (largest < all.each)
-    p.of_blocks = all, p.apart = false;
-  else if (others >= p.shrink_blocks)  // who shrinks is busy enough
-    p.of_blocks = Deal(int(steps), others), p.linear_blocks = others;
+  // A block that pauses has its share exchanged sooner, but gets so much less of the linears, of which it has the last tiles.
+  const int others = blocks - p.shrink_blocks, last_tile = p.steps + p.linears[p.n_items - 1].steps;
+  const int own = (p.of_shrinking.each + (p.of_shrinking.rest > 0)) * (p.of_shares.each + (p.of_shares.rest > 0));
+  auto balanced = [&](bool pauses, int exchange, int least) {
+    const Deal all(int(steps) + shrink_steps + p.shrink_blocks * exchange, blocks);
+    if (all.each - own - exchange < least) return false;
+    p.of_blocks = all, p.apart = false, p.pauses = pauses, p.exchange = exchange;
+    return true;
+  };
+  const int pausing = kPausing + (kPausingAlone - kPausing) * others / blocks;
+  if ((little || p.shrink_blocks <= blocks / 4) && balanced(true, pausing, (last_tile + kFewest - 1) / kFewest)) return blocks;
+  if ((!little || p.shrink_blocks > blocks / 8) && balanced(false, kBeside, 1)) return blocks;
+  p.pauses = true;
+  if (others >= p.shrink_blocks) p.of_blocks = Deal(int(steps), others), p.linear_blocks = others;  // who shrinks does nothing else
   return blocks;
 }
 

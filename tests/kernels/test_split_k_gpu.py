@@ -1,4 +1,4 @@
-"""`linear_split_k_sm90.cu`, for up to 256 tokens, against the float64 oracle: on a GPU of capability 9.0."""
+"""`linear_split_k_sm90.cu`, for up to 128 tokens, against the float64 oracle: on a GPU of capability 9.0."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hopper():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tuning", WAITS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128, 129, 200, 255, 256])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128])
 def test_every_number_of_tokens(dtype, tuning, tokens):
     packed, x, experts = check_group([512, 104, 8], 520, [8, 24, 64], 8, 2, tokens, dtype, tuning=tuning, bias=True)
     assert packed.path(x, experts) == kernels.SM90_PATH
@@ -40,14 +40,14 @@ def test_every_number_of_tokens(dtype, tuning, tokens):
 @pytest.mark.parametrize("num_experts", [1, 3, 8])
 def test_every_rank(tuning, rank, num_experts):
     ranks = [rank, 8, rank, 0]
-    for tokens in (5, 70, 128, 250):
+    for tokens in (5, 70, 128):
         check_group([136, 256, 264, 40], 256, ranks, num_experts, 1, tokens, torch.bfloat16, tuning=tuning)
 
 
 @pytest.mark.parametrize("tuning", WAITS)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 8), (64, 3), (256, 8), (200, 7)])
 def test_experts_and_top_k(tuning, num_experts, top_k):
-    for tokens in (4, 32, 60, 100, 160):
+    for tokens in (4, 32, 60, 100):
         check_group([264], 320, [8], num_experts, top_k, tokens, torch.bfloat16, tuning=tuning)
         check_group([264, 72], 320, [16, 0], num_experts, top_k, tokens, torch.float16, tuning=tuning)
 
@@ -55,7 +55,7 @@ def test_experts_and_top_k(tuning, num_experts, top_k):
 @pytest.mark.parametrize("tuning", WAITS)
 @pytest.mark.parametrize("in_features", [8, 24, 56, 64, 72, 128, 1000, 4104])
 def test_odd_input_widths(tuning, in_features):
-    for tokens in (16, 40, 120, 240):
+    for tokens in (16, 40, 120):
         check_group([264, 16], in_features, [8, 16], 4, 2, tokens, torch.bfloat16, tuning=tuning, bias=True)
 
 
@@ -63,14 +63,14 @@ def test_odd_input_widths(tuning, in_features):
 def test_full_size(tuning):
     """More tiles than blocks, and fewer: a block has parts of several, a tile is of several blocks."""
     for outs, in_features in (([4096] * 3, 4096), ([4096, 1024, 1024], 4096), ([4096], 11008), ([11008] * 2, 4096)):
-        for rank, tokens in ((8, 64), (64, 24), (64, 128), (16, 256)):
+        for rank, tokens in ((8, 64), (64, 24), (64, 128), (16, 128)):
             check_group(outs, in_features, [rank] * len(outs), 8, 2, tokens, torch.bfloat16, tuning=tuning)
 
 
 @pytest.mark.parametrize("tuning", WAITS)
 def test_more_parts_of_the_shrink_than_blocks(tuning):
     """A block has several, one after the other: with few steps in all, or many experts of high rank."""
-    for tokens in (8, 60, 200):
+    for tokens in (8, 60, 120):
         check_group([8], 64, [8], 256, 4, tokens, torch.bfloat16, tuning=tuning)
         check_group([1024] * 3, 1024, [128] * 3, 64, 2, tokens, torch.bfloat16, tuning=tuning)
 
@@ -85,7 +85,7 @@ def test_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice():
 
 
 @pytest.mark.parametrize("rank", [0, 8, 256])
-@pytest.mark.parametrize("tokens", [8, 64, 128, 256])
+@pytest.mark.parametrize("tokens", [8, 64, 128])
 def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens):
     """Each of four calls in a row takes what a kernel of PyTorch's or the call before it has just written."""
     width, dtype = 1024, torch.bfloat16
@@ -142,7 +142,7 @@ def test_wide_experts_of_few_tokens_take_it_by_themselves():
     assert packed.path(x, experts) == kernels.FAST_PATH
 
 
-@pytest.mark.parametrize(("rank", "tokens"), [(8, 64), (128, 8), (8, 200)])
+@pytest.mark.parametrize(("rank", "tokens"), [(8, 64), (128, 8), (8, 120)])
 def test_two_streams_at_once(rank, tokens):
     """Neither launch has all multiprocessors, so blocks of each may wait for some that cannot begin."""
     outs, dtype = [2048, 2048], torch.bfloat16
