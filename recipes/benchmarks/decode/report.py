@@ -28,6 +28,7 @@ PARTS = (
     "recipes/results/decode_h200_parts.json",
     "recipes/results/decode_h200_parts_452f508.json",
     "recipes/results/decode_h200_parts_6a1f948.json",
+    "recipes/results/decode_h200_parts_693db89.json",
 )
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
