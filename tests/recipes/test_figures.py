@@ -38,7 +38,8 @@ def test_training_on_a_gpu() -> None:
             "train_h200_e01d55b.json",
             ("fused 8 8", "fused 8 16", "router_only 8 8", "plain fused 8 8", "plain lora 0 16"),
         ),
-        ("train_h200_452f508.json", ("4bit fused 8 8",)),
+        ("train_h200_4bit_867f627.json", ("4bit fused 8 8", "4bit lora 0 16")),
+        ("train_h200_compiled_867f627.json", ("compiled fused 8 8", "compiled lora 0 16")),
         ("train_h200_a322179.json", ("fused 8 64", "fused 32 16", "fused 8 8")),
     ):
         rows = {}
