@@ -118,7 +118,7 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
       for (int phase = first_phase; phase <= kLinear; ++phase) {
         const int last = first_of(p, Phase(phase), blocks, block + 1);
         for (int at = first_of(p, Phase(phase), blocks, block); at < last;) {
-          const Segment s = segment_of(p, Phase(phase), at, last);
+          const Segment s = segment_of(p, p.linears, Phase(phase), at, last);
           at = s.next;
           const Sm90Linear &linear = p.linears[s.item];
           const CUtensorMap &weight_map = phase == kShrink ? p.a_map[s.item] : p.weight[s.item], &b_map = p.b_map[s.item];
@@ -184,7 +184,7 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
   for (int phase = first_phase; phase <= kLinear; ++phase) {
     const int last = first_of(p, Phase(phase), blocks, block + 1);
     for (int at = first_of(p, Phase(phase), blocks, block); at < last;) {
-      const Segment s = segment_of(p, Phase(phase), at, last);
+      const Segment s = segment_of(p, p.linears, Phase(phase), at, last);
       const Sm90Linear &linear = p.linears[s.item];
       const int own = s.own(), length = s.length(), part = at;
       at = s.next;
@@ -346,7 +346,7 @@ int launch_linear_split_k(GroupParams &params, Sync *sync, void *stream) {
     p.linears[i] = {item.out, item.bias, item.out_features, expert_steps(g, item), item.rank / kUnit, int(params.hidden[i]), item.scaling};
     p.lora_a[i] = item.lora_a, p.lora_b[i] = item.lora_b;
   }
-  const int blocks = deal_out(p, multiprocessors(g.device));
+  const int blocks = deal_out(p, p.linears, multiprocessors(g.device));
   if (!blocks) return LS_ERROR_ARGUMENT;
   return g.dtype == LS_BFLOAT16 ? launch_dtype<bf16>(p, g, blocks, stream) : launch_dtype<fp16>(p, g, blocks, stream);
 }

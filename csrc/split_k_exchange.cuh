@@ -1,9 +1,28 @@
 // What the blocks of linear_split_k_sm90.cu tell each other: of their partial sums, and of the hidden, which is made of partial sums of
 // the shrink. Or, where others do not come, by each block for itself.
 #pragma once
+#include "linear_sm90.cuh"
 #include "stream_k.cuh"
 
 namespace ls {
+
+static_assert(kFeatures == kSm90Features, "rows of the hidden are padded to steps");
+
+// Operands of linear_split_k_sm90.cu.
+struct SplitKParams : Schedule {
+  bool impatient;
+  int tokens, top_k, num_experts, in_features;
+  Sm90Linear linears[LS_MAX_GROUP];
+  const void *lora_a[LS_MAX_GROUP], *lora_b[LS_MAX_GROUP], *input;
+  void *hidden;
+  const int64_t *experts;
+  const float *gates;
+  float *partials;    // of each block, and of each part of the shrink
+  unsigned *flags;    // of each block: 1: its partials are there; whoever reads them puts it back to 0
+  unsigned *arrived;  // of each tile of the shrink: how many partials are there
+  Sync *sync;         // done: parts of the shrink; ticket: a block has given up waiting
+  CUtensorMap x, hidden_map, weight[LS_MAX_GROUP], a_map[LS_MAX_GROUP], b_map[LS_MAX_GROUP];
+};
 
 constexpr long long kPatience = 1000000;  // nanoseconds until other blocks' part of the hidden is not waited for any longer
 
@@ -120,7 +139,7 @@ template <class E, int kTokens> __device__ __forceinline__ void exchange_partial
   const int first = first_of(p, kShrink, blocks, block), last = first_of(p, kShrink, blocks, block + 1);
   for (int part = first; part < last; ++part) {
     const int tile = part / p.shares, share = part - tile * p.shares;
-    const Segment s = segment_of(p, kShrink, part, last);
+    const Segment s = segment_of(p, p.linears, kShrink, part, last);
     const Sm90Linear &linear = p.linears[s.item];
     const int rank = linear.units_each * kUnit;
     // A thread has what a consumer's thread has of eight tokens: two tokens of two columns.
@@ -168,7 +187,7 @@ template <class E, int kTokens> __device__ __forceinline__ void exchange_partial
     shrunk = true;
   }
   const int begin = first_of(p, kLinear, blocks, block), end = first_of(p, kLinear, blocks, block + 1);
-  if (thread >= 32 || begin == end || segment_of(p, kLinear, begin, end).begin == 0) return;
+  if (thread >= 32 || begin == end || segment_of(p, p.linears, kLinear, begin, end).begin == 0) return;
   barrier(kPartialLeft, kMultiplying + 32);
   if (thread == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.flags + block) : "memory");
 }

@@ -1,11 +1,22 @@
-// How linear_split_k_sm90.cu deals the work of a launch out to its blocks (stream-K), and what it is told.
+// Stream-K: how the work of a launch of linear_split_k_sm90.cu is dealt out to its blocks. Plain C++, so that a test on the host can look
+// at it (tests/kernels/test_stream_k.py).
 #pragma once
-#include "linear_sm90.cuh"
+#include <cstdint>
+
+#include "loraswitch.h"
+
+#ifdef __CUDACC__
+#define LS_BOTH __host__ __device__ __forceinline__  // host and device
+#else
+#define LS_BOTH inline
+#endif
 
 namespace ls {
 
+LS_BOTH int lesser(int a, int b) { return a < b ? a : b; }
+
 constexpr int kRows = 128;                // outputs of a tile
-constexpr int kFeatures = kSm90Features;  // of a step
+constexpr int kFeatures = 64;             // of a step
 constexpr int kMostShares = 16;           // blocks that share a tile of the shrink
 constexpr int kFewShares = 8;             // where these have few steps, and there is time: fewer have to exchange something
 constexpr int kLong = 24, kFew = 8;       // steps of a block, of a share
@@ -20,88 +31,76 @@ struct Deal {
   int each, rest;
   Deal() = default;
   Deal(int all, int receivers) : each(all / receivers), rest(all % receivers) {}
-  __host__ __device__ __forceinline__ int first(int receiver) const { return receiver * each + (receiver < rest ? receiver : rest); }
+  LS_BOTH int first(int receiver) const { return receiver * each + (receiver < rest ? receiver : rest); }
 };
 
 // First comes the shrink, whose tiles are columns of the hidden. It goes by parts, each a tile's share of the features; the last
 // `shrink_blocks` blocks have them. Then the linears: all steps of all tiles, one after the other. Who shrinks has fewer of these.
 enum Phase { kShrink, kLinear };
 
-// What every block reads first stands together: it comes from memory in lines.
-struct SplitKParams {
-  int n_items, steps, width, shrink_blocks;  // steps: of in_features
-  int shares, parts;  // of a tile of the shrink; of all
-  Deal of_blocks, of_shares, of_shrinking;  // steps: of all, of a tile's shares; parts
-  bool pauses;  // who shrinks copies nothing more until its share of the hidden is there
-  int exchange;  // steps that a share counts for beyond its own
-  int linear_blocks;  // that have steps of the linears, the first ones
-  bool apart;  // these are dealt out evenly by themselves
-  bool impatient;
-  int tokens, top_k, num_experts, in_features;
+// What every block reads first: it comes from memory in lines, so it stands together.
+struct Schedule {
+  int n_items, steps, width, shrink_blocks;  // steps: of in_features; width: of the hidden
+  int shares, parts;                         // of a tile of the shrink; of all
+  Deal of_blocks, of_shares, of_shrinking;   // steps: of all, of a tile's shares; parts
+  int exchange;                              // steps that a share counts for beyond its own
+  int linear_blocks;                         // that have steps of the linears, the first ones
+  bool pauses;                               // who shrinks copies nothing more until its share of the hidden is there
+  bool apart;                                // the linears' steps are dealt out evenly by themselves
   int begin[LS_MAX_GROUP + 1], begin_shrink[LS_MAX_GROUP + 1];  // first step of each linear's first tile; first tile
-  Sm90Linear linears[LS_MAX_GROUP];
-  const void *lora_a[LS_MAX_GROUP], *lora_b[LS_MAX_GROUP], *input;
-  void *hidden;
-  const int64_t *experts;
-  const float *gates;
-  float *partials;  // of each block, and of each part of the shrink
-  unsigned *flags;  // of each block: 1: its partials are there; whoever reads them puts it back to 0
-  unsigned *arrived;  // of each tile of the shrink: how many partials are there
-  Sync *sync;  // done: parts of the shrink; ticket: a block has given up waiting
-  CUtensorMap x, hidden_map, weight[LS_MAX_GROUP], a_map[LS_MAX_GROUP], b_map[LS_MAX_GROUP];
 };
 
 // Steps of the shrink that the blocks before this one have, and what their exchange counts for.
-__host__ __device__ __forceinline__ int shrink_steps_before(const SplitKParams &p, int blocks, int block) {
+LS_BOTH int shrink_steps_before(const Schedule &p, int blocks, int block) {
   const int before = block - (blocks - p.shrink_blocks);
   if (before <= 0) return 0;
   const int part = p.of_shrinking.first(before);
   return part / p.shares * p.steps + p.of_shares.first(part % p.shares) + before * p.exchange;
 }
 // The first part or step of a block.
-__host__ __device__ __forceinline__ int first_of(const SplitKParams &p, Phase phase, int blocks, int block) {
+LS_BOTH int first_of(const Schedule &p, Phase phase, int blocks, int block) {
   if (phase == kLinear)
-    return p.apart ? p.of_blocks.first(min(block, p.linear_blocks)) : p.of_blocks.first(block) - shrink_steps_before(p, blocks, block);
+    return p.apart ? p.of_blocks.first(lesser(block, p.linear_blocks)) : p.of_blocks.first(block) - shrink_steps_before(p, blocks, block);
   const int shrinking = block - (blocks - p.shrink_blocks);
   return shrinking < 0 ? 0 : p.of_shrinking.first(shrinking);
 }
 
 // Where the partials of a part of the shrink are. A block that has several parts, which nobody shares, has one place for all.
-__device__ __forceinline__ int shrink_place(const SplitKParams &p, int blocks, int block, int part) {
+LS_BOTH int shrink_place(const Schedule &p, int blocks, int block, int part) {
   return blocks + (p.shares > 1 ? part : block - (blocks - p.shrink_blocks));
 }
 
-// What a block has of a tile: steps `begin` to `end` of its `steps`, of which the first `experts` are the experts'.
+// A linear, here and below: its `columns`, and its `steps` of experts. What a block has of a tile: steps `begin` to `end` of its `steps`, of which the first `experts` are the experts'.
 struct Segment {
   int item, column, columns, begin, end, steps, experts;
   int next;  // part or step
-  __device__ __forceinline__ int first() const { return max(begin, experts) - experts; }  // of in_features
-  __device__ __forceinline__ int own() const { return max(end, experts) - experts - first(); }
-  __device__ __forceinline__ int length() const { return end - begin; }
+  LS_BOTH int first() const { return (begin < experts ? experts : begin) - experts; }  // of in_features
+  LS_BOTH int own() const { return (end < experts ? experts : end) - experts - first(); }
+  LS_BOTH int length() const { return end - begin; }
 };
-__device__ __forceinline__ Segment segment_of(const SplitKParams &p, Phase phase, int at, int last) {
+template <class Linear> LS_BOTH Segment segment_of(const Schedule &p, const Linear *linears, Phase phase, int at, int last) {
   Segment s;
   s.item = 0;
   if (phase == kShrink) {
     const int tile = at / p.shares, share = at - tile * p.shares;
     while (tile >= p.begin_shrink[s.item + 1]) ++s.item;
     s.experts = 0, s.steps = p.steps, s.begin = p.of_shares.first(share), s.end = p.of_shares.first(share + 1);
-    s.column = (tile - p.begin_shrink[s.item]) * kRows, s.columns = p.linears[s.item].steps * kFeatures, s.next = at + 1;
+    s.column = (tile - p.begin_shrink[s.item]) * kRows, s.columns = linears[s.item].steps * kFeatures, s.next = at + 1;
   } else {
     while (at >= p.begin[s.item + 1]) ++s.item;
-    s.experts = p.linears[s.item].steps, s.steps = p.steps + s.experts;
+    s.experts = linears[s.item].steps, s.steps = p.steps + s.experts;
     const int step = at - p.begin[s.item], tile = step / s.steps;
-    s.column = tile * kRows, s.columns = p.linears[s.item].columns;
-    s.begin = step - tile * s.steps, s.end = min(s.steps, s.begin + last - at), s.next = at + s.end - s.begin;
+    s.column = tile * kRows, s.columns = linears[s.item].columns;
+    s.begin = step - tile * s.steps, s.end = lesser(s.steps, s.begin + last - at), s.next = at + s.end - s.begin;
   }
   return s;
 }
 
-// Deals everything out; returns the number of blocks, at most `most`, or 0: too many steps. `linears`, `n_items` and `steps` are there.
-inline int deal_out(SplitKParams &p, int most) {
+// Deals everything out; returns the number of blocks, at most `most`, or 0: too many steps. `n_items` and `steps` are there.
+template <class Linear> inline int deal_out(Schedule &p, const Linear *linears, int most) {
   int64_t steps = 0, tiles = 0;
   for (int i = 0; i < p.n_items; ++i) {
-    const Sm90Linear &linear = p.linears[i];
+    const Linear &linear = linears[i];
     p.begin[i] = int(steps), p.begin_shrink[i] = int(tiles);
     steps += int64_t((linear.columns + kRows - 1) / kRows) * (p.steps + linear.steps);
     tiles += (linear.steps * kFeatures + kRows - 1) / kRows;
@@ -123,7 +122,7 @@ inline int deal_out(SplitKParams &p, int most) {
   p.shrink_blocks = p.parts < blocks ? p.parts : blocks;
   p.of_shares = Deal(p.steps, p.shares), p.of_shrinking = Deal(p.parts, p.shrink_blocks);
   // A block that pauses has its share exchanged sooner, but gets so much less of the linears, of which it has the last tiles.
-  const int others = blocks - p.shrink_blocks, last_tile = p.steps + p.linears[p.n_items - 1].steps;
+  const int others = blocks - p.shrink_blocks, last_tile = p.steps + linears[p.n_items - 1].steps;
   const int own = (p.of_shrinking.each + (p.of_shrinking.rest > 0)) * (p.of_shares.each + (p.of_shares.rest > 0));
   auto balanced = [&](bool pauses, int exchange, int least) {
     const Deal all(int(steps) + shrink_steps + p.shrink_blocks * exchange, blocks);
