@@ -174,8 +174,9 @@ SETS: dict[str, tuple[Entry, ...]] = {
         ("fused", 8, ("compiled:8",), MANY),
         ("fused", 16, ("compiled:32",), MORE),
     ),
-    "high-rank": entries(("backbone", 0, ("compiled:1", "compiled:8")), ("fused", 128, ("compiled:1", "compiled:8"))),
-    "serving": entries(("backbone", 0, SERVING_MODES), ("fused", 8, SERVING_MODES)),
+    # Each by itself: a process compiles one after the other, and as many wait for it as there are modes.
+    "high-rank": entries(*((*row, (mode,)) for mode in FEW_MODES[:2] for row in (("backbone", 0), ("fused", 128)))),
+    "serving": entries(*((*row, (mode,)) for mode in SERVING_MODES for row in (("backbone", 0), ("fused", 8)))),
     "prompts": entries(("backbone", 0, ("prefill:128", "prefill:512")), ("fused", 8, ("prefill:128", "prefill:512"))),
     # "graph" too: whether a library's own kernels can be compiled is up to it
     "nf4": quantized("nf4", ("graph", "graph:8", "compiled:1", "compiled:8")),
