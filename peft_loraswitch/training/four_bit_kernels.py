@@ -82,11 +82,12 @@ def _launch(
 
 
 def _stream(packed: Tensor) -> int | None:
-    """On which kernels are launched; None where there are none: on a CPU, or if another GPU is the current one."""
-    device = packed.get_device()
-    if device < 0 or device != torch.cuda.current_device():
+    """On which kernels are launched; None where there are none: on a CPU or a device of another kind, or if another GPU is the
+    current one."""
+    if not packed.is_cuda:
         return None
-    return int(torch._C._cuda_getCurrentRawStream(device))
+    device = packed.get_device()
+    return int(torch._C._cuda_getCurrentRawStream(device)) if device == torch.cuda.current_device() else None
 
 
 @functools.cache
@@ -106,13 +107,14 @@ def _functions(quant_type: str, dtype: torch.dtype) -> Functions | None:
 def _fits(packed: Tensor, state: Any) -> bool:
     """Whether everything lies as the kernels read it. Else the library may know better."""
     device, scales = packed.get_device(), state.absmax
-    if not packed.is_contiguous() or scales.get_device() != device:
+    if not packed.is_contiguous() or not scales.is_contiguous() or scales.get_device() != device:
         return False
     if not state.nested:
         return bool(scales.dtype is torch.float32)
     inner = state.state2
     return (
         scales.dtype is torch.uint8
+        and inner.absmax.is_contiguous()
         and inner.dtype is torch.float32
         and inner.absmax.get_device() == device
         and inner.code.get_device() == device

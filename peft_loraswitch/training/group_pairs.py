@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def _up(
     biases: Sequence[Tensor | None], add: bool,
 ) -> None:  # fmt: skip
     weights = casts.pair_b()
-    for one, _, some, columns in _alike(spec, [bias is None for bias in biases]):
+    for one, _, some, columns in _alike(spec, [bias is None or bias.dtype for bias in biases]):
         from_rank(hidden[:, columns], weights[some], order, results[some], biases[some], add, gates, one.scaling)
 
 
@@ -86,7 +87,7 @@ def d_b(
 ) -> list[Tensor | None]:  # fmt: skip
     """[E, out, r] of each linear that wants one and has a gradient, in the dtype of its B."""
     found: list[Tensor | None] = [None] * spec.size
-    asked = [d is not None and want for d, want in zip(d_rows, wanted, strict=True)]
+    asked = [d is not None and want and each.dtype for d, want, each in zip(d_rows, wanted, b, strict=True)]
     for one, ask, some, columns in _alike(spec, asked):
         if ask:
             ds = [side_by_side(d) for d in d_rows[some] if d is not None]
@@ -112,9 +113,9 @@ def side_by_side(each: Tensor) -> Tensor:
     return each if each.stride(-1) == 1 else each.contiguous()
 
 
-def _alike(spec: Spec, keys: Sequence[bool]) -> Iterator[tuple[Columns, bool, slice, slice]]:
+def _alike(spec: Spec, keys: Sequence[Any]) -> Iterator[tuple[Columns, Any, slice, slice]]:
     """Linears alike that stand side by side and have the same key: one of them, the key, which they are, their columns of the
-    hidden."""
+    hidden. (A launch takes operands of one dtype, so what may differ in it is part of the key.)"""
     start, column = 0, 0
     for one, count in runs(spec.columns):
         for key, same in itertools.groupby(keys[start : start + count]):

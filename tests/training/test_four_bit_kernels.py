@@ -158,9 +158,14 @@ def with_gaps(base: Any) -> None:
     base.weight.data = torch.stack((base.weight.data, base.weight.data), dim=1)[:, 0]
 
 
-@pytest.mark.parametrize("change", [scales_in_float16, with_gaps])
+def quantised_scales_with_gaps(base: Any) -> None:
+    state = base.weight.quant_state
+    state.absmax = torch.stack((state.absmax, state.absmax), dim=1)[:, 0]
+
+
+@pytest.mark.parametrize("change", [scales_in_float16, with_gaps, quantised_scales_with_gaps])
 def test_what_lies_otherwise_is_left_to_the_library(change, kernels):
-    base = base_of({})
+    base = base_of({"double": True} if change is quantised_scales_with_gaps else {})
     change(base)
     assert torch.equal(made(base, torch.float32), expected(base, torch.float32)) and not kernels.calls
 
@@ -177,8 +182,15 @@ def test_a_cpu_and_another_version_of_the_library(monkeypatch):
     class Library:
         cdequantize_blockwise_bf16_nf4 = cdequantize_blockwise_fp32 = Function()
 
+    class OfAnotherKind:  # of device, which has an index as a GPU of CUDA has
+        is_cuda = False
+
+        def get_device(self) -> int:
+            return 0
+
     base = base_of({})
     assert four_bit_kernels._stream(base.weight.detach()) is None
+    assert four_bit_kernels._stream(OfAnotherKind()) is None  # type: ignore[arg-type]
     monkeypatch.setattr(four_bit_kernels, "_stream", lambda packed: STREAM)
     monkeypatch.setattr(bitsandbytes.cextension, "lib", Library())
     four_bit_kernels._functions.cache_clear()

@@ -17,9 +17,9 @@ from fast_linear_checks import NO_LOSSES, on_both_devices, relative, step
 from helpers import adapter_gradients, padded, randomize_adapter, switch_config, tiny_gpt2, tiny_llama
 from oracle import Oracle
 from peft_loraswitch import use_experts
-from peft_loraswitch.training import fast_linears, group_function, pair_kernels, pair_products
+from peft_loraswitch.training import fast_linears, group_function, group_pairs, pair_kernels, pair_products
 from peft_loraswitch.training.gate_hidden import Columns
-from peft_loraswitch.training.group_layout import Spec
+from peft_loraswitch.training.group_layout import Casts, Spec
 from peft_loraswitch.training.pair_order import order_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -134,6 +134,27 @@ def test_a_launch_takes_up_to_three_linears():
 
     assert found(1) == [(0, 1, 0, 16)] and found(3) == [(0, 3, 0, 48)]
     assert found(7) == [(0, 3, 0, 48), (3, 6, 48, 96), (6, 7, 96, 112)]
+
+
+def test_operands_of_a_launch_have_one_dtype(monkeypatch):
+    """Biases, and the gradients of B, may be of several."""
+    seen: list[list[Any]] = []
+    monkeypatch.setattr(group_pairs, "from_rank", lambda small, ws, order, outs, biases, *_: seen.append(list(biases)))
+    monkeypatch.setattr(group_pairs, "weight_gradient", lambda features, small, order, ws, *_: seen.append(list(ws)))
+    tokens, rank, out = 6, 2, 4
+    columns = tuple(Columns(i * EXPERTS * rank, EXPERTS, rank, 1.0) for i in range(4))
+    spec = Spec(torch.float64, columns, False, slots=2)
+    order = order_of(torch.rand(tokens, EXPERTS).topk(2).indices, EXPERTS)
+    dtypes = [torch.float64, torch.float32, torch.float32, torch.float64]
+    a = [torch.zeros(EXPERTS, rank, 3, dtype=torch.float64) for _ in dtypes]
+    b = [torch.zeros(EXPERTS, out, rank, dtype=dtype) for dtype in dtypes]
+    hidden, rows = torch.zeros(order.pairs, 4 * rank).double(), [torch.zeros(tokens, out).double() for _ in dtypes]
+    gates = torch.zeros(tokens, EXPERTS)
+    biases = [None if dtype == torch.float64 else torch.zeros(out, dtype=dtype) for dtype in dtypes[:3]]
+    group_pairs.write_up(rows, hidden, gates, Casts(a, b, spec), spec, order, [*biases, torch.zeros(out).double()])
+    group_pairs.d_b(rows, hidden, gates, b, [True] * 4, spec, order)
+    assert [len(each) for each in seen] == [1, 2, 1, 1, 2, 1]
+    assert all(len({None if one is None else one.dtype for one in each}) == 1 for each in seen)
 
 
 @pytest.mark.parametrize(("given", "slots"), [("own", 2), ("given", 1)])
