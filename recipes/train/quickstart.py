@@ -299,7 +299,9 @@ def main(folder: Path, size: Size) -> int:
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     better = "LoRA-Switch" if mean[2] < mean[1] else "plain LoRA"
     numbers = f"{mean[2]:.3f} LoRA-Switch, {mean[1]:.3f} LoRA, {mean[0]:.3f} base"
-    print(f"\nLower mean loss in this run: {better} ({numbers}). At this size either may be: recipes/quality compares them.")
+    print(
+        f"\nLower mean loss in this run: {better} ({numbers}). At this size either may be: recipes/quality compares them."
+    )
     print(f"Total {time.perf_counter() - STARTED:.0f} s. Files: {folder}")
     return 0 if all(checks.values()) else 1
 
