@@ -15,8 +15,9 @@ namespace {
 
 constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 
-// Whether linear_split_k_sm90.cu is the one for it, which reads A and B of all experts. Measured on an H200 (docs/kernel_log.md): always for more tokens
-// than the others take; for fewer where the hidden is too wide for linear_persistent.cu, and most experts are chosen anyway.
+// Whether linear_split_k_sm90.cu is the one for it, which reads A and B of all experts. Measured on an H200 (docs/kernel_log.md):
+// always for more tokens than the others take; for fewer where the hidden is too wide for linear_persistent.cu, and most experts are
+// chosen anyway.
 bool takes_split_k(const ls_group &g) {
   constexpr int kWide = 512;  // columns of the hidden
   if (g.tuning & LS_TUNING_SPLIT_K) return can_split_k(g);

@@ -123,19 +123,15 @@ template <class Params> inline bool may_overlap(void (*kernel)(Params), int devi
   return k == 1;
 }
 
-// Sets an attribute of a kernel on the current device. CUDA is told once for each device: it keeps that, and being told takes the
-// host a microsecond.
-template <auto kKernel, cudaFuncAttribute kAttribute> inline cudaError_t set_once(int device, int value) {
+// Lets a kernel have so many bytes of dynamic shared memory on the current device. Told to CUDA once for each device: it keeps that, and
+// being told takes the host a microsecond.
+template <auto kKernel> inline cudaError_t allow_shared(int device, int bytes) {
   static std::atomic<bool> told[kMaxDevices];
   const bool known = device >= 0 && device < kMaxDevices;
   if (known && told[device].load(std::memory_order_relaxed)) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kKernel, kAttribute, value);
+  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (known && error == cudaSuccess) told[device].store(true, std::memory_order_relaxed);
   return error;
-}
-// Lets it have so many bytes of dynamic shared memory.
-template <auto kKernel> inline cudaError_t allow_shared(int device, int bytes) {
-  return set_once<kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize>(device, bytes);
 }
 
 bool follows_ours(cudaStream_t stream);  // pdl.cu

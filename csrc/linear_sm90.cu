@@ -266,7 +266,8 @@ int launch_linear_sm90(GroupParams &params, void *stream) {
   if (width && !make_map(p.hidden, g.dtype, g.hidden, hidden, 2, true)) return LS_ERROR_ARGUMENT;
   const void *weights[LS_MAX_GROUP];
   int rows[LS_MAX_GROUP];
-  fill_linears(params, false, p.linears, weights, rows);
+  for (int i = 0; i < g.n_items; ++i)
+    p.linears[i] = linear_of(params, i), weights[i] = g.items[i].weight, rows[i] = g.items[i].out_features;
   return launch_many<false>(p, g, weights, rows, stream);
 }
 
@@ -277,7 +278,12 @@ int launch_shrink_many_ranks(GroupParams &params, void *stream) {
   p.stride = int(params.hidden_elements / g.tokens);
   const void *weights[LS_MAX_GROUP];
   int rows[LS_MAX_GROUP];
-  fill_linears(params, true, p.linears, weights, rows);
+  for (int i = 0; i < g.n_items; ++i) {  // its shrink: lora_a of all experts, into the hidden
+    const Sm90Linear linear = linear_of(params, i);
+    uint16_t *const hidden = static_cast<uint16_t *>(g.hidden) + linear.hidden;
+    p.linears[i] = {hidden, nullptr, linear.steps * kFeatures, 0, linear.units_each, 0, linear.scaling};
+    weights[i] = g.items[i].lora_a, rows[i] = g.num_experts * g.items[i].rank;
+  }
   return launch_many<true>(p, g, weights, rows, stream);
 }
 

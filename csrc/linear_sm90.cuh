@@ -29,18 +29,11 @@ inline bool make_b_map(CUtensorMap &map, const ls_group &g, const ls_item &item,
   return rank % kSm90Features ? make_map(map, g.dtype, item.lora_b, units, 4, false) : make_map(map, g.dtype, item.lora_b, whole, 3, true);
 }
 
-// The linears of a group with their weights [rows, in]; or, if `shrinks`, its shrink as one: lora_a of all experts, into the hidden.
-inline void fill_linears(const GroupParams &params, bool shrinks, Sm90Linear *linears, const void **weights, int *rows) {
-  const ls_group &g = params.g;
-  for (int i = 0; i < g.n_items; ++i) {
-    const ls_item &item = g.items[i];
-    const int hidden = int(params.hidden[i]), steps = expert_steps(g, item), units_each = item.rank / kUnit;
-    weights[i] = shrinks ? item.lora_a : item.weight, rows[i] = shrinks ? g.num_experts * item.rank : item.out_features;
-    if (shrinks)
-      linears[i] = {static_cast<uint16_t *>(g.hidden) + hidden, nullptr, steps * kSm90Features, 0, units_each, 0, item.scaling};
-    else
-      linears[i] = {item.out, item.bias, item.out_features, steps, units_each, hidden, 0.f};
-  }
+// The i-th linear of the group.
+inline Sm90Linear linear_of(const GroupParams &params, int i) {
+  const ls_item &item = params.g.items[i];
+  const int steps = expert_steps(params.g, item);
+  return {item.out, item.bias, item.out_features, steps, item.rank / kUnit, int(params.hidden[i]), item.scaling};
 }
 
 }  // namespace ls

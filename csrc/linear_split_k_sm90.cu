@@ -342,9 +342,8 @@ int launch_linear_split_k(GroupParams &params, Sync *sync, void *stream) {
   p.impatient = g.tuning & LS_TUNING_IMPATIENT;
   p.partials = reinterpret_cast<float *>(static_cast<uint16_t *>(g.hidden) + params.hidden_elements);  // its rows are divisible by 64
   for (int i = 0; i < g.n_items; ++i) {
-    const ls_item &item = g.items[i];
-    p.linears[i] = {item.out, item.bias, item.out_features, expert_steps(g, item), item.rank / kUnit, int(params.hidden[i]), item.scaling};
-    p.lora_a[i] = item.lora_a, p.lora_b[i] = item.lora_b;
+    p.linears[i] = linear_of(params, i);
+    p.lora_a[i] = g.items[i].lora_a, p.lora_b[i] = g.items[i].lora_b;
   }
   const int blocks = deal_out(p, p.linears, multiprocessors(g.device));
   if (!blocks) return LS_ERROR_ARGUMENT;

@@ -25,7 +25,7 @@ extern "C" {
 #define LS_TUNING_REGISTERS 2 /* linear_registers.cu */
 #define LS_TUNING_PERSISTENT 3 /* linear_persistent.cu wherever it can */
 #define LS_TUNING_TWO_LAUNCHES 4 /* added to any of them, or alone: the shrink in a launch of its own */
-#define LS_TUNING_IMPATIENT 8 /* added: no block of linear_persistent.cu or linear_split_k_sm90.cu waits for another's part of the hidden, for tests */
+#define LS_TUNING_IMPATIENT 8 /* added: no block waits for another's part of the hidden, for tests (persistent, split K) */
 #define LS_TUNING_NARROW 16 /* added: linear_sm90.cu takes 128 outputs at a time */
 #define LS_TUNING_WIDE 32 /* added: it takes 256 */
 #define LS_TUNING_SPLIT_K 64 /* added: linear_split_k_sm90.cu wherever it can */
@@ -190,8 +190,8 @@ int ls_linear_path(const ls_group *group);
  * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). For many tokens
  * (LS_PATH_SM90, from 33 on, and from 3 on where the linears' experts have many ranks, on GPUs of compute capability 9.0, for sizes and
  * pointers as on the fast path and out_features divisible by 8) one launch up to LS_SPLIT_K_TOKENS, then two, as fast as a library's,
- * `hidden` then being a row for each token, and what an expert that the token did not choose made of it zero; it is multiplied by lora_b of all experts, so that NaN in
- * that of an expert which nobody chose shows in the result. `group` is host memory. */
+ * `hidden` then being a row for each token, and what an expert that the token did not choose made of it zero; it is multiplied by
+ * lora_b of all experts, so that NaN in that of an expert which nobody chose shows in the result. `group` is host memory. */
 int ls_linear(const ls_group *group, void *stream);
 
 /* 1 if ls_expand takes a group of these sizes, dtype, lora_b and bias, else 0. `args` is host memory, here and below. */

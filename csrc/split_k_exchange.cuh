@@ -131,6 +131,7 @@ template <class E> __device__ __noinline__ void wait_for_hidden(const SplitKPara
   async_fence();
   __syncwarp();
 }
+
 // The helpers: of the block's parts of the shrink, and of the tile that it begins in the midst of.
 template <class E, int kTokens> __device__ __forceinline__ void exchange_partials(const SplitKParams &p, int blocks, int block,
                                                                                   volatile bool &published, volatile bool &shrunk) {

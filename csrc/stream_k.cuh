@@ -70,7 +70,7 @@ LS_BOTH int shrink_place(const Schedule &p, int blocks, int block, int part) {
   return blocks + (p.shares > 1 ? part : block - (blocks - p.shrink_blocks));
 }
 
-// A linear, here and below: its `columns`, and its `steps` of experts. What a block has of a tile: steps `begin` to `end` of its `steps`, of which the first `experts` are the experts'.
+// What a block has of a tile: steps `begin` to `end` of its `steps`, of which the first `experts` are the experts'.
 struct Segment {
   int item, column, columns, begin, end, steps, experts;
   int next;  // part or step
@@ -78,6 +78,7 @@ struct Segment {
   LS_BOTH int own() const { return (end < experts ? experts : end) - experts - first(); }
   LS_BOTH int length() const { return end - begin; }
 };
+// A linear, here and below: its `columns`, and its `steps` of experts.
 template <class Linear> LS_BOTH Segment segment_of(const Schedule &p, const Linear *linears, Phase phase, int at, int last) {
   Segment s;
   s.item = 0;
