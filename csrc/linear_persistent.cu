@@ -151,14 +151,6 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
       }
       Shrink<E, Shape, NT> shrink(p, blockIdx.x % parts);
       if (shrinks) shrink.load(shrink_tile(p, row_of_blocks), shrink.first);
-      if (most) {  // every expert's B will be needed
-        for (int i = thread; i < plan.n_tiles * num_experts; i += kHelperThreads) {
-          const int tile = plan.begin + i / num_experts, item = find_item(p, tile), rank = p.g.items[item].rank;
-          const int out = p.g.items[item].out_features, row = (tile - p.begin[item]) * kTile;
-          const char *b = static_cast<const char *>(p.g.items[item].lora_b) + (int64_t(i % num_experts) * out + row) * rank * 2;
-          for (int at = 0; at < min(kTile, out - row) * rank * 2; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + at));
-        }
-      }
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
         if (const int entry = thread + i * kHelperThreads; entry < entries) ids[entry] = id[i], gates[entry] = gate[i];
@@ -218,21 +210,15 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
       if (!every) choice.make_list(p.g.num_experts, p.g.tokens);
       const int with_tiles = min(rows_of_blocks, shrink.tiles());
       const bool shrinks = row_of_blocks < with_tiles;
-      if (!every) {
-        if (shrinks) shrink.begin();
-        prefetch_b(p, choice, plan.begin, tiles_of(0));
-      }
+      if (!every && shrinks) shrink.begin();
       if (shrinks) shrink.run(row_of_blocks, ids, gates, more);
-      if (every) {  // now, because A has arrived together with the ids, and other blocks wait for what becomes of it
-        choice.make_list(p.g.num_experts, p.g.tokens);
-        prefetch_b(p, choice, plan.begin, tiles_of(0));
-      }
+      // Now, because A has arrived together with the ids, and other blocks wait for what becomes of it.
+      if (every) choice.make_list(p.g.num_experts, p.g.tokens);
       choice.make_slots(ids, p.g.tokens, p.g.top_k);
       copy_commit();
       copy_wait<0>();  // also for what was asked for in vain: its room is used again
       for (int panel = 0; panel < plan.panels; ++panel) {
         const int begin = plan.begin + first_tile(panel), tiles = tiles_of(panel);
-        if (panel > 0) prefetch_b(p, choice, begin, tiles);
         Expand<E, Shape, NT> expand(p, choice, p.sync ? hidden : static_cast<const E *>(p.g.hidden), begin, tiles);
         if (panel > 0) barrier(kSummed, kAllThreads);
         if (panel == 0 && p.sync)
@@ -415,13 +401,14 @@ template <class E, int NT, int MT, int STAGES, class Experts> int blocks_of(int 
   return blocks;
 }
 
-// Calls `act` with the shape for so many tokens: how many tiles of 8, tiles of a panel, stages.
+// Calls `act` with the shape for so many tokens: how many tiles of 8, tiles of a panel, stages. So many stages keep the memory busy. With
+// more, all that the helpers ask for waits behind them (docs/kernel_log.md, "Bytes in flight").
 template <class Experts, class Act> auto with_shape(const GroupParams &p, Act act) {
   const bool is_bf16 = p.g.dtype == LS_BFLOAT16;
 #define LS_SHAPE(NT, MT, STAGES) \
   (is_bf16 ? act.template operator()<bf16, NT, MT, STAGES, Experts>() : act.template operator()<fp16, NT, MT, STAGES, Experts>())
-  if (p.g.tokens <= 8) return LS_SHAPE(1, 12, 8);
-  if (p.g.tokens <= 16) return LS_SHAPE(2, 8, 7);
+  if (p.g.tokens <= 8) return LS_SHAPE(1, 12, 6);
+  if (p.g.tokens <= 16) return LS_SHAPE(2, 8, 6);
   return LS_SHAPE(4, 6, 4);
 #undef LS_SHAPE
 }

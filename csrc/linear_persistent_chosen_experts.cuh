@@ -3,7 +3,6 @@
 //   Chosen   the list of the experts that any token chose, and where a token's hidden of each of them is
 //   Shrink   tiles of 16 rows of the chosen experts' lora_a times all tokens; split-K over the blocks: each block takes one part of the
 //            features and publishes float32 partial sums of the hidden in memory
-//   prefetch the chosen experts' lora_b to L2, while the shrink and the other blocks' parts of it are waited for
 //   collect  waits until all blocks have published, adds the parts up, rounds: hidden [tokens, top_k, rank] in shared memory
 //   Expand   for each 16-row tile of the panel: lora_b [16, chosen ranks] times the hidden, a partial sum for the epilogue
 #pragma once
@@ -295,21 +294,6 @@ template <class E, int PIECES> __device__ __forceinline__ void collect(const Gro
   }
   barrier(kHelping, kHelperThreads);
   if (thread == 0 && leave(p.sync, gridDim.x)) *p.sync = Sync{0, 0, 0, 0};
-}
-
-// The chosen experts' rows of B of these tiles of the weights on their way to L2, in the order in which they will be needed: as much of
-// it as stays there until then.
-constexpr int kPrefetchedBytes = 128 << 10;
-template <class List> __device__ __forceinline__ void prefetch_b(const GroupParams &p, const List &chosen, int first_tile, int n_tiles) {
-  const int count = chosen.count;
-  for (int i = threadIdx.x - kThreads; i < n_tiles * count; i += kHelperThreads) {
-    const int tile = first_tile + i / count, item = find_item(p, tile), rank = p.g.items[item].rank, expert = chosen.list[i % count];
-    if (i * kTile * rank * 2 >= kPrefetchedBytes) break;
-    if (expert < 0) continue;
-    const int out = p.g.items[item].out_features, row = (tile - p.begin[item]) * kTile;
-    const char *b = static_cast<const char *>(p.g.items[item].lora_b) + (int64_t(expert) * out + row) * rank * 2;
-    for (int at = 0; at < min(kTile, out - row) * rank * 2; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + at));
-  }
 }
 
 // A helper's part of the second product: what the experts add to every fourth tile of a panel of the weights, `tiles` from `begin` on.

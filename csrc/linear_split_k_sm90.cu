@@ -10,7 +10,7 @@
 //   grid: one block a multiprocessor; the steps of all tiles of the group, one after the other, are dealt out evenly (stream-K)
 //   block: 384 threads: two consumer warpgroups (WGMMA), 64 outputs each, one producer warp (TMA), three that tell other blocks of
 //   partials, and make the hidden of them
-//   shared memory: a ring of stages (weight tile and x tile, 128-byte swizzle), results; 226 KB
+//   shared memory: a ring of six stages (weight tile and x tile, 128-byte swizzle), results; up to 225 KB
 //   partials: float32 of a tile for each block, and for each that shrinks; flags and counters (Sync): words; all in global memory
 //
 // So few tokens leave the weights' bytes as the limit: each is read once, by as many blocks as there are, whatever the shape of the
@@ -31,13 +31,15 @@ namespace ls {
 namespace {
 
 constexpr int kWeightBytes = kRows * kFeatures * 2;
-constexpr int kBytes = 226 << 10;  // of shared memory
-constexpr int kAhead = 2;          // stages on their way while a block exchanges its share of the shrink with others
+// As many as the memory needs to be busy: with more, all that the helpers ask for waits behind them (docs/kernel_log.md, "Bytes in
+// flight"). For 128 tokens it is what there is room for.
+constexpr int kStages = 6;
+constexpr int kAhead = 2;  // stages on their way while a block exchanges its share of the shrink with others
 
 template <int kTokens> struct Shape {
   static constexpr int kInputBytes = kTokens * kFeatures * 2, kStageBytes = kWeightBytes + kInputBytes;
   static constexpr int kResultBytes = kTokens * kRows * 2;
-  static constexpr int kStages = (kBytes - 1024 - kResultBytes) / kStageBytes;
+  static constexpr int kBytes = 1024 + kStages * kStageBytes + kResultBytes;  // of shared memory, from an address divisible by 1,024
 };
 
 // lora_b of a step's experts is copied in whole rows of outputs, [experts][kRows][rank] in shared memory. Rank 8 is units for the
@@ -83,7 +85,7 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
     linear_split_k_kernel(const __grid_constant__ SplitKParams p) {
 #ifdef LS_HAS_SM90A
   using S = Shape<kTokens>;
-  constexpr int kStages = S::kStages, kStageBytes = S::kStageBytes;
+  constexpr int kStageBytes = S::kStageBytes;
   extern __shared__ __align__(16) unsigned char raw[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
   __shared__ volatile bool published, shrunk;  // this block has done its part of the shrink, and that is certain to have come first
@@ -294,6 +296,7 @@ int tile_tokens(const ls_group &g) { return g.tokens <= 8 ? 8 : g.tokens <= 32 ?
 
 template <class E, int kTokens> int launch_shape(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
   constexpr auto kernel = linear_split_k_kernel<E, kTokens>;
+  constexpr int kBytes = Shape<kTokens>::kBytes;
   const cudaError_t error = allow_shared<kernel>(g.device, kBytes);
   if (error != cudaSuccess) return error;
   const uint64_t in = g.in_features, tokens = g.tokens, width = p.width;

@@ -40,6 +40,9 @@ def test_training_on_a_gpu() -> None:
         ),
         ("train_h200_4bit_867f627.json", ("4bit fused 8 8", "4bit lora 0 16")),
         ("train_h200_compiled_867f627.json", ("compiled fused 8 8", "compiled lora 0 16")),
+        ("train_h200_0197e7b.json", ("4bit fused 8 8",)),
+        ("train_h200_compiled_0197e7b.json", ("compiled fused 8 8",)),
+        ("train_h200_plain_0197e7b.json", ("plain fused 8 8", "plain lora 0 16")),
         ("train_h200_a322179.json", ("fused 8 64", "fused 32 16", "fused 8 8")),
     ):
         rows = {}

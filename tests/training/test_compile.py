@@ -298,13 +298,13 @@ def test_inductor():
 def test_no_product_on_a_gpu_starts_from_a_copy_of_the_base_layers_result():
     """Inductor copies what an `addmm` adds to, a pass over all activations, and joins a plain sum with what comes next."""
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_compiler
+    from torch._functorch.aot_autograd import make_boxed_func
 
     products = []
 
     def look(graph, _):
         products.extend(node.target for node in graph.graph.nodes if "mm" in str(node.target))
-        return make_boxed_compiler(graph.forward)
+        return make_boxed_func(graph)
 
     model = get_peft_model(tiny_llama(), switch_config()).to("cuda", torch.bfloat16)
     randomize_adapter(model)
