@@ -7,7 +7,7 @@
 //   panel: the output rows that a block computes at once, up to 16 * MT, as many as its registers can accumulate; x is read once
 //   for each panel
 //   block: 8 warps with a share of the input features each (split-K inside the block), 4 helper warps for the experts
-//   shared memory (up to 226 KB): for each of the 8 warps a ring of STAGES stages (16 rows of 64 features of x or of the weight),
+//   shared memory (up to 201 KB): for each of the 8 warps a ring of STAGES stages (16 rows of 64 features of x or of the weight),
 //   filled by cp.async; 9 partial tiles in float32 (chosen experts: before that what the helpers ask for); the hidden
 //
 // From a few tokens on, reading x again for every 16 or 32 rows takes as long as reading the weight. So a block owns panels, goes over
