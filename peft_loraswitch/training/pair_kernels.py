@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .gate_kernels import _on
 from .pair_order import TILE, PairOrder, order_of
+from .triton_launch import Launcher, Rest
 
 try:
     import triton
@@ -30,6 +30,7 @@ COLUMNS = 128  # of small matrices, in one program that makes them
 FEATURES = 64  # of wide matrices: read at a time
 WRITTEN = 128  # and written by one program
 LINEARS = 3  # of a group, in one launch: q, k and v. Kernels take operands for so many, None where there are fewer
+UNUSED: list[tuple[None, ...]] = [(None,) * (LINEARS - n) for n in range(LINEARS + 1)]  # of n
 _compiles: dict[torch.device, bool] = {}
 
 
@@ -56,11 +57,11 @@ def _compile(device: torch.device) -> bool:
 
 if triton is not None:
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["d_gates_row"])  # type: ignore[untyped-decorator]
     def _to_rank_kernel(  # type: ignore[no-untyped-def]
         features, features1, features2, w, w1, w2, small, tokens, tiles, gates, hidden, d_gates,
-        width, width1, width2, features_row, features_row1, features_row2,
-        experts, small_row, hidden_row, d_gates_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
+        d_gates_row, width, width1, width2, features_row, features_row1, features_row2,
+        experts, small_row, hidden_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
         RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
         BACKWARD: tl.constexpr, LINEARS: tl.constexpr,
     ):  # fmt: skip
@@ -224,6 +225,12 @@ if triton is not None:
         tl.store(at, total.to(d_w.dtype.element_ty), mask=is_feature[:, None] & is_column[None, :])
 
 
+if triton is not None:
+    _launch_to_rank = Launcher(_to_rank_kernel)
+    _launch_from_rank = Launcher(_from_rank_kernel)
+    _launch_weight_gradient = Launcher(_weight_gradient_kernel)
+
+
 def to_rank(features: Tensor, w: Tensor, order: PairOrder, small: Tensor) -> None:
     """As `pair_products.to_rank`."""
     _to_rank([features], [w], order, small, features, features, features, 0, 0, 1.0, False)
@@ -243,16 +250,27 @@ def _to_rank(
     d_gates: Tensor, hidden_row: int, d_gates_row: int, scaling: float, backward: bool,
 ) -> None:  # fmt: skip
     w, n = ws[0], len(ws)
-    columns, unused = w.shape[0] * w.shape[2], (None,) * (LINEARS - n)
-    block = _power(columns, COLUMNS)
-    sizes = [*(each.shape[1] for each in features), *unused, *(each.stride(0) for each in features), *unused]
-    with _on(w):
-        _to_rank_kernel[(order.tiles.shape[0], n if n > 1 else -(-columns // block))](
-            *features, *unused, *ws, *unused, small, order.tokens, order.tiles, gates, hidden, d_gates,
-            *sizes, order.experts, small.stride(0), hidden_row, d_gates_row, *w.stride(), gates.stride(0), scaling,
-            RANK=w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=FEATURES, BACKWARD=backward, LINEARS=n,
-            num_warps=4, num_stages=_stages(w),
-        )  # fmt: skip
+    linears, experts, rank, _ = shape = w.shape
+    strides, columns = w.stride(), linears * rank
+    block, unused = _power(columns, COLUMNS), UNUSED[n]
+    widths, rows = [each.size(1) for each in features], [each.stride(0) for each in features]
+    small_row, gate_row = small.stride(0), gates.stride(0)
+
+    def rest() -> Rest:
+        numbers = [*widths, *unused, *rows, *unused, experts, small_row, hidden_row, *strides, gate_row, float(scaling)]
+        constants = {
+            "RANK": rank, "COLUMNS": columns, "BLOCK": block, "TILE": TILE, "FEATURES": FEATURES, "BACKWARD": backward,
+            "LINEARS": n,
+        }  # fmt: skip
+        return Rest(numbers, constants, {"num_warps": 4, "num_stages": _stages(w)})
+
+    _launch_to_rank(
+        (order.tiles.size(0), n if n > 1 else -(-columns // block), 1),
+        [*features, *unused, *ws, *unused, small, order.tokens, order.tiles, gates, hidden, d_gates],
+        (d_gates_row,),
+        (*widths, *rows, shape, strides, small_row, hidden_row, gate_row, scaling, backward),
+        rest,
+    )
 
 
 def from_rank(
@@ -261,19 +279,29 @@ def from_rank(
 ) -> None:  # fmt: skip
     """As `pair_products.from_rank`, of up to `LINEARS`."""
     w, gated, biased, n = ws[0], gates is not None, biases[0] is not None, len(outs)
-    columns, factors = w.shape[0] * w.shape[2], small if gates is None else gates
-    unused = (None,) * (LINEARS - n)
-    pointers = [*ws, *unused, *outs, *unused, *(biases if biased else outs), *unused]
-    sizes = [*(out.shape[1] for out in outs), *unused, *(out.stride(0) for out in outs), *unused]
-    blocks = sum(-(-out.shape[1] // WRITTEN) for out in outs)
-    with _on(w):
-        for slot in range(order.slots):
-            _from_rank_kernel[(order.slot_tiles.shape[1] * blocks,)](
-                small, *pointers, order.tokens, order.slot_tiles[slot], factors,
-                *sizes, order.experts, small.stride(0), *w.stride(), factors.stride(0), scaling,
-                RANK=w.shape[2], COLUMNS=columns, BLOCK=_power(columns, FEATURES), TILE=TILE, FEATURES=WRITTEN,
-                ADD=add or slot > 0, GATED=gated, BIAS=biased and slot == 0, LINEARS=n, num_warps=4, num_stages=2,
-            )  # fmt: skip
+    linears, experts, rank, _ = shape = w.shape
+    strides, columns = w.stride(), linears * rank
+    factors, unused = small if gates is None else gates, UNUSED[n]
+    widths, rows = [out.size(1) for out in outs], [out.stride(0) for out in outs]
+    small_row, gate_row = small.stride(0), factors.stride(0)
+    tensors = [
+        small, *ws, *unused, *outs, *unused, *(biases if biased else outs), *unused, order.tokens, None, factors
+    ]  # fmt: skip
+    grid = (order.slot_tiles.size(1) * sum([-(-width // WRITTEN) for width in widths]), 1, 1)
+    key = (*widths, *rows, shape, strides, small_row, gate_row, scaling, gated)
+    for slot, tiles in enumerate(order.each_slot):
+        adds, begins = add or slot > 0, biased and slot == 0
+
+        def rest(adds: bool = adds, begins: bool = begins) -> Rest:
+            numbers = [*widths, *unused, *rows, *unused, experts, small_row, *strides, gate_row, float(scaling)]
+            constants = {
+                "RANK": rank, "COLUMNS": columns, "BLOCK": _power(columns, FEATURES), "TILE": TILE, "FEATURES": WRITTEN,
+                "ADD": adds, "GATED": gated, "BIAS": begins, "LINEARS": n,
+            }  # fmt: skip
+            return Rest(numbers, constants, {"num_warps": 4, "num_stages": 2})
+
+        tensors[-2] = tiles
+        _launch_from_rank(grid, tensors, (), (key, adds, begins), rest)
 
 
 def weight_gradient(
@@ -281,19 +309,32 @@ def weight_gradient(
     scaling: float = 1.0,
 ) -> None:  # fmt: skip
     """As `pair_products.weight_gradient`, of up to `LINEARS`."""
-    w, n = d_ws[0], len(d_ws)
-    columns, factors, unused = w.shape[0] * w.shape[2], small if gates is None else gates, (None,) * (LINEARS - n)
-    block, blocks = _power(columns, FEATURES), sum(-(-each.shape[1] // WRITTEN) for each in features)
-    sizes = [*(each.shape[1] for each in features), *unused, *(each.stride(0) for each in features), *unused]
-    linear, _, rank, feature = w.stride()
-    with _on(w):
-        _weight_gradient_kernel[(order.experts, blocks, -(-columns // block))](
-            *features, *unused, small, *d_ws, *unused, order.tokens, order.bounds, factors,
-            *sizes, *(each.stride(1) for each in d_ws), *unused, small.stride(0), linear, rank, feature,
-            factors.stride(0), scaling,
-            RANK=w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=WRITTEN, GATED=gates is not None, LINEARS=n,
-            num_warps=4, num_stages=_stages(features[0]),
-        )  # fmt: skip
+    w, n, gated = d_ws[0], len(d_ws), gates is not None
+    linears, experts, rank, _ = shape = w.shape
+    strides, columns = w.stride(), linears * rank
+    factors, unused, block = small if gates is None else gates, UNUSED[n], _power(columns, FEATURES)
+    widths, rows = [each.size(1) for each in features], [each.stride(0) for each in features]
+    steps = [each.stride(1) for each in d_ws]
+    small_row, gate_row = small.stride(0), factors.stride(0)
+
+    def rest() -> Rest:
+        linear, _, one, feature = strides
+        numbers = [
+            *widths, *unused, *rows, *unused, *steps, *unused, small_row, linear, one, feature, gate_row, float(scaling)
+        ]  # fmt: skip
+        constants = {
+            "RANK": rank, "COLUMNS": columns, "BLOCK": block, "TILE": TILE, "FEATURES": WRITTEN, "GATED": gated,
+            "LINEARS": n,
+        }  # fmt: skip
+        return Rest(numbers, constants, {"num_warps": 4, "num_stages": _stages(features[0])})
+
+    _launch_weight_gradient(
+        (experts, sum([-(-width // WRITTEN) for width in widths]), -(-columns // block)),
+        [*features, *unused, small, *d_ws, *unused, order.tokens, order.bounds, factors],
+        (),
+        (*widths, *rows, *steps, shape, strides, small_row, gate_row, scaling, gated),
+        rest,
+    )
 
 
 def _power(columns: int, most: int) -> int:

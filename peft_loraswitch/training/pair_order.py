@@ -10,6 +10,7 @@ a token are added up, slot after slot, every tile holds pairs of one slot, so th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +40,14 @@ class PairOrder:
     slot_tiles: Tensor
     gate_places: Tensor
 
-    @property
+    @functools.cached_property
     def pairs(self) -> int:
         return self.tokens.shape[0]
+
+    @functools.cached_property
+    def each_slot(self) -> tuple[Tensor, ...]:
+        """int32 [m, 3] each"""
+        return self.slot_tiles.unbind(0)
 
 
 @torch.no_grad()
