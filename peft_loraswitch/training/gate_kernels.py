@@ -111,8 +111,8 @@ if triton is not None:
 
 
 if triton is not None:
-    _launch_gate = Launcher(_gate_kernel)
-    _launch_gate_backward = Launcher(_gate_backward_kernel)
+    _launch_gate = Launcher(_gate_kernel, tensors=4)
+    _launch_gate_backward = Launcher(_gate_backward_kernel, tensors=7)
 
 
 def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run]) -> Tensor:

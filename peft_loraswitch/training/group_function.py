@@ -261,7 +261,7 @@ class _Group(torch.autograd.Function):
                 d_x = d_x.view(left.x_shape)
             if order is not None:
                 if True in b_needed:
-                    d_b = group_pairs.d_b(d_rows, hidden, gates, b, b_needed, spec, order)
+                    d_b = group_pairs.d_b(d_rows, hidden, gates, b, b_needed, casts, spec, order)
                 if True in a_needed:
                     d_a = list(group_pairs.d_a(d_hidden, rows, a, spec, order))
             else:

@@ -14,6 +14,8 @@ Triton's settings (`triton.knobs`, its environment variables) count as they are 
 
 from __future__ import annotations
 
+import functools
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,11 +25,15 @@ from torch import Tensor
 
 try:
     from triton import knobs
-    from triton.runtime import driver
 except ImportError:  # no GPU build of PyTorch, or an older Triton
-    knobs = driver = None
+    knobs = None
 
 Grid = tuple[int, int, int]
+ALIGNED = 16  # bytes: what is compiled for such addresses takes no others
+_address_of, _dtype_of, _device_of = Tensor.data_ptr, operator.attrgetter("dtype"), Tensor.get_device
+# What Triton itself asks for them; PyTorch for CPUs has neither.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 _watching = threading.Lock()
 
 
@@ -47,72 +53,69 @@ class Rest(NamedTuple):
 
 class Launcher:
     """Of one kernel, whose parameters stand in this order: tensors, counts (ints that Triton does not specialize:
-    `do_not_specialize`), numbers, constants."""
+    `do_not_specialize`), numbers, constants.
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    Args:
+        tensors: how many it has. Those behind the ones that a launch gives are None.
+    """
+
+    def __init__(self, kernel: Any, tensors: int) -> None:
+        self.kernel, self.tensors = kernel, tensors
         self._kinds: dict[Any, _Kind] = {}
-        # The interpreter's kernels have none of these.
-        self._compiles = knobs is not None and hasattr(kernel, "pre_run_hooks") and hasattr(knobs, "runtime")
+        # The interpreter's kernels have no such hooks.
+        self._compiles = hasattr(kernel, "pre_run_hooks") and hasattr(
+            getattr(knobs, "runtime", None), "launch_enter_hook"
+        )
 
     def __call__(
-        self, grid: Grid, tensors: Sequence[Tensor | None], counts: tuple[int, ...], key: Any, rest: Callable[[], Rest]
+        self, grid: Grid, tensors: Sequence[Tensor], counts: tuple[int, ...], key: Any, rest: Callable[[], Rest]
     ) -> None:
-        """On the device of the first tensor, on its current stream.
+        """On the device of the tensors, on its current stream.
 
         Args:
-            tensors: all on one device; None: of no use.
             counts: what differs from batch to batch, so that `key` does not: below 2^31.
             key: hashable; everything that `rest` depends on.
             rest: is called if the key is new. (Where addresses or dtypes are of another kind, too.)
         """
         device = _device_of(tensors[0])
-        if device is None:
+        if device < 0:
             self._publicly(grid, tensors, counts, rest())
             return
-        if device != torch.cuda.current_device():  # Triton launches on the current one
+        if device != _current_device():  # Triton launches on the current one
             with torch.cuda.device(device):
-                self._launch(device, grid, tensors, counts, key, rest)
-        else:
-            self._launch(device, grid, tensors, counts, key, rest)
-
-    def _launch(
-        self, device: int, grid: Grid, tensors: Sequence[Tensor | None], counts: tuple[int, ...], key: Any,
-        rest: Callable[[], Rest],
-    ) -> None:  # fmt: skip
-        if not self._compiles or self.kernel.pre_run_hooks or _hooked():
+                self(grid, tensors, counts, key, rest)
+            return
+        if not self._compiles or self.kernel.pre_run_hooks or _watched():
             self._publicly(grid, tensors, counts, rest())
             return
-        addresses = [None if each is None else each.data_ptr() for each in tensors]
-        # As Triton looks at them: of what dtype, and which 16 divides.
-        together = 0
-        for address in addresses:
-            if address:
-                together |= address
-        odd = tuple([bool(address and address & 15) for address in addresses]) if together & 15 else None
-        whole = (key, device, odd, *[None if each is None else each.dtype for each in tensors])
+        addresses = [*map(_address_of, tensors)]
+        odd = None
+        if functools.reduce(operator.or_, addresses) % ALIGNED:  # some are: Triton looks which
+            odd = tuple([address % ALIGNED != 0 for address in addresses])
+        whole = (key, device, odd, *map(_dtype_of, tensors))
         kind = self._kinds.get(whole)
-        if kind is not None and kind.direct:
-            kind.run(
-                *grid, driver.active.get_current_stream(device), kind.function, kind.metadata, None, None, None,
-                *addresses, *counts, *kind.tail,
-            )  # fmt: skip
-        elif kind is None:
+        if kind is None:
             values = rest()
             compiled = self._publicly(grid, tensors, counts, values)
-            if compiled is not None:  # a hook of Triton's cache may forbid to compile
-                self._kinds[whole] = _Kind(compiled, values)
+            if compiled is not None:  # hooks of Triton's cache may forbid to compile
+                self._kinds[whole] = _Kind(compiled, values, self.tensors - len(tensors))
+        elif kind.direct:
+            kind.run(
+                *grid, _current_stream(device), kind.function, kind.metadata, None, None, None,
+                *addresses, *kind.absent, *counts, *kind.tail,
+            )  # fmt: skip
         elif kind.direct is None:
             with _watching:
                 kind.direct = self._is_as_expected(kind, device, grid, tensors, addresses, counts)
         else:
             self._publicly(grid, tensors, counts, kind.rest)
 
-    def _publicly(self, grid: Grid, tensors: Sequence[Tensor | None], counts: tuple[int, ...], rest: Rest) -> Any:
-        return self.kernel[grid](*tensors, *counts, *rest.numbers, **rest.constants, **rest.options)
+    def _publicly(self, grid: Grid, tensors: Sequence[Tensor], counts: tuple[int, ...], rest: Rest) -> Any:
+        absent = (None,) * (self.tensors - len(tensors))
+        return self.kernel[grid](*tensors, *absent, *counts, *rest.numbers, **rest.constants, **rest.options)
 
     def _is_as_expected(
-        self, kind: _Kind, device: int, grid: Grid, tensors: Sequence[Tensor | None], addresses: Sequence[int | None],
+        self, kind: _Kind, device: int, grid: Grid, tensors: Sequence[Tensor], addresses: Sequence[int],
         counts: tuple[int, ...],
     ) -> bool:  # fmt: skip
         """Launches the public way, and whether Triton has handed to its launcher what would be handed to it here."""
@@ -120,28 +123,26 @@ class Launcher:
         try:
             run = kind.run = compiled.run
             kind.function, kind.metadata = compiled.function, compiled.packed_metadata
-            stream = driver.active.get_current_stream(device)
-            watched = hasattr(compiled, "_run")
+            known = hasattr(compiled, "_run")
         except AttributeError:
-            watched = False
-        if watched:
+            known = False
+        if not known:
+            self._publicly(grid, tensors, counts, kind.rest)
+            return False
 
-            def watch(*args: Any) -> Any:
-                seen.append(args)
-                return run(*args)
+        def watch(*args: Any) -> Any:
+            seen.append(args)
+            return run(*args)
 
-            compiled._run = watch
+        compiled._run = watch
         try:
             again = self._publicly(grid, tensors, counts, kind.rest)
         finally:
-            if watched:
-                compiled._run = run
-        if not watched or again is not compiled:
-            return False
-        first = (*grid, stream, kind.function, kind.metadata)
-        last = (*addresses, *counts, *kind.tail)
+            compiled._run = run
+        first = (*grid, _current_stream(device), kind.function, kind.metadata)
+        last = (*addresses, *kind.absent, *counts, *kind.tail)
         # In between: what hooks are told, and two hooks. (Another thread may have launched the same.)
-        return any(_same(args[:6], first) and _same(args[9:], last) for args in seen)
+        return again is compiled and any(_same(args[:6], first) and _same(args[9:], last) for args in seen)
 
 
 class _Kind:
@@ -149,13 +150,14 @@ class _Kind:
 
     Attributes:
         direct: whether its launcher is called from here; None: not known yet.
-        tail: arguments behind tensors and counts.
+        absent: of tensors; tail: arguments behind counts.
     """
 
-    __slots__ = ("compiled", "direct", "function", "metadata", "rest", "run", "tail")
+    __slots__ = ("absent", "compiled", "direct", "function", "metadata", "rest", "run", "tail")
 
-    def __init__(self, compiled: Any, rest: Rest) -> None:
+    def __init__(self, compiled: Any, rest: Rest, absent: int) -> None:
         self.compiled, self.rest = compiled, rest
+        self.absent = (None,) * absent
         self.tail = (*rest.numbers, *rest.constants.values())
         self.direct: bool | None = None
         self.run: Any = None
@@ -163,15 +165,9 @@ class _Kind:
         self.metadata: Any = None
 
 
-def _device_of(each: Tensor | None) -> int | None:
-    """None: a CPU."""
-    return each.get_device() if each is not None and each.is_cuda else None
-
-
-def _hooked() -> bool:
-    """Whether someone wants to be told of launches. A chain of hooks may be empty."""
-    runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+def _watched() -> bool:
+    """Whether someone wants to be told of launches. A hook may be a chain of them, which may be empty."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(
         enter is not None and getattr(enter, "calls", True) or leave is not None and getattr(leave, "calls", True)
     )
