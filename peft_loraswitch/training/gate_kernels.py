@@ -125,9 +125,7 @@ def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run]) 
         _launch_gate(
             (-(-tokens // TOKENS), first.experts, 1),
             [_from(hidden, first), gates, _bytes(chosen, gates), _from(gated, first)],
-            (tokens,),
-            (row, gate_row, run, chosen is None),
-            partial(_rest, row, gate_row, run, chosen is not None),
+            [((tokens,), (row, gate_row, run, chosen is None), partial(_rest, row, gate_row, run, chosen is not None))],
         )
     return gated
 
@@ -143,24 +141,21 @@ def gate_backward(
     gated = torch.empty_like(hidden) if want_gated else None
     tokens, row, gate_row = hidden.size(0), hidden.size(1), gates.stride(0)
     for number, run in enumerate(runs):
-        first, add = run[0], number > 0
+        first, flags = run[0], (chosen is not None, want_gates, number > 0, want_gated)
         _launch_gate_backward(
             (-(-tokens // TOKENS), first.experts, 1),
             [
                 _from(d_gated, first), _from(hidden, first), gates, _bytes(chosen, gates), _from(d_hidden, first),
                 gates if d_gates is None else d_gates, hidden if gated is None else _from(gated, first),
             ],
-            (tokens,),
-            (row, gate_row, run, chosen is None, want_gates, add, want_gated),
-            partial(
-                _rest, row, gate_row, run, chosen is not None, WANT_GATES=want_gates, ADD=add, WANT_GATED=want_gated
-            ),
+            [((tokens,), (row, gate_row, run, *flags), partial(_rest, row, gate_row, run, *flags))],
         )  # fmt: skip
     return d_hidden, d_gates, gated
 
 
-def _rest(row: int, gate_row: int, run: Run, masked: bool, **flags: bool) -> Rest:
+def _rest(row: int, gate_row: int, run: Run, masked: bool, *of_backward: bool) -> Rest:
     first, count = run
+    flags = dict(zip(("WANT_GATES", "ADD", "WANT_GATED"), of_backward, strict=False))
     width = 1 << max(first.rank - 1, 0).bit_length()
     sizes = {"LINEARS": count, "RANK": first.rank, "WIDTH": width, "TILE": TOKENS, "MASKED": masked}
     return Rest([row, first.experts, gate_row, float(first.scaling)], {**sizes, **flags}, {})

@@ -234,6 +234,7 @@ class _Group(torch.autograd.Function):
             gated: Tensor | None
             if order is not None:
                 gated, gates = None, group_pairs.side_by_side(gates)
+                d_rows = [None if d is None else group_pairs.side_by_side(d) for d in d_rows]
                 d_hidden, d_gates = group_pairs.hidden_backward(d_rows, hidden, gates, casts, spec, order)
             else:
                 d_hidden, d_gates, gated = gate_backward(

@@ -55,7 +55,7 @@ def _up(
 def hidden_backward(
     d_rows: Sequence[Tensor | None], hidden: Tensor, gates: Tensor, casts: Casts, spec: Spec, order: PairOrder
 ) -> tuple[Tensor, Tensor]:
-    """(d_hidden [P, sum of r], d_gates [T, E]) from the gradients [T, out] of the outputs."""
+    """(d_hidden [P, sum of r], d_gates [T, E]) from the gradients [T, out] of the outputs, side by side."""
     d_hidden = torch.empty_like(hidden)
     dtype = promoted(gates.dtype, hidden.dtype)
     d_gates = gates.new_zeros((spec.size, *gates.shape) if spec.size > 1 else gates.shape, dtype=dtype)
@@ -65,7 +65,7 @@ def hidden_backward(
         if columns is not None:
             d_small, small, d_part = d_hidden[:, columns], hidden[:, columns], d_gates[some]
         if there:
-            ds = [side_by_side(d) for d in d_rows[some] if d is not None]
+            ds = [d for d in d_rows[some] if d is not None]
             to_rank_backward(ds, weights[some], order, small, gates, one.scaling, d_small, d_part)
         else:
             d_small.zero_()
@@ -93,7 +93,7 @@ def d_b(
     ])  # fmt: skip
     for ask, one, some, columns in _alike(spec, asked):
         if ask is not None:
-            ds = [side_by_side(d) for d in d_rows[some] if d is not None]
+            ds = [d for d in d_rows[some] if d is not None]
             made = [each.new_empty(each.shape) for each in b[some]]
             turned = [
                 each.as_strided(*place) for each, place in zip(made, casts.layout.pair_d_b[some], strict=True)

@@ -108,10 +108,10 @@ if triton is not None:
             total = total * (gate * scaling)[:, None]
         tl.store(small + place[:, None] * small_row + column[None, :], total.to(small.dtype.element_ty), mask=inside)
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["first_tile"])  # type: ignore[untyped-decorator]
     def _from_rank_kernel(  # type: ignore[no-untyped-def]
         small, tokens, tiles, w, out, gates, w1, out1, w2, out2, bias, bias1, bias2,
-        width, width1, width2, out_row, out_row1, out_row2,
+        first_tile, width, width1, width2, out_row, out_row1, out_row2,
         experts, small_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
         RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
         ADD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, LINEARS: tl.constexpr,
@@ -140,7 +140,7 @@ if triton is not None:
             width, out_row = tl.where(other, width2, width), tl.where(other, out_row2, out_row)
             before = tl.where(other, third, before)
             small += tl.where(other, COLUMNS, 0)
-        tile = tiles + tl.program_id(0) // blocks * 3
+        tile = tiles + (first_tile + tl.program_id(0) // blocks) * 3
         expert = tl.load(tile)
         if expert < 0:
             return
@@ -278,9 +278,7 @@ def _to_rank(
     _launch_to_rank(
         (order.most_tiles, n if n > 1 else -(-columns // block), 1),
         [small, order.tokens, order.tiles, features[0], w, *of_gates, *_others(features, ws)],
-        (d_gates_row,),
-        (*widths, *rows, shape, strides, small_row, hidden_row, gate_row, scaling),
-        rest,
+        [((d_gates_row,), (*widths, *rows, shape, strides, small_row, hidden_row, gate_row, scaling), rest)],
     )
 
 
@@ -294,9 +292,8 @@ def from_rank(
     strides, columns, unused = w.stride(), linears * rank, UNUSED[n]
     widths, rows = [out.size(1) for out in outs], [out.stride(0) for out in outs]
     small_row, gate_row = small.stride(0), 0 if gates is None else gates.stride(0)
-    adds = begins = False
 
-    def rest() -> Rest:
+    def rest(adds: bool, begins: bool) -> Rest:
         numbers = [*widths, *unused, *rows, *unused, experts, small_row, *strides, gate_row, float(scaling)]
         constants = {
             "RANK": rank, "COLUMNS": columns, "BLOCK": _power(columns, FEATURES), "TILE": TILE, "FEATURES": WRITTEN,
@@ -304,16 +301,17 @@ def from_rank(
         }  # fmt: skip
         return Rest(numbers, constants, {"num_warps": 4, "num_stages": 2})
 
-    tensors = [small, order.tokens, small, w, outs[0], small if gates is None else gates]
-    if n > 1:
-        tensors += _others(ws, outs)
-    grid = (order.most_slot_tiles * sum([-(-width // WRITTEN) for width in widths]), 1, 1)
-    key = (*widths, *rows, shape, strides, small_row, gate_row, scaling)
-    for slot, tiles in enumerate(order.each_slot):
-        adds, begins = add or slot > 0, biased and slot == 0
-        tensors[2] = tiles
-        lines = [*[w] * (2 * LINEARS - 2 * n), *[each for each in biases if each is not None]] if begins else []
-        _launch_from_rank(grid, [*tensors, *lines], (), (key, adds, begins, gated), rest)
+    tensors = [small, order.tokens, order.slot_tiles, w, outs[0], small if gates is None else gates, *_others(ws, outs)]
+    if biased:
+        tensors += [w] * (2 * LINEARS - 2 * n)
+        tensors += [each for each in biases if each is not None]
+    most = order.most_slot_tiles
+    key = (*widths, *rows, shape, strides, small_row, gate_row, scaling, gated)
+    launches = []
+    for slot in range(order.slots):
+        flags = (add or slot > 0, biased and slot == 0)
+        launches.append(((slot * most,), (key, flags), functools.partial(rest, *flags)))
+    _launch_from_rank((most * sum([-(-width // WRITTEN) for width in widths]), 1, 1), tensors, launches)
 
 
 def weight_gradient(
@@ -321,7 +319,7 @@ def weight_gradient(
     scaling: float = 1.0,
 ) -> None:  # fmt: skip
     """As `pair_products.weight_gradient`, of up to `LINEARS`."""
-    w, n, gated = d_ws[0], len(d_ws), gates is not None
+    w, n, gated, factors = d_ws[0], len(d_ws), gates is not None, small if gates is None else gates
     linears, experts, rank, _ = shape = w.shape
     strides, columns = w.stride(), linears * rank
     unused, block = UNUSED[n], _power(columns, FEATURES)
@@ -342,24 +340,14 @@ def weight_gradient(
 
     _launch_weight_gradient(
         (experts, sum([-(-width // WRITTEN) for width in widths]), -(-columns // block)),
-        [
-            small,
-            order.tokens,
-            order.bounds,
-            features[0],
-            w,
-            small if gates is None else gates,
-            *_others(features, d_ws),
-        ],
-        (),
-        (*widths, *rows, *steps, shape, strides, small_row, gate_row, scaling, gated),
-        rest,
+        [small, order.tokens, order.bounds, features[0], w, factors, *_others(features, d_ws)],
+        [((), (*widths, *rows, *steps, shape, strides, small_row, gate_row, scaling, gated), rest)],
     )
 
 
 def _others(some: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
     """Two of each linear but the first."""
-    return [each for i in range(1, len(some)) for each in (some[i], others[i])]
+    return [] if len(some) == 1 else [each for i in range(1, len(some)) for each in (some[i], others[i])]
 
 
 @functools.cache

@@ -50,11 +50,6 @@ class PairOrder:
     def most_slot_tiles(self) -> int:
         return self.slot_tiles.shape[1]
 
-    @functools.cached_property
-    def each_slot(self) -> tuple[Tensor, ...]:
-        """int32 [m, 3] each"""
-        return self.slot_tiles.unbind(0)
-
 
 @torch.no_grad()
 def order_of(chosen: Tensor, experts: int) -> PairOrder:

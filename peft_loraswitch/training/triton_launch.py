@@ -51,6 +51,13 @@ class Rest(NamedTuple):
     options: dict[str, Any]
 
 
+# Of a launch: (counts, key, rest).
+# - counts: what differs from batch to batch, so that the key does not: ints below 2^31
+# - key: hashable; everything that `rest` depends on
+# - rest: is called if the key is new (where addresses or dtypes are of another kind, too)
+Launch = tuple[tuple[int, ...], Any, Callable[[], Rest]]
+
+
 class Launcher:
     """Of one kernel, whose parameters stand in this order: tensors, counts (ints that Triton does not specialize:
     `do_not_specialize`), numbers, constants.
@@ -67,48 +74,39 @@ class Launcher:
             getattr(knobs, "runtime", None), "launch_enter_hook"
         )
 
-    def __call__(
-        self, grid: Grid, tensors: Sequence[Tensor], counts: tuple[int, ...], key: Any, rest: Callable[[], Rest]
-    ) -> None:
-        """On the device of the tensors, on its current stream.
-
-        Args:
-            counts: what differs from batch to batch, so that `key` does not: below 2^31.
-            key: hashable; everything that `rest` depends on.
-            rest: is called if the key is new. (Where addresses or dtypes are of another kind, too.)
-        """
+    def __call__(self, grid: Grid, tensors: Sequence[Tensor], launches: Sequence[Launch]) -> None:
+        """Launches one after the other, on the device of the tensors, on its current stream."""
         device = _device_of(tensors[0])
-        if device < 0:
-            self._publicly(grid, tensors, counts, rest())
-            return
-        if device != _current_device():  # Triton launches on the current one
+        if device >= 0 and device != _current_device():  # Triton launches on the current one
             with torch.cuda.device(device):
-                self(grid, tensors, counts, key, rest)
+                self(grid, tensors, launches)
             return
-        if not self._compiles or self.kernel.pre_run_hooks or _watched():
-            self._publicly(grid, tensors, counts, rest())
+        if device < 0 or not self._compiles or self.kernel.pre_run_hooks or _watched():
+            for counts, _, rest in launches:
+                self._publicly(grid, tensors, counts, rest())
             return
         addresses = [*map(_address_of, tensors)]
         odd = None
         if functools.reduce(operator.or_, addresses) % ALIGNED:  # some are: Triton looks which
             odd = tuple([address % ALIGNED != 0 for address in addresses])
-        whole = (key, device, odd, *map(_dtype_of, tensors))
-        kind = self._kinds.get(whole)
-        if kind is None:
-            values = rest()
-            compiled = self._publicly(grid, tensors, counts, values)
-            if compiled is not None:  # hooks of Triton's cache may forbid to compile
-                self._kinds[whole] = _Kind(compiled, values, self.tensors - len(tensors))
-        elif kind.direct:
-            kind.run(
-                *grid, _current_stream(device), kind.function, kind.metadata, None, None, None,
-                *addresses, *kind.absent, *counts, *kind.tail,
-            )  # fmt: skip
-        elif kind.direct is None:
-            with _watching:
-                kind.direct = self._is_as_expected(kind, device, grid, tensors, addresses, counts)
-        else:
-            self._publicly(grid, tensors, counts, kind.rest)
+        shared = (device, odd, *map(_dtype_of, tensors))
+        for counts, key, rest in launches:
+            kind = self._kinds.get((key, shared))
+            if kind is not None and kind.direct:
+                kind.run(
+                    *grid, _current_stream(device), kind.function, kind.metadata, None, None, None,
+                    *addresses, *kind.absent, *counts, *kind.tail,
+                )  # fmt: skip
+            elif kind is None:
+                values = rest()
+                compiled = self._publicly(grid, tensors, counts, values)
+                if compiled is not None:  # hooks of Triton's cache may forbid to compile
+                    self._kinds[key, shared] = _Kind(compiled, values, self.tensors - len(tensors))
+            elif kind.direct is None:
+                with _watching:
+                    kind.direct = self._is_as_expected(kind, device, grid, tensors, addresses, counts)
+            else:
+                self._publicly(grid, tensors, counts, kind.rest)
 
     def _publicly(self, grid: Grid, tensors: Sequence[Tensor], counts: tuple[int, ...], rest: Rest) -> Any:
         absent = (None,) * (self.tensors - len(tensors))
