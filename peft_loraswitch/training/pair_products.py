@@ -16,7 +16,8 @@ host, so they are for a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,6 +34,7 @@ MOST_RANK = 32  # of one expert: for 8 x 64, a step took 1.58 of the floor's by 
 LINEARS = pair_kernels.LINEARS
 LEAST_PAIRS = 32  # an expert, on average: with fewer, tiles are mostly empty
 _forced: bool | None = None
+_by_kernels: Callable[[Tensor], bool] = operator.attrgetter("is_cuda")
 
 
 @contextmanager
@@ -63,7 +65,7 @@ def pays(device: torch.device, dtype: torch.dtype, tokens: int, slots: int, expe
 
 def to_rank(features: Tensor, w: Tensor, order: PairOrder, small: Tensor) -> None:
     """Writes small [P, linears * r] from features [T, F] and w [linears, E, r, F]."""
-    if features.is_cuda:
+    if _by_kernels(features):
         return pair_kernels.to_rank(features, w, order, small)
     for expert, rows, tokens in _segments(order):
         small[rows] = features[tokens] @ w[:, expert].flatten(0, 1).t()
@@ -78,7 +80,7 @@ def to_rank_backward(
     Args:
         d_outs: [T, F] each; ws: [1, E, r, F] each; hidden: [P, n * r], of `to_rank`; gates: [T, E].
     """
-    if d_outs[0].is_cuda:
+    if _by_kernels(d_outs[0]):
         return pair_kernels.to_rank_backward(d_outs, ws, order, hidden, gates, scaling, d_hidden, d_gates)
     rank = ws[0].shape[2]
     d_gates = d_gates if d_gates.ndim == 3 else d_gates.unsqueeze(0)
@@ -100,7 +102,7 @@ def from_rank(
         biases: [F] each, or None each; only if not `add`.
         gates: [T, E]: each pair counts by `scaling` times that of its token and expert; None: by 1.
     """
-    if outs[0].is_cuda:
+    if _by_kernels(outs[0]):
         return pair_kernels.from_rank(small, ws, order, outs, biases, add, gates, scaling)
     columns = ws[0].shape[0] * ws[0].shape[2]
     for i, (w, out, bias) in enumerate(zip(ws, outs, biases, strict=True)):
@@ -119,7 +121,7 @@ def weight_gradient(
 ) -> None:  # fmt: skip
     """Writes d_ws [linears, E, r, F] each, of any strides, from features [T, F] each and small [P, n * linears * r]; gates as in
     `from_rank`."""
-    if features[0].is_cuda:
+    if _by_kernels(features[0]):
         return pair_kernels.weight_gradient(features, small, order, d_ws, gates, scaling)
     columns = d_ws[0].shape[0] * d_ws[0].shape[2]
     for i, (each, d_w) in enumerate(zip(features, d_ws, strict=True)):
