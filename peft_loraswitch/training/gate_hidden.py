@@ -78,14 +78,14 @@ def gate_backward(
         return d_hidden, None, gated
     total = None
     for (h, first, count), (d, _, _) in zip(_each_run(hidden, columns), _each_run(d_gated, columns), strict=True):
-        products = d.to(_promoted(d.dtype, gates.dtype)) * h
+        products = d.to(promoted(d.dtype, gates.dtype)) * h
         part = products.view(h.shape[0], count, first.experts, first.rank).sum(dim=(1, 3)).mul_(first.scaling)
         total = part if total is None else total.add_(part)
     assert total is not None
     return d_hidden, total if absent is None else total.masked_fill_(absent, 0.0), gated
 
 
-_promoted = functools.cache(torch.promote_types)
+promoted = functools.cache(torch.promote_types)
 
 
 def _each_run(each: Tensor, columns: tuple[Columns, ...]) -> list[tuple[Tensor, Columns, int]]:

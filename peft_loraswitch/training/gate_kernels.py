@@ -8,11 +8,13 @@ counts is the number of launches.
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .triton_launch import Launcher, Rest
 
 try:
     import triton
@@ -40,7 +42,7 @@ def _compile(device: torch.device) -> bool:
     """Whether Triton can compile for this device: it wants a C compiler on the machine."""
     probe = torch.ones(1, 1, device=device)
     try:
-        with _on(probe):
+        with torch.cuda.device(device):
             _gate_kernel[(1, 1)](
                 probe, probe, probe, probe, 1, 1, 1, 1, 1.0, LINEARS=1, RANK=1, WIDTH=1, TILE=TOKENS, MASKED=False
             )
@@ -52,7 +54,7 @@ def _compile(device: torch.device) -> bool:
 
 if triton is not None:
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
     def _gate_kernel(  # type: ignore[no-untyped-def]
         hidden, gates, chosen, gated, tokens, row, experts, gate_row, scaling,
         LINEARS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
@@ -72,7 +74,7 @@ if triton is not None:
             value = tl.where(counts[:, None], value * factor[:, None], 0.0)
             tl.store(gated + at, value.to(gated.dtype.element_ty), mask=inside)
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
     def _gate_backward_kernel(  # type: ignore[no-untyped-def]
         d_gated, hidden, gates, chosen, d_hidden, d_gates, gated, tokens, row, experts, gate_row, scaling,
         LINEARS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
@@ -108,17 +110,23 @@ if triton is not None:
             tl.store(d_gates + at_gate, total, mask=there)
 
 
+if triton is not None:
+    _launch_gate = Launcher(_gate_kernel, tensors=4)
+    _launch_gate_backward = Launcher(_gate_backward_kernel, tensors=7)
+
+
 def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run]) -> Tensor:
     """As `gate_hidden.gate`; `runs` as `gate_hidden.runs` gives them."""
     hidden, gates, chosen = hidden.contiguous(), _rows(gates), None if chosen is None else chosen.contiguous()
     gated = torch.empty_like(hidden)
-    with _on(hidden):
-        for first, count in runs:
-            _gate_kernel[_grid(hidden, first)](
-                _from(hidden, first), gates, _bytes(chosen, gates), _from(gated, first),
-                hidden.shape[0], hidden.shape[1], first.experts, gates.stride(0), first.scaling,
-                **_sizes(first, count, chosen),
-            )  # fmt: skip
+    tokens, row, gate_row = hidden.size(0), hidden.size(1), gates.stride(0)
+    for run in runs:
+        first = run[0]
+        _launch_gate(
+            (-(-tokens // TOKENS), first.experts, 1),
+            [_from(hidden, first), gates, _bytes(chosen, gates), _from(gated, first)],
+            [((tokens,), (row, gate_row, run, chosen is None), partial(_rest, row, gate_row, run, chosen is not None))],
+        )
     return gated
 
 
@@ -131,28 +139,30 @@ def gate_backward(
     d_hidden = torch.empty_like(hidden)
     d_gates = torch.empty(gates.shape, dtype=torch.float32, device=gates.device) if want_gates else None
     gated = torch.empty_like(hidden) if want_gated else None
-    with _on(hidden):
-        for number, (first, count) in enumerate(runs):
-            _gate_backward_kernel[_grid(hidden, first)](
+    tokens, row, gate_row = hidden.size(0), hidden.size(1), gates.stride(0)
+    for number, run in enumerate(runs):
+        first, flags = run[0], (chosen is not None, want_gates, number > 0, want_gated)
+        _launch_gate_backward(
+            (-(-tokens // TOKENS), first.experts, 1),
+            [
                 _from(d_gated, first), _from(hidden, first), gates, _bytes(chosen, gates), _from(d_hidden, first),
                 gates if d_gates is None else d_gates, hidden if gated is None else _from(gated, first),
-                hidden.shape[0], hidden.shape[1], first.experts, gates.stride(0), first.scaling,
-                **_sizes(first, count, chosen), WANT_GATES=want_gates, ADD=number > 0, WANT_GATED=want_gated,
-            )  # fmt: skip
+            ],
+            [((tokens,), (row, gate_row, run, *flags), partial(_rest, row, gate_row, run, *flags))],
+        )  # fmt: skip
     return d_hidden, d_gates, gated
+
+
+def _rest(row: int, gate_row: int, run: Run, masked: bool, *of_backward: bool) -> Rest:
+    first, count = run
+    flags = dict(zip(("WANT_GATES", "ADD", "WANT_GATED"), of_backward, strict=False))
+    width = 1 << max(first.rank - 1, 0).bit_length()
+    sizes = {"LINEARS": count, "RANK": first.rank, "WIDTH": width, "TILE": TOKENS, "MASKED": masked}
+    return Rest([row, first.experts, gate_row, float(first.scaling)], {**sizes, **flags}, {})
 
 
 def _from(each: Tensor, first: Any) -> Tensor:
     return each[:, first.start :] if first.start else each
-
-
-def _grid(hidden: Tensor, first: Any) -> tuple[int, int]:
-    return -(-hidden.shape[0] // TOKENS), first.experts
-
-
-def _sizes(first: Any, count: int, chosen: Tensor | None) -> dict[str, Any]:
-    width = 1 << max(first.rank - 1, 0).bit_length()
-    return {"LINEARS": count, "RANK": first.rank, "WIDTH": width, "TILE": TOKENS, "MASKED": chosen is not None}
 
 
 def _rows(gates: Tensor) -> Tensor:
@@ -163,9 +173,3 @@ def _rows(gates: Tensor) -> Tensor:
 
 def _bytes(chosen: Tensor | None, instead: Tensor) -> Tensor:
     return instead if chosen is None else chosen.view(torch.uint8)
-
-
-def _on(hidden: Tensor) -> Any:
-    """Triton launches on the current device, whatever device the tensors are on."""
-    index = hidden.get_device()
-    return nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)

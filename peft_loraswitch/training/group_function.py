@@ -234,6 +234,7 @@ class _Group(torch.autograd.Function):
             gated: Tensor | None
             if order is not None:
                 gated, gates = None, group_pairs.side_by_side(gates)
+                d_rows = [None if d is None else group_pairs.side_by_side(d) for d in d_rows]
                 d_hidden, d_gates = group_pairs.hidden_backward(d_rows, hidden, gates, casts, spec, order)
             else:
                 d_hidden, d_gates, gated = gate_backward(
@@ -261,7 +262,7 @@ class _Group(torch.autograd.Function):
                 d_x = d_x.view(left.x_shape)
             if order is not None:
                 if True in b_needed:
-                    d_b = group_pairs.d_b(d_rows, hidden, gates, b, b_needed, spec, order)
+                    d_b = group_pairs.d_b(d_rows, hidden, gates, b, b_needed, casts, spec, order)
                 if True in a_needed:
                     d_a = list(group_pairs.d_a(d_hidden, rows, a, spec, order))
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,21 @@ class PackedWeight:
 
 
 Weight = Tensor | PackedWeight
+
+
+class Part(NamedTuple):
+    """Linears of a group that one launch takes, where products go by pairs.
+
+    Attributes:
+        key: what they have in common.
+        one: of them.
+        columns: theirs in the hidden; None: all, they are the whole group.
+    """
+
+    key: Any
+    one: Columns
+    linears: slice
+    columns: slice | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,11 @@ class Spec:
         return []
 
     @functools.cached_property
+    def parts(self) -> dict[tuple[Any, ...], list[Part]]:
+        """By the keys of the linears, as calls have shown them."""
+        return {}
+
+    @functools.cached_property
     def width(self) -> int:
         return self.columns[-1].stop
 
@@ -107,6 +127,8 @@ class Layout:
         self.places_a, self.places_b, self.wide_a, self.wide_b, self.up = [], [], [], [], []  # size, strides, start
         self.pair_a: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         self.pair_b: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+        self.pair_d_b: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.hidden_width = sum(spec.hidden_widths)
         for columns, width, up in zip(spec.columns, spec.widths, b, strict=True):
             experts, out, rank = up.shape
             size, strides = (experts, rank, self.features), (rank * self.features, self.features, 1)
@@ -117,6 +139,7 @@ class Layout:
             self.wide_b.append(((out, width), (width, 1), end))
             self.up.append(((width, out), (1, width), end))
             self.pair_b.append(((1, experts, rank, out), (out * width, rank, 1, width), end))
+            self.pair_d_b.append(((1, experts, rank, out), (out * width, out * rank, 1, rank)))
             end += _aligned(out * width)
         if self.joins_a:
             self.wide_a = [((self.width, self.features), (self.features, 1), 0)]
@@ -156,6 +179,8 @@ class Casts:
         self._down: list[Tensor] | None = None
         self._wide_b: list[Tensor] | None = None
         self._up: list[Tensor] | None = None
+        self._pair_a: list[Tensor] | None = None
+        self._pair_b: list[Tensor] | None = None
 
     def wide_a(self, a: Sequence[Tensor]) -> list[Tensor]:
         """One matrix [N, in], or one [E * r, in] for each linear."""
@@ -190,11 +215,15 @@ class Casts:
         """[linears, E, r, in] each, in the order of the linears; those alike in one, if they lie side by side."""
         if not self.layout.holds_a:
             return [each.detach().unsqueeze(0) for each in a]
-        return [self.memory.as_strided(*place) for place in self.layout.pair_a]
+        if self._pair_a is None:
+            self._pair_a = [self.memory.as_strided(*place) for place in self.layout.pair_a]
+        return self._pair_a
 
     def pair_b(self) -> list[Tensor]:
         """[1, E, r, out] each"""
-        return [self.memory.as_strided(*place) for place in self.layout.pair_b]
+        if self._pair_b is None:
+            self._pair_b = [self.memory.as_strided(*place) for place in self.layout.pair_b]
+        return self._pair_b
 
 
 class KeptByBlock:

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gate_hidden import Columns, runs
-from .group_layout import Casts, Spec
+from .gate_hidden import promoted, runs
+from .group_layout import Casts, Part, Spec
 from .pair_order import PairOrder
-from .pair_products import from_rank, to_rank, to_rank_backward, weight_gradient
+from .pair_products import LINEARS, from_rank, to_rank, to_rank_backward, weight_gradient
 
 
 def hidden_of(rows: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, order: PairOrder) -> Tensor:
     """[P, sum of r], from rows [T, in]."""
-    hidden = rows.new_empty(rows.shape[0] * spec.slots, sum(spec.hidden_widths))
+    rows = side_by_side(rows)
+    hidden = rows.new_empty(order.pairs, casts.layout.hidden_width)
     for w, part in _with_columns(casts.pair_a(a), hidden):
-        to_rank(side_by_side(rows), w, order, part)
+        to_rank(rows, w, order, part)
     return hidden
 
 
@@ -46,29 +47,29 @@ def _up(
     biases: Sequence[Tensor | None], add: bool,
 ) -> None:  # fmt: skip
     weights = casts.pair_b()
-    for one, _, some, columns in _alike(spec, [bias is None or bias.dtype for bias in biases]):
-        from_rank(hidden[:, columns], weights[some], order, results[some], biases[some], add, gates, one.scaling)
+    for _, one, some, columns in _alike(spec, tuple([None if bias is None else bias.dtype for bias in biases])):
+        small = hidden if columns is None else hidden[:, columns]
+        from_rank(small, weights[some], order, results[some], biases[some], add, gates, one.scaling)
 
 
 def hidden_backward(
     d_rows: Sequence[Tensor | None], hidden: Tensor, gates: Tensor, casts: Casts, spec: Spec, order: PairOrder
 ) -> tuple[Tensor, Tensor]:
-    """(d_hidden [P, sum of r], d_gates [T, E]) from the gradients [T, out] of the outputs."""
-    first = next(d for d in d_rows if d is not None)
+    """(d_hidden [P, sum of r], d_gates [T, E]) from the gradients [T, out] of the outputs, side by side."""
     d_hidden = torch.empty_like(hidden)
-    d_pairs = gates.new_empty(spec.size, order.pairs, dtype=torch.promote_types(gates.dtype, hidden.dtype))
+    dtype = promoted(gates.dtype, hidden.dtype)
+    d_gates = gates.new_zeros((spec.size, *gates.shape) if spec.size > 1 else gates.shape, dtype=dtype)
     weights = casts.pair_b()
-    for one, there, some, columns in _alike(spec, [d is not None for d in d_rows]):
-        d_part, part = d_hidden[:, columns], hidden[:, columns]
+    for there, one, some, columns in _alike(spec, tuple([d is not None for d in d_rows])):
+        d_small, small, d_part = d_hidden, hidden, d_gates
+        if columns is not None:
+            d_small, small, d_part = d_hidden[:, columns], hidden[:, columns], d_gates[some]
         if there:
-            ds = [side_by_side(d) for d in d_rows[some] if d is not None]
-            to_rank_backward(ds, weights[some], order, part, gates, one.scaling, d_part, d_pairs[some])
+            ds = [d for d in d_rows[some] if d is not None]
+            to_rank_backward(ds, weights[some], order, small, gates, one.scaling, d_small, d_part)
         else:
-            d_part.zero_()
-            d_pairs[some].zero_()
-    d_gates = d_pairs.new_zeros(first.shape[0], order.experts + 1)
-    d_gates.view(-1).scatter_(0, order.gate_places, d_pairs.sum(dim=0) if spec.size > 1 else d_pairs[0])
-    return d_hidden, d_gates[:, : order.experts]  # without the null index
+            d_small.zero_()
+    return d_hidden, d_gates.sum(dim=0) if spec.size > 1 else d_gates
 
 
 def d_input(d_hidden: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, order: PairOrder, tokens: int) -> Tensor:
@@ -82,18 +83,23 @@ def d_input(d_hidden: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, ord
 
 
 def d_b(
-    d_rows: Sequence[Tensor | None], hidden: Tensor, gates: Tensor, b: Sequence[Tensor], wanted: Sequence[bool], spec: Spec,
-    order: PairOrder,
+    d_rows: Sequence[Tensor | None], hidden: Tensor, gates: Tensor, b: Sequence[Tensor], wanted: Sequence[bool], casts: Casts,
+    spec: Spec, order: PairOrder,
 ) -> list[Tensor | None]:  # fmt: skip
     """[E, out, r] of each linear that wants one and has a gradient, in the dtype of its B."""
     found: list[Tensor | None] = [None] * spec.size
-    asked = [d is not None and want and each.dtype for d, want, each in zip(d_rows, wanted, b, strict=True)]
-    for one, ask, some, columns in _alike(spec, asked):
-        if ask:
-            ds = [side_by_side(d) for d in d_rows[some] if d is not None]
-            made = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in b[some]]
-            turned = [each.transpose(1, 2).unsqueeze(0) for each in made]
-            weight_gradient(ds, hidden[:, columns], order, turned, gates, one.scaling)
+    asked = tuple([
+        each.dtype if d is not None and want else None for d, want, each in zip(d_rows, wanted, b, strict=True)
+    ])  # fmt: skip
+    for ask, one, some, columns in _alike(spec, asked):
+        if ask is not None:
+            ds = [d for d in d_rows[some] if d is not None]
+            made = [each.new_empty(each.shape) for each in b[some]]
+            turned = [
+                each.as_strided(*place) for each, place in zip(made, casts.layout.pair_d_b[some], strict=True)
+            ]  # fmt: skip
+            small = hidden if columns is None else hidden[:, columns]
+            weight_gradient(ds, small, order, turned, gates, one.scaling)
             found[some] = made
     return found
 
@@ -113,20 +119,33 @@ def side_by_side(each: Tensor) -> Tensor:
     return each if each.stride(-1) == 1 else each.contiguous()
 
 
-def _alike(spec: Spec, keys: Sequence[Any]) -> Iterator[tuple[Columns, Any, slice, slice]]:
-    """Linears alike that stand side by side and have the same key: one of them, the key, which they are, their columns of the
-    hidden. (A launch takes operands of one dtype, so what may differ in it is part of the key.)"""
+def _alike(spec: Spec, keys: tuple[Any, ...]) -> list[Part]:
+    """Linears alike that stand side by side and have the same key, as many as a launch takes. (Its operands have one dtype, so
+    what may differ in it is part of the key.)"""
+    found = spec.parts.get(keys)
+    if found is None:
+        found = spec.parts[keys] = list(_parts(spec, keys))
+    return found
+
+
+def _parts(spec: Spec, keys: tuple[Any, ...]) -> Iterator[Part]:
     start, column = 0, 0
     for one, count in runs(spec.columns):
         for key, same in itertools.groupby(keys[start : start + count]):
-            end = start + len(list(same))
-            until = column + (end - start) * one.rank
-            yield one, key, slice(start, end), slice(column, until)
-            start, column = end, until
+            left = len(list(same))
+            while left:
+                some = min(left, LINEARS)
+                end, until = start + some, column + some * one.rank
+                columns = None if some == spec.size else slice(column, until)
+                yield Part(key, one, slice(start, end), columns)
+                start, column, left = end, until, left - some
 
 
 def _with_columns(weights: Sequence[Tensor], hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Each [linears, E, r, features] with its columns of the hidden."""
+    if len(weights) == 1:
+        yield weights[0], hidden
+        return
     start = 0
     for w in weights:
         end = start + w.shape[0] * w.shape[2]

@@ -8,14 +8,15 @@ by one launch after the other, so the bits are the same in every run. Products a
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .gate_kernels import _on
 from .pair_order import TILE, PairOrder, order_of
+from .triton_launch import Launcher, Rest
 
 try:
     import triton
@@ -30,6 +31,7 @@ COLUMNS = 128  # of small matrices, in one program that makes them
 FEATURES = 64  # of wide matrices: read at a time
 WRITTEN = 128  # and written by one program
 LINEARS = 3  # of a group, in one launch: q, k and v. Kernels take operands for so many, None where there are fewer
+UNUSED: list[tuple[None, ...]] = [(None,) * (LINEARS - n) for n in range(LINEARS + 1)]  # of n
 _compiles: dict[torch.device, bool] = {}
 
 
@@ -56,11 +58,11 @@ def _compile(device: torch.device) -> bool:
 
 if triton is not None:
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["d_gates_row"])  # type: ignore[untyped-decorator]
     def _to_rank_kernel(  # type: ignore[no-untyped-def]
-        features, features1, features2, w, w1, w2, small, tokens, tiles, gates, hidden, d_gates,
-        width, width1, width2, features_row, features_row1, features_row2,
-        experts, small_row, hidden_row, d_gates_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
+        small, tokens, tiles, features, w, gates, hidden, d_gates, features1, w1, features2, w2,
+        d_gates_row, width, width1, width2, features_row, features_row1, features_row2,
+        experts, small_row, hidden_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
         RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
         BACKWARD: tl.constexpr, LINEARS: tl.constexpr,
     ):  # fmt: skip
@@ -75,8 +77,10 @@ if triton is not None:
             width, features_row = tl.where(other, width2, width), tl.where(other, features_row2, features_row)
         if LINEARS > 1:
             column = tl.arange(0, BLOCK)
-            small, hidden = small + tl.program_id(1) * COLUMNS, hidden + tl.program_id(1) * COLUMNS
-            d_gates += tl.program_id(1).to(tl.int64) * d_gates_row
+            small += tl.program_id(1) * COLUMNS
+            if BACKWARD:
+                hidden += tl.program_id(1) * COLUMNS
+                d_gates += tl.program_id(1).to(tl.int64) * d_gates_row
         tile = tiles + tl.program_id(0) * 3
         expert = tl.load(tile)
         if (expert < 0) | (expert >= experts):
@@ -100,14 +104,14 @@ if triton is not None:
         if BACKWARD:
             gate = tl.load(gates + token * gate_row + expert, mask=there, other=0.0).to(tl.float32)
             h = tl.load(hidden + place[:, None] * hidden_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(d_gates + place, tl.sum(total * h, axis=1) * scaling, mask=there)
+            tl.store(d_gates + token * experts + expert, tl.sum(total * h, axis=1) * scaling, mask=there)
             total = total * (gate * scaling)[:, None]
         tl.store(small + place[:, None] * small_row + column[None, :], total.to(small.dtype.element_ty), mask=inside)
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["first_tile"])  # type: ignore[untyped-decorator]
     def _from_rank_kernel(  # type: ignore[no-untyped-def]
-        small, w, w1, w2, out, out1, out2, bias, bias1, bias2, tokens, tiles, gates,
-        width, width1, width2, out_row, out_row1, out_row2,
+        small, tokens, tiles, w, out, gates, w1, out1, w2, out2, bias, bias1, bias2,
+        first_tile, width, width1, width2, out_row, out_row1, out_row2,
         experts, small_row, w_linear, w_expert, w_rank, w_feature, gate_row, scaling,
         RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
         ADD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, LINEARS: tl.constexpr,
@@ -122,17 +126,21 @@ if triton is not None:
         block, before = tl.program_id(0) % blocks, 0
         if LINEARS > 1:  # which of them
             other = block >= second
-            w, out, bias = tl.where(other, w1, w), tl.where(other, out1, out), tl.where(other, bias1, bias)
+            w, out = tl.where(other, w1, w), tl.where(other, out1, out)
+            if BIAS:
+                bias = tl.where(other, bias1, bias)
             width, out_row = tl.where(other, width1, width), tl.where(other, out_row1, out_row)
             before = tl.where(other, second, before)
             small += tl.where(other, COLUMNS, 0)
         if LINEARS > 2:
             other = block >= third
-            w, out, bias = tl.where(other, w2, w), tl.where(other, out2, out), tl.where(other, bias2, bias)
+            w, out = tl.where(other, w2, w), tl.where(other, out2, out)
+            if BIAS:
+                bias = tl.where(other, bias2, bias)
             width, out_row = tl.where(other, width2, width), tl.where(other, out_row2, out_row)
             before = tl.where(other, third, before)
             small += tl.where(other, COLUMNS, 0)
-        tile = tiles + tl.program_id(0) // blocks * 3
+        tile = tiles + (first_tile + tl.program_id(0) // blocks) * 3
         expert = tl.load(tile)
         if expert < 0:
             return
@@ -175,7 +183,7 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
-        features, features1, features2, small, d_w, d_w1, d_w2, tokens, bounds, gates,
+        small, tokens, bounds, features, d_w, gates, features1, d_w1, features2, d_w2,
         width, width1, width2, features_row, features_row1, features_row2, w_expert, w_expert1, w_expert2,
         small_row, w_linear, w_rank, w_feature, gate_row, scaling,
         RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
@@ -224,9 +232,15 @@ if triton is not None:
         tl.store(at, total.to(d_w.dtype.element_ty), mask=is_feature[:, None] & is_column[None, :])
 
 
+if triton is not None:
+    _launch_to_rank = Launcher(_to_rank_kernel, tensors=12)
+    _launch_from_rank = Launcher(_from_rank_kernel, tensors=13)
+    _launch_weight_gradient = Launcher(_weight_gradient_kernel, tensors=10)
+
+
 def to_rank(features: Tensor, w: Tensor, order: PairOrder, small: Tensor) -> None:
     """As `pair_products.to_rank`."""
-    _to_rank([features], [w], order, small, features, features, features, 0, 0, 1.0, False)
+    _to_rank([features], [w], order, small, (), (0, 0, 0), 1.0)
 
 
 def to_rank_backward(
@@ -234,25 +248,38 @@ def to_rank_backward(
     d_hidden: Tensor, d_gates: Tensor,
 ) -> None:  # fmt: skip
     """As `pair_products.to_rank_backward`, of up to `LINEARS`."""
-    rows = (hidden.stride(0), d_gates.stride(0))
-    _to_rank(d_outs, ws, order, d_hidden, gates, hidden, d_gates, *rows, scaling, True)
+    rows = (hidden.stride(0), gates.stride(0), d_gates.stride(0))
+    _to_rank(d_outs, ws, order, d_hidden, (gates, hidden, d_gates), rows, scaling)
 
 
 def _to_rank(
-    features: Sequence[Tensor], ws: Sequence[Tensor], order: PairOrder, small: Tensor, gates: Tensor, hidden: Tensor,
-    d_gates: Tensor, hidden_row: int, d_gates_row: int, scaling: float, backward: bool,
+    features: Sequence[Tensor], ws: Sequence[Tensor], order: PairOrder, small: Tensor,
+    of_gates: tuple[Tensor, ...], rows_of_gates: tuple[int, int, int], scaling: float,
 ) -> None:  # fmt: skip
+    """`of_gates`: in backward (gates, hidden, d_gates)."""
     w, n = ws[0], len(ws)
-    columns, unused = w.shape[0] * w.shape[2], (None,) * (LINEARS - n)
-    block = _power(columns, COLUMNS)
-    sizes = [*(each.shape[1] for each in features), *unused, *(each.stride(0) for each in features), *unused]
-    with _on(w):
-        _to_rank_kernel[(order.tiles.shape[0], n if n > 1 else -(-columns // block))](
-            *features, *unused, *ws, *unused, small, order.tokens, order.tiles, gates, hidden, d_gates,
-            *sizes, order.experts, small.stride(0), hidden_row, d_gates_row, *w.stride(), gates.stride(0), scaling,
-            RANK=w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=FEATURES, BACKWARD=backward, LINEARS=n,
-            num_warps=4, num_stages=_stages(w),
-        )  # fmt: skip
+    linears, experts, rank, _ = shape = w.shape
+    strides, columns = w.stride(), linears * rank
+    block, unused = _power(columns, COLUMNS), UNUSED[n]
+    widths, rows = [each.size(1) for each in features], [each.stride(0) for each in features]
+    hidden_row, gate_row, d_gates_row = rows_of_gates
+    small_row = small.stride(0)
+
+    def rest() -> Rest:
+        numbers = [
+            *widths, *unused, *rows, *unused, experts, small_row, hidden_row, *strides, gate_row, float(scaling)
+        ]  # fmt: skip
+        constants = {
+            "RANK": rank, "COLUMNS": columns, "BLOCK": block, "TILE": TILE, "FEATURES": FEATURES, "BACKWARD": bool(of_gates),
+            "LINEARS": n,
+        }  # fmt: skip
+        return Rest(numbers, constants, {"num_warps": 4, "num_stages": _stages(w)})
+
+    _launch_to_rank(
+        (order.most_tiles, n if n > 1 else -(-columns // block), 1),
+        [small, order.tokens, order.tiles, features[0], w, *of_gates, *_others(features, ws)],
+        [((d_gates_row,), (*widths, *rows, shape, strides, small_row, hidden_row, gate_row, scaling), rest)],
+    )
 
 
 def from_rank(
@@ -261,19 +288,30 @@ def from_rank(
 ) -> None:  # fmt: skip
     """As `pair_products.from_rank`, of up to `LINEARS`."""
     w, gated, biased, n = ws[0], gates is not None, biases[0] is not None, len(outs)
-    columns, factors = w.shape[0] * w.shape[2], small if gates is None else gates
-    unused = (None,) * (LINEARS - n)
-    pointers = [*ws, *unused, *outs, *unused, *(biases if biased else outs), *unused]
-    sizes = [*(out.shape[1] for out in outs), *unused, *(out.stride(0) for out in outs), *unused]
-    blocks = sum(-(-out.shape[1] // WRITTEN) for out in outs)
-    with _on(w):
-        for slot in range(order.slots):
-            _from_rank_kernel[(order.slot_tiles.shape[1] * blocks,)](
-                small, *pointers, order.tokens, order.slot_tiles[slot], factors,
-                *sizes, order.experts, small.stride(0), *w.stride(), factors.stride(0), scaling,
-                RANK=w.shape[2], COLUMNS=columns, BLOCK=_power(columns, FEATURES), TILE=TILE, FEATURES=WRITTEN,
-                ADD=add or slot > 0, GATED=gated, BIAS=biased and slot == 0, LINEARS=n, num_warps=4, num_stages=2,
-            )  # fmt: skip
+    linears, experts, rank, _ = shape = w.shape
+    strides, columns, unused = w.stride(), linears * rank, UNUSED[n]
+    widths, rows = [out.size(1) for out in outs], [out.stride(0) for out in outs]
+    small_row, gate_row = small.stride(0), 0 if gates is None else gates.stride(0)
+
+    def rest(adds: bool, begins: bool) -> Rest:
+        numbers = [*widths, *unused, *rows, *unused, experts, small_row, *strides, gate_row, float(scaling)]
+        constants = {
+            "RANK": rank, "COLUMNS": columns, "BLOCK": _power(columns, FEATURES), "TILE": TILE, "FEATURES": WRITTEN,
+            "ADD": adds, "GATED": gated, "BIAS": begins, "LINEARS": n,
+        }  # fmt: skip
+        return Rest(numbers, constants, {"num_warps": 4, "num_stages": 2})
+
+    tensors = [small, order.tokens, order.slot_tiles, w, outs[0], small if gates is None else gates, *_others(ws, outs)]
+    if biased:
+        tensors += [w] * (2 * LINEARS - 2 * n)
+        tensors += [each for each in biases if each is not None]
+    most = order.most_slot_tiles
+    key = (*widths, *rows, shape, strides, small_row, gate_row, scaling, gated)
+    launches = []
+    for slot in range(order.slots):
+        flags = (add or slot > 0, biased and slot == 0)
+        launches.append(((slot * most,), (key, flags), functools.partial(rest, *flags)))
+    _launch_from_rank((most * sum([-(-width // WRITTEN) for width in widths]), 1, 1), tensors, launches)
 
 
 def weight_gradient(
@@ -281,21 +319,38 @@ def weight_gradient(
     scaling: float = 1.0,
 ) -> None:  # fmt: skip
     """As `pair_products.weight_gradient`, of up to `LINEARS`."""
-    w, n = d_ws[0], len(d_ws)
-    columns, factors, unused = w.shape[0] * w.shape[2], small if gates is None else gates, (None,) * (LINEARS - n)
-    block, blocks = _power(columns, FEATURES), sum(-(-each.shape[1] // WRITTEN) for each in features)
-    sizes = [*(each.shape[1] for each in features), *unused, *(each.stride(0) for each in features), *unused]
-    linear, _, rank, feature = w.stride()
-    with _on(w):
-        _weight_gradient_kernel[(order.experts, blocks, -(-columns // block))](
-            *features, *unused, small, *d_ws, *unused, order.tokens, order.bounds, factors,
-            *sizes, *(each.stride(1) for each in d_ws), *unused, small.stride(0), linear, rank, feature,
-            factors.stride(0), scaling,
-            RANK=w.shape[2], COLUMNS=columns, BLOCK=block, TILE=TILE, FEATURES=WRITTEN, GATED=gates is not None, LINEARS=n,
-            num_warps=4, num_stages=_stages(features[0]),
-        )  # fmt: skip
+    w, n, gated, factors = d_ws[0], len(d_ws), gates is not None, small if gates is None else gates
+    linears, experts, rank, _ = shape = w.shape
+    strides, columns = w.stride(), linears * rank
+    unused, block = UNUSED[n], _power(columns, FEATURES)
+    widths, rows = [each.size(1) for each in features], [each.stride(0) for each in features]
+    steps = [each.stride(1) for each in d_ws]
+    small_row, gate_row = small.stride(0), 0 if gates is None else gates.stride(0)
+
+    def rest() -> Rest:
+        linear, _, one, feature = strides
+        numbers = [
+            *widths, *unused, *rows, *unused, *steps, *unused, small_row, linear, one, feature, gate_row, float(scaling)
+        ]  # fmt: skip
+        constants = {
+            "RANK": rank, "COLUMNS": columns, "BLOCK": block, "TILE": TILE, "FEATURES": WRITTEN, "GATED": gated,
+            "LINEARS": n,
+        }  # fmt: skip
+        return Rest(numbers, constants, {"num_warps": 4, "num_stages": _stages(features[0])})
+
+    _launch_weight_gradient(
+        (experts, sum([-(-width // WRITTEN) for width in widths]), -(-columns // block)),
+        [small, order.tokens, order.bounds, features[0], w, factors, *_others(features, d_ws)],
+        [((), (*widths, *rows, *steps, shape, strides, small_row, gate_row, scaling, gated), rest)],
+    )
 
 
+def _others(some: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Two of each linear but the first."""
+    return [] if len(some) == 1 else [each for i in range(1, len(some)) for each in (some[i], others[i])]
+
+
+@functools.cache
 def _power(columns: int, most: int) -> int:
     """The power of two that holds the columns, at least what a product of tiles takes."""
     return min(most, max(16, 1 << (columns - 1).bit_length()))

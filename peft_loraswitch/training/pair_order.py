@@ -10,6 +10,7 @@ a token are added up, slot after slot, every tile holds pairs of one slot, so th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,6 @@ class PairOrder:
         bounds: int32 [experts + 1], where the pairs of each expert begin; those of the last end where the null index begins.
         tiles: int32 [n, 3], expert, first row, row behind the last of the expert; the null index has tiles, too.
         slot_tiles: int32 [slots, m, 3], the same, each of one slot.
-        gate_places: int64 [P], where the gate lies in [tokens, experts + 1], flattened.
     """
 
     experts: int
@@ -37,11 +37,18 @@ class PairOrder:
     bounds: Tensor
     tiles: Tensor
     slot_tiles: Tensor
-    gate_places: Tensor
 
-    @property
+    @functools.cached_property
     def pairs(self) -> int:
         return self.tokens.shape[0]
+
+    @functools.cached_property
+    def most_tiles(self) -> int:
+        return self.tiles.shape[0]
+
+    @functools.cached_property
+    def most_slot_tiles(self) -> int:
+        return self.slot_tiles.shape[1]
 
 
 @torch.no_grad()
@@ -67,7 +74,6 @@ def order_of(chosen: Tensor, experts: int) -> PairOrder:
         bounds=bounds[: experts * slots + 1 : slots].to(torch.int32),
         tiles=by_expert[0],
         slot_tiles=by_slot,
-        gate_places=token * (experts + 1) + keys // slots,
     )
 
 

@@ -7,8 +7,8 @@
 
 for pair p of token t_p and expert e_p in a `PairOrder`, and linear l of those that share the rows. W is [linears, experts, r,
 features], of any strides but for the kernels' unit ones between features of rows. Sums over a token's experts are rounded to the
-dtype of the result after each. But for the first, each is of several linears that have the same experts, ranks and scaling but
-rows of their own: their W have the same strides but for those that follow from the number of features.
+dtype of the result after each. But for the first, each is of up to `LINEARS` linears that have the same experts, ranks and
+scaling but rows of their own: their W have the same strides but for those that follow from the number of features.
 
 On a GPU with Triton these are kernels (`pair_kernels.py`). The PyTorch operations below define them; they read the order on the
 host, so they are for a CPU.
@@ -16,7 +16,8 @@ host, so they are for a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,8 +31,10 @@ from .pair_order import PairOrder
 # The GPU alone is faster by pairs earlier, from two thirds of it on, but they ask more of the host.
 CROSSOVER = {1: 768, 2: 768, 3: 1152, 4: 1536}
 MOST_RANK = 32  # of one expert: for 8 x 64, a step took 1.58 of the floor's by pairs, and 1.30 without
+LINEARS = pair_kernels.LINEARS
 LEAST_PAIRS = 32  # an expert, on average: with fewer, tiles are mostly empty
 _forced: bool | None = None
+_by_kernels: Callable[[Tensor], bool] = operator.attrgetter("is_cuda")
 
 
 @contextmanager
@@ -62,7 +65,7 @@ def pays(device: torch.device, dtype: torch.dtype, tokens: int, slots: int, expe
 
 def to_rank(features: Tensor, w: Tensor, order: PairOrder, small: Tensor) -> None:
     """Writes small [P, linears * r] from features [T, F] and w [linears, E, r, F]."""
-    if features.is_cuda:
+    if _by_kernels(features):
         return pair_kernels.to_rank(features, w, order, small)
     for expert, rows, tokens in _segments(order):
         small[rows] = features[tokens] @ w[:, expert].flatten(0, 1).t()
@@ -72,21 +75,20 @@ def to_rank_backward(
     d_outs: Sequence[Tensor], ws: Sequence[Tensor], order: PairOrder, hidden: Tensor, gates: Tensor, scaling: float,
     d_hidden: Tensor, d_gates: Tensor,
 ) -> None:  # fmt: skip
-    """Writes d_hidden [P, n * r], and d_gates [n, P] (of the null index: left as it is), of n linears.
+    """Writes d_hidden [P, n * r], and where there is a pair d_gates [n, T, E] (of one linear also [T, E]), of n linears.
 
     Args:
         d_outs: [T, F] each; ws: [1, E, r, F] each; hidden: [P, n * r], of `to_rank`; gates: [T, E].
     """
+    if _by_kernels(d_outs[0]):
+        return pair_kernels.to_rank_backward(d_outs, ws, order, hidden, gates, scaling, d_hidden, d_gates)
     rank = ws[0].shape[2]
-    for some, columns in _at_once(d_outs, rank):
-        d, h = d_hidden[:, columns], hidden[:, columns]
-        if d_outs[0].is_cuda:
-            pair_kernels.to_rank_backward(d_outs[some], ws[some], order, h, gates, scaling, d, d_gates[some])
-            continue
-        (d_out,), (w,), (d_gate,) = d_outs[some], ws[some], d_gates[some]
+    d_gates = d_gates if d_gates.ndim == 3 else d_gates.unsqueeze(0)
+    for i, (d_out, w, d_gate) in enumerate(zip(d_outs, ws, d_gates, strict=True)):
+        d, h = (each[:, i * rank : (i + 1) * rank] for each in (d_hidden, hidden))
         for expert, rows, tokens in _segments(order):
             each = d_out[tokens] @ w[0, expert].t()
-            d_gate[rows] = (each.to(d_gate.dtype) * h[rows]).sum(dim=1) * scaling
+            d_gate[tokens, expert] = (each.to(d_gate.dtype) * h[rows]).sum(dim=1) * scaling
             d[rows] = each * _factors(gates, tokens, expert, scaling, each)
 
 
@@ -100,15 +102,14 @@ def from_rank(
         biases: [F] each, or None each; only if not `add`.
         gates: [T, E]: each pair counts by `scaling` times that of its token and expert; None: by 1.
     """
-    for some, columns in _at_once(outs, ws[0].shape[0] * ws[0].shape[2]):
-        if outs[0].is_cuda:
-            pair_kernels.from_rank(small[:, columns], ws[some], order, outs[some], biases[some], add, gates, scaling)
-            continue
-        (w,), (out,), (bias,) = ws[some], outs[some], biases[some]
+    if _by_kernels(outs[0]):
+        return pair_kernels.from_rank(small, ws, order, outs, biases, add, gates, scaling)
+    columns = ws[0].shape[0] * ws[0].shape[2]
+    for i, (w, out, bias) in enumerate(zip(ws, outs, biases, strict=True)):
         if not add:
             out.zero_() if bias is None else out.copy_(bias)
         for expert, rows, tokens in _segments(order):
-            part = small[rows, columns]
+            part = small[rows, i * columns : (i + 1) * columns]
             if gates is not None:
                 part = part * _factors(gates, tokens, expert, scaling, part)
             out.index_add_(0, tokens, (part @ w[:, expert].flatten(0, 1)).to(out.dtype))
@@ -120,25 +121,16 @@ def weight_gradient(
 ) -> None:  # fmt: skip
     """Writes d_ws [linears, E, r, F] each, of any strides, from features [T, F] each and small [P, n * linears * r]; gates as in
     `from_rank`."""
-    for some, columns in _at_once(features, d_ws[0].shape[0] * d_ws[0].shape[2]):
-        if features[0].is_cuda:
-            pair_kernels.weight_gradient(features[some], small[:, columns], order, d_ws[some], gates, scaling)
-            continue
-        (each,), (d_w,) = features[some], d_ws[some]
+    if _by_kernels(features[0]):
+        return pair_kernels.weight_gradient(features, small, order, d_ws, gates, scaling)
+    columns = d_ws[0].shape[0] * d_ws[0].shape[2]
+    for i, (each, d_w) in enumerate(zip(features, d_ws, strict=True)):
         d_w.zero_()
         for expert, rows, tokens in _segments(order):
-            part = small[rows, columns]
+            part = small[rows, i * columns : (i + 1) * columns]
             if gates is not None:
                 part = part * _factors(gates, tokens, expert, scaling, part)
             d_w[:, expert] = (part.t() @ each[tokens]).view(d_w.shape[0], d_w.shape[2], -1).to(d_w.dtype)
-
-
-def _at_once(wide: Sequence[Tensor], columns: int) -> Iterator[tuple[slice, slice]]:
-    """Which of them one launch takes (without one, each by itself), and their columns of the small matrix, `columns` each."""
-    most = pair_kernels.LINEARS if wide[0].is_cuda else 1
-    for first in range(0, len(wide), most):
-        end = min(first + most, len(wide))
-        yield slice(first, end), slice(first * columns, end * columns)
 
 
 def _segments(order: PairOrder) -> Iterator[tuple[int, slice, Tensor]]:

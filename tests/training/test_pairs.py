@@ -125,15 +125,19 @@ def test_outputs_and_gradients_equal_the_definition(tokens, slots, bias, given):
 
 
 def test_a_launch_takes_up_to_three_linears():
-    class OnAGpu:
-        is_cuda = True
+    def found(linears: int, **others: Any) -> list[tuple[Any, ...]]:
+        columns = tuple(
+            Columns(i * 80, EXPERTS, 16, others.get("scalings", [1.0] * linears)[i]) for i in range(linears)
+        )
+        parts = group_pairs._alike(Spec(torch.float64, columns, False, slots=2), (None,) * linears)
+        return [
+            (part.linears.start, part.linears.stop, part.columns and (part.columns.start, part.columns.stop))
+            for part in parts
+        ]
 
-    def found(linears: int) -> list[tuple[Any, ...]]:
-        slices = pair_products._at_once([OnAGpu()] * linears, 16)  # type: ignore[list-item]
-        return [(linear.start, linear.stop, columns.start, columns.stop) for linear, columns in slices]
-
-    assert found(1) == [(0, 1, 0, 16)] and found(3) == [(0, 3, 0, 48)]
-    assert found(7) == [(0, 3, 0, 48), (3, 6, 48, 96), (6, 7, 96, 112)]
+    assert found(1) == [(0, 1, None)] and found(3) == [(0, 3, None)]
+    assert found(7) == [(0, 3, (0, 48)), (3, 6, (48, 96)), (6, 7, (96, 112))]
+    assert found(3, scalings=[1.0, 1.0, 2.0]) == [(0, 2, (0, 32)), (2, 3, (32, 48))]
 
 
 def test_operands_of_a_launch_have_one_dtype(monkeypatch):
@@ -151,8 +155,9 @@ def test_operands_of_a_launch_have_one_dtype(monkeypatch):
     hidden, rows = torch.zeros(order.pairs, 4 * rank).double(), [torch.zeros(tokens, out).double() for _ in dtypes]
     gates = torch.zeros(tokens, EXPERTS)
     biases = [None if dtype == torch.float64 else torch.zeros(out, dtype=dtype) for dtype in dtypes[:3]]
-    group_pairs.write_up(rows, hidden, gates, Casts(a, b, spec), spec, order, [*biases, torch.zeros(out).double()])
-    group_pairs.d_b(rows, hidden, gates, b, [True] * 4, spec, order)
+    casts = Casts(a, b, spec)
+    group_pairs.write_up(rows, hidden, gates, casts, spec, order, [*biases, torch.zeros(out).double()])
+    group_pairs.d_b(rows, hidden, gates, b, [True] * 4, casts, spec, order)
     assert [len(each) for each in seen] == [1, 2, 1, 1, 2, 1]
     assert all(len({None if one is None else one.dtype for one in each}) == 1 for each in seen)
 
