@@ -69,6 +69,9 @@ def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
         "LS_MAX_TOP_K": kernels.MAX_TOP_K,
     }
     constants |= {"LS_MAX_EXPERTS": kernels.MAX_EXPERTS, "LS_MAX_RANK": kernels.MAX_RANK}
+    constants |= {"LS_INT4_ROWS": kernels.INT4_ROWS, "LS_INT4_FEATURES": kernels.INT4_FEATURES}
+    constants |= {"LS_FORMAT_DTYPE": kernels.FORMAT_DTYPE, "LS_FORMAT_CODE": kernels.FORMAT_CODE}
+    constants |= {"LS_FORMAT_INT4": kernels.FORMAT_INT4}
     constants |= {"LS_FAST_TOKENS": kernels.FAST_TOKENS, "LS_TUNING_STREAMING": kernels.TUNING_STREAMING}
     constants |= {"LS_TUNING_PERSISTENT": kernels.TUNING_PERSISTENT, "LS_TUNING_IMPATIENT": kernels.TUNING_IMPATIENT}
     constants |= {"LS_TUNING_REGISTERS": kernels.TUNING_REGISTERS, "LS_FLOAT32": kernels.DTYPES[torch.float32]}
