@@ -4,7 +4,7 @@
 //   weight [out / 8][in / 128][32][4] words of 32 bits, rows padded to 8, features to 1,024: the 16 bytes of lane 4 g + t of a tile are row
 //   g; word j of them holds features 32 j + 2 t + {0, 1} in bits 0 and 16, those + 8 in bits 4 and 20, + 16 in 8 and 24, + 24 in 12 and 28
 //   scales [in / scale_block][out][2] bfloat16 (scale, zero), padded likewise   x [tokens, in] bfloat16
-//   tile: 16 * MT rows by 128 features at a time, for 8 * NT tokens
+//   tile: 16 * MT rows by 128 features at a time, for 8 * NT tokens (TOKENS, rounded up)
 //   shared memory: x, a ring for each warp: a row for each token, all pieces side by side and 16 bytes more, so that no two lanes meet in
 //   a bank
 //
@@ -19,13 +19,14 @@ namespace ls {
 
 constexpr int kTileRows = LS_INT4_ROWS, kTileFeatures = 128;  // of a tile
 
-// R chunks of weights in registers, RX of x in shared memory, in pieces of P features, of WARPS warps each.
-template <class E, int NT, int MT, int R, int RX, int P, int WARPS, int BLOCKS> struct Int4Tiles {
+// For up to TOKENS tokens: R chunks of weights in registers, RX of x in shared memory, in pieces of P features, of WARPS warps each.
+template <class E, int TOKENS, int MT, int R, int RX, int P, int WARPS, int BLOCKS> struct Int4Tiles {
   static constexpr bool kOwnLoads = true;
-  static constexpr int kBlocks = BLOCKS;
+  static constexpr int kBlocks = BLOCKS, NT = (TOKENS + 7) / 8;
   static constexpr int kParts = kTileFeatures / P, kSlots = RX * kParts, kPiece = P * 2;  // bytes
+  static constexpr int kLanes = P / 8;  // copy a piece of one token
   static constexpr int kRow = kSlots * kPiece + 16;
-  static constexpr int kShared = WARPS * NT * 8 * kRow;
+  static constexpr int kShared = WARPS * TOKENS * kRow;
   static constexpr int kStep = WARPS;  // chunks from one of a warp's to its next
   static_assert(R % RX == 0, "chunks find their pieces by number");
   static int shared_bytes(const ls_group &g) { return WARPS * g.tokens * kRow; }
@@ -33,7 +34,6 @@ template <class E, int NT, int MT, int R, int RX, int P, int WARPS, int BLOCKS> 
   const uint4 *weight;     // this lane's 16 bytes of tile 0, chunk 0
   const uint32_t *scales;  // of group 0, row 0
   uint32_t tile_at[MT][2], row_at[MT][2];
-  const char *input;  // 16 bytes of token 0, 1, ... that this lane copies
   uint32_t fragments;  // shared memory: this lane's of token 0, 1, ...
   int padded_rows;
   uint4 w[R][MT][2];
@@ -54,7 +54,6 @@ template <class E, int NT, int MT, int R, int RX, int P, int WARPS, int BLOCKS> 
     for (int m = 0; m < MT; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) row_at[m][h] = row[m][h], tile_at[m][h] = row[m][h] / kTileRows * stride;
-    input = static_cast<const char *>(group.x) + lane % (P / 8) * 16;
     fragments = shared_address(shared) + threadIdx.x / 32 * group.tokens * kRow + lane % 4 * 4;
 #pragma unroll
     for (int r = 0; r < R; ++r) load(group, threadIdx.x / 32 + r * kStep, r);
@@ -82,16 +81,19 @@ template <class E, int NT, int MT, int R, int RX, int P, int WARPS, int BLOCKS> 
 
   // Asks for a piece of x of all tokens; what lies past its features is zero.
   __device__ __forceinline__ void copy_input(const ls_group &group, int c, int slot, int part) const {
-    constexpr int kLanes = P / 8;  // of a token
     if (c < chunks(group)) {
-      const int lane = threadIdx.x % 32, feature = c * kTileFeatures + part * P;
-      const bool inside = feature + lane % kLanes * 8 < group.in_features;
-      for (int token = lane / kLanes; token < group.tokens; token += 32 / kLanes) {
-        const uint32_t to = fragments - lane % 4 * 4 + token * kRow + slot * kPiece + lane % kLanes * 16;
+      const int lane = threadIdx.x % 32, feature = c * kTileFeatures + part * P + lane % kLanes * 8;
+      const bool inside = feature < group.in_features;
+      const char *from = static_cast<const char *>(group.x) + (lane / kLanes * int64_t(group.in_features) + feature) * 2;
+      uint32_t to = fragments - lane % 4 * 4 + lane / kLanes * kRow + slot * kPiece + lane % kLanes * 16;
+#pragma unroll 1
+      for (int token = 0; token < TOKENS; token += 32 / kLanes) {
+        if (token + lane / kLanes >= group.tokens) break;
         if (inside)
-          copy16_kept(to, input + (int64_t(token) * group.in_features + feature) * 2);
+          copy16_kept(to, from);
         else
           store_zeros16(to);
+        from += group.in_features * (32 / kLanes * 2), to += 32 / kLanes * kRow;
       }
     }
     copy_commit();
@@ -99,7 +101,9 @@ template <class E, int NT, int MT, int R, int RX, int P, int WARPS, int BLOCKS> 
 
   // The two values of `word` that begin at these bits, as bfloat16.
   __device__ __forceinline__ static uint32_t pair(uint32_t word, int bits) {
-    const uint32_t v = ((word >> bits) & 0x000f000fu) | 0x43004300u, less = 0x43084308u;  // 128 + q; 136
+    const uint32_t less = 0x43084308u;  // 136
+    uint32_t v;                         // (word & mask) | 128, which the compiler makes of two instructions
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(word >> bits), "n"(0x000f000f), "n"(0x43004300));
     __nv_bfloat162 d = __hsub2(*reinterpret_cast<const __nv_bfloat162 *>(&v), *reinterpret_cast<const __nv_bfloat162 *>(&less));
     return *reinterpret_cast<uint32_t *>(&d);
   }

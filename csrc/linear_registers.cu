@@ -246,8 +246,9 @@ template <class E, int NT, int MT, int U, class W = SameDtype<NT>> int launch_sh
   return launch<GroupParams>(kernel, dim3(n), dim3(kThreads), p, stream, may_overlap(kernel, p.g.device), W::shared_bytes(p.g));
 }
 
-template <int NT, int MT, int U, int R, int RX, int P, int BLOCKS> int launch_int4(GroupParams &p, void *stream) {
-  return launch_shape<bf16, NT, MT, U, Int4Tiles<bf16, NT, MT, R, RX, P, kWarps, BLOCKS>>(p, stream);
+template <int TOKENS, int MT, int U, int R, int RX, int P, int BLOCKS> int launch_int4(GroupParams &p, void *stream) {
+  using Tiles = Int4Tiles<bf16, TOKENS, MT, R, RX, P, kWarps, BLOCKS>;
+  return launch_shape<bf16, Tiles::NT, MT, U, Tiles>(p, stream);
 }
 
 template <class E> int launch_as(GroupParams &p, void *stream) {
@@ -258,10 +259,10 @@ template <class E> int launch_as(GroupParams &p, void *stream) {
   }
   if constexpr (std::is_same_v<E, bf16>) {
     if (p.g.items[0].format == LS_FORMAT_INT4) {
-      if (p.g.tokens <= 2) return launch_int4<1, 1, 2, 3, 3, 128, 3>(p, stream);
-      if (p.g.tokens <= 8) return launch_int4<1, 2, 1, 2, 2, 128, 2>(p, stream);
-      if (p.g.tokens <= 16) return launch_int4<2, 2, 1, 2, 2, 128, 2>(p, stream);
-      return launch_int4<4, 1, 1, 2, 1, 64, 2>(p, stream);
+      if (p.g.tokens <= 2) return launch_int4<2, 1, 2, 3, 3, 128, 3>(p, stream);
+      if (p.g.tokens <= 8) return launch_int4<8, 2, 1, 2, 2, 128, 2>(p, stream);
+      if (p.g.tokens <= 16) return launch_int4<16, 2, 1, 2, 2, 128, 2>(p, stream);
+      return launch_int4<32, 1, 1, 2, 1, 64, 2>(p, stream);
     }
   }
   if (p.g.tokens <= 8) return launch_shape<E, 1, 1, 4>(p, stream);
