@@ -49,8 +49,8 @@ int check_four_bits(const ls_group &g) {
   const int block = g.scale_block;
   const bool int4 = g.items[0].format == LS_FORMAT_INT4;
   if (g.transposed || g.tokens > LS_FAST_TOKENS || block < 1 || (block & (block - 1))) return LS_ERROR_ARGUMENT;
-  if (int4 ? g.dtype != LS_BFLOAT16 || block < 32 || block > 256
-           : g.dtype == LS_FLOAT32 || block < kFeatures4 || g.in_features % block) return LS_ERROR_ARGUMENT;
+  if (int4 ? g.dtype != LS_BFLOAT16 || block < 32 || block > 256 : g.dtype == LS_FLOAT32 || block < kFeatures4 || g.in_features % block)
+    return LS_ERROR_ARGUMENT;
   if (!int4 && !g.code) return LS_ERROR_POINTER;
   for (int i = 0; i < g.n_items; ++i) {
     const ls_item &item = g.items[i];

@@ -31,7 +31,7 @@ template <class E, int TOKENS, int MT, int R, int RX, int P, int WARPS, int BLOC
   static_assert(R % RX == 0, "chunks find their pieces by number");
   static int shared_bytes(const ls_group &g) { return WARPS * g.tokens * kRow; }
 
-  const uint4 *weight;     // this lane's 16 bytes of tile 0, chunk 0
+  const uint4 *weight;  // this lane's 16 bytes of tile 0, chunk 0
   const uint32_t *scales;  // of group 0, row 0
   uint32_t tile_at[MT][2], row_at[MT][2];
   uint32_t fragments;  // shared memory: this lane's of token 0, 1, ...
@@ -102,7 +102,7 @@ template <class E, int TOKENS, int MT, int R, int RX, int P, int WARPS, int BLOC
   // The two values of `word` that begin at these bits, as bfloat16.
   __device__ __forceinline__ static uint32_t pair(uint32_t word, int bits) {
     const uint32_t less = 0x43084308u;  // 136
-    uint32_t v;                         // (word & mask) | 128, which the compiler makes of two instructions
+    uint32_t v;  // 128 + q. Written in C, these would be two instructions.
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(word >> bits), "n"(0x000f000f), "n"(0x43004300));
     __nv_bfloat162 d = __hsub2(*reinterpret_cast<const __nv_bfloat162 *>(&v), *reinterpret_cast<const __nv_bfloat162 *>(&less));
     return *reinterpret_cast<uint32_t *>(&d);

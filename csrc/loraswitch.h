@@ -80,9 +80,9 @@ typedef struct ls_group {
   int32_t tuning;     /* 0: choose the kernel; LS_TUNING_* for tests and benchmarks */
   int32_t scale_block; /* weights of 4 bits: features that share a scale, a power of two: CODE: from 64 on, and it divides in_features;
                           INT4: 32 to 256; else 0 */
-  const float *code;  /* CODE: the 16 values of an index, rounded to the dtype by the kernel; else NULL. Weights of 4 bits are taken for at most
-                         LS_FAST_TOKENS tokens in a 16-bit dtype, INT4 in bfloat16; ranks divisible by 8, INT4: in_features too; x, hidden,
-                         weights and lora_b aligned to 16 bytes: else LS_ERROR_ARGUMENT */
+  const float *code;  /* CODE: the 16 values of an index, rounded to the dtype by the kernel; else NULL. Weights of 4 bits are taken for
+                         at most LS_FAST_TOKENS tokens in a 16-bit dtype, INT4 in bfloat16; ranks divisible by 8, INT4: in_features too;
+                         x, hidden, weights and lora_b aligned to 16 bytes: else LS_ERROR_ARGUMENT */
 } ls_group;
 
 /* One linear of a group, for ls_expand and ls_widen. */
