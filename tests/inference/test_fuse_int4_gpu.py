@@ -27,7 +27,13 @@ both_sizes = pytest.mark.parametrize("width", [256, 1024])  # padded, and not
 
 def made(width: int = 256, group: int = 128, settings: Any = None) -> Any:
     """By torchao's own functions, as the decode benchmark does it."""
-    base = tiny_llama(hidden_size=width, intermediate_size=704, num_key_value_heads=2, attention_bias=True)
+    base = tiny_llama(
+        hidden_size=width,
+        intermediate_size=768,
+        num_key_value_heads=2,
+        attention_bias=True,
+        initializer_range=width**-0.5,
+    )
     model = adapted(base, "cuda", torch.bfloat16, **(settings or {}))
     config = quantization.Int4WeightOnlyConfig(
         group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False

@@ -111,8 +111,8 @@ def test_each_of_the_16_values_at_each_place():
         for x in torch.eye(1024, device="cuda", dtype=BF16).split(size)[:: 32 if size == 1 else 1]:
             experts, gates = oracle.random_ids(size, 1, 1, "cuda")
             poison_allocator()
-            wanted = x @ ((q - 8) * 0.5 + 0.25).to(BF16).T
-            assert torch.equal(packed(x, experts, gates)[0], wanted)
+            wanted = x.double() @ ((q - 8) * 0.5 + 0.25).double().T
+            assert torch.equal(packed(x, experts, gates)[0].double(), wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 12, 32])
