@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "four_bits.cuh"
+#include "int4_tiles.cuh"
 
 #ifndef LS_ARCHITECTURES
 #define LS_ARCHITECTURES "unknown architectures"
@@ -41,15 +42,22 @@ bool fast(const ls_group &g) {
   return true;
 }
 
+bool has_four_bits(const ls_group &g) { return g.items[0].format != LS_FORMAT_DTYPE; }
+
 // Weights of 4 bits go to one kernel, so what it does not take is refused.
 int check_four_bits(const ls_group &g) {
   const int block = g.scale_block;
-  if (g.dtype == LS_FLOAT32 || g.transposed || g.tokens > LS_FAST_TOKENS) return LS_ERROR_ARGUMENT;
-  if (block < kFeatures4 || (block & (block - 1)) || g.in_features % block) return LS_ERROR_ARGUMENT;
-  if (!g.code) return LS_ERROR_POINTER;
+  const bool int4 = g.items[0].format == LS_FORMAT_INT4;
+  if (g.transposed || g.tokens > LS_FAST_TOKENS || block < 1 || (block & (block - 1))) return LS_ERROR_ARGUMENT;
+  if (int4 ? g.dtype != LS_BFLOAT16 || block < 32 || block > 256 : g.dtype == LS_FLOAT32 || block < kFeatures4 || g.in_features % block)
+    return LS_ERROR_ARGUMENT;
+  if (!int4 && !g.code) return LS_ERROR_POINTER;
   for (int i = 0; i < g.n_items; ++i) {
-    if (!g.items[i].weight || !g.items[i].scales) return LS_ERROR_POINTER;
-    if (int64_t(g.items[i].out_features) * (g.in_features / 2) > UINT32_MAX) return LS_ERROR_ARGUMENT;  // offsets have 32 bits
+    const ls_item &item = g.items[i];
+    if (!item.weight || !item.scales) return LS_ERROR_POINTER;
+    if (int4 && (reinterpret_cast<uintptr_t>(item.scales) & 3)) return LS_ERROR_ARGUMENT;  // scale and zero are read as one
+    const int64_t rows = item.out_features + kTileRows, bytes = (g.in_features + LS_INT4_FEATURES) / 2;
+    if (rows * bytes > UINT32_MAX) return LS_ERROR_ARGUMENT;  // offsets have 32 bits
   }
   return fast(g) ? 0 : LS_ERROR_ARGUMENT;
 }
@@ -61,6 +69,8 @@ int check(const ls_group &g) {
   for (int i = 0; i < g.n_items; ++i) {
     const ls_item &item = g.items[i];
     if (item.out_features < 1 || item.rank < 0 || item.rank > LS_MAX_RANK) return LS_ERROR_ARGUMENT;
+    if (item.format < LS_FORMAT_DTYPE || item.format > LS_FORMAT_INT4 || item.format != g.items[0].format) return LS_ERROR_ARGUMENT;
+    if (item.scales && item.format == LS_FORMAT_DTYPE) return LS_ERROR_ARGUMENT;
     if (g.tokens > 0 && !item.out) return LS_ERROR_POINTER;
     if (item.rank > 0 && (!item.lora_a || !item.lora_b)) return LS_ERROR_POINTER;
   }

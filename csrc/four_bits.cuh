@@ -12,12 +12,15 @@
 namespace ls {
 
 constexpr int kFeatures4 = 64;                  // features of a row in one chunk: no block of scales is smaller
-constexpr int kTableBytes = 256 * 32 * 4;       // dynamic shared memory
-
-inline bool has_four_bits(const ls_group &g) { return g.items[0].scales != nullptr; }
+constexpr int kTableThreads = 256;              // of a block, each of which makes one entry
+constexpr int kTableBytes = kTableThreads * 32 * 4;  // dynamic shared memory
 
 // U chunks in flight (twice: double-buffered).
 template <class E, int NT, int MT, int U> struct FourBits {
+  static constexpr bool kOwnLoads = true;
+  static constexpr int kBlocks = 2, kShared = kTableBytes;
+  static int shared_bytes(const ls_group &) { return kShared; }
+
   const unsigned char *weight;  // at this lane's features of chunk 0
   const float *scales;
   uint32_t row_at[MT][2], scales_at[MT][2];  // where this lane's rows begin in them
@@ -28,16 +31,17 @@ template <class E, int NT, int MT, int U> struct FourBits {
   float scale[2][U][MT][2];
 
   // Asks for the first weights: static memory, before the wait for other launches.
-  __device__ __forceinline__ void begin(const GroupParams &p, const ls_item &item, const int (&row)[MT][2], int warp, int warps) {
+  __device__ __forceinline__ void begin(const ls_group &group, const ls_item &item, const int (&row)[MT][2]) {
+    constexpr int warps = kTableThreads / 32;
     extern __shared__ __align__(16) char shared[];
-    const int lane = threadIdx.x % 32, t = lane % 4;
-    in = p.g.in_features, tokens = p.g.tokens, chunks = in / kFeatures4, first = warp * U, step = warps * U;
-    scale_shift = __ffs(p.g.scale_block / kFeatures4) - 1;
-    input = static_cast<const char *>(p.g.x) + t * 32;
+    const int lane = threadIdx.x % 32, t = lane % 4, warp = threadIdx.x / 32;
+    in = group.in_features, tokens = group.tokens, chunks = in / kFeatures4, first = warp * U, step = warps * U;
+    scale_shift = __ffs(group.scale_block / kFeatures4) - 1;
+    input = static_cast<const char *>(group.x) + t * 32;
     table = shared + lane * 4;
-    code = p.g.code;
+    code = group.code;
     weight = static_cast<const unsigned char *>(item.weight) + t * 8;
-    scales = item.scales;
+    scales = static_cast<const float *>(item.scales);
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -46,7 +50,10 @@ template <class E, int NT, int MT, int U> struct FourBits {
         scales_at[m][h] = uint32_t(row[m][h]) * uint32_t(chunks >> scale_shift);
       }
     load(first, w[0], scale[0]);
+    fill_table();
   }
+
+  __device__ __forceinline__ void begin_inputs(const ls_group &) const {}
 
   // Thread i of 256 writes entry i for all lanes, each lane of its warp into another bank at a time. Needs a __syncthreads() after it.
   __device__ __forceinline__ void fill_table() const {
@@ -117,8 +124,9 @@ template <class E, int NT, int MT, int U> struct FourBits {
     }
   }
 
-  // All of this warp's chunks. After the wait, and when the table is there.
-  __device__ __forceinline__ void run(float (&acc)[MT][NT][4]) {
+  // All of this warp's chunks. After the wait.
+  __device__ __forceinline__ void run(const ls_group &, float (&acc)[MT][NT][4]) {
+    __syncthreads();  // the table
     for (int c = first; c < chunks;) {
       load(c + step, w[1], scale[1]);
       multiply(c, w[0], scale[0], acc);
@@ -129,13 +137,6 @@ template <class E, int NT, int MT, int U> struct FourBits {
       c += step;
     }
   }
-};
-
-// Nothing: the weights have the dtype of x.
-template <class E, int NT, int MT> struct FourBits<E, NT, MT, 0> {
-  __device__ __forceinline__ void begin(const GroupParams &, const ls_item &, const int (&)[MT][2], int, int) const {}
-  __device__ __forceinline__ void fill_table() const {}
-  __device__ __forceinline__ void run(float (&)[MT][NT][4]) const {}
 };
 
 }  // namespace ls

@@ -8,12 +8,14 @@
 //   shared memory: 8 partial tiles in float32; before that, the hidden
 //
 // For what linear_streaming.cu and linear_persistent.cu do not take or are slower at: in_features not divisible by 32, a hidden that
-// is too large for them, the experts alone, without a weight (`ls_item.weight` NULL), and weights of 4 bits (four_bits.cuh).
+// is too large for them, the experts alone, without a weight (`ls_item.weight` NULL), and weights of 4 bits (four_bits.cuh,
+// int4_tiles.cuh).
 //
 // The shrink runs in the first blocks of the grid: their tiles are rows of lora_a (of all experts, as one matrix) times all tokens,
 // with split-K over kSplits blocks so that they are done long before the other blocks, which wait for them in their epilogue. Blocks
 // start in the order of their index, and those with rows of lora_a wait for nobody: no block waits for one that cannot start.
 #include "four_bits.cuh"
+#include "int4_tiles.cuh"
 
 namespace ls {
 namespace {
@@ -32,9 +34,16 @@ __device__ __forceinline__ void store_hidden(const GroupParams &p, int item_inde
   }
 }
 
-// NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered), of weights of 4 bits F chunks of theirs (0: the
-// weights have the dtype of x).
-template <class E, int NT, int MT, int U, int F> __global__ void __launch_bounds__(kThreads, NT == 1 && F == 0 ? 3 : 2)
+// Weights that have the dtype of x: the kernel loads them as it loads rows of lora_a.
+template <int NT> struct SameDtype {
+  static constexpr bool kOwnLoads = false;
+  static constexpr int kBlocks = NT == 1 ? 3 : 2, kShared = 0;
+  static int shared_bytes(const ls_group &) { return 0; }
+};
+
+// NT tiles of 8 tokens, MT tiles of 16 rows, U chunks in flight (twice: double-buffered) of what has the dtype of x. W: how weights lie,
+// and how they are multiplied; kBlocks: of a multiprocessor.
+template <class E, int NT, int MT, int U, class W> __global__ void __launch_bounds__(kThreads, W::kBlocks)
     linear_kernel(const __grid_constant__ GroupParams p) {
   constexpr int kRows = 16 * MT;
   __shared__ __align__(16) float partial[kWarps][8 * NT][kRows + 4];  // and before that, the hidden
@@ -109,16 +118,16 @@ template <class E, int NT, int MT, int U, int F> __global__ void __launch_bounds
 
   constexpr int kStep = kWarps * U;
   int c = first + warp * U;
-  FourBits<E, NT, MT, F> four;
-  if constexpr (F > 0) {
-    if (!shrinks) {
-      four.begin(p, item, row, warp, kWarps);
-      four.fill_table();
-    }
+  W quantised;
+  if constexpr (W::kOwnLoads) {
+    if (!shrinks) quantised.begin(p.g, item, row);
   } else {
     load_weights(c, w[0]);
   }
   pdl_wait();
+  if constexpr (W::kOwnLoads) {
+    if (!shrinks) quantised.begin_inputs(p.g);
+  }
   if (p.has_rank) {
     read_ids(p, ids, threadIdx.x, kThreads);
     __syncthreads();
@@ -132,10 +141,9 @@ template <class E, int NT, int MT, int U, int F> __global__ void __launch_bounds
 #pragma unroll
       for (int h = 0; h < 2; ++h) experts.template prefetch_b<E>(unit, row[m][h]);
   }
-  if constexpr (F > 0) {
+  if constexpr (W::kOwnLoads) {
     if (!shrinks) {
-      __syncthreads();  // the table
-      four.run(acc);
+      quantised.run(p.g, acc);
       chunks = 0;
     } else {
       load_weights(c, w[0]);  // not before: no registers for both
@@ -217,7 +225,7 @@ template <class E, int NT, int MT, int U, int F> __global__ void __launch_bounds
   }
 }
 
-template <class E, int NT, int MT, int U, int F = 0> int launch_shape(GroupParams &p, void *stream) {
+template <class E, int NT, int MT, int U, class W = SameDtype<NT>> int launch_shape(GroupParams &p, void *stream) {
   int n = 0;
   for (int i = 0; i < p.g.n_items; ++i) {
     p.shrink_begin[i] = n;
@@ -230,20 +238,32 @@ template <class E, int NT, int MT, int U, int F = 0> int launch_shape(GroupParam
   }
   p.begin[p.g.n_items] = n;
   p.has_rank = any_rank(p.g);
-  constexpr auto kernel = linear_kernel<E, NT, MT, U, F>;
-  constexpr int kShared = F > 0 ? kTableBytes : 0;
-  if (kShared) {
-    const cudaError_t error = allow_shared<kernel>(p.g.device, kShared);
+  constexpr auto kernel = linear_kernel<E, NT, MT, U, W>;
+  if (W::kShared) {
+    const cudaError_t error = allow_shared<kernel>(p.g.device, W::kShared);
     if (error != cudaSuccess) return cudaGetLastError(), static_cast<int>(error);
   }
-  return launch<GroupParams>(kernel, dim3(n), dim3(kThreads), p, stream, may_overlap(kernel, p.g.device), kShared);
+  return launch<GroupParams>(kernel, dim3(n), dim3(kThreads), p, stream, may_overlap(kernel, p.g.device), W::shared_bytes(p.g));
+}
+
+template <int TOKENS, int MT, int U, int R, int RX, int P, int BLOCKS> int launch_int4(GroupParams &p, void *stream) {
+  using Tiles = Int4Tiles<bf16, TOKENS, MT, R, RX, P, kWarps, BLOCKS>;
+  return launch_shape<bf16, Tiles::NT, MT, U, Tiles>(p, stream);
 }
 
 template <class E> int launch_as(GroupParams &p, void *stream) {
-  if (has_four_bits(p.g)) {
-    if (p.g.tokens <= 8) return launch_shape<E, 1, 1, 4, 4>(p, stream);
-    if (p.g.tokens <= 16) return launch_shape<E, 2, 1, 2, 4>(p, stream);
-    return launch_shape<E, 4, 1, 1, 2>(p, stream);
+  if (p.g.items[0].format == LS_FORMAT_CODE) {
+    if (p.g.tokens <= 8) return launch_shape<E, 1, 1, 4, FourBits<E, 1, 1, 4>>(p, stream);
+    if (p.g.tokens <= 16) return launch_shape<E, 2, 1, 2, FourBits<E, 2, 1, 4>>(p, stream);
+    return launch_shape<E, 4, 1, 1, FourBits<E, 4, 1, 2>>(p, stream);
+  }
+  if constexpr (std::is_same_v<E, bf16>) {
+    if (p.g.items[0].format == LS_FORMAT_INT4) {
+      if (p.g.tokens <= 2) return launch_int4<2, 1, 2, 3, 3, 128, 3>(p, stream);
+      if (p.g.tokens <= 8) return launch_int4<8, 2, 1, 2, 2, 128, 2>(p, stream);
+      if (p.g.tokens <= 16) return launch_int4<16, 2, 1, 2, 2, 128, 2>(p, stream);
+      return launch_int4<32, 1, 1, 2, 1, 64, 2>(p, stream);
+    }
   }
   if (p.g.tokens <= 8) return launch_shape<E, 1, 1, 4>(p, stream);
   if (p.g.tokens <= 16) return launch_shape<E, 2, 2, 2>(p, stream);

@@ -251,7 +251,7 @@ bool can_sm90(const ls_group &g) {
   if (!aligned16(g.x) || !aligned16(g.hidden) || g.tokens > INT32_MAX - kCluster * kTokens) return false;
   for (int i = 0; i < g.n_items; ++i) {
     const ls_item &item = g.items[i];
-    if (!item.weight || item.scales || item.base || item.out_features % kUnit || item.rank % kUnit) return false;
+    if (!item.weight || item.format || item.base || item.out_features % kUnit || item.rank % kUnit) return false;
     if (!aligned16(item.weight) || !aligned16(item.bias) || !aligned16(item.out)) return false;
     if (item.rank && (!aligned16(item.lora_a) || !aligned16(item.lora_b))) return false;
   }

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 7
+#define LS_ABI_VERSION 8
 #define LS_MAX_GROUP 8    /* linears in one launch */
 #define LS_MAX_TOP_K 8
 #define LS_MAX_EXPERTS 256
@@ -30,17 +30,25 @@ extern "C" {
 #define LS_TUNING_WIDE 32 /* added: it takes 256 */
 #define LS_TUNING_SPLIT_K 64 /* added: linear_split_k_sm90.cu wherever it can */
 #define LS_SPLIT_K_TOKENS 128 /* tokens that linear_split_k_sm90.cu takes */
+#define LS_INT4_ROWS 8 /* weights in int4 are padded to a multiple of so many rows */
+#define LS_INT4_FEATURES 1024 /* and of so many features */
 #define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
 
 #define LS_ERROR_ARGUMENT 100001 /* a size, a count or a dtype outside what this header allows */
 #define LS_ERROR_POINTER 100002  /* a pointer that must not be NULL is */
 
 enum ls_dtype { LS_FLOAT32 = 0, LS_FLOAT16 = 1, LS_BFLOAT16 = 2 };
+/* How a weight lies. CODE: 4 bits as bitsandbytes keeps NF4 and FP4, uint8 [out, in / 2], feature 2 i in the higher half of byte i, which
+ * stand for ls_group.code[index] * scale, scales float32 [out, in / scale_block]. INT4: 4 bits as torchao packs them in tiles for tensor
+ * cores, int32 [out / 8, in / 128, 32, 4], lane 4 g + t of the 32 having row g, and word j of its four features 32 j + 2 t + {0, 1} in bits
+ * 0 and 16, those + 8 in bits 4 and 20, + 16 in 8 and 24, + 24 in 12 and 28; they stand for (q - 8) * scale + zero, scales bfloat16
+ * [in / scale_block, out, 2] (scale, zero); out and in are padded to multiples of LS_INT4_ROWS and LS_INT4_FEATURES, of weight and scales alike. */
+enum ls_format { LS_FORMAT_DTYPE = 0, LS_FORMAT_CODE = 1, LS_FORMAT_INT4 = 2 };
 enum ls_path { LS_PATH_FAST = 0, LS_PATH_GENERIC = 1, LS_PATH_SM90 = 2 };
 
 /* One linear of a group. */
 typedef struct ls_item {
-  const void *weight; /* [out, in], or [in, out] if the group is transposed; NULL: only base, bias and experts; 4 bits: `scales` */
+  const void *weight; /* [out, in], or [in, out] if the group is transposed; NULL: only base, bias and experts; 4 bits: see ls_format */
   const void *bias;   /* [out] or NULL */
   const void *base;   /* [tokens, out], added to the result, or NULL */
   const void *lora_a; /* [experts, rank, in]; NULL if rank is 0 */
@@ -49,9 +57,8 @@ typedef struct ls_item {
   float scaling;      /* lora_alpha / rank */
   int32_t out_features;
   int32_t rank;       /* 0: this linear has no adapter */
-  int32_t reserved;
-  const float *scales; /* [out, in / scale_block]: the weight has 4 bits, [out, in / 2] bytes, feature 2 i in the higher half of byte i,
-                          and stands for ls_group.code[index] * scale, as bitsandbytes keeps NF4 and FP4. NULL: it has the group's dtype */
+  int32_t format;     /* enum ls_format, the same for all linears of a group */
+  const void *scales; /* of a weight of 4 bits, else NULL */
 } ls_item;
 
 /* out[t] = weight x[t] + bias + base[t] + scaling * sum_j gates[t,j] lora_b[e] (lora_a[e] x[t]), e = experts[t,j].
@@ -71,10 +78,11 @@ typedef struct ls_group {
   int32_t transposed; /* weights are [in, out] (GPT-2's Conv1D) */
   int32_t device;     /* CUDA device index */
   int32_t tuning;     /* 0: choose the kernel; LS_TUNING_* for tests and benchmarks */
-  int32_t scale_block; /* weights of 4 bits: features that share a scale: a power of two from 64 on that divides in_features; else 0 */
-  const float *code;  /* weights of 4 bits: the 16 values of an index, rounded to the dtype by the kernel; else NULL. All linears of the
-                         group have such weights or none; at most LS_FAST_TOKENS tokens, a 16-bit dtype, ranks divisible by 8, x,
-                         hidden, weights and lora_b aligned to 16 bytes: else LS_ERROR_ARGUMENT */
+  int32_t scale_block; /* weights of 4 bits: features that share a scale, a power of two: CODE: from 64 on, and it divides in_features;
+                          INT4: 32 to 256; else 0 */
+  const float *code;  /* CODE: the 16 values of an index, rounded to the dtype by the kernel; else NULL. Weights of 4 bits are taken for
+                         at most LS_FAST_TOKENS tokens in a 16-bit dtype, INT4 in bfloat16; ranks divisible by 8, INT4: in_features too;
+                         x, hidden, weights and lora_b aligned to 16 bytes: else LS_ERROR_ARGUMENT */
 } ls_group;
 
 /* One linear of a group, for ls_expand and ls_widen. */

@@ -1,4 +1,4 @@
-"""Which base layers are linears of bitsandbytes in 4 bits (NF4, FP4) whose weight lies as that library makes it."""
+"""Which base layers are linears in 4 bits whose weight lies as bitsandbytes (NF4, FP4) or torchao (int4, in tiles) makes it."""
 
 from __future__ import annotations
 
@@ -23,3 +23,14 @@ def four_bit_state(base: nn.Module) -> Any | None:
         return None
     fits = state.quant_type in ("nf4", "fp4") and tuple(state.shape or ()) == (layer.out_features, layer.in_features)
     return state if fits else None
+
+
+def int4_tiles(base: nn.Module) -> Any | None:
+    """The weight of an nn.Linear that torchao has packed for tensor cores (`Int4WeightOnlyConfig`, "tile_packed_to_4d"): `qdata`,
+    `scale_and_zero`, `block_size`; None of all other layers."""
+    library: Any = sys.modules.get("torchao.quantization")
+    if library is None or type(base) is not nn.Linear:
+        return None
+    weight = base._parameters.get("weight")
+    kind = getattr(library, "Int4TilePackedTo4dTensor", None)  # older versions have none
+    return weight if kind is not None and type(weight) is kind else None

@@ -32,7 +32,7 @@ class BaseFacts:
 
     Attributes:
         plain: it is a 16/32-bit nn.Linear or Conv1D without hooks, whose weight the ops can read.
-        four_bit: it is one of bitsandbytes' without hooks, whose weight of 4 bits the kernels can read; else None.
+        four_bit: it is one of bitsandbytes' or torchao's without hooks, whose weight of 4 bits the kernels can read; else None.
         hooked: it has hooks, which are to see what they see without fusing: it runs when its own layer does.
         transposed: it is a Conv1D.
         kernels: the kernels run on its device; few_tokens: up to how many tokens the fused ops are used.

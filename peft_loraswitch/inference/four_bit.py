@@ -1,7 +1,10 @@
-"""Base layers of bitsandbytes (`Linear4bit`, NF4 and FP4) whose weights the ops read as they lie, with no copy of them.
+"""Base layers in 4 bits whose weights the ops read as they lie, with no copy of them.
 
-A weight is bytes, two features in each, and a scale for each block of features. With double quantisation the scales are
-quantised themselves; they are then kept dequantised, 4 bytes for each block, once for all groups that compute the layer.
+bitsandbytes (`Linear4bit`, NF4 and FP4): a weight is bytes, two features in each, and a scale for each block of features.
+With double quantisation the scales are quantised themselves; they are then kept dequantised, 4 bytes for each block, once for
+all groups that compute the layer.
+
+torchao (int4, tiles for tensor cores): a weight is words of eight features, and a scale and a zero for each group of features.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..fingerprint import Fingerprint
-from ..four_bit_layers import four_bit_state
-from ..ops import FEATURES_OF_A_SCALE
+from ..four_bit_layers import four_bit_state, int4_tiles
+from ..ops import FEATURES_OF_A_SCALE, INT4_GROUPS, padded_to_tiles
 from ..ordinary import ordinary
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -25,7 +28,7 @@ class FourBitFormat:
     """How such a weight is kept; linears of one group have the same.
 
     Attributes:
-        quant_type: "nf4" or "fp4"; block: features that share a scale.
+        quant_type: "nf4", "fp4" or "int4"; block: features that share a scale.
         compute_dtype: what the layer casts its input to; None: nothing.
     """
 
@@ -39,16 +42,16 @@ class FourBitWeight:
     """The weight of one layer as the ops read it.
 
     Attributes:
-        packed: uint8 [out, in / 2], the layer's own memory; code: float32 [16], too.
-        scales: float32 [out, in / block], the layer's own memory, or if they are `dequantized` a copy.
+        packed, scales, code: as `ops.linear_4bit` takes them (int4: no code), all the layer's own memory, but for scales that
+            are `dequantized`: those are a copy.
         fingerprint: of what all this was made of.
     """
 
     packed: Tensor
     scales: Tensor
-    code: Tensor
+    code: Tensor | None
     dequantized: bool
-    fingerprint: FourBitFingerprint
+    fingerprint: Fingerprint
 
 
 class FourBitFingerprint(Fingerprint):
@@ -76,8 +79,47 @@ class FourBitFingerprint(Fingerprint):
         return taken
 
 
+class Int4Fingerprint(Fingerprint):
+    """The same of tiles: where they and their scales are, and whether the layer does more than multiply by them."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        super().__init__()
+
+    def _take(self) -> list[Any]:
+        try:
+            base: Any = self.layer._modules["base_layer"]
+            weight = base._parameters["weight"]
+            return [base, weight.qdata.data_ptr(), weight.scale_and_zero.data_ptr(), weight.act_pre_scale is None]
+        except (AttributeError, KeyError, RuntimeError):  # another kind of layer or weight
+            return [object()]  # not like anything before
+
+
 def format_of(base: nn.Module) -> FourBitFormat | None:
     """That of a base layer whose weight the ops can read; None of all others."""
+    found = _coded_format(base)
+    return _tiled_format(base) if found is None else found
+
+
+def _tiled_format(base: nn.Module) -> FourBitFormat | None:
+    weight = int4_tiles(base)
+    if weight is None or weight.act_pre_scale is not None or len(weight.block_size) != 2:
+        return None
+    layer: Any = base
+    bias, out, width, block = layer.bias, layer.out_features, layer.in_features, weight.block_size[1]
+    if weight.block_size[0] != 1 or block not in INT4_GROUPS or tuple(weight.shape) != (out, width):
+        return None
+    if bias is not None and (bias.shape != (out,) or not bias.is_contiguous()):
+        return None
+    rows, features = padded_to_tiles(out, width)
+    tiles, scales = weight.qdata, weight.scale_and_zero
+    fits = tiles.dtype == torch.int32 and tiles.shape == (rows // 8, features // 128, 32, 4)
+    fits = fits and scales.dtype == torch.bfloat16 and scales.shape == (features // block, rows, 2)
+    fits = fits and all(type(t) is Tensor and t.is_contiguous() and t.device == tiles.device for t in (tiles, scales))
+    return FourBitFormat("int4", block, torch.bfloat16) if fits else None  # the layer computes in that dtype alone
+
+
+def _coded_format(base: nn.Module) -> FourBitFormat | None:
     state = four_bit_state(base)
     if state is None:
         return None
@@ -111,6 +153,19 @@ def current_four_bit(
         return None
     if before is not None and before.fingerprint.is_current():
         return before
+    return _tiled(layer) if kept.quant_type == "int4" else _coded(layer, before)
+
+
+def _tiled(layer: nn.Module) -> FourBitWeight:
+    fingerprint = Int4Fingerprint(layer)
+    base: Any = layer._modules["base_layer"]
+    weight = base._parameters["weight"]
+    with torch.inference_mode(False), torch.no_grad():
+        tiles, scales = (_static(ordinary(t.detach())) for t in (weight.qdata, weight.scale_and_zero))
+    return FourBitWeight(tiles, scales, None, False, fingerprint)
+
+
+def _coded(layer: nn.Module, before: FourBitWeight | None) -> FourBitWeight:
     fingerprint = FourBitFingerprint(layer)  # before the values are read
     base: Any = layer._modules["base_layer"]
     weight, out = base.weight, base.out_features
@@ -122,10 +177,14 @@ def current_four_bit(
         scales = scales.view(out, -1)
         if state.nested and before is not None and before.dequantized and _fits(before.scales, scales):
             scales = before.scales.copy_(scales)
-        code = ordinary(state.code.detach())
-        for tensor in (packed, scales, code):  # CUDA graphs read them in place, like parameters
-            torch._dynamo.mark_static_address(tensor, guard=False)
+        packed, scales, code = (_static(t) for t in (packed, scales, ordinary(state.code.detach())))
     return FourBitWeight(packed, scales, code, state.nested, fingerprint)
+
+
+def _static(tensor: Tensor) -> Tensor:
+    """CUDA graphs read it in place, like a parameter."""
+    torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
 
 
 def _dequantized(state: Any) -> Tensor:

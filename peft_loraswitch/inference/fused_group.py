@@ -20,7 +20,7 @@ from .four_bit import HALVES, FourBitFormat
 from .live_linear import LiveLinear, fingerprint_of
 
 FourBitParts = tuple[
-    list[Tensor], list[Tensor], Tensor, list[Tensor | None], list[Tensor], list[Tensor], list[float]
+    list[Tensor], list[Tensor], Tensor | None, list[Tensor | None], list[Tensor], list[Tensor], list[float]
 ]  # weights, scales, code, biases, lora_a, lora_b, scalings
 
 
@@ -206,7 +206,7 @@ class FusedGroup(nn.Module):
         """As `ops.linear_4bit` takes them."""
         several = range(self.size)
         packed, scales = ([getattr(self, f"{name}{i}") for i in several] for name in ("packed", "scales"))
-        code: Tensor = self.code0  # type: ignore[assignment]
+        code: Tensor | None = self.code0  # type: ignore[assignment]
         return packed, scales, code, [getattr(self, f"base{i}")["bias"] for i in several], *self.experts()
 
     def pack_four_bits(self) -> kernels.PackedGroup:

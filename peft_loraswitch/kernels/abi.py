@@ -6,7 +6,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int6
 
 import torch
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
 TUNING_STREAMING, TUNING_REGISTERS, TUNING_PERSISTENT, TUNING_TWO_LAUNCHES, TUNING_IMPATIENT = 1, 2, 3, 4, 8
 TUNING_NARROW, TUNING_WIDE = 16, 32
@@ -14,6 +14,8 @@ TUNING_SPLIT_K, SPLIT_K_TOKENS = 64, 128
 # A captured model of 32 layers takes 2 KiB; by linear_streaming.cu at rank 64 it takes 114, by linear_split_k_sm90.cu 134.
 WORKSPACE_BYTES = 32 << 20
 FAST_PATH, GENERIC_PATH, SM90_PATH = 0, 1, 2
+INT4_ROWS, INT4_FEATURES = 8, 1024
+FORMAT_DTYPE, FORMAT_CODE, FORMAT_INT4 = 0, 1, 2  # of weights
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -28,7 +30,7 @@ class Item(Structure):
         ("scaling", c_float),
         ("out_features", c_int32),
         ("rank", c_int32),
-        ("reserved", c_int32),
+        ("format", c_int32),
         ("scales", c_void_p),
     ]
 

@@ -13,7 +13,10 @@ import torch
 from .abi import (
     DTYPES,
     FAST_TOKENS,
+    FORMAT_CODE,
+    FORMAT_INT4,
     GENERIC_PATH,
+    INT4_FEATURES,
     MAX_GROUP,
     WORKSPACE_BYTES,
     ExpandArgs,
@@ -64,14 +67,16 @@ class PackedGroup:
 
     Args:
         weights: [out, in] each, or [in, out] if `transposed`; None: the linear has no weight, only a base result. With `scales`
-            uint8 [out, in / 2]: 4 bits for each feature, that of the even one in the higher half of a byte.
+            of 4 bits, with `code` uint8 [out, in / 2], that of the even feature in the higher half of a byte; without it int32
+            tiles as torchao packs them (`LS_FORMAT_INT4` in csrc/loraswitch.h).
         biases: [out] or None, each.
         lora_a, lora_b: [E, r, in] and [E, out, r], each, in the dtype of x; r = 0: no adapter on that linear.
         scalings: one float each.
         tuning: 0, or a kernel shape to try in a benchmark.
-        scales: float32 [out, in / block] each, for weights of 4 bits: one for each block of features. For up to `FAST_TOKENS`
-            tokens in 16 bits.
-        code: float32 [16], with `scales`: what a weight's 4 bits stand for, before the scale.
+        scales: for weights of 4 bits, one for each `block` of features: with `code` float32 [out, in / block] each, without it
+            bfloat16 [in / block, out, 2], a scale and a zero, in and out padded as the tiles are. For up to `FAST_TOKENS` tokens
+            in 16 bits, tiles in bfloat16.
+        code: float32 [16]: what a weight's 4 bits stand for, before the scale.
     """
 
     def __init__(
@@ -102,8 +107,11 @@ class PackedGroup:
                 item.lora_a, item.lora_b = a.data_ptr(), b.data_ptr()
         if code is not None:
             group.code, group.scale_block = code.data_ptr(), group.in_features // scales[0].shape[1]
-            for item, scale in zip(group.items, scales, strict=False):
-                item.scales = scale.data_ptr()
+        elif scales:
+            padded = -(-group.in_features // INT4_FEATURES) * INT4_FEATURES
+            group.scale_block = padded // scales[0].shape[0]
+        for item, scale in zip(group.items, scales, strict=False):
+            item.scales, item.format = scale.data_ptr(), FORMAT_INT4 if code is None else FORMAT_CODE
         self._hidden_sizes: dict[tuple[int, int], int] = {}
         if self.device.type == "cuda" and 0 <= library().ls_workspace_left(group.device) < WORKSPACE_BYTES // 64:
             log_once(

@@ -7,7 +7,7 @@
 import torch
 
 from . import cuda, pytorch
-from .contract import FEATURES_OF_A_SCALE, FLOATS
+from .contract import FEATURES_OF_A_SCALE, FLOATS, INT4_GROUPS, padded_to_tiles
 from .cuda import drop_merge_tables, merge_table
 from .dense_products import all_hidden, dense_linear, gated, group_hidden, wide
 
@@ -22,6 +22,7 @@ merge = torch.ops.loraswitch.merge.default
 __all__ = [
     "FEATURES_OF_A_SCALE",
     "FLOATS",
+    "INT4_GROUPS",
     "all_hidden",
     "deltas",
     "dense_linear",
@@ -33,6 +34,7 @@ __all__ = [
     "linear_4bit",
     "merge",
     "merge_table",
+    "padded_to_tiles",
     "route",
     "route_context",
     "wide",

@@ -3,7 +3,7 @@
     route   x, router                                   -> experts, gates (top_p < 1: id E, gate 0 for those left out)
     route_context  x, router, sums so far, decay        -> experts, gates by context, and the sums with x (`router_decay`)
     linear  x, experts, gates, a group of linears       -> their outputs, experts included
-    linear_4bit  the same of weights in 4 bits with scales, as bitsandbytes keeps NF4 and FP4
+    linear_4bit  the same of weights in 4 bits with scales, as bitsandbytes keeps NF4 and FP4, and torchao int4 (no code)
     expand  all experts' hidden, a group of linears     -> what their chosen experts add, plus the biases (many tokens)
     deltas  bases, x, experts, gates, a group's experts -> each base plus what its experts add
     merge   weights, sources, a model's experts         -> weights = sources + the chosen experts (written in place)
@@ -32,7 +32,7 @@ library.define(
     "float[] scalings, bool transposed=False) -> Tensor[]"
 )
 library.define(
-    "linear_4bit(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor[] scales, Tensor code, Tensor?[] biases, "
+    "linear_4bit(Tensor x, Tensor experts, Tensor gates, Tensor[] weights, Tensor[] scales, Tensor? code, Tensor?[] biases, "
     "Tensor[] lora_a, Tensor[] lora_b, float[] scalings) -> Tensor[]"
 )
 library.define(
@@ -47,7 +47,8 @@ library.define(
     "Tensor experts, Tensor gates, Tensor? old_experts=None, Tensor? old_gates=None) -> ()"
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-FEATURES_OF_A_SCALE = 64  # or a multiple: of weights in 4 bits
+FEATURES_OF_A_SCALE = 64  # or a multiple: of weights in 4 bits that have a code
+INT4_GROUPS = (32, 64, 128, 256)  # features that share scale and zero, of those in tiles
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
@@ -145,11 +146,23 @@ def _check_bias(op: str, x: Tensor, bias: Tensor | None, lora_b: Tensor) -> None
 
 
 def check_linear_4bit(
-    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor,
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor | None,
     biases: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float],
 ) -> None:  # fmt: skip
     op = "linear_4bit"
     _check_group(op, x, experts, gates, lora_a, lora_b, weights, scales, biases, scalings)
+    outs = [b.shape[1] for b in lora_b]
+    if code is None:
+        _check_tiles(op, x, weights, scales, outs)
+    else:
+        _check_coded(op, x, weights, scales, code, outs)
+    for bias, b in zip(biases, lora_b, strict=True):
+        _check_bias(op, x, bias, b)
+
+
+def _check_coded(
+    op: str, x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor, outs: Sequence[int]
+) -> None:
     width = x.shape[-1]
     _require(
         code.dtype == torch.float32 and code.shape == (16,) and code.device == x.device,
@@ -161,20 +174,49 @@ def check_linear_4bit(
         f"{op}: scales is {list(scales[0].shape)} for {width} features: each scale must stand for the same number of them, a "
         f"multiple of {FEATURES_OF_A_SCALE}",
     )
-    for weight, scale, bias, b in zip(weights, scales, biases, lora_b, strict=True):
-        shape = (b.shape[1], width // 2)
+    for weight, scale, out in zip(weights, scales, outs, strict=True):
+        shape = (out, width // 2)
         _require(
             weight.dtype == torch.uint8 and weight.shape == shape and weight.device == x.device,
             f"{op}: a weight must be uint8 {list(shape)} on the device of x, two features in a byte, not {weight.dtype} "
             f"{list(weight.shape)} on {weight.device}",
         )
-        shape = (b.shape[1], blocks)
+        shape = (out, blocks)
         _require(
             scale.dtype == torch.float32 and scale.shape == shape and scale.device == x.device,
             f"{op}: scales must be float32 {list(shape)} on the device of x for every linear of the group, not {scale.dtype} "
             f"{list(scale.shape)} on {scale.device}: dequantise scales that are quantised themselves",
         )
-        _check_bias(op, x, bias, b)
+
+
+def padded_to_tiles(out: int, in_features: int) -> tuple[int, int]:
+    """The sizes of a weight of int4, as torchao pads it."""
+    rows, features = kernels.INT4_ROWS, kernels.INT4_FEATURES
+    return -(-out // rows) * rows, -(-in_features // features) * features
+
+
+def _check_tiles(op: str, x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], outs: Sequence[int]) -> None:
+    _, width = padded_to_tiles(1, x.shape[-1])
+    groups = scales[0].shape[0] if scales[0].dim() else 0
+    _require(
+        groups > 0 and width % groups == 0 and width // groups in INT4_GROUPS,
+        f"{op}: scales is {list(scales[0].shape)} for {x.shape[-1]} features, padded to {width}: one must stand for "
+        f"{', '.join(map(str, INT4_GROUPS))} of them",
+    )
+    for weight, scale, out in zip(weights, scales, outs, strict=True):
+        rows, _ = padded_to_tiles(out, x.shape[-1])
+        shape: tuple[int, ...] = (rows // kernels.INT4_ROWS, width // 128, 32, 4)
+        _require(
+            weight.dtype == torch.int32 and weight.shape == shape and weight.device == x.device,
+            f"{op}: without a code a weight must be int32 {list(shape)} on the device of x, in torchao's tiles, not "
+            f"{weight.dtype} {list(weight.shape)} on {weight.device}",
+        )
+        shape = (groups, rows, 2)
+        _require(
+            scale.dtype == torch.bfloat16 and scale.shape == shape and scale.device == x.device,
+            f"{op}: without a code scales must be bfloat16 {list(shape)} (scale, zero) on the device of x for every linear of "
+            f"the group, not {scale.dtype} {list(scale.shape)} on {scale.device}",
+        )
 
 
 def check_expand(
@@ -271,7 +313,7 @@ def _linear_fake(
 
 
 def _linear_4bit_fake(
-    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor,
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor | None,
     biases: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
     check_linear_4bit(x, experts, gates, weights, scales, code, biases, lora_a, lora_b, scalings)

@@ -75,13 +75,14 @@ def _linear_cuda(
 
 
 def _linear_4bit_cuda(
-    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor,
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor | None,
     biases: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
     check_linear_4bit(x, experts, gates, weights, scales, code, biases, lora_a, lora_b, scalings)
-    present = [bias for bias in biases if bias is not None]
-    few = 0 < x.shape[:-1].numel() <= kernels.FAST_TOKENS and x.dtype != torch.float32
-    if few and _usable(*weights, *scales, code, *present, *lora_a, *lora_b):
+    present = [t for t in (*biases, code) if t is not None]
+    halves = (torch.bfloat16,) if code is None else (torch.float16, torch.bfloat16)
+    few = 0 < x.shape[:-1].numel() <= kernels.FAST_TOKENS and x.dtype in halves
+    if few and _usable(*weights, *scales, *present, *lora_a, *lora_b):
         packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, scales=scales, code=code)
         rows = x.contiguous()
         if rows.data_ptr() % 16:  # part of a larger tensor: no kernel reads it there

@@ -97,12 +97,32 @@ def dequantized(weight: Tensor, scales: Tensor, code: Tensor, dtype: torch.dtype
     return (blocks * scales.unsqueeze(-1)).flatten(1).to(dtype)
 
 
+def dequantized_tiles(weight: Tensor, scales: Tensor, out: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """int32 [out / 8, in / 128, 32, 4], bfloat16 [in / group, out, 2], padded -> [out, in] in `dtype`: (q - 8) * scale + zero,
+    rounded once.
+
+    Of the 32, the one at 4 g + t holds row g, and word j of its four the features 32 j + 2 t + {0, 1} + {0, 8, 16, 24}, 4 bits
+    each: the even ones in the lower 16 bits.
+    """
+    shifts = torch.tensor([[16 * e + 4 * k for e in range(2)] for k in range(4)], device=weight.device)
+    q = (weight.view(*weight.shape[:2], 8, 4, 4, 1, 1) >> shifts) & 15  # tile, chunk, g, t, j, k, e
+    values = (q - 8).permute(0, 2, 1, 4, 5, 3, 6).reshape(8 * weight.shape[0], -1).float()
+    scale, zero = (part.T.unsqueeze(-1).float() for part in scales.unbind(-1))  # [out, groups, 1]
+    blocks = values.unflatten(1, (scales.shape[0], -1)) * scale + zero
+    return blocks.flatten(1)[:out, :in_features].to(dtype)
+
+
 def linear_4bit_pytorch(
-    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor,
+    x: Tensor, experts: Tensor, gates: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], code: Tensor | None,
     biases: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
     check_linear_4bit(x, experts, gates, weights, scales, code, biases, lora_a, lora_b, scalings)
-    one_by_one = (dequantized(weight, scale, code, x.dtype) for weight, scale in zip(weights, scales, strict=True))
+    one_by_one = (
+        dequantized_tiles(weight, scale, b.shape[1], x.shape[-1], x.dtype)
+        if code is None
+        else dequantized(weight, scale, code, x.dtype)
+        for weight, scale, b in zip(weights, scales, lora_b, strict=True)
+    )
     return _linears(x, experts, gates, one_by_one, biases, lora_a, lora_b, scalings)
 
 

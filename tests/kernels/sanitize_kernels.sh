@@ -28,7 +28,7 @@ LIBRARY=$(cat peft_loraswitch/libloraswitch.so setup.py 2>/dev/null | sha1sum | 
 export LIBRARY
 
 # Left out: what only repeats the same kernels thousands of times, or counts on the speed of launches.
-$PYTHON -m pytest tests/kernels/test_kernels_gpu.py tests/kernels/test_many_tokens_gpu.py tests/kernels/test_split_k_gpu.py tests/kernels/test_expand_gpu.py tests/kernels/test_linear_4bit_gpu.py --collect-only -q -p no:cacheprovider \
+$PYTHON -m pytest tests/kernels/test_kernels_gpu.py tests/kernels/test_many_tokens_gpu.py tests/kernels/test_split_k_gpu.py tests/kernels/test_expand_gpu.py tests/kernels/test_linear_4bit_gpu.py tests/kernels/test_linear_int4_gpu.py --collect-only -q -p no:cacheprovider \
   -k "(${ONLY:-test}) and not soak and not 20000 and not fill_the_gpu" 2>&1 | grep '^tests/.*::' >"$scratch/all"
 [ -s "$scratch/all" ] || { echo "pytest found no kernel test (ONLY=${ONLY:-})" >&2; exit 2; }
 

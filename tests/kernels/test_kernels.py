@@ -69,6 +69,9 @@ def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
         "LS_MAX_TOP_K": kernels.MAX_TOP_K,
     }
     constants |= {"LS_MAX_EXPERTS": kernels.MAX_EXPERTS, "LS_MAX_RANK": kernels.MAX_RANK}
+    constants |= {"LS_INT4_ROWS": kernels.INT4_ROWS, "LS_INT4_FEATURES": kernels.INT4_FEATURES}
+    constants |= {"LS_FORMAT_DTYPE": kernels.FORMAT_DTYPE, "LS_FORMAT_CODE": kernels.FORMAT_CODE}
+    constants |= {"LS_FORMAT_INT4": kernels.FORMAT_INT4}
     constants |= {"LS_FAST_TOKENS": kernels.FAST_TOKENS, "LS_TUNING_STREAMING": kernels.TUNING_STREAMING}
     constants |= {"LS_TUNING_PERSISTENT": kernels.TUNING_PERSISTENT, "LS_TUNING_IMPATIENT": kernels.TUNING_IMPATIENT}
     constants |= {"LS_TUNING_REGISTERS": kernels.TUNING_REGISTERS, "LS_FLOAT32": kernels.DTYPES[torch.float32]}
@@ -99,6 +102,43 @@ def test_more_tokens_than_a_grid_is_high_are_refused_where_no_kernel_takes_them(
     for tokens, path in ((65535, kernels.GENERIC_PATH), (65536, -1)):
         group.tokens = tokens
         assert loaded.ls_linear_path(ctypes.byref(group)) == path
+
+
+def test_what_is_taken_of_weights_in_4_bits(library):
+    loaded = ctypes.CDLL(str(library))
+
+    def path(form: int, **changes: int) -> int:
+        group = kernels.abi.Group(
+            n_items=2, tokens=1, in_features=1160, num_experts=4, top_k=2, scale_block=128, dtype=2
+        )
+        group.x = group.hidden = group.experts = group.gates = 16
+        if form == kernels.FORMAT_CODE:
+            group.in_features, group.code = 1152, 16
+        for item in group.items[:2]:
+            item.weight = item.out = item.lora_a = item.lora_b = item.scales = 16
+            item.out_features, item.rank, item.format = 60, 8, form
+        for name, value in changes.items():
+            setattr(group if hasattr(group, name) else group.items[1], name, value)
+        return loaded.ls_linear_path(ctypes.byref(group))
+
+    code, int4 = kernels.FORMAT_CODE, kernels.FORMAT_INT4
+    for form in (code, int4):
+        refused = [
+            {"tokens": 33},
+            {"rank": 12},
+            {"transposed": 1},
+            {"dtype": 0},
+            {"scale_block": 0},
+            {"scale_block": 96},
+        ]
+        refused += [{"weight": 0}, {"scales": 0}, {"weight": 24}, {"format": 3 - form}, {"format": 0}, {"format": 3}]
+        refused += [{"out_features": 2**31 - 9}]
+        assert path(form) == path(form, tokens=32) == kernels.FAST_PATH
+        assert [path(form, **changes) for changes in refused] == [-1] * len(refused)
+    assert path(code, code=0) == path(code, scale_block=32) == path(code, in_features=1160) == -1
+    assert path(int4, dtype=1) == path(int4, scale_block=512) == path(int4, scale_block=16) == -1
+    assert path(int4, in_features=1164) == path(int4, scales=18) == -1
+    assert path(code, dtype=1) == path(code, scale_block=64) == path(int4, scale_block=32) == kernels.FAST_PATH
 
 
 def fresh(code: str, **environment: str) -> str:

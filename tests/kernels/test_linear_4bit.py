@@ -25,14 +25,15 @@ def group(
         return (torch.randn(*shape, device=device) * scale).to(dtype)
 
     ids, gates = oracle.random_ids(int(torch.tensor(tokens).prod()), experts, top_k, device)
-    weights, scales = zip(*(oracle.random_4bit(o, in_features, block, device) for o in outs), strict=True)
+    make = oracle.random_int4 if code == "int4" else oracle.random_4bit
+    weights, scales = zip(*(make(o, in_features, block, device) for o in outs), strict=True)
     return {
         "x": randn(*tokens, in_features),
         "experts": ids.view(*tokens, top_k),
         "gates": gates.view(*tokens, top_k),
         "weights": list(weights),
         "scales": list(scales),
-        "code": torch.tensor(oracle.CODES[code], device=device),
+        "code": None if code == "int4" else torch.tensor(oracle.CODES[code], device=device),
         "biases": [randn(o) if bias else None for o in outs],
         "lora_a": [randn(experts, r, in_features, scale=in_features**-0.5) for r in ranks],
         "lora_b": [randn(experts, o, r, scale=max(r, 1) ** -0.5) for o, r in zip(outs, ranks, strict=True)],
@@ -46,7 +47,10 @@ def check(g):
     assert len(results) == len(g["weights"])
     for i, result in enumerate(results):
         w, scales, bias, a, b, s = (g[name][i] for name in LISTS)
-        weight = oracle.from_4bit(w, scales, g["code"])
+        if g["code"] is None:
+            weight = oracle.from_int4(w, scales, b.shape[1], flat[0].shape[1])
+        else:
+            weight = oracle.from_4bit(w, scales, g["code"])
         expected = oracle.linear(*flat, weight, bias, a, b, s)
         # What a result is made of is rounded: where its summands cancel, as they may in one of a single number, it is less exact.
         least = (flat[0].double().square() @ weight.double().square().T).sqrt().norm()
@@ -57,7 +61,7 @@ def check(g):
 @devices
 @dtypes
 @pytest.mark.parametrize("tokens", [(1,), (1, 1), (2, 3), (32,), (33,), (5, 1, 9)])
-@pytest.mark.parametrize("code", ["nf4", "fp4"])
+@pytest.mark.parametrize("code", ["nf4", "fp4", "int4"])
 def test_against_the_oracle(device, dtype, tokens, code):
     check(group(device, dtype, tokens, code=code))
 
@@ -68,6 +72,15 @@ def test_against_the_oracle(device, dtype, tokens, code):
 @pytest.mark.parametrize("tokens", [(1,), (17,)])
 def test_every_width_and_block(device, dtype, in_features, block, tokens):
     check(group(device, dtype, tokens, in_features, block, outs=(33, 1), ranks=(8, 16), bias=False))
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("in_features", [8, 128, 136, 1000, 1024, 1152])
+@pytest.mark.parametrize("block", [32, 64, 128, 256])
+@pytest.mark.parametrize("tokens", [(1,), (17,)])
+def test_every_width_and_group_of_int4(device, dtype, in_features, block, tokens):
+    check(group(device, dtype, tokens, in_features, block, outs=(33, 8), ranks=(8, 16), bias=False, code="int4"))
 
 
 @devices
@@ -105,8 +118,20 @@ def test_every_bit_counts(device):
 
 
 @devices
-def test_empty_batch(device):
-    assert [r.shape for r in ops.linear_4bit(**group(device, tokens=(0,)))] == [(0, 16), (0, 10)]
+def test_every_bit_of_int4_counts(device):
+    """Each of the 16 values at each of 1,024 features, exactly, by unit vectors."""
+    g = group(device, torch.float32, (1024,), 1024, 32, (16,), (0,), 1, 1, False, "int4")
+    q = (torch.arange(16, device=device)[:, None] + torch.arange(1024, device=device)) % 16
+    g["weights"], g["x"] = [oracle.pack_int4(q)], torch.eye(1024, device=device)
+    g["scales"][0][..., 0], g["scales"][0][..., 1] = 0.5, 0.25
+    (result,) = ops.linear_4bit(**g)
+    assert torch.equal(result.T, (q - 8) * 0.5 + 0.25)
+
+
+@devices
+@pytest.mark.parametrize("code", ["nf4", "int4"])
+def test_empty_batch(device, code):
+    assert [r.shape for r in ops.linear_4bit(**group(device, tokens=(0,), code=code))] == [(0, 16), (0, 10)]
 
 
 @devices
@@ -114,6 +139,9 @@ def test_empty_batch(device):
 def test_opcheck(device, tokens):
     torch.library.opcheck(ops.linear_4bit, tuple(group(device, tokens=tokens).values()))
     torch.library.opcheck(ops.linear_4bit, tuple(group(device, torch.bfloat16, tokens, ranks=(8, 8)).values()))
+    torch.library.opcheck(
+        ops.linear_4bit, tuple(group(device, torch.bfloat16, tokens, ranks=(8, 8), code="int4").values())
+    )
 
 
 @devices
@@ -148,3 +176,28 @@ def test_compiles_with_fullgraph(device):
 def test_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         ops.linear_4bit(**{**group(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scales": [torch.ones(16, 16, 2).bfloat16()]}, "differ in length"),
+        ({"scales": [torch.ones(()).bfloat16()] * 2}, "padded to 1024: one must stand for 32, 64, 128, 256"),
+        ({"scales": [torch.ones(64, 16, 2).bfloat16()] * 2}, "one must stand for"),
+        ({"scales": [torch.ones(16, 16, 2)] * 2}, r"scales must be bfloat16 \[16, 16, 2\]"),
+        ({"scales": [torch.ones(16, 16, 2).bfloat16(), torch.ones(8, 16, 2).bfloat16()]}, "every linear"),
+        (
+            {"weights": [torch.zeros(16, 64, dtype=torch.uint8)] * 2},
+            r"without a code a weight must be int32 \[2, 8, 32, 4\]",
+        ),
+        (
+            {"weights": [torch.zeros(2, 1, 32, 4, dtype=torch.int32)] * 2},
+            r"torchao's tiles, not torch.int32 \[2, 1, 32, 4\]",
+        ),
+        ({"code": torch.ones(16)}, "a weight must be uint8"),
+        ({"biases": [torch.randn(15), None]}, r"linear_4bit: a bias must be \[out\]"),
+    ],
+)
+def test_refuses_of_int4(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ops.linear_4bit(**{**group(code="int4"), **changes})

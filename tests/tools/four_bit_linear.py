@@ -69,8 +69,12 @@ def exact_weight(base: Any) -> torch.Tensor:
         state.dtype = before
 
 
-def check_layers(model: nn.Module, batches: list[torch.Tensor]) -> None:
-    """In a forward of each batch, every linear computes its weight, its bias and its experts, against float64."""
+def check_layers(model: nn.Module, batches: list[torch.Tensor], weight_of: Any = exact_weight) -> None:
+    """In a forward of each batch, every linear computes its weight, its bias and its experts, against float64.
+
+    Args:
+        weight_of: a base layer's weight in float64.
+    """
     config, layers = model.peft_config["default"], switch_layers(model.get_base_model())
     first = next(iter(layers))
     router = layers[first].loraswitch_router["default"].weight.cpu()
@@ -83,6 +87,6 @@ def check_layers(model: nn.Module, batches: list[torch.Tensor]) -> None:
             base, bias = layers[name].base_layer, layers[name].base_layer.bias
             a, b = (e["default"].weight.cpu() for e in (layers[name].loraswitch_A, layers[name].loraswitch_B))
             expected = oracle.delta(x.cpu(), a, b, decision, oracle.scaling_of(config, name, a.shape[1]))
-            expected += (x.double() @ exact_weight(base).T).cpu() + (0 if bias is None else bias.double().cpu())
+            expected += (x.double() @ weight_of(base).T).cpu() + (0 if bias is None else bias.double().cpu())
             assert y.dtype == x.dtype and y.shape == expected.shape
             assert kernel_oracle.relative_error(y.cpu(), expected) < 3 * kernel_oracle.limit(y), name

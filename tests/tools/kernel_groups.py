@@ -56,16 +56,33 @@ def make_group_4bit(outs, in_features, ranks, num_experts, dtype, block=64, code
     return {**group, "code": torch.tensor(oracle.CODES[code], device="cuda")}
 
 
+def make_group_int4(outs, in_features, ranks, num_experts, dtype=torch.bfloat16, block=128, bias=False):
+    """The same with weights as torchao keeps int4, which have no code."""
+    group = make_group(outs, in_features, ranks, num_experts, dtype, bias=bias, weight=False)
+    pairs = [oracle.random_int4(out, in_features, block, "cuda") for out in outs]
+    return {
+        **group,
+        "weights": [weight for weight, _ in pairs],
+        "scales": [scales for _, scales in pairs],
+        "code": None,
+    }
+
+
 def reference_4bit(group, i, x, experts, gates):
     """What linear i is to return, and the part of its weight alone, both float64."""
     bias, a, b, s = (group[name][i] for name in ("biases", "lora_a", "lora_b", "scalings"))
-    weight = oracle.from_4bit(group["weights"][i], group["scales"][i], group["code"])
+    if group["code"] is None:
+        weight = oracle.from_int4(group["weights"][i], group["scales"][i], b.shape[1], x.shape[1])
+    else:
+        weight = oracle.from_4bit(group["weights"][i], group["scales"][i], group["code"])
     own = x.double() @ weight.T
     return oracle.linear(x, experts, gates, weight, bias, a, b, s), own
 
 
-def check_group_4bit(outs, in_features, ranks, num_experts, top_k, tokens, dtype, tuning=0, ids=None, **kwargs):
-    group = make_group_4bit(outs, in_features, ranks, num_experts, dtype, **kwargs)
+def check_group_4bit(
+    outs, in_features, ranks, num_experts, top_k, tokens, dtype, tuning=0, ids=None, make=make_group_4bit, **kwargs
+):
+    group = make(outs, in_features, ranks, num_experts, dtype, **kwargs)
     x = randn(tokens, in_features, dtype=dtype)
     experts, gates = oracle.random_ids(tokens, num_experts, top_k, "cuda")
     if ids is not None:

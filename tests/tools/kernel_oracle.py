@@ -100,6 +100,54 @@ def from_4bit(weight: torch.Tensor, scales: torch.Tensor, code: torch.Tensor) ->
     return values * scales.double().repeat_interleave(values.shape[1] // scales.shape[1], 1)
 
 
+def pack_int4(q: torch.Tensor) -> torch.Tensor:
+    """[out, in] in 0..15 -> int32 [out / 8, in / 128, 32, 4], written from the layout, since what torchao packs with
+    (`aten._convert_weight_to_int4pack`) runs on GPUs alone; there a test compares them. Sizes: multiples of 8 and 128."""
+    out, width = q.shape
+    q = q.long().view(out // 8, 8, width // 128, 4, 32)  # tile, row, chunk, word, features of a word
+    words = torch.zeros(out // 8, width // 128, 32, 4, dtype=torch.int64, device=q.device)
+    for lane in range(32):
+        row, pair = lane // 4, lane % 4 * 2
+        for place, first in enumerate((0, 8, 16, 24)):
+            for odd in range(2):
+                words[:, :, lane] |= q[:, row, :, :, first + pair + odd] << (4 * place + 16 * odd)
+    return (words - (words >> 31 << 32)).int()
+
+
+def unpack_int4(tiles: torch.Tensor) -> torch.Tensor:
+    """The reverse: int64 [out, in]."""
+    rows, chunks = tiles.shape[:2]
+    words = tiles.long() & 0xFFFFFFFF
+    q = torch.empty(rows, 8, chunks, 4, 32, dtype=torch.int64, device=tiles.device)
+    for feature in range(32):
+        place, rest = divmod(feature, 8)
+        lanes = torch.arange(8, device=tiles.device) * 4 + rest // 2
+        of_lanes = words[:, :, lanes] >> (4 * place + 16 * (rest % 2)) & 15  # tile, chunk, row, word
+        q[:, :, :, :, feature] = of_lanes.transpose(1, 2)
+    return q.reshape(8 * rows, -1)
+
+
+def from_int4(tiles: torch.Tensor, scales: torch.Tensor, out: int, in_features: int) -> torch.Tensor:
+    """int32 [out / 8, in / 128, 32, 4], bfloat16 [in / group, out, 2], both padded -> [out, in] in float64."""
+    q = unpack_int4(tiles).double() - 8
+    scale, zero = (scales[:, :, i].T.double().repeat_interleave(q.shape[1] // scales.shape[0], 1) for i in range(2))
+    return (q * scale + zero)[:out, :in_features].contiguous()
+
+
+def pack_int4_scales(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """[out, in / group] each -> bfloat16 [in / group, out, 2]."""
+    return torch.stack((scale.T, zero.T), -1).bfloat16().contiguous()
+
+
+def random_int4(out: int, in_features: int, group: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles and scales of a weight whose product with a normal x is about 1, padded with random numbers."""
+    rows, width = -(-out // 8) * 8, -(-in_features // 1024) * 1024
+    q = torch.randint(0, 16, (rows, width), device=device)
+    scale = (torch.rand(rows, width // group, device=device) + 0.5) * 0.2 * in_features**-0.5
+    zero = torch.randn(rows, width // group, device=device) * in_features**-0.5
+    return pack_int4(q), pack_int4_scales(scale, zero)
+
+
 def limit_4bit(result: torch.Tensor) -> float:
     """As `limit`: the weight, or the values that it is made of, is rounded to the dtype as well."""
     return 2.5 * limit(result) + (1e-6 if result.dtype == torch.float32 else 0.0)

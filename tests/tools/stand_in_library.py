@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from kernel_oracle import from_4bit
+from kernel_oracle import from_4bit, from_int4
 from peft_loraswitch import kernels
 
 KINDS = {
     torch.float32: ctypes.c_float, torch.float16: ctypes.c_int16, torch.bfloat16: ctypes.c_int16, torch.int64: ctypes.c_int64,
-    torch.uint8: ctypes.c_uint8,
+    torch.uint8: ctypes.c_uint8, torch.int32: ctypes.c_int32,
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ class StandIn:
     def ls_linear_path(self, group: Any) -> int:
         args = group._obj
         assert args.x and args.experts and args.gates and args.hidden and args.items[0].out, "the library refuses those"
-        if args.code:
+        if args.items[0].format:
             reads = self.takes_four_bits and args.tokens <= kernels.FAST_TOKENS and args.x % 16 == 0
             return kernels.FAST_PATH if reads else -1
         return kernels.SM90_PATH if args.tokens >= self.fewest_tokens else kernels.FAST_PATH
@@ -66,14 +66,24 @@ class StandIn:
         tokens, k, width, experts = group.tokens, group.top_k, group.in_features, group.num_experts
         self.calls.append((group.n_items, tokens))
         dtype = dtype_of(group)
-        assert not group.code or (dtype != torch.float32 and tokens <= kernels.FAST_TOKENS and group.x % 16 == 0)
+        form = group.items[0].format
+        assert not form or (dtype != torch.float32 and tokens <= kernels.FAST_TOKENS and group.x % 16 == 0)
+        assert all(item.format == form for item in group.items[: group.n_items])
+        assert bool(group.code) == (form == kernels.FORMAT_CODE) and (
+            form != kernels.FORMAT_INT4 or dtype == torch.bfloat16
+        )
         x = view(group.x, tokens, width, dtype=dtype).float()
         chosen, gates = view(group.experts, tokens, k, dtype=torch.int64), view(group.gates, tokens, k)
         view(group.hidden, 64, dtype=dtype).fill_(float("nan"))
         for item in group.items[: group.n_items]:
             out, rank = item.out_features, item.rank
             result = torch.zeros(tokens, out)
-            if group.code:
+            if form == kernels.FORMAT_INT4:
+                rows, padded = -(-out // 8) * 8, -(-width // 1024) * 1024
+                tiles = view(item.weight, rows // 8, padded // 128, 32, 4, dtype=torch.int32)
+                scales = view(item.scales, padded // group.scale_block, rows, 2, dtype=torch.bfloat16)
+                result += x @ from_int4(tiles, scales, out, width).float().T
+            elif form == kernels.FORMAT_CODE:
                 weight = view(item.weight, out, width // 2, dtype=torch.uint8)
                 scales = view(item.scales, out, width // group.scale_block)
                 result += x @ from_4bit(weight, scales, view(group.code, 16)).float().T
