@@ -6,12 +6,11 @@
 //   hidden [tokens, width]: of all experts, times scaling and gate, 0 where a token did not choose; each linear's E * rank columns
 //   padded to a multiple of 64
 //   dtypes: float16, bfloat16, accumulated in float32; in, out and rank divisible by 8, pointers aligned to 16 bytes
-//   tile: 128 outputs, or columns of the hidden (M of the tensor cores), by all tokens (N: 8, 32, 64 or 128), K in steps of 64;
-//   256 outputs for more than 64 tokens of a group with many outputs, because then x is read half as often
+//   tile: 128 outputs, or columns of the hidden (M of the tensor cores), by all tokens (N: 8, 32, 64 or 128), K in steps of 64
 //   grid: one block a multiprocessor; the steps of all tiles of the group, one after the other, are dealt out evenly (stream-K)
-//   block: 384 threads: two consumer warpgroups (WGMMA), 64 outputs each of 128, one producer warp (TMA), three that tell other blocks of
+//   block: 384 threads: two consumer warpgroups (WGMMA), 64 outputs each, one producer warp (TMA), three that tell other blocks of
 //   partials, and make the hidden of them
-//   shared memory: a ring of four or six stages (weight tile and x tile, 128-byte swizzle), results; up to 225 KB
+//   shared memory: a ring of six stages (weight tile and x tile, 128-byte swizzle), results; up to 225 KB
 //   partials: float32 of a tile for each block, and for each that shrinks; flags and counters (Sync): words; all in global memory
 //
 // So few tokens leave the weights' bytes as the limit: each is read once, by as many blocks as there are, whatever the shape of the
@@ -31,25 +30,19 @@
 namespace ls {
 namespace {
 
+constexpr int kWeightBytes = kRows * kFeatures * 2;
 // As many as the memory needs to be busy: with more, all that the helpers ask for waits behind them (docs/kernel_log.md, "Bytes in
-// flight"). For 128 tokens it is what there is room for, of 128 outputs and of 256.
-constexpr int kStagesOf128 = 6, kStagesOf256 = 4;
-constexpr int kMore = 208, kFewer = 88;  // registers of a thread where consumers need many: of these, of all others
-static_assert(kMore * 2 + kFewer <= 65536 / kThreads / 8 * 8 * 3, "more than a block has: it would wait for them forever");
+// flight"). For 128 tokens it is what there is room for.
+constexpr int kStages = 6;
 constexpr int kAhead = 2;  // stages on their way while a block exchanges its share of the shrink with others
 
-template <int TOKENS, int ROWS> struct Shape {
-  static constexpr int kTokens = TOKENS, kRows = ROWS, kHalves = ROWS / ls::kRows;  // of 128 outputs; the shrink has the first
-  static constexpr int kSums = kTokens / 2;                                        // of a thread, of a half
-  static constexpr bool kManySums = kHalves * kSums > 64;                          // consumers need some of the others' registers
-  static constexpr int kHalfBytes = ls::kRows * kFeatures * 2, kWeightBytes = kHalves * kHalfBytes;
+template <int kTokens> struct Shape {
   static constexpr int kInputBytes = kTokens * kFeatures * 2, kStageBytes = kWeightBytes + kInputBytes;
-  static constexpr int kStages = kHalves > 1 ? kStagesOf256 : kStagesOf128;
-  static constexpr int kResultBytes = kTokens * ls::kRows * 2;
+  static constexpr int kResultBytes = kTokens * kRows * 2;
   static constexpr int kBytes = 1024 + kStages * kStageBytes + kResultBytes;  // of shared memory, from an address divisible by 1,024
 };
 
-// lora_b of a step's experts is copied in whole rows of outputs, [experts][outputs of a tile][rank] in shared memory. Rank 8 is units for the
+// lora_b of a step's experts is copied in whole rows of outputs, [experts][kRows][rank] in shared memory. Rank 8 is units for the
 // tensor cores.
 __host__ __device__ __forceinline__ bool as_it_lies(const Sm90Linear &linear) {
   return linear.units_each == 1 || linear.units_each == 2 || linear.units_each == 4;
@@ -88,10 +81,11 @@ template <class E, int kTokens> __device__ __forceinline__ void write_outputs(co
 }
 #endif
 
-template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linear_split_k_kernel(const __grid_constant__ SplitKParams p) {
+template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
+    linear_split_k_kernel(const __grid_constant__ SplitKParams p) {
 #ifdef LS_HAS_SM90A
-  constexpr int kTokens = S::kTokens, kTileRows = S::kRows, kHalves = S::kHalves;
-  constexpr int kStages = S::kStages, kStageBytes = S::kStageBytes, kWeightBytes = S::kWeightBytes;
+  using S = Shape<kTokens>;
+  constexpr int kStageBytes = S::kStageBytes;
   extern __shared__ __align__(16) unsigned char raw[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
   __shared__ volatile bool published, shrunk;  // this block has done its part of the shrink, and that is certain to have come first
@@ -118,9 +112,8 @@ template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linea
   }
   RingPlace<kStages> place;
   if (warp >= kMultiplying / 32) {
-    if constexpr (S::kManySums) fewer_registers<kFewer>();
     if (warp > kMultiplying / 32) {
-      exchange_partials<E, S>(p, blocks, block, published, shrunk);
+      exchange_partials<E, kTokens>(p, blocks, block, published, shrunk);
     } else if (lane == 0) {
       bool waited = p.width == 0;
       int ahead = 0;  // stages of the linears
@@ -141,7 +134,7 @@ template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linea
               while (!published) {
               }
             if (i < own) {
-              mbarrier_expect(barrier, (phase == kShrink ? S::kHalfBytes : kWeightBytes) + S::kInputBytes);
+              mbarrier_expect(barrier, kStageBytes);
               const int feature = (s.first() + i) * kFeatures;
               copy_tile(weight, weight_map, barrier, feature, s.column);
               copy_tile(x, p.x, barrier, feature, 0);
@@ -150,13 +143,13 @@ template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linea
             const int units = (s.begin + i - own) * kStepUnits;
             if (as_it_lies(linear)) {
               const int rank = linear.units_each * kUnit, experts = kFeatures / rank,
-                        bytes = min(kTileRows, linear.columns - s.column) * rank * 2;
+                        bytes = min(kRows, linear.columns - s.column) * rank * 2;
               mbarrier_expect(barrier, S::kInputBytes + experts * bytes);
               for (int e = 0; e < experts; ++e) {
                 const int expert =
                     min(units * kUnit / rank + e, p.num_experts - 1);  // the last step's hidden may have columns of none: zeros
                 const E *const from = static_cast<const E *>(p.lora_b[s.item]) + (int64_t(expert) * linear.columns + s.column) * rank;
-                copy_bytes(weight + e * (kTileRows * rank * 2), from, bytes, barrier);
+                copy_bytes(weight + e * (kRows * rank * 2), from, bytes, barrier);
               }
             } else {
               mbarrier_expect(barrier, kStageBytes);
@@ -164,7 +157,7 @@ template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linea
                 copy_tile(weight, b_map, barrier, units % linear.units_each * kUnit, s.column, units / linear.units_each);
               else
                 for (int u = 0; u < kStepUnits; ++u)
-                  copy_tile(weight + u * (kTileRows * 16), b_map, barrier, 0, s.column, (units + u) % linear.units_each,
+                  copy_tile(weight + u * (kRows * 16), b_map, barrier, 0, s.column, (units + u) % linear.units_each,
                             (units + u) / linear.units_each);
             }
             if (!waited) wait_for_hidden<E>(p, true), waited = true;
@@ -188,13 +181,8 @@ template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linea
     return;
   }
 
-  if constexpr (S::kManySums) more_registers<kMore>();
   const int group = warp / 4;
-  float sums[kHalves][S::kSums];  // of rows group * 64 and on, of every half
-  auto hold_all = [&] {
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) hold(sums[half]);
-  };
+  float sums[kTokens / 2];
   for (int phase = first_phase; phase <= kLinear; ++phase) {
     const int last = first_of(p, Phase(phase), blocks, block + 1);
     for (int at = first_of(p, Phase(phase), blocks, block); at < last;) {
@@ -208,34 +196,26 @@ template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linea
         const uint32_t weight = ring + place.stage * kStageBytes, x = weight + kWeightBytes;
         const bool swizzled = i < own || linear.units_each % kStepUnits == 0,
                    in_rows = i >= own && as_it_lies(linear) && linear.units_each > 1;
-        const uint64_t a = swizzled ? swizzled_matrix(weight + group * (64 * kFeatures * 2))
-                                    : unit_matrix(weight + group * (64 * 16), kTileRows),
+        const uint64_t a = swizzled ? swizzled_matrix(weight + group * (kWeightBytes / 2)) : unit_matrix(weight + group * (64 * 16), kRows),
                        b = swizzled_matrix(x);
-        const int on = swizzled ? 32 >> 4 : 2 * kTileRows * 16 >> 4, half_on = (swizzled ? S::kHalfBytes : kRows * 16) >> 4;
+        const int on = swizzled ? 32 >> 4 : 2 * kRows * 16 >> 4;
         mbarrier_wait(full + place.stage * 8, place.parity);
-        hold_all();
+        hold(sums);
         if (in_rows) {  // through registers: the tensor cores find no rows of 32 or 64 bytes by themselves
           const int rank = linear.units_each * kUnit, row = group * 64 + warp % 4 * 16 + lane % 16;
+          uint32_t fragments[kFeatures / 16][4];
 #pragma unroll
-          for (int half = 0; half < kHalves; ++half) {
-            uint32_t fragments[kFeatures / 16][4];
+          for (int k = 0; k < kFeatures / 16; ++k)
+            read_fragments(weight + (k * 16 / rank * kRows + row) * (rank * 2) + k * 16 % rank * 2 + lane / 16 * 16, fragments[k]);
+          wgmma_begin();
 #pragma unroll
-            for (int k = 0; k < kFeatures / 16; ++k)
-              read_fragments(weight + (k * 16 / rank * kTileRows + half * kRows + row) * (rank * 2) + k * 16 % rank * 2 + lane / 16 * 16,
-                             fragments[k]);
-            wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < kFeatures / 16; ++k) wgmma<E>(sums[half], fragments[k], b + k * (32 >> 4), i > 0 || k > 0);
-            wgmma_commit();
-            wgmma_wait<0>();  // the registers are free
-          }
+          for (int k = 0; k < kFeatures / 16; ++k) wgmma<E>(sums, fragments[k], b + k * (32 >> 4), i > 0 || k > 0);
+          wgmma_commit();
+          wgmma_wait<0>();  // the registers are free
         } else {
           wgmma_begin();
 #pragma unroll
-          for (int k = 0; k < kFeatures / 16; ++k)
-#pragma unroll
-            for (int half = 0; half < kHalves; ++half)  // of the shrink, what lies there: nobody takes these sums
-              wgmma<E>(sums[half], a + half * half_on + k * on, b + k * (32 >> 4), i > 0 || k > 0);
+          for (int k = 0; k < kFeatures / 16; ++k) wgmma<E>(sums, a + k * on, b + k * (32 >> 4), i > 0 || k > 0);
           wgmma_commit();
         }
         if (i > 0) {
@@ -246,22 +226,19 @@ template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linea
         place.next();
       }
       wgmma_wait<0>();
-      hold_all();
+      hold(sums);
       if (lane == 0) mbarrier_arrive(before);
 
       // A thread's part of a partial is that of its sums: four floats at a time, of eight tokens, those of all threads side by side.
-      auto any = [&](int half) { return s.column + half * kRows + group * 64 < s.columns; };  // of this warpgroup's outputs
-      auto partial_of = [&](int place) { return reinterpret_cast<float4 *>(p.partials) + place * kQuadsOfTile<S> + threadIdx.x; };
+      const bool any = s.column + group * 64 < s.columns;  // of this warpgroup's outputs
+      auto partial_of = [&](int place) { return reinterpret_cast<float4 *>(p.partials) + place * kQuadsOfTile<kTokens> + threadIdx.x; };
       if (phase == kShrink || s.begin > 0) {
         float4 *const to = partial_of(phase == kShrink ? shrink_place(p, blocks, block, part) : block);
+        if (any) {
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half)
-          if (any(half) && (half == 0 || phase == kLinear)) {
-            const float *const v = sums[half];
-#pragma unroll
-            for (int i = 0; i < kTokens / 8; ++i)
-              __stcg(to + (half * (kTokens / 8) + i) * kMultiplying, make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]));
-          }
+          for (int i = 0; i < kTokens / 8; ++i)
+            __stcg(to + i * kMultiplying, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+        }
         if (phase == kShrink) {
           arrive(kPartShrunk, kMultiplying + kHelping);
           if (at < last) barrier(kPartTaken, kMultiplying + kHelping);
@@ -286,35 +263,30 @@ template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linea
                                 : kQuads >= 4 ? 4
                                               : 8,
                       kBatch = kQuads >= 8 ? 8 : kQuads;  // 64 registers
+        if (any) {
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half)
-          if (any(half)) {
+          for (int batch = 0; batch < kQuads; batch += kBatch)
+            for (int first = 0; first < others; first += kAtOnce) {
+              float4 v[kAtOnce][kBatch];
 #pragma unroll
-            for (int batch = 0; batch < kQuads; batch += kBatch)
-              for (int first = 0; first < others; first += kAtOnce) {
-                float4 v[kAtOnce][kBatch];
+              for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-                for (int i = 0; i < kAtOnce; ++i)
+                for (int q = 0; q < kBatch; ++q)
+                  v[i][q] = first + i < others ? __ldcg(partial_of(block + 1 + first + i) + (batch + q) * kMultiplying)
+                                               : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-                  for (int q = 0; q < kBatch; ++q)
-                    v[i][q] = first + i < others ? __ldcg(partial_of(block + 1 + first + i) + (half * kQuads + batch + q) * kMultiplying)
-                                                 : make_float4(0.f, 0.f, 0.f, 0.f);
+              for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-                for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-                  for (int q = 0; q < kBatch; ++q) {
-                    float *const sum = sums[half] + (batch + q) * 4;
-                    sum[0] += v[i][q].x, sum[1] += v[i][q].y, sum[2] += v[i][q].z, sum[3] += v[i][q].w;
-                  }
-              }
-          }
+                for (int q = 0; q < kBatch; ++q) {
+                  float *const sum = sums + (batch + q) * 4;
+                  sum[0] += v[i][q].x, sum[1] += v[i][q].y, sum[2] += v[i][q].z, sum[3] += v[i][q].w;
+                }
+            }
+        }
       }
 
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half)
-        if (any(half))
-          write_outputs<E, kTokens>(linear, p.tokens, s.column + half * kRows + warp * 16,
-                                    ring + kStages * kStageBytes + warp * (kTokens * 32), sums[half]);
+      if (any)
+        write_outputs<E, kTokens>(linear, p.tokens, s.column + warp * 16, ring + kStages * kStageBytes + warp * (kTokens * 32), sums);
     }
   }
 #endif
@@ -322,49 +294,38 @@ template <class E, class S> __global__ void __launch_bounds__(kThreads, 1) linea
 
 int tile_tokens(const ls_group &g) { return g.tokens <= 8 ? 8 : g.tokens <= 32 ? 32 : g.tokens <= 64 ? 64 : 128; }
 
-// Outputs of a tile. Larger tiles read x half as often, which counts where it has as many bytes as the weights. But a tile must not be
-// spread over many blocks: one of them adds up what all have of it.
-int tile_rows(const ls_group &g) {
-  constexpr int kMostBlocks = 3;  // for a tile
-  if (tile_tokens(g) < 128 || g.tuning & LS_TUNING_NARROW) return kRows;
-  if (g.tuning & LS_TUNING_WIDE) return kManyRows;
-  int64_t tiles = 0;
-  for (int i = 0; i < g.n_items; ++i) tiles += (g.items[i].out_features + kManyRows - 1) / kManyRows;
-  return tiles * kMostBlocks >= multiprocessors(g.device) ? kManyRows : kRows;
-}
-
-template <class E, class S> int launch_shape(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
-  constexpr auto kernel = linear_split_k_kernel<E, S>;
-  const cudaError_t error = allow_shared<kernel>(g.device, S::kBytes);
+template <class E, int kTokens> int launch_shape(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
+  constexpr auto kernel = linear_split_k_kernel<E, kTokens>;
+  constexpr int kBytes = Shape<kTokens>::kBytes;
+  const cudaError_t error = allow_shared<kernel>(g.device, kBytes);
   if (error != cudaSuccess) return error;
   const uint64_t in = g.in_features, tokens = g.tokens, width = p.width;
-  const Dimension x[] = {{in, 1, kFeatures}, {tokens, in, S::kTokens}}, hidden[] = {{width, 1, kFeatures}, {tokens, width, S::kTokens}};
+  const Dimension x[] = {{in, 1, kFeatures}, {tokens, in, kTokens}}, hidden[] = {{width, 1, kFeatures}, {tokens, width, kTokens}};
   bool made = make_map(p.x, g.dtype, g.x, x, 2, true) && (!width || make_map(p.hidden_map, g.dtype, g.hidden, hidden, 2, true));
   for (int i = 0; i < g.n_items && made; ++i) {
     const ls_item &item = g.items[i];
-    const Dimension weight[] = {{in, 1, kFeatures}, {uint64_t(item.out_features), in, S::kRows}},
+    const Dimension weight[] = {{in, 1, kFeatures}, {uint64_t(item.out_features), in, kRows}},
                     a[] = {{in, 1, kFeatures}, {uint64_t(g.num_experts) * item.rank, in, kRows}};
     made = make_map(p.weight[i], g.dtype, item.weight, weight, 2, true);
     if (!item.rank) continue;
     made = made && make_map(p.a_map[i], g.dtype, item.lora_a, a, 2, true) &&
-           (as_it_lies(p.linears[i]) || make_b_map(p.b_map[i], g, item, S::kRows, S::kRows));
+           (as_it_lies(p.linears[i]) || make_b_map(p.b_map[i], g, item, kRows, kRows));
   }
   if (!made) return LS_ERROR_ARGUMENT;
   // Not beside the launch before it: x has to be there.
-  return launch<SplitKParams>(kernel, dim3(unsigned(blocks)), dim3(kThreads), p, stream, false, S::kBytes);
+  return launch<SplitKParams>(kernel, dim3(unsigned(blocks)), dim3(kThreads), p, stream, false, kBytes);
 }
 
 template <class E> int launch_dtype(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
   switch (tile_tokens(g)) {
-    case 8: return launch_shape<E, Shape<8, kRows>>(p, g, blocks, stream);
-    case 32: return launch_shape<E, Shape<32, kRows>>(p, g, blocks, stream);
-    case 64: return launch_shape<E, Shape<64, kRows>>(p, g, blocks, stream);
+    case 8: return launch_shape<E, 8>(p, g, blocks, stream);
+    case 32: return launch_shape<E, 32>(p, g, blocks, stream);
+    case 64: return launch_shape<E, 64>(p, g, blocks, stream);
+    default: return launch_shape<E, 128>(p, g, blocks, stream);
   }
-  if (p.rows == kManyRows) return launch_shape<E, Shape<128, kManyRows>>(p, g, blocks, stream);
-  return launch_shape<E, Shape<128, kRows>>(p, g, blocks, stream);
 }
 
-int64_t partial_elements(const ls_group &g) { return int64_t(multiprocessors(g.device)) * tile_tokens(g) * tile_rows(g) * 2; }
+int64_t partial_elements(const ls_group &g) { return int64_t(multiprocessors(g.device)) * tile_tokens(g) * kRows * 2; }
 
 }  // namespace
 
@@ -378,7 +339,7 @@ int launch_linear_split_k(GroupParams &params, Sync *sync, void *stream) {
   const ls_group &g = params.g;
   SplitKParams p = {};
   p.n_items = g.n_items, p.tokens = g.tokens, p.top_k = g.top_k, p.num_experts = g.num_experts, p.in_features = g.in_features;
-  p.steps = (g.in_features - 1) / kFeatures + 1, p.rows = tile_rows(g), p.width = int(params.hidden_elements / g.tokens);
+  p.steps = (g.in_features - 1) / kFeatures + 1, p.width = int(params.hidden_elements / g.tokens);
   p.input = g.x, p.hidden = g.hidden, p.experts = g.experts, p.gates = g.gates;
   p.sync = sync, p.flags = reinterpret_cast<unsigned *>(sync + 1), p.arrived = p.flags + multiprocessors(g.device);
   p.impatient = g.tuning & LS_TUNING_IMPATIENT;

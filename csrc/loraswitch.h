@@ -26,7 +26,7 @@ extern "C" {
 #define LS_TUNING_PERSISTENT 3 /* linear_persistent.cu wherever it can */
 #define LS_TUNING_TWO_LAUNCHES 4 /* added to any of them, or alone: the shrink in a launch of its own */
 #define LS_TUNING_IMPATIENT 8 /* added: no block waits for another's part of the hidden, for tests (persistent, split K) */
-#define LS_TUNING_NARROW 16 /* added: linear_sm90.cu, or linear_split_k_sm90.cu for more than 64 tokens, takes 128 outputs at a time */
+#define LS_TUNING_NARROW 16 /* added: linear_sm90.cu takes 128 outputs at a time */
 #define LS_TUNING_WIDE 32 /* added: it takes 256 */
 #define LS_TUNING_SPLIT_K 64 /* added: linear_split_k_sm90.cu wherever it can */
 #define LS_SPLIT_K_TOKENS 128 /* tokens that linear_split_k_sm90.cu takes */
@@ -190,7 +190,7 @@ int ls_set_workspace(int32_t device, void *zeroed, int64_t bytes);
 int64_t ls_workspace_left(int32_t device);
 
 /* Elements of the group's dtype that ls_linear needs in `hidden`, for these sizes and this number of tokens: fewer tokens may need more
- * (128 ask for up to 34 MB, where their blocks leave partial sums, 129 for none of it). */
+ * (128 ask for 17 MB, where their blocks leave partial sums, 129 for none of it). */
 int64_t ls_hidden_elements(const ls_group *group);
 /* Which path ls_linear will take: enum ls_path, or -1 if the arguments are refused. */
 int ls_linear_path(const ls_group *group);

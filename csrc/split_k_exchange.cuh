@@ -28,8 +28,7 @@ constexpr long long kPatience = 1000000;  // nanoseconds until other blocks' par
 
 constexpr int kMultiplying = 256, kHelping = 96;
 constexpr int kThreads = kMultiplying + 32 + kHelping;  // eight warps that multiply, one that copies, three that exchange
-// Of a block's partials: four floats each. Those of the shrink have the first half of it where a tile has kManyRows.
-template <class Tile> constexpr int kQuadsOfTile = Tile::kTokens * Tile::kRows / 4;
+template <int kTokens> constexpr int kQuadsOfTile = kTokens * kRows / 4;  // of a block's partials: four floats each
 // Named barriers: before anything; of the helpers; of consumers and helpers, or of consumers alone (kFlags).
 constexpr int kBegin = 1, kHelpers = 2, kPartShrunk = 3, kPartTaken = 4, kPartialLeft = 5, kFlags = 6;
 
@@ -134,8 +133,8 @@ template <class E> __device__ __noinline__ void wait_for_hidden(const SplitKPara
 }
 
 // The helpers: of the block's parts of the shrink, and of the tile that it begins in the midst of.
-template <class E, class Tile> __device__ __forceinline__ void exchange_partials(const SplitKParams &p, int blocks, int block,
-                                                                                 volatile bool &published, volatile bool &shrunk) {
+template <class E, int kTokens> __device__ __forceinline__ void exchange_partials(const SplitKParams &p, int blocks, int block,
+                                                                                  volatile bool &published, volatile bool &shrunk) {
   __shared__ bool all_there;
   const int thread = threadIdx.x - (kMultiplying + 32), lane = thread % 32, g = lane / 4, t = lane % 4;
   const int first = first_of(p, kShrink, blocks, block), last = first_of(p, kShrink, blocks, block + 1);
@@ -161,23 +160,17 @@ template <class E, class Tile> __device__ __forceinline__ void exchange_partials
     }
     barrier(kHelpers, kHelping);
     const bool there = all_there;  // if not, every block computes the hidden for itself
-    constexpr int kQuads = kQuadsOfTile<Tile>;
+    constexpr int kQuads = kQuadsOfTile<kTokens>;
     for (int chunk = share; chunk * 8 < p.tokens && there; chunk += p.shares)
       for (int place = thread; place < kMultiplying && s.column + place / 128 * 64 < s.columns; place += kHelping) {
         const float4 *const from = reinterpret_cast<const float4 *>(p.partials) +
                                    int64_t(shrink_place(p, blocks, block, tile * p.shares)) * kQuads + chunk * kMultiplying + place;
-        constexpr int kAtOnce = Tile::kManySums ? kMostShares / 2 : kMostShares;  // few registers are left
-        const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
-        float4 sum = zero;
+        float4 v[kMostShares], sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int first = 0; first < kMostShares; first += kAtOnce) {
-          float4 v[kAtOnce];
+        for (int i = 0; i < kMostShares; ++i) v[i] = i < p.shares ? __ldcg(from + i * kQuads) : sum;
+        if (chunk != share || place != thread) find_gates(chunk, place);
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) v[i] = first + i < p.shares ? __ldcg(from + (first + i) * kQuads) : zero;
-          if (first == 0 && (chunk != share || place != thread)) find_gates(chunk, place);
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
-        }
+        for (int i = 0; i < kMostShares; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
         const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
         const int token = chunk * 8 + t * 2;
         E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden + column_of(place);

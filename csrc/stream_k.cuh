@@ -15,8 +15,7 @@ namespace ls {
 
 LS_BOTH int lesser(int a, int b) { return a < b ? a : b; }
 
-constexpr int kRows = 128;                // outputs of a tile, or columns of the hidden
-constexpr int kManyRows = 256;            // outputs of a tile where that pays
+constexpr int kRows = 128;                // outputs of a tile
 constexpr int kFeatures = 64;             // of a step
 constexpr int kMostShares = 16;           // blocks that share a tile of the shrink
 constexpr int kFewShares = 8;             // where these have few steps, and there is time: fewer have to exchange something
@@ -42,7 +41,6 @@ enum Phase { kShrink, kLinear };
 // What every block reads first: it comes from memory in lines, so it stands together.
 struct Schedule {
   int n_items, steps, width, shrink_blocks;  // steps: of in_features; width: of the hidden
-  int rows;                                  // outputs of a tile
   int shares, parts;                         // of a tile of the shrink; of all
   Deal of_blocks, of_shares, of_shrinking;   // steps: of all, of a tile's shares; parts
   int exchange;                              // steps that a share counts for beyond its own
@@ -93,19 +91,19 @@ template <class Linear> LS_BOTH Segment segment_of(const Schedule &p, const Line
     while (at >= p.begin[s.item + 1]) ++s.item;
     s.experts = linears[s.item].steps, s.steps = p.steps + s.experts;
     const int step = at - p.begin[s.item], tile = step / s.steps;
-    s.column = tile * p.rows, s.columns = linears[s.item].columns;
+    s.column = tile * kRows, s.columns = linears[s.item].columns;
     s.begin = step - tile * s.steps, s.end = lesser(s.steps, s.begin + last - at), s.next = at + s.end - s.begin;
   }
   return s;
 }
 
-// Deals everything out; returns the number of blocks, at most `most`, or 0: too many steps. `n_items`, `steps` and `rows` are there.
+// Deals everything out; returns the number of blocks, at most `most`, or 0: too many steps. `n_items` and `steps` are there.
 template <class Linear> inline int deal_out(Schedule &p, const Linear *linears, int most) {
   int64_t steps = 0, tiles = 0;
   for (int i = 0; i < p.n_items; ++i) {
     const Linear &linear = linears[i];
     p.begin[i] = int(steps), p.begin_shrink[i] = int(tiles);
-    steps += int64_t((linear.columns + p.rows - 1) / p.rows) * (p.steps + linear.steps);
+    steps += int64_t((linear.columns + kRows - 1) / kRows) * (p.steps + linear.steps);
     tiles += (linear.steps * kFeatures + kRows - 1) / kRows;
     if (steps + tiles * (p.steps + kMostShares * kPausingAlone) > INT32_MAX) return 0;
   }

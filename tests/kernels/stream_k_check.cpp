@@ -27,7 +27,7 @@ int main(int, char **arguments) {
   int paused = 0, alone = 0, several = 0;
   for (int group = 0; group < groups; ++group) {
     Schedule s = {};
-    s.n_items = to(LS_MAX_GROUP), s.steps = to(group % 3 ? 240 : 20), s.rows = group % 7 < 4 ? kRows : kManyRows;
+    s.n_items = to(LS_MAX_GROUP), s.steps = to(group % 3 ? 240 : 20);
     Linear linears[LS_MAX_GROUP];
     for (int i = 0; i < s.n_items; ++i) linears[i] = {to(group % 5 ? 60 : 1500) * 8, to(4) == 1 ? 0 : to(group % 4 ? 8 : 1024)};
     const int most = group % 2 ? 132 : to(200), blocks = deal_out(s, linears, most);

@@ -21,13 +21,6 @@ pytestmark = [
 WAITS = [kernels.TUNING_SPLIT_K, kernels.TUNING_SPLIT_K | kernels.TUNING_IMPATIENT]
 
 
-def check(outs, in_features, ranks, num_experts, top_k, tokens, dtype=torch.bfloat16, *, tuning, **more):
-    """`check_group`, for more than 64 tokens with tiles of 128 outputs and with those of 256."""
-    for rows in (kernels.TUNING_NARROW, kernels.TUNING_WIDE) if tokens > 64 else (0,):
-        found = check_group(outs, in_features, ranks, num_experts, top_k, tokens, dtype, tuning=tuning | rows, **more)
-    return found
-
-
 @pytest.fixture(autouse=True)
 def hopper():
     if torch.cuda.get_device_capability() != (9, 0):
@@ -38,7 +31,7 @@ def hopper():
 @pytest.mark.parametrize("tuning", WAITS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128])
 def test_every_number_of_tokens(dtype, tuning, tokens):
-    packed, x, experts = check([512, 104, 8], 520, [8, 24, 64], 8, 2, tokens, dtype, tuning=tuning, bias=True)
+    packed, x, experts = check_group([512, 104, 8], 520, [8, 24, 64], 8, 2, tokens, dtype, tuning=tuning, bias=True)
     assert packed.path(x, experts) == kernels.SM90_PATH
 
 
@@ -48,22 +41,22 @@ def test_every_number_of_tokens(dtype, tuning, tokens):
 def test_every_rank(tuning, rank, num_experts):
     ranks = [rank, 8, rank, 0]
     for tokens in (5, 70, 128):
-        check([136, 256, 264, 40], 256, ranks, num_experts, 1, tokens, tuning=tuning)
+        check_group([136, 256, 264, 40], 256, ranks, num_experts, 1, tokens, torch.bfloat16, tuning=tuning)
 
 
 @pytest.mark.parametrize("tuning", WAITS)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 8), (64, 3), (256, 8), (200, 7)])
 def test_experts_and_top_k(tuning, num_experts, top_k):
     for tokens in (4, 32, 60, 100):
-        check([264], 320, [8], num_experts, top_k, tokens, tuning=tuning)
-        check([264, 72], 320, [16, 0], num_experts, top_k, tokens, torch.float16, tuning=tuning)
+        check_group([264], 320, [8], num_experts, top_k, tokens, torch.bfloat16, tuning=tuning)
+        check_group([264, 72], 320, [16, 0], num_experts, top_k, tokens, torch.float16, tuning=tuning)
 
 
 @pytest.mark.parametrize("tuning", WAITS)
 @pytest.mark.parametrize("in_features", [8, 24, 56, 64, 72, 128, 1000, 4104])
 def test_odd_input_widths(tuning, in_features):
     for tokens in (16, 40, 120):
-        check([264, 16], in_features, [8, 16], 4, 2, tokens, tuning=tuning, bias=True)
+        check_group([264, 16], in_features, [8, 16], 4, 2, tokens, torch.bfloat16, tuning=tuning, bias=True)
 
 
 @pytest.mark.parametrize("tuning", WAITS)
@@ -71,15 +64,15 @@ def test_full_size(tuning):
     """More tiles than blocks, and fewer: a block has parts of several, a tile is of several blocks."""
     for outs, in_features in (([4096] * 3, 4096), ([4096, 1024, 1024], 4096), ([4096], 11008), ([11008] * 2, 4096)):
         for rank, tokens in ((8, 64), (64, 24), (64, 128), (16, 128)):
-            check(outs, in_features, [rank] * len(outs), 8, 2, tokens, tuning=tuning)
+            check_group(outs, in_features, [rank] * len(outs), 8, 2, tokens, torch.bfloat16, tuning=tuning)
 
 
 @pytest.mark.parametrize("tuning", WAITS)
 def test_more_parts_of_the_shrink_than_blocks(tuning):
     """A block has several, one after the other: with few steps in all, or many experts of high rank."""
     for tokens in (8, 60, 120):
-        check([8], 64, [8], 256, 4, tokens, tuning=tuning)
-        check([1024] * 3, 1024, [128] * 3, 64, 2, tokens, tuning=tuning)
+        check_group([8], 64, [8], 256, 4, tokens, torch.bfloat16, tuning=tuning)
+        check_group([1024] * 3, 1024, [128] * 3, 64, 2, tokens, torch.bfloat16, tuning=tuning)
 
 
 def test_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice():
@@ -88,18 +81,16 @@ def test_ids_outside_the_experts_add_nothing_and_repeated_ids_add_twice():
     for num_experts in (8, 7, 5):  # with 7 and 5, hidden columns are left that are of no expert
         for ranks in ([8, 24], [64, 40], [256, 256]):
             for tuning in WAITS:
-                check([128, 64], 256, ranks, num_experts, 3, 90, torch.bfloat16, ids=ids, tuning=tuning)
+                check_group([128, 64], 256, ranks, num_experts, 3, 90, torch.bfloat16, ids=ids, tuning=tuning)
 
 
 @pytest.mark.parametrize("rank", [0, 8, 256])
-@pytest.mark.parametrize(
-    ("tokens", "rows"), [(8, 0), (64, 0), (128, kernels.TUNING_NARROW), (128, kernels.TUNING_WIDE)]
-)
-def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens, rows):
+@pytest.mark.parametrize("tokens", [8, 64, 128])
+def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens):
     """Each of four calls in a row takes what a kernel of PyTorch's or the call before it has just written."""
-    width, dtype, tuning = 1024, torch.bfloat16, kernels.TUNING_SPLIT_K | rows
+    width, dtype = 1024, torch.bfloat16
     groups = [
-        kernels.PackedGroup(**make_group([width, width], width, [rank, rank], 8, dtype), tuning=tuning)
+        kernels.PackedGroup(**make_group([width, width], width, [rank, rank], 8, dtype), tuning=kernels.TUNING_SPLIT_K)
         for _ in range(4)
     ]
     source, (experts, gates) = randn(tokens, width, dtype=dtype), oracle.random_ids(tokens, 8, 2, "cuda")
@@ -151,15 +142,12 @@ def test_wide_experts_of_few_tokens_take_it_by_themselves():
     assert packed.path(x, experts) == kernels.FAST_PATH
 
 
-@pytest.mark.parametrize(
-    ("rank", "tokens", "rows"),
-    [(8, 64, 0), (128, 8, 0), (8, 120, kernels.TUNING_NARROW), (8, 120, kernels.TUNING_WIDE)],
-)
-def test_two_streams_at_once(rank, tokens, rows):
+@pytest.mark.parametrize(("rank", "tokens"), [(8, 64), (128, 8), (8, 120)])
+def test_two_streams_at_once(rank, tokens):
     """Neither launch has all multiprocessors, so blocks of each may wait for some that cannot begin."""
     outs, dtype = [2048, 2048], torch.bfloat16
     operands = [make_group(outs, 4096, [rank] * 2, 8, dtype) for _ in range(2)]
-    groups = [kernels.PackedGroup(**each, tuning=kernels.TUNING_SPLIT_K | rows) for each in operands]
+    groups = [kernels.PackedGroup(**each, tuning=kernels.TUNING_SPLIT_K) for each in operands]
     x, (experts, gates) = randn(tokens, 4096, dtype=dtype), oracle.random_ids(tokens, 8, 2, "cuda")
     alone = [group(x, experts, gates) for group in groups]
     streams, graphs, kept = [torch.cuda.Stream() for _ in groups], [], []
