@@ -10,7 +10,7 @@
 //   grid: one block a multiprocessor; the steps of all tiles of the group, one after the other, are dealt out evenly (stream-K)
 //   block: 384 threads: two consumer warpgroups (WGMMA), 64 outputs each, one producer warp (TMA), three that tell other blocks of
 //   partials, and make the hidden of them
-//   shared memory: a ring of six stages (weight tile and x tile, 128-byte swizzle), results; up to 225 KB
+//   shared memory: a ring of six to eight stages (weight tile and x tile, 128-byte swizzle), results; up to 225 KB
 //   partials: float32 of a tile for each block, and for each that shrinks; flags and counters (Sync): words; all in global memory
 //
 // So few tokens leave the weights' bytes as the limit: each is read once, by as many blocks as there are, whatever the shape of the
@@ -31,14 +31,18 @@ namespace ls {
 namespace {
 
 constexpr int kWeightBytes = kRows * kFeatures * 2;
-// As many as the memory needs to be busy: with more, all that the helpers ask for waits behind them (docs/kernel_log.md, "Bytes in
-// flight"). For 128 tokens it is what there is room for.
-constexpr int kStages = 6;
+constexpr int kMostBytes = 226 << 10;  // of shared memory
+// Stages that keep the memory busy, where they hold little but weights: with more, all that the helpers ask for waits behind them
+// (docs/kernel_log.md, "Bytes in flight").
+constexpr int kEnoughStages = 6, kFewTokens = 32;
 constexpr int kAhead = 2;  // stages on their way while a block exchanges its share of the shrink with others
 
 template <int kTokens> struct Shape {
   static constexpr int kInputBytes = kTokens * kFeatures * 2, kStageBytes = kWeightBytes + kInputBytes;
   static constexpr int kResultBytes = kTokens * kRows * 2;
+  static constexpr int kRoom = (kMostBytes - 1024 - kResultBytes) / kStageBytes;
+  static constexpr int kStages = kTokens <= kFewTokens ? kEnoughStages : kRoom;
+  static_assert(kStages <= kRoom && kStages > kAhead, "room for the stages, and for those on their way");
   static constexpr int kBytes = 1024 + kStages * kStageBytes + kResultBytes;  // of shared memory, from an address divisible by 1,024
 };
 
@@ -85,7 +89,7 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
     linear_split_k_kernel(const __grid_constant__ SplitKParams p) {
 #ifdef LS_HAS_SM90A
   using S = Shape<kTokens>;
-  constexpr int kStageBytes = S::kStageBytes;
+  constexpr int kStages = S::kStages, kStageBytes = S::kStageBytes;
   extern __shared__ __align__(16) unsigned char raw[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
   __shared__ volatile bool published, shrunk;  // this block has done its part of the shrink, and that is certain to have come first

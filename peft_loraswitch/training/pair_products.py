@@ -26,10 +26,11 @@ from torch import Tensor
 from . import pair_kernels
 from .pair_order import PairOrder
 
-# From how many columns of all experts together, E * r, pairs take less time by the clock, by the number of experts of a token:
-# measured on an H200 (docs/training_log.md, recipes/results/train_crossover_h200.json); for three experts between two and four.
-# The GPU alone is faster by pairs earlier, from two thirds of it on, but they ask more of the host.
-CROSSOVER = {1: 768, 2: 768, 3: 1152, 4: 1536}
+# From how many columns of all experts together, E * r, pairs take less time, by the number of experts of a token: measured on an
+# H200 (docs/training_log.md, recipes/results/train_crossover_h200.json, train_h200_pairs.json); of one expert the kernels alone, for
+# three between two and four. With fewer experts there is too little that pairs leave out.
+CROSSOVER = {1: 512, 2: 512, 3: 1152, 4: 1536}
+LEAST_EXPERTS = 12  # for each that a token has
 MOST_RANK = 32  # of one expert: for 8 x 64, a step took 1.58 of the floor's by pairs, and 1.30 without
 LINEARS = pair_kernels.LINEARS
 LEAST_PAIRS = 32  # an expert, on average: with fewer, tiles are mostly empty
@@ -59,6 +60,8 @@ def pays(device: torch.device, dtype: torch.dtype, tokens: int, slots: int, expe
         return _forced and (device.type != "cuda" or pair_kernels.usable(device, dtype, max(ranks)))
     least = CROSSOVER.get(slots)
     if least is None or device.type != "cuda" or experts * sum(ranks) < least * len(ranks) or max(ranks) > MOST_RANK:
+        return False
+    if experts < LEAST_EXPERTS * slots:
         return False
     return tokens * slots >= LEAST_PAIRS * experts and pair_kernels.usable(device, dtype, max(ranks))
 

@@ -43,6 +43,7 @@ def test_training_on_a_gpu() -> None:
         ("train_h200_0197e7b.json", ("4bit fused 8 8",)),
         ("train_h200_compiled_0197e7b.json", ("compiled fused 8 8",)),
         ("train_h200_plain_0197e7b.json", ("plain fused 8 8", "plain lora 0 16")),
+        ("train_h200_pairs.json", ("pairs 32 16",)),
         ("train_h200_a322179.json", ("fused 8 64", "fused 32 16", "fused 8 8")),
     ):
         rows = {}
@@ -62,12 +63,19 @@ def test_training_on_a_gpu() -> None:
 
 def test_serving_batches() -> None:
     ratios = {}
-    for name in ("decode_h200_parts_452f508.json", "decode_h200_parts_6a1f948.json"):
-        for row in result(name)["rows"]:
-            if row["method"] == "fused" and row["batch"] in (64, 128, 256):
-                ratios[row["batch"]] = row["ratio"]
+    for row in result("decode_h200_parts_0197e7b.json")["rows"]:
+        if row["method"] == "fused" and row["batch"] in (64, 128, 256):
+            ratios[row["batch"]] = row["ratio"]
     one, two, three = (f"{ratios[batch]:.2f}" for batch in (64, 128, 256))
-    assert f"compiled batches of 64, 128 and 256 take {one}, {two} and {three} (r = 8)" in document("README.md")
+    (many,) = (
+        row["ratio"]
+        for row in result("decode_h200_parts_d6787ad.json")["rows"]
+        if row["method"] == "fused" and row["experts"] == 32
+    )
+    assert (
+        f"compiled batches of 64, 128 and 256 take {one}, {two} and {three} (r = 8), "
+        f"and 32 experts, four for each token, {many:.2f} at batch 8"
+    ) in document("README.md")
 
 
 def test_weights_of_4_bits() -> None:

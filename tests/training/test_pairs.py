@@ -376,6 +376,7 @@ def test_when_pairs_pay(monkeypatch):
     assert not pair_products.pays(gpu, half, 4096, 9, 1000, [16])
     assert not pair_products.pays(gpu, half, 4096, 2, 8, [256])
     assert not pair_products.pays(gpu, half, 4096, 2, 8, [64]) and pair_products.pays(gpu, half, 4096, 2, 24, [32])
+    assert not pair_products.pays(gpu, half, 4096, 2, 20, [32])  # of 640 columns a token has a tenth
     with pair_products.forced(True):
         assert pair_products.pays(gpu, half, 4, 2, 4, [1]) and not pair_products.pays(gpu, torch.float64, 4, 2, 4, [1])
     with pair_products.forced(False):

@@ -29,6 +29,8 @@ PARTS = (
     "recipes/results/decode_h200_parts_452f508.json",
     "recipes/results/decode_h200_parts_6a1f948.json",
     "recipes/results/decode_h200_parts_693db89.json",
+    "recipes/results/decode_h200_parts_0197e7b.json",
+    "recipes/results/decode_h200_parts_d6787ad.json",
 )
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
