@@ -9,6 +9,7 @@ torchao (int4, tiles for tensor cores): a weight is words of eight features, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,45 +55,39 @@ class FourBitWeight:
     fingerprint: Fingerprint
 
 
-class FourBitFingerprint(Fingerprint):
-    """Where the parts of a layer's weight are, what goes with them, and of scales that were dequantised how often they were
-    written to."""
+class WeightFingerprint(Fingerprint):
+    """What goes with the weight of a layer's base layer.
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+    Args:
+        look: at base layer and weight: what of them counts.
+    """
+
+    def __init__(self, layer: nn.Module, look: Callable[[Any, Any], list[Any]]) -> None:
+        self.layer, self.look = layer, look
         super().__init__()
 
     def _take(self) -> list[Any]:
         try:
             base: Any = self.layer._modules["base_layer"]
-            weight = base._parameters["weight"]
-            state = weight.quant_state
-            with (
-                torch._C.DisableTorchFunctionSubclass()
-            ):  # bitsandbytes' is in Python, and takes longer than all of this
-                taken = [base, base.compute_dtype, weight.data_ptr(), state.absmax.data_ptr(), state.code.data_ptr()]
-            if state.nested:
-                for part in (state.absmax, state.offset, state.state2.absmax, state.state2.code):
-                    taken += (part.data_ptr(), None if part.is_inference() else part._version)
+            return [base, *self.look(base, base._parameters["weight"])]
         except (AttributeError, KeyError, RuntimeError):  # another kind of layer or weight
             return [object()]  # not like anything before
-        return taken
 
 
-class Int4Fingerprint(Fingerprint):
-    """The same of tiles: where they and their scales are, and whether the layer does more than multiply by them."""
+def _look_coded(base: Any, weight: Any) -> list[Any]:
+    """Where the parts of the weight are, what goes with them, and how often scales that were dequantised were written to."""
+    state = weight.quant_state
+    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' is in Python, and takes longer than all of this
+        seen = [base.compute_dtype, weight.data_ptr(), state.absmax.data_ptr(), state.code.data_ptr()]
+    if state.nested:
+        for part in (state.absmax, state.offset, state.state2.absmax, state.state2.code):
+            seen += (part.data_ptr(), None if part.is_inference() else part._version)
+    return seen
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        super().__init__()
 
-    def _take(self) -> list[Any]:
-        try:
-            base: Any = self.layer._modules["base_layer"]
-            weight = base._parameters["weight"]
-            return [base, weight.qdata.data_ptr(), weight.scale_and_zero.data_ptr(), weight.act_pre_scale is None]
-        except (AttributeError, KeyError, RuntimeError):  # another kind of layer or weight
-            return [object()]  # not like anything before
+def _look_tiled(base: Any, weight: Any) -> list[Any]:
+    """Where tiles and their scales are, and whether the layer does more than multiply by them."""
+    return [weight.qdata.data_ptr(), weight.scale_and_zero.data_ptr(), weight.act_pre_scale is None]
 
 
 def format_of(base: nn.Module) -> FourBitFormat | None:
@@ -157,7 +152,7 @@ def current_four_bit(
 
 
 def _tiled(layer: nn.Module) -> FourBitWeight:
-    fingerprint = Int4Fingerprint(layer)
+    fingerprint = WeightFingerprint(layer, _look_tiled)
     base: Any = layer._modules["base_layer"]
     weight = base._parameters["weight"]
     with torch.inference_mode(False), torch.no_grad():
@@ -166,7 +161,7 @@ def _tiled(layer: nn.Module) -> FourBitWeight:
 
 
 def _coded(layer: nn.Module, before: FourBitWeight | None) -> FourBitWeight:
-    fingerprint = FourBitFingerprint(layer)  # before the values are read
+    fingerprint = WeightFingerprint(layer, _look_coded)  # before the values are read
     base: Any = layer._modules["base_layer"]
     weight, out = base.weight, base.out_features
     state = weight.quant_state

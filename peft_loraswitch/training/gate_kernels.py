@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 Run = tuple[Any, int]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = 32  # of one program
+TENSORS = {"gate": 4, "gate_backward": 7}  # of each kernel's arguments
 _compiles: dict[torch.device, bool] = {}
 
 
@@ -109,10 +110,8 @@ if triton is not None:
                 total += tl.load(d_gates + at_gate, mask=there, other=0.0)
             tl.store(d_gates + at_gate, total, mask=there)
 
-
-if triton is not None:
-    _launch_gate = Launcher(_gate_kernel, tensors=4)
-    _launch_gate_backward = Launcher(_gate_backward_kernel, tensors=7)
+    _launch_gate = Launcher(_gate_kernel, TENSORS["gate"])
+    _launch_gate_backward = Launcher(_gate_backward_kernel, TENSORS["gate_backward"])
 
 
 def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run]) -> Tensor:

@@ -31,6 +31,7 @@ COLUMNS = 128  # of small matrices, in one program that makes them
 FEATURES = 64  # of wide matrices: read at a time
 WRITTEN = 128  # and written by one program
 LINEARS = 3  # of a group, in one launch: q, k and v. Kernels take operands for so many, None where there are fewer
+TENSORS = {"to_rank": 12, "from_rank": 13, "weight_gradient": 10}  # of each kernel's arguments
 UNUSED: list[tuple[None, ...]] = [(None,) * (LINEARS - n) for n in range(LINEARS + 1)]  # of n
 _compiles: dict[torch.device, bool] = {}
 
@@ -231,11 +232,9 @@ if triton is not None:
         at = d_w + at[None, :] + feature.to(tl.int64)[:, None] * w_feature
         tl.store(at, total.to(d_w.dtype.element_ty), mask=is_feature[:, None] & is_column[None, :])
 
-
-if triton is not None:
-    _launch_to_rank = Launcher(_to_rank_kernel, tensors=12)
-    _launch_from_rank = Launcher(_from_rank_kernel, tensors=13)
-    _launch_weight_gradient = Launcher(_weight_gradient_kernel, tensors=10)
+    _launch_to_rank = Launcher(_to_rank_kernel, TENSORS["to_rank"])
+    _launch_from_rank = Launcher(_from_rank_kernel, TENSORS["from_rank"])
+    _launch_weight_gradient = Launcher(_weight_gradient_kernel, TENSORS["weight_gradient"])
 
 
 def to_rank(features: Tensor, w: Tensor, order: PairOrder, small: Tensor) -> None:

@@ -40,8 +40,6 @@ from recipes.benchmarks.train_host import CALLS, TARGETS, functions_of, model_of
 from recipes.checkout import processor, versions
 
 METHODS = ("floor", "contracted", "pairs")
-TENSORS = {"to_rank": 12, "from_rank": 13, "weight_gradient": 10}  # of the kernels' arguments
-GATE_TENSORS = {"gate": 4, "gate_backward": 7}
 
 
 class NoKernel:
@@ -87,8 +85,8 @@ def without_a_gpu() -> Iterator[list[NoKernel]]:
     patches = [mock.patch.multiple(module, **each) for module, each in stand_ins]
     for patch in patches:
         patch.start()
-    for module, tensors in ((pair_kernels, TENSORS), (gate_kernels, GATE_TENSORS)):
-        for name, number in tensors.items():
+    for module in (pair_kernels, gate_kernels):
+        for name, number in module.TENSORS.items():
             kernels.append(NoKernel())
             launcher = triton_launch.Launcher(kernels[-1], number)
             patches.append(mock.patch.object(module, f"_launch_{name}", launcher, create=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,54 +14,15 @@ import transformers as tf
 from peft import get_peft_model
 from torch import nn
 
-from four_bit_linear import SHAPE, check_layers, in_4_bits, linear_4bit, made_4bit
-from fusing import adapted, close, gradients, ids, logits, randomize, trainable
+from four_bit_linear import FEW, MANY, SHAPE, SIZES, check_layers, in_4_bits, linear_4bit, made_4bit, same, sizes
+from fusing import adapted, close, fused, gradients, groups, ids, layer_of, logits, randomize, trainable
 from helpers import LAYERS, tiny_llama
 from int8_linear import launches
 from peft_loraswitch import LoRASwitchConfig, kernels, ops
 from peft_loraswitch.inference import group_outputs
 from peft_loraswitch.inference.fuse import adapted_layers, refresh_fused
-from recipes.benchmarks import stub_library
-from stand_in_library import StandIn
 
 bnb = pytest.importorskip("bitsandbytes")
-SIZES = [3, 1, 2, 1] * LAYERS  # q, k, v; o; gate, up; down
-FEW, MANY = ids(2, 3, "cpu"), ids(3, 20, "cpu")
-BF16 = 4e-2  # either forward in bf16 is 2 % from the exact one
-
-
-@pytest.fixture
-def library() -> Iterator[StandIn]:
-    with stub_library.in_place_of_the_library(stand_in := StandIn()):
-        yield stand_in
-
-
-@pytest.fixture
-def op_alone(library: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Eager code calls the op, as compiled code does."""
-    monkeypatch.setattr(group_outputs, "launchable", lambda x: False)
-    return library
-
-
-def layer_of(model: nn.Module, name: str) -> Any:
-    return next(layer for layer in adapted_layers(model) if layer.name.endswith(name))
-
-
-def fused(model: nn.Module) -> nn.Module:
-    model.fuse_for_inference("fused")
-    return model
-
-
-def groups(model: nn.Module) -> list[Any]:
-    return [layer.fused_groups["default"] for layer in adapted_layers(model)]
-
-
-def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = BF16) -> bool:
-    return close(one.float(), other.float(), tolerance)
-
-
-def sizes(called: list[tuple[str, int]], name: str) -> list[int]:
-    return [size for op, size in called if op == name]
 
 
 # ----------------------------------------------------------------------------------------------- outputs and launches

@@ -9,17 +9,15 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from four_bit_linear import check_layers, in_4_bits
+from four_bit_linear import BF16, SIZES, check_layers, in_4_bits
 from fusing import adapted, close, ids, logits
-from helpers import LAYERS, tiny_llama
+from helpers import tiny_llama
 from int8_linear import launches
 from peft_loraswitch import kernels
 from peft_loraswitch.inference.fuse import adapted_layers
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-SIZES = [3, 1, 2, 1] * LAYERS  # q, k, v; o; gate, up; down
-BF16 = 4e-2  # either forward in bf16 is 2 % from the exact one
 KINDS = [{}, {"quant_type": "fp4"}, {"double": True}, {"double": True, "storage": torch.bfloat16}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 

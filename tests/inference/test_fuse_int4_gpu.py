@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from four_bit_linear import check_layers
+from four_bit_linear import BF16, SIZES, check_layers
 from fusing import adapted, close, ids, logits
 from helpers import LAYERS, tiny_llama
 from int4_linear import exact_weight
@@ -20,8 +20,6 @@ from recipes.benchmarks.decode.loops import Decoder
 
 quantization = pytest.importorskip("torchao.quantization")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-SIZES = [3, 1, 2, 1] * LAYERS  # q, k, v; o; gate, up; down
-BF16 = 4e-2  # either forward in bf16 is 2 % from the exact one
 both_sizes = pytest.mark.parametrize("width", [256, 1024])  # padded, and not
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import layer_checks
 import oracle
-from fusing import adapted, close, devices, gradients, ids, logits, trainable
+from fusing import adapted, close, devices, gradients, ids, layer_of, logits, trainable
 from helpers import LAYERS, switch_layers, tiny_llama
 from int8_linear import ALL, Int8Linear, launches, quantised
 from peft_loraswitch import ops
@@ -29,10 +29,6 @@ def made(device: str = "cpu", dtype: torch.dtype = torch.float32, names: tuple[s
     """Two layers, k and v with fewer outputs than q, the linears of `names` quantised."""
     base = tiny_llama(attention_bias=True, num_key_value_heads=2)
     return quantised(adapted(base, device, dtype, **settings), names)
-
-
-def layer_of(model: nn.Module, name: str) -> Any:
-    return next(layer for layer in adapted_layers(model) if layer.name.endswith(name))
 
 
 def check(model: nn.Module, device: str = "cpu", tolerance: float = 2e-5) -> None:

@@ -10,12 +10,16 @@ from torch import nn
 import kernel_oracle
 import layer_checks
 import oracle
-from fusing import adapted, logits
-from helpers import switch_layers, tiny_llama
+from fusing import adapted, close, ids, logits
+from helpers import LAYERS, switch_layers, tiny_llama
 from int8_linear import ALL
 from peft_loraswitch.inference.fuse import adapted_layers
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}  # blocks have at least 64 features
+# Of models in 4 bits, by whichever library.
+SIZES = [3, 1, 2, 1] * LAYERS  # q, k, v; o; gate, up; down
+FEW, MANY = ids(2, 3, "cpu"), ids(3, 20, "cpu")
+BF16 = 4e-2  # either forward in bf16 is 2 % from the exact one
 
 
 def linear_4bit(
@@ -90,3 +94,11 @@ def check_layers(model: nn.Module, batches: list[torch.Tensor], weight_of: Any =
             expected += (x.double() @ weight_of(base).T).cpu() + (0 if bias is None else bias.double().cpu())
             assert y.dtype == x.dtype and y.shape == expected.shape
             assert kernel_oracle.relative_error(y.cpu(), expected) < 3 * kernel_oracle.limit(y), name
+
+
+def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = BF16) -> bool:
+    return close(one.float(), other.float(), tolerance)
+
+
+def sizes(called: list[tuple[str, int]], name: str) -> list[int]:
+    return [size for op, size in called if op == name]

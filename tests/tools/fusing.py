@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from helpers import tiny_gpt2, tiny_llama, tiny_opt
 from peft_loraswitch import LoRASwitchConfig
+from peft_loraswitch.inference.fuse import adapted_layers
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -89,3 +91,16 @@ def check_fused_in_16_bit(model: nn.Module, tokens: torch.Tensor) -> None:
     fused = model(input_ids=tokens).logits
     error, bound = (fused.float() - expected).abs().mean(), (unfused.float() - expected).abs().mean()
     assert error < 2 * bound + 1e-3
+
+
+def layer_of(model: nn.Module, name: str) -> Any:
+    return next(layer for layer in adapted_layers(model) if layer.name.endswith(name))
+
+
+def fused(model: nn.Module) -> nn.Module:
+    model.fuse_for_inference("fused")
+    return model
+
+
+def groups(model: nn.Module) -> list[Any]:
+    return [layer.fused_groups["default"] for layer in adapted_layers(model)]

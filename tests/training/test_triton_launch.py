@@ -361,6 +361,14 @@ def test_direct_launches_have_the_bits_of_public_ones(tokens, offset, own_kinds)
     assert all(launcher._kinds and all(kind.direct for kind in launcher._kinds.values()) for launcher in launchers)
 
 
+def settled(run: Any) -> Any:
+    """The bits of a first run. Behind it and two more, what is launched is launched directly."""
+    expected = bits(run())
+    for _ in range(2):
+        run()
+    return expected
+
+
 @needs_gpu
 @pytest.mark.gpu
 def test_one_alignment_after_the_other(own_kinds):
@@ -376,9 +384,7 @@ def test_one_alignment_after_the_other(own_kinds):
 def test_streams(own_kinds):
     """Launched on the current one: what is enqueued there before it comes first."""
     run, _ = products(130, 0)
-    expected = bits(run())
-    for _ in range(2):
-        run()
+    expected = settled(run)
     torch.cuda.synchronize()
     for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
         with torch.cuda.stream(stream):
@@ -392,9 +398,7 @@ def test_streams(own_kinds):
 @pytest.mark.gpu
 def test_graphs(own_kinds):
     run, _ = products(130, 0)
-    expected = bits(run())
-    for _ in range(2):
-        run()
+    expected = settled(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = run()
