@@ -66,7 +66,7 @@ if triton is not None:
         factor = tl.load(gates + token * gate_row + expert, mask=there, other=0.0).to(tl.float32) * scaling
         counts = there
         if MASKED:
-            counts = there & (tl.load(chosen + token * experts + expert, mask=there, other=0) != 0)
+            counts = tl.load(chosen + token * experts + expert, mask=there, other=0)
         inner = tl.arange(0, WIDTH)
         inside = there[:, None] & (inner < RANK)[None, :]
         for linear in range(LINEARS):
@@ -87,7 +87,7 @@ if triton is not None:
         factor = tl.load(gates + token * gate_row + expert, mask=there, other=0.0).to(tl.float32) * scaling
         counts = there
         if MASKED:
-            counts = there & (tl.load(chosen + token * experts + expert, mask=there, other=0) != 0)
+            counts = tl.load(chosen + token * experts + expert, mask=there, other=0)
         inner = tl.arange(0, WIDTH)
         inside = there[:, None] & (inner < RANK)[None, :]
         total = tl.zeros([TILE], dtype=tl.float32)
@@ -116,15 +116,16 @@ if triton is not None:
 
 def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run]) -> Tensor:
     """As `gate_hidden.gate`; `runs` as `gate_hidden.runs` gives them."""
-    hidden, gates, chosen = hidden.contiguous(), _rows(gates), None if chosen is None else chosen.contiguous()
+    hidden, gates, masked = _whole(hidden), _rows(gates), chosen is not None
+    mask = gates if chosen is None else _whole(chosen)
     gated = torch.empty_like(hidden)
-    tokens, row, gate_row = hidden.size(0), hidden.size(1), gates.stride(0)
+    (tokens, row), gate_row = hidden.shape, gates.stride(0)
     for run in runs:
         first = run[0]
         _launch_gate(
             (-(-tokens // TOKENS), first.experts, 1),
-            [_from(hidden, first), gates, _bytes(chosen, gates), _from(gated, first)],
-            [((tokens,), (row, gate_row, run, chosen is None), partial(_rest, row, gate_row, run, chosen is not None))],
+            (_from(hidden, first), gates, mask, _from(gated, first)),
+            (((tokens,), (row, gate_row, run, masked), partial(_rest, row, gate_row, run, masked)),),
         )
     return gated
 
@@ -132,24 +133,24 @@ def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run]) 
 def gate_backward(
     d_gated: Tensor, hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run], want_gates: bool, want_gated: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """As `gate_hidden.gate_backward`."""
-    d_gated, hidden, gates = d_gated.contiguous(), hidden.contiguous(), _rows(gates)
-    chosen = None if chosen is None else chosen.contiguous()
-    d_hidden = torch.empty_like(hidden)
+    """As `gate_hidden.gate_backward`. d_hidden is written over d_gated, each number where it was read."""
+    d_gated, hidden, gates, masked = _whole(d_gated), _whole(hidden), _rows(gates), chosen is not None
+    mask = gates if chosen is None else _whole(chosen)
     d_gates = torch.empty(gates.shape, dtype=torch.float32, device=gates.device) if want_gates else None
     gated = torch.empty_like(hidden) if want_gated else None
-    tokens, row, gate_row = hidden.size(0), hidden.size(1), gates.stride(0)
+    (tokens, row), gate_row = hidden.shape, gates.stride(0)
     for number, run in enumerate(runs):
-        first, flags = run[0], (chosen is not None, want_gates, number > 0, want_gated)
+        first, flags = run[0], (masked, want_gates, number > 0, want_gated)
+        d_run = _from(d_gated, first)
         _launch_gate_backward(
             (-(-tokens // TOKENS), first.experts, 1),
-            [
-                _from(d_gated, first), _from(hidden, first), gates, _bytes(chosen, gates), _from(d_hidden, first),
-                gates if d_gates is None else d_gates, hidden if gated is None else _from(gated, first),
-            ],
-            [((tokens,), (row, gate_row, run, *flags), partial(_rest, row, gate_row, run, *flags))],
+            (
+                d_run, _from(hidden, first), gates, mask, d_run, gates if d_gates is None else d_gates,
+                hidden if gated is None else _from(gated, first),
+            ),
+            (((tokens,), (row, gate_row, run, *flags), partial(_rest, row, gate_row, run, *flags)),),
         )  # fmt: skip
-    return d_hidden, d_gates, gated
+    return d_gated, d_gates, gated
 
 
 def _rest(row: int, gate_row: int, run: Run, masked: bool, *of_backward: bool) -> Rest:
@@ -166,9 +167,10 @@ def _from(each: Tensor, first: Any) -> Tensor:
 
 def _rows(gates: Tensor) -> Tensor:
     """float32, with its columns side by side."""
-    gates = gates.to(torch.float32)
+    if gates.dtype != torch.float32:
+        gates = gates.to(torch.float32)
     return gates if gates.stride(-1) == 1 else gates.contiguous()
 
 
-def _bytes(chosen: Tensor | None, instead: Tensor) -> Tensor:
-    return instead if chosen is None else chosen.view(torch.uint8)
+def _whole(each: Tensor) -> Tensor:
+    return each if each.is_contiguous() else each.contiguous()

@@ -44,6 +44,12 @@ from .group_layout import Casts, KeptByBlock, Spec, Weight
 from .pair_order import PairOrder
 
 
+WRITTEN = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: gates, experts or the base "
+    "layers' weights of adapted linears were written to between a forward and its backward."
+)
+
+
 def run(
     spec: Spec,
     x: Tensor,
@@ -136,10 +142,10 @@ class _Call:
             if self.hidden is None:
                 self.hidden = _hidden(rows, self.casts, self.a, spec, order)
                 kept[0].keep_hidden(self.place, self.hidden, rows)
-        memory = self.casts.memory if kept is None else None
+        casts = self.casts.to_keep(self.a, spec) if kept is None else ()
         same = rows.data_ptr() == x.data_ptr()  # neither cast nor copied
         inputs = (rows if not same else None, x if same else None) if keep_x else (None, None)
-        self.saved = (*inputs, self.hidden if self.place is None else None, memory)
+        self.saved = (*inputs, self.hidden if self.place is None else None, *casts)
 
     def gated(self, gates: Tensor, chosen: Tensor | None) -> Tensor:
         """The gated hidden; by pairs, which apply the gates themselves, the hidden."""
@@ -194,14 +200,11 @@ class _Group(torch.autograd.Function):
             outputs = _outputs(gated, gates, call, x.shape)
             if spec.packed and x.dtype != spec.dtype:
                 outputs = [y.to(x.dtype) for y in outputs]
-        # What lies outside of the function is referred to where it is. In a checkpointed block, that is all: keeping would
-        # call a hook for each. Elsewhere it is kept, too, so that writing to it before backward is an error, as always.
-        base = () if spec.given else call.base
-        ctx.call = _Left(call, x, gates, chosen, base)
+        left = ctx.call = _Left(call, x, gates, chosen, () if spec.given else call.base)
+        if not spec.checkpointed:
+            left.written = left.versions()
         if call.keeper is None:
-            plain = () if spec.packed else base
-            watched = () if spec.checkpointed else (gates, chosen, *call.a, *call.b, *plain)
-            ctx.save_for_backward(*call.saved, *watched)
+            ctx.save_for_backward(*call.saved)
         return tuple(outputs)
 
     @staticmethod
@@ -211,9 +214,11 @@ class _Group(torch.autograd.Function):
         n, present = spec.size if left.trains else 0, [d for d in d_outputs if d is not None]
         if not present:
             return (None,) * len(ctx.needs_input_grad)
+        if left.written is not None and left.written != left.versions():
+            raise RuntimeError(WRITTEN)
         if torch.is_grad_enabled():
             return _backward_to_differentiate(ctx, d_outputs)
-        rows, x, hidden, memory = (left.keeper or ctx).saved_tensors[:4]
+        rows, x, hidden, *kept = (left.keeper or ctx).saved_tensors
         gates, chosen, a, b = left.gates, left.chosen, left.a, left.b
         _, _, x_needed, gates_needed, _, *needed = ctx.needs_input_grad
         a_needed, b_needed = needed[:n], needed[n : 2 * n]
@@ -226,7 +231,7 @@ class _Group(torch.autograd.Function):
                 rows = x if x.ndim == 2 else x.flatten(0, -2)
             d_rows = [None if d is None else _rows(d, spec.dtype) for d in d_outputs]
             block = None if left.block is None else left.block()
-            casts = Casts(a, b, spec, memory) if block is None else block.casts(left.key, a, b, spec)
+            casts = Casts(a, b, spec, kept or None) if block is None else block.casts(left.key, a, b, spec)
             if hidden is None:
                 hidden = None if block is None else block.hidden.pop(left.place, None)
                 if hidden is None:
@@ -284,11 +289,17 @@ _apply_group: Any = getattr(super(torch.autograd.Function, _Group), "apply", _Gr
 
 
 class _Left:
-    """What a forward leaves for its backward, besides what is kept as autograd keeps it. Of the block that keeps casts and hidden
-    there is a weak reference only."""
+    """What a forward leaves for its backward, besides what is kept as autograd keeps it. What lies outside of the function is
+    referred to where it is. Of the block that keeps casts and hidden there is a weak reference only.
+
+    Attributes:
+        written: `versions()` at the forward. Writing to these tensors before backward is an error, as always in autograd, which
+            would ask for more time to keep each of them. None in a checkpointed block: it computes by what is there.
+    """
 
     __slots__ = (
         "spec", "order", "trains", "keeper", "a", "b", "base", "gates", "chosen", "x_shape", "x_dtype", "block", "key", "place",
+        "written",
     )  # fmt: skip
 
     def __init__(self, call: _Call, x: Tensor, gates: Tensor, chosen: Tensor | None, base: Sequence[Weight]) -> None:
@@ -299,8 +310,17 @@ class _Left:
         self.x_shape, self.x_dtype = x.shape, x.dtype
         self.block: weakref.ref[KeptByBlock] | None = None
         self.key: Any = None
+        self.written: list[int] | None = None
         if call.kept is not None:
             self.block, self.key = weakref.ref(call.kept[0]), call.kept[1]
+
+    def versions(self) -> list[int]:
+        """How often each has been written to."""
+        watched = (self.gates, *self.a, *self.b, *(() if self.spec.packed else self.base))
+        found = [each._version for each in watched]
+        if self.chosen is not None:
+            found.append(self.chosen._version)
+        return found
 
 
 def product(left: Tensor, right: Tensor, wanted: torch.dtype) -> Tensor:
@@ -364,12 +384,12 @@ def _hidden(rows: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, order: 
     """[T, N], or by pairs [P, sum of r]."""
     if order is not None:
         return group_pairs.hidden_of(rows, casts, a, spec, order)
-    down = casts.down(a)
-    if len(down) == 1:
-        return rows.mm(down[0])
+    wide = casts.wide_a(a)
+    if len(wide) == 1:
+        return F.linear(rows, wide[0])
     hidden = rows.new_empty(rows.shape[0], spec.width)
-    for place, each in zip(_parts(hidden, spec), down, strict=True):
-        torch.mm(rows, each, out=place)
+    for place, each in zip(_parts(hidden, spec), wide, strict=True):
+        torch.mm(rows, each.t(), out=place)
     return hidden
 
 
@@ -380,9 +400,9 @@ def _outputs(gated: Tensor, gates: Tensor, call: _Call, x_shape: torch.Size) -> 
         outputs = [rows.new_empty(rows.shape[0], each.shape[1]) for each in call.b]
         group_pairs.write_up(outputs, gated, group_pairs.side_by_side(gates), call.casts, spec, call.order, call.biases)
     else:
-        # `F.linear` would fold and unfold, which takes the host longer than the product.
-        for part, up, bias in zip(_parts(gated, spec), call.casts.up(), call.biases, strict=True):
-            outputs.append(part.mm(up) if bias is None else torch.addmm(bias.to(up.dtype), part, up))
+        # Of matrices: with an input of three dimensions it would fold and unfold, which takes the host longer than the product.
+        for part, up, bias in zip(_parts(gated, spec), call.casts.wide_b(), call.biases, strict=True):
+            outputs.append(F.linear(part, up, bias if bias is None else bias.to(up.dtype)))
     for y, weight in zip(outputs, call.base, strict=True):
         y.addmm_(rows, _matrix(weight, spec))
         if len(lead) != 1:
@@ -408,7 +428,8 @@ def _added(ctx: Any, results: Sequence[Tensor], gated: Tensor, gates: Tensor, ca
         group_pairs.add_up(flat, gated, group_pairs.side_by_side(gates), call.casts, spec, call.order)
         ctx.mark_dirty(*dirty)
         return [y if y.dtype == r.dtype else r + y.to(r.dtype) for r, y in zip(results, outputs, strict=True)]
-    for result, part, up, in_place in zip(results, _parts(gated, spec), call.casts.up(), spec.in_place, strict=True):
+    ups = [each.t() for each in call.casts.wide_b()]
+    for result, part, up, in_place in zip(results, _parts(gated, spec), ups, spec.in_place, strict=True):
         if result.dtype != spec.dtype:
             outputs.append(result + (part @ up).to(result.dtype).view(result.shape))
         elif in_place and result.is_contiguous():

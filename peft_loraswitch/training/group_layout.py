@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import cast_kernels
 from .gate_hidden import Columns, runs
 
 # What a checkpointed block's first run keeps for its second, at most, of one group of linears. Its cast weights: in an 8B model
@@ -117,6 +118,7 @@ class Layout:
         holds_a: A is there: if it is joined, and in a checkpointed block, so that it is kept with B. Elsewhere it is read where
             it lies.
         end: the size of all; `bytes`: in bytes.
+        launches: of the kernel that casts, if A is there.
     """
 
     def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> None:
@@ -124,7 +126,7 @@ class Layout:
         self.joins_a = len(a) > 1 and a[0].is_cuda or any(each.dtype != spec.dtype for each in a)
         self.holds_a = self.joins_a or spec.checkpointed
         end = _aligned(spec.width * self.features if self.holds_a else 0)
-        self.places_a, self.places_b, self.wide_a, self.wide_b, self.up = [], [], [], [], []  # size, strides, start
+        self.places_a, self.places_b, self.wide_a, self.wide_b = [], [], [], []  # size, strides, start
         self.pair_a: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         self.pair_b: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
         self.pair_d_b: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -137,14 +139,14 @@ class Layout:
                 self.wide_a.append(((width, self.features), (self.features, 1), columns.start * self.features))
             self.places_b.append(((experts, out, rank), (rank, width, 1), end))
             self.wide_b.append(((out, width), (width, 1), end))
-            self.up.append(((width, out), (1, width), end))
             self.pair_b.append(((1, experts, rank, out), (out * width, rank, 1, width), end))
             self.pair_d_b.append(((1, experts, rank, out), (out * width, out * rank, 1, rank)))
             end += _aligned(out * width)
         if self.joins_a:
             self.wide_a = [((self.width, self.features), (self.features, 1), 0)]
-        self.down = [(size[::-1], strides[::-1], start) for size, strides, start in self.wide_a]
         self.end, self.bytes = end, end * spec.dtype.itemsize
+        outs, starts = [up.shape[1] for up in b], [start for _, _, start in self.places_b]
+        self.launches = cast_kernels.parts(spec.columns, self.features, outs, starts) if self.holds_a else []
         for first, count in runs(spec.columns):
             alike = (count, first.experts, first.rank, self.features)
             steps = (first.experts * first.rank * self.features, first.rank * self.features, self.features, 1)
@@ -157,72 +159,71 @@ def _aligned(size: int) -> int:
 
 
 class Casts:
-    """The weights of a call in the dtype of the products, in one piece of memory, so that it is allocated and kept as one: A of
+    """The weights of a call in the dtype of the products, in one piece of memory, so that it is allocated as one: A of
     all linears [N, in]; each linear's B [out, E * r]. Views are made when asked for, and once.
 
     Args:
-        memory: as it was kept; None: a new one, with the weights as they are now.
+        kept: what `to_keep()` of the same call has given; None: a new piece, with the weights as they are now.
     """
 
-    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec, memory: Tensor | None = None) -> None:
+    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec, kept: Sequence[Tensor] | None = None) -> None:
         if not spec.layouts:
             spec.layouts.append(Layout(a, b, spec))
         layout = self.layout = spec.layouts[0]
-        if memory is None:
-            memory = torch.empty(layout.end, dtype=spec.dtype, device=a[0].device)
-            # One call. B has other strides there than it comes with, so PyTorch copies each by a kernel of its own, which is
-            # wanted: the one kernel that it has for many tensors gives 65,536 numbers to a block, and small weights make few.
-            places = [memory.as_strided(*place) for place in layout.places_a + layout.places_b]
-            torch._foreach_copy_(places, [*a, *b] if layout.holds_a else list(b))
-        self.memory = memory
-        self._wide_a: list[Tensor] | None = None
-        self._down: list[Tensor] | None = None
-        self._wide_b: list[Tensor] | None = None
-        self._up: list[Tensor] | None = None
+        self.memory: Tensor | None = None
+        self._wide_a: Sequence[Tensor] | None = None
+        self._wide_b: Sequence[Tensor] | None = None
         self._pair_a: list[Tensor] | None = None
         self._pair_b: list[Tensor] | None = None
+        if kept is None:
+            memory = self.memory = torch.empty(layout.end, dtype=spec.dtype, device=a[0].device)
+            if not layout.holds_a or not cast_kernels.cast(memory, a, b, layout.launches):
+                places = [memory.as_strided(*place) for place in layout.places_a + layout.places_b]
+                torch._foreach_copy_(places, [*a, *b] if layout.holds_a else list(b))
+        elif spec.slots:
+            (self.memory,) = kept
+        else:
+            self._wide_b = kept[: spec.size]
+            if layout.holds_a:
+                self._wide_a = kept[spec.size :]
 
-    def wide_a(self, a: Sequence[Tensor]) -> list[Tensor]:
+    def to_keep(self, a: Sequence[Tensor], spec: Spec) -> tuple[Tensor, ...]:
+        """What backward takes: by pairs the memory, otherwise the views, which a product reads either way round."""
+        if spec.slots:
+            assert self.memory is not None
+            return (self.memory,)
+        return (*self.wide_b(), *(self.wide_a(a) if self.layout.holds_a else ()))
+
+    def _views(self, places: Sequence[tuple[tuple[int, ...], tuple[int, ...], int]]) -> list[Tensor]:
+        assert self.memory is not None
+        return [self.memory.as_strided(*place) for place in places]
+
+    def wide_a(self, a: Sequence[Tensor]) -> Sequence[Tensor]:
         """One matrix [N, in], or one [E * r, in] for each linear."""
-        layout = self.layout
-        if not layout.holds_a:  # not kept: whoever owns A may have put it elsewhere since
-            return [each.detach().view(-1, layout.features) for each in a]
+        if not self.layout.holds_a:  # not kept: whoever owns A may have put it elsewhere since
+            return [each.detach().view(-1, self.layout.features) for each in a]
         if self._wide_a is None:
-            self._wide_a = [self.memory.as_strided(*place) for place in layout.wide_a]
+            self._wide_a = self._views(self.layout.wide_a)
         return self._wide_a
 
-    def down(self, a: Sequence[Tensor]) -> list[Tensor]:
-        """[in, N], or one [in, E * r] for each linear: the same, the other way round."""
-        if not self.layout.holds_a:
-            return [each.t() for each in self.wide_a(a)]
-        if self._down is None:
-            self._down = [self.memory.as_strided(*place) for place in self.layout.down]
-        return self._down
-
-    def wide_b(self) -> list[Tensor]:
+    def wide_b(self) -> Sequence[Tensor]:
         """[out, E * r] each"""
         if self._wide_b is None:
-            self._wide_b = [self.memory.as_strided(*place) for place in self.layout.wide_b]
+            self._wide_b = self._views(self.layout.wide_b)
         return self._wide_b
-
-    def up(self) -> list[Tensor]:
-        """[E * r, out] each: the same, the other way round."""
-        if self._up is None:
-            self._up = [self.memory.as_strided(*place) for place in self.layout.up]
-        return self._up
 
     def pair_a(self, a: Sequence[Tensor]) -> list[Tensor]:
         """[linears, E, r, in] each, in the order of the linears; those alike in one, if they lie side by side."""
         if not self.layout.holds_a:
             return [each.detach().unsqueeze(0) for each in a]
         if self._pair_a is None:
-            self._pair_a = [self.memory.as_strided(*place) for place in self.layout.pair_a]
+            self._pair_a = self._views(self.layout.pair_a)
         return self._pair_a
 
     def pair_b(self) -> list[Tensor]:
         """[1, E, r, out] each"""
         if self._pair_b is None:
-            self._pair_b = [self.memory.as_strided(*place) for place in self.layout.pair_b]
+            self._pair_b = self._views(self.layout.pair_b)
         return self._pair_b
 
 

@@ -50,7 +50,7 @@ METHODS = ("floor", "lora", "fused")
 CALLS = 3 * 4  # of groups, a layer and step
 
 
-def model_of(method: str, layers: int) -> Any:
+def model_of(method: str, layers: int, checkpointing: bool = True) -> Any:
     config = LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2,
@@ -63,13 +63,18 @@ def model_of(method: str, layers: int) -> Any:
         adapter = LoRASwitchConfig(r=1, num_experts=2, top_k=1, target_modules=TARGETS, init_weights=False)
         model = get_peft_model(model, adapter)
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def trained_of(model: Any) -> list[torch.Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def step_of(model: Any) -> Callable[[], Any]:
     ids = torch.randint(0, 64, (1, 4), generator=torch.Generator().manual_seed(0))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = trained_of(model)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):

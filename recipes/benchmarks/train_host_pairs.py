@@ -28,6 +28,7 @@ from peft import get_peft_model
 
 from peft_loraswitch import LoRASwitchConfig
 from peft_loraswitch.training import (
+    cast_kernels,
     fast_linears,
     gate_kernels,
     group_layout,
@@ -85,7 +86,7 @@ def without_a_gpu() -> Iterator[list[NoKernel]]:
     patches = [mock.patch.multiple(module, **each) for module, each in stand_ins]
     for patch in patches:
         patch.start()
-    for module in (pair_kernels, gate_kernels):
+    for module in (pair_kernels, gate_kernels, cast_kernels):
         for name, number in module.TENSORS.items():
             kernels.append(NoKernel())
             launcher = triton_launch.Launcher(kernels[-1], number)
