@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import gate_kernels
@@ -83,7 +82,7 @@ def _rest(part: Part) -> Rest:
 
 if triton is not None:
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit
     def _cast_a(a, place, size, at):  # type: ignore[no-untyped-def]
         value = tl.load(a + at, mask=at < size, other=0.0).to(tl.float32)
         tl.store(place + at, value.to(place.dtype.element_ty), mask=at < size)

@@ -27,6 +27,7 @@ from ..routing.frame import RoutingFrame, RoutingState
 from ..tensor_parallel import is_split
 from .four_bit_weights import four_bit_form, four_bit_weights
 from .gate_hidden import Columns
+from .gate_sum import GateSum, summed
 from .group_function import autocast_dtype, run
 from .group_layout import KeptByBlock, Spec
 from .pair_order import PairOrder, order_of
@@ -259,8 +260,11 @@ class SharedInputs:
         if self.newest is not None:
             self._ends.add(self.newest)
 
-    def operands(self, adapter: str, routing: Any, x: Tensor, layer_name: str) -> tuple[Tensor, Tensor | None]:
-        """Gates [T, E] and which experts are chosen [T, E] (None: all), made once for all linears that see the same tokens."""
+    def operands(
+        self, adapter: str, routing: Any, x: Tensor, layer_name: str
+    ) -> tuple[Tensor, Tensor | None, GateSum | None]:
+        """Gates [T, E], which experts are chosen [T, E] (None: all), and where the gradient of the gates is added up, made once
+        for all linears that see the same tokens."""
         key = (x.shape[:-1], x.device, torch.is_grad_enabled())
         made = self._operands.get(adapter)
         if made is None or made[0] is not routing or made[1] != key:
@@ -268,8 +272,9 @@ class SharedInputs:
             if gates.dim() != 2:
                 gates = gates.reshape(-1, gates.shape[-1])
                 chosen = None if chosen is None else chosen.reshape(-1, chosen.shape[-1])
-            made = self._operands[adapter] = (routing, key, gates, chosen)
-        return made[2], made[3]
+            gates, total = summed(gates)
+            made = self._operands[adapter] = (routing, key, gates, chosen, total)
+        return made[2], made[3], made[4]
 
     def order(self, adapter: str, routing: Any, experts: int, device: torch.device) -> PairOrder:
         """The (token, expert) pairs of a decision, sorted once for all linears that follow it, also in a checkpointed block's
@@ -381,7 +386,7 @@ def _with_adapter(
         routing = first.routing_for(adapter, frame, x)
         if adapter not in frame.trained and any(one.trains(adapter) for one in layers[1:]):
             frame.trained.add(adapter)
-    gates, chosen = inputs.operands(adapter, routing, x, first.name)
+    gates, chosen, total = inputs.operands(adapter, routing, x, first.name)
     downs = [one._modules["loraswitch_A"]._modules[adapter] for one in layers]
     ups = [one._modules["loraswitch_B"]._modules[adapter] for one in layers]
     a = [each._parameters["weight"] if each.alone is None else each.whole() for each in downs]
@@ -399,12 +404,12 @@ def _with_adapter(
         weights, biases = [base["weight"] for base in bases], [base["bias"] for base in bases]
         if plan.packed:
             weights = four_bit_weights(weights, inputs.second_run)
-        return run(spec, x, gates, chosen, a, b, weights, biases, order, kept)
+        return run(spec, x, gates, chosen, a, b, weights, biases, order, kept, total)
     # What this path has computed itself may be added to; of a base layer's result it must be known that nobody holds it.
     again = plan.own or adapter != plan.adapters[0]
     free = tuple(again or _is_fresh(one.base_layer, y) for one, y in zip(layers, results, strict=True))
     spec = plan.spec(adapter, True, free, inputs.checkpointed, False, slots)
-    return run(spec, x, gates, chosen, a, b, results, (), order, kept)
+    return run(spec, x, gates, chosen, a, b, results, (), order, kept, total)
 
 
 def _plan(layer: Any, inputs: SharedInputs, x: Tensor) -> Plan:

@@ -67,22 +67,30 @@ def gate_backward(
     columns: tuple[Columns, ...],
     want_gates: bool,
     want_gated: bool,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(d_hidden [T, N], d_gates float32 [T, E] if wanted, and `gate()` again if wanted), from d_gated [T, N]."""
+    """(d_hidden [T, N], d_gates float32 [T, E] if wanted, and `gate()` again if wanted), from d_gated [T, N], which may be
+    written over.
+
+    Args:
+        total: float32 [T, E], the gradient of the gates so far: added to, and returned as d_gates.
+    """
     if gate_kernels.usable(hidden):
-        return gate_kernels.gate_backward(d_gated, hidden, gates, chosen, runs(columns), want_gates, want_gated)
+        return gate_kernels.gate_backward(d_gated, hidden, gates, chosen, runs(columns), want_gates, want_gated, total)
     absent = None if chosen is None else ~chosen
     d_hidden, *again = _gate((d_gated, hidden) if want_gated else (d_gated,), gates, absent, columns)
     gated = again[0] if again else None
     if not want_gates:
         return d_hidden, None, gated
-    total = None
+    d_gates = None
     for (h, first, count), (d, _, _) in zip(_each_run(hidden, columns), _each_run(d_gated, columns), strict=True):
         products = d.to(promoted(d.dtype, gates.dtype)) * h
         part = products.view(h.shape[0], count, first.experts, first.rank).sum(dim=(1, 3)).mul_(first.scaling)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return d_hidden, total if absent is None else total.masked_fill_(absent, 0.0), gated
+        d_gates = part if d_gates is None else d_gates.add_(part)
+    assert d_gates is not None
+    if absent is not None:
+        d_gates.masked_fill_(absent, 0.0)
+    return d_hidden, d_gates if total is None else total.add_(d_gates), gated
 
 
 promoted = functools.cache(torch.promote_types)

@@ -131,16 +131,19 @@ def gate(hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run]) 
 
 
 def gate_backward(
-    d_gated: Tensor, hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run], want_gates: bool, want_gated: bool
+    d_gated: Tensor, hidden: Tensor, gates: Tensor, chosen: Tensor | None, runs: list[Run], want_gates: bool, want_gated: bool,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """As `gate_hidden.gate_backward`. d_hidden is written over d_gated, each number where it was read."""
     d_gated, hidden, gates, masked = _whole(d_gated), _whole(hidden), _rows(gates), chosen is not None
     mask = gates if chosen is None else _whole(chosen)
-    d_gates = torch.empty(gates.shape, dtype=torch.float32, device=gates.device) if want_gates else None
+    d_gates = total
+    if want_gates and total is None:
+        d_gates = torch.empty(gates.shape, dtype=torch.float32, device=gates.device)
     gated = torch.empty_like(hidden) if want_gated else None
     (tokens, row), gate_row = hidden.shape, gates.stride(0)
     for number, run in enumerate(runs):
-        first, flags = run[0], (masked, want_gates, number > 0, want_gated)
+        first, flags = run[0], (masked, want_gates, number > 0 or total is not None, want_gated)
         d_run = _from(d_gated, first)
         _launch_gate_backward(
             (-(-tokens // TOKENS), first.experts, 1),

@@ -40,9 +40,9 @@ from torch._C._functorch import unwrap_if_dead
 
 from . import group_pairs
 from .gate_hidden import gate, gate_backward
+from .gate_sum import GateSum
 from .group_layout import Casts, KeptByBlock, Spec, Weight
 from .pair_order import PairOrder
-
 
 WRITTEN = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: gates, experts or the base "
@@ -61,6 +61,7 @@ def run(
     biases: Sequence[Tensor | None] = (),
     order: PairOrder | None = None,
     kept: tuple[KeptByBlock, Any] | None = None,
+    total: GateSum | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs [..., out] of each linear, for x [..., in].
 
@@ -71,6 +72,7 @@ def run(
         biases: of the base layers, unless `spec.given`.
         order: of the tokens' pairs, with `spec.slots`.
         kept: what the checkpointed block keeps, and the key of this group there; None: it is kept with what backward needs.
+        total: where the gradient of the gates is added up; None: by autograd.
     """
     x, gates = unwrap_if_dead(x), unwrap_if_dead(gates)
     if gates.ndim != 2:
@@ -82,7 +84,7 @@ def run(
         if each.requires_grad:
             trains = True
             break
-    call, token = _Call(spec, a, b, trains, base, biases, order, kept), None
+    call, token = _Call(spec, a, b, trains, base, biases, order, kept, total), None
     with _NoAutocast(x.device.type):
         if spec.last and torch.is_grad_enabled():
             anchor = next((each for each in (x, gates, *experts) if each.requires_grad), None)
@@ -117,8 +119,9 @@ class _Call:
         biases: Sequence[Tensor | None],
         order: PairOrder | None,
         kept: tuple[KeptByBlock, Any] | None,
+        total: GateSum | None,
     ) -> None:
-        self.a, self.b, self.trains = tuple(a), tuple(b), trains
+        self.a, self.b, self.trains, self.total = tuple(a), tuple(b), trains, total
         self.spec, self.base, self.biases, self.order, self.kept = spec, base, biases, order, kept
         self.keeper: Any = None
         self.place: tuple[Any, int] | None = None
@@ -237,6 +240,7 @@ class _Group(torch.autograd.Function):
                 if hidden is None:
                     hidden = _hidden(rows, casts, a, spec, order)
             gated: Tensor | None
+            total = left.total if gates_needed and order is None else None
             if order is not None:
                 gated, gates = None, group_pairs.side_by_side(gates)
                 d_rows = [None if d is None else group_pairs.side_by_side(d) for d in d_rows]
@@ -250,8 +254,9 @@ class _Group(torch.autograd.Function):
                     spec.columns,
                     want_gates=gates_needed,
                     want_gated=True in b_needed,
+                    total=None if total is None else total.so_far(gates.device),
                 )
-            if not gates_needed:
+            if not gates_needed or total is not None and d_gates is not None and total.keep(d_gates):
                 d_gates = None
             elif d_gates is not None and d_gates.dtype != gates.dtype:
                 d_gates = d_gates.to(gates.dtype)
@@ -299,12 +304,12 @@ class _Left:
 
     __slots__ = (
         "spec", "order", "trains", "keeper", "a", "b", "base", "gates", "chosen", "x_shape", "x_dtype", "block", "key", "place",
-        "written",
+        "total", "written",
     )  # fmt: skip
 
     def __init__(self, call: _Call, x: Tensor, gates: Tensor, chosen: Tensor | None, base: Sequence[Weight]) -> None:
-        self.spec, self.order, self.trains, self.keeper, self.place = (
-            call.spec, call.order, call.trains, call.keeper, call.place,
+        self.spec, self.order, self.trains, self.keeper, self.place, self.total = (
+            call.spec, call.order, call.trains, call.keeper, call.place, call.total,
         )  # fmt: skip
         self.a, self.b, self.base, self.gates, self.chosen = call.a, call.b, base, gates, chosen
         self.x_shape, self.x_dtype = x.shape, x.dtype
@@ -316,7 +321,7 @@ class _Left:
 
     def versions(self) -> list[int]:
         """How often each has been written to."""
-        watched = (self.gates, *self.a, *self.b, *(() if self.spec.packed else self.base))
+        watched: Any = (self.gates, *self.a, *self.b, *(() if self.spec.packed else self.base))
         found = [each._version for each in watched]
         if self.chosen is not None:
             found.append(self.chosen._version)

@@ -166,7 +166,9 @@ class Casts:
         kept: what `to_keep()` of the same call has given; None: a new piece, with the weights as they are now.
     """
 
-    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec, kept: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec, kept: Sequence[Tensor] | None = None
+    ) -> None:
         if not spec.layouts:
             spec.layouts.append(Layout(a, b, spec))
         layout = self.layout = spec.layouts[0]

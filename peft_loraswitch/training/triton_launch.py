@@ -37,6 +37,11 @@ _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawSt
 _watching = threading.Lock()
 
 
+def current_stream(device: torch.device) -> int:
+    """That of a GPU; 0 elsewhere."""
+    return 0 if device.type != "cuda" else _current_stream(_current_device() if device.index is None else device.index)
+
+
 class Rest(NamedTuple):
     """Arguments of a kernel behind its tensors and counts.
 

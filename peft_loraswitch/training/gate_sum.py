@@ -1,0 +1,69 @@
+"""One gradient of the gates for all groups of linears that share them.
+
+Autograd would have a tensor of each group and a launch for each sum, some hundred of them. Here the groups add to one tensor, in
+the launch that computes their part, and hand nothing on; the function that the gates came through hands on the sum. Autograd
+calls it when all groups are done.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .triton_launch import current_stream
+
+_graph_task = torch._C._current_graph_task_id
+
+
+class GateSum:
+    """What the groups' backward have added up so far. Of one backward pass and stream: whatever another has left, because it did
+    not ask for the gates or failed, is not taken."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._total: Tensor | None = None
+
+    def so_far(self, device: torch.device) -> Tensor | None:
+        """To add to; None: nothing yet. Then `keep` what there is."""
+        return self._total if self._key == (_graph_task(), current_stream(device)) else None
+
+    def keep(self, total: Tensor) -> bool:
+        """Whether it is kept; if not, it goes on by autograd. (Another stream has begun a sum in this pass.)"""
+        key = (_graph_task(), current_stream(total.device))
+        if self._total is not None and self._key != key and self._key[0] == key[0]:
+            return False
+        self._key, self._total = key, total
+        return True
+
+    def take(self) -> Tensor | None:
+        total = self._total if self._key is not None and self._key[0] == _graph_task() else None
+        self._key = self._total = None
+        return total
+
+
+class _Gates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, total: GateSum) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.total = total
+        return gates.view_as(gates)
+
+    @staticmethod
+    def backward(ctx: Any, d_gates: Tensor | None) -> tuple[Tensor | None, None]:
+        total = ctx.total.take()
+        if total is None:
+            return d_gates, None
+        return total if d_gates is None else d_gates + total, None
+
+
+_apply: Any = _Gates.apply
+
+
+def summed(gates: Tensor) -> tuple[Tensor, GateSum | None]:
+    """The gates to hand to groups, and where these add up; None: by autograd."""
+    if not (gates.requires_grad and torch.is_grad_enabled() and gates.dtype == torch.float32):
+        return gates, None
+    total = GateSum()
+    return _apply(gates, total), total
