@@ -25,7 +25,7 @@ except ImportError:  # no GPU build of PyTorch
 LINEARS = 3  # of one launch, at most
 TENSORS = {"cast": 1 + 2 * LINEARS}  # of the kernel's arguments
 TILE = 2048  # numbers of a program
-LARGEST = 2**31 - 1  # offsets are ints of 32 bits
+LARGEST = 2**30  # numbers in the memory: offsets are ints of 32 bits
 
 
 class Part(NamedTuple):
@@ -43,6 +43,11 @@ class Part(NamedTuple):
     width: int
     tiles: int
     numbers: tuple[int, ...]
+
+
+def takes(weights: Sequence[Tensor]) -> bool:
+    """Whether the kernel can read their dtypes."""
+    return all(each.dtype in gate_kernels.FLOATS for each in weights)
 
 
 def parts(columns: tuple[Columns, ...], features: int, outs: Sequence[int], starts_of_b: Sequence[int]) -> list[Part]:
@@ -66,11 +71,11 @@ def cast(memory: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], launches: Seq
     written then."""
     if memory.numel() > LARGEST or not gate_kernels.usable(memory):
         return False
-    for each in (*a, *b):
-        if not each.is_contiguous() or each.dtype not in gate_kernels.FLOATS:
-            return False
+    weights = [*itertools.chain(*zip(a, b, strict=True))]
+    if False in map(Tensor.is_contiguous, weights):
+        return False
     for part in launches:
-        tensors = [memory, *itertools.chain(*zip(a[part.first : part.end], b[part.first : part.end], strict=True))]
+        tensors = [memory, *weights[2 * part.first : 2 * part.end]]
         _launch_cast((part.tiles, len(tensors) - 1, 1), tensors, [((), part, partial(_rest, part))])
     return True
 

@@ -17,8 +17,10 @@ Base layers that it cannot compute itself (most quantised ones, with hooks, trai
 gradient. Where a weight can be had in the dtype of the products (`PackedWeight`: bitsandbytes in 4 bits), it is made for each
 product that reads it, and kept by none.
 
-A GPU that waits for Python has gained nothing, so the operations are few: weights are cast into one piece of memory by one call,
-and views of it are made by stride. Two tensors are kept, because a checkpointed block has a Python hook called for each.
+A GPU that waits for Python has gained nothing, so the operations are few: weights are cast into one piece of memory by one launch
+(`cast_kernels.py`), views of it are made by stride and once, as a product reads them either way round, and the gradient of the
+gates is one tensor to which all groups add (`gate_sum.py`). In a checkpointed block two tensors are kept, because a Python hook
+is called for each.
 
 **The last group of a checkpointed block.** The second run of a block ends as soon as everything that its backward needs is there
 again. For a linear of the backbone that is before its product is computed (its weight is all that it keeps), and the block's last

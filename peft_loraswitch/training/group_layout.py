@@ -118,7 +118,7 @@ class Layout:
         holds_a: A is there: if it is joined, and in a checkpointed block, so that it is kept with B. Elsewhere it is read where
             it lies.
         end: the size of all; `bytes`: in bytes.
-        launches: of the kernel that casts, if A is there.
+        launches: of the kernel that casts, if A is there and it takes them; none: PyTorch copies.
     """
 
     def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], spec: Spec) -> None:
@@ -145,8 +145,10 @@ class Layout:
         if self.joins_a:
             self.wide_a = [((self.width, self.features), (self.features, 1), 0)]
         self.end, self.bytes = end, end * spec.dtype.itemsize
-        outs, starts = [up.shape[1] for up in b], [start for _, _, start in self.places_b]
-        self.launches = cast_kernels.parts(spec.columns, self.features, outs, starts) if self.holds_a else []
+        self.launches: list[cast_kernels.Part] = []
+        if self.holds_a and cast_kernels.takes([*a, *b]):
+            outs, starts = [up.shape[1] for up in b], [start for _, _, start in self.places_b]
+            self.launches = cast_kernels.parts(spec.columns, self.features, outs, starts)
         for first, count in runs(spec.columns):
             alike = (count, first.experts, first.rank, self.features)
             steps = (first.experts * first.rank * self.features, first.rank * self.features, self.features, 1)
@@ -179,7 +181,7 @@ class Casts:
         self._pair_b: list[Tensor] | None = None
         if kept is None:
             memory = self.memory = torch.empty(layout.end, dtype=spec.dtype, device=a[0].device)
-            if not layout.holds_a or not cast_kernels.cast(memory, a, b, layout.launches):
+            if not layout.launches or not cast_kernels.cast(memory, a, b, layout.launches):
                 places = [memory.as_strided(*place) for place in layout.places_a + layout.places_b]
                 torch._foreach_copy_(places, [*a, *b] if layout.holds_a else list(b))
         elif spec.slots:

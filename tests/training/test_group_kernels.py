@@ -51,6 +51,11 @@ def test_a_cpu_has_no_kernel():
     assert launches and not cast_kernels.cast(memory, a, b, launches) and (memory == 7).all()
 
 
+def test_other_dtypes_have_no_launch():
+    a, b, columns = weights_of(GROUPS[1], torch.float64, "cpu")
+    assert not Casts(a, b, Spec(torch.float32, columns, False)).layout.launches
+
+
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("group", [*GROUPS, (8, (8, 8, 8), 4096, (4096, 1024, 1024))], ids=str)
