@@ -333,3 +333,66 @@ def test_experts_that_are_frozen_change_nothing_for_the_router(reentrant):
     for name, gradient in actual.items():
         assert gradient.norm() > 1e-4
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+
+
+def model_that_trains(device: str = "cpu") -> Any:
+    """Without checkpointing; groups are known."""
+    model = model_of(None).to(device)
+    gradients(model)
+    return model
+
+
+@pytest.mark.parametrize("change", ["A", "B", "AB"])
+def test_without_checkpointing_backward_goes_by_the_weights_of_the_forward(change):
+    """Also where a write cannot be seen. The next forward goes by what is there then."""
+    model = model_that_trains()
+    expected = gradients(model)
+    loss = loss_of(model)
+    experts = [p for n, p in model.named_parameters() if any(f"loraswitch_{part}." in n for part in change)]
+    for each in experts:
+        each.data.mul_(3)
+    loss.backward()
+    for name, actual in adapter_gradients(model).items():
+        torch.testing.assert_close(actual, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    changed = gradients(model)
+    for name, each in gradients(copy.deepcopy(model)).items():
+        torch.testing.assert_close(changed[name], each, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert any((changed[name] - each).norm() > 0.1 * each.norm() for name, each in expected.items())
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "another parameter", "state dict"])
+def test_without_checkpointing_each_forward_of_a_step_takes_the_weights_that_are_there(how):
+    """Two forwards, of which the second has other weights, before the backward of either."""
+    model, other = model_that_trains(), model_that_trains()
+    first = gradients(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "loraswitch_B" in name:
+                parameter.mul_(-2)
+    second = gradients(other)
+    loss = loss_of(model)
+    found = {}
+    if how == "in place":  # seen by autograd, so it has to come behind the backward
+        loss.backward()
+        found = {name: each.clone() for name, each in adapter_gradients(model).items()}
+    for module in [m for name, m in model.named_modules() if name.endswith("loraswitch_B.default")]:
+        if how == "in place":
+            with torch.no_grad():
+                module.weight.mul_(-2)
+        elif how == "data":
+            module.weight.data = module.weight.data * -2
+        elif how == "another parameter":
+            module.weight = torch.nn.Parameter(module.weight.detach() * -2)
+        else:
+            module.load_state_dict({"weight": module.weight.detach() * -2}, assign=True)
+            module.weight.requires_grad_()
+    again = loss_of(model)
+    again.backward()
+    for name, actual in adapter_gradients(model).items():
+        torch.testing.assert_close(actual, second[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    if not found:
+        model.zero_grad()
+        loss.backward()
+        found = {name: each for name, each in adapter_gradients(model).items() if "loraswitch_A" in name}
+    for name, actual in found.items():
+        torch.testing.assert_close(actual, first[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
