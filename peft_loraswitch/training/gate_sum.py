@@ -18,28 +18,28 @@ _graph_task = torch._C._current_graph_task_id
 
 
 class GateSum:
-    """What the groups' backward have added up so far. Of one backward pass and stream: whatever another has left, because it did
-    not ask for the gates or failed, is not taken."""
+    """What the groups' backward have added up so far in one backward pass: whatever another has left, because it did not ask for
+    the gates or failed, is not taken. On one stream, that of the forward (`stream`), as nothing here waits for another."""
 
-    def __init__(self) -> None:
-        self._key: Any = None
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+        self._pass: int | None = None
         self._total: Tensor | None = None
 
     def so_far(self, device: torch.device) -> Tensor | None:
         """To add to; None: nothing yet. Then `keep` what there is."""
-        return self._total if self._key == (_graph_task(), current_stream(device)) else None
+        return self._total if self._pass == _graph_task() and self._stream == current_stream(device) else None
 
     def keep(self, total: Tensor) -> bool:
-        """Whether it is kept; if not, it goes on by autograd. (Another stream has begun a sum in this pass.)"""
-        key = (_graph_task(), current_stream(total.device))
-        if self._total is not None and self._key != key and self._key[0] == key[0]:
+        """Whether it is kept; if not, it goes on by autograd: it comes from another stream."""
+        if self._stream != current_stream(total.device):
             return False
-        self._key, self._total = key, total
+        self._pass, self._total = _graph_task(), total
         return True
 
     def take(self) -> Tensor | None:
-        total = self._total if self._key is not None and self._key[0] == _graph_task() else None
-        self._key = self._total = None
+        total = self._total if self._pass == _graph_task() else None
+        self._pass = self._total = None
         return total
 
 
@@ -65,5 +65,5 @@ def summed(gates: Tensor) -> tuple[Tensor, GateSum | None]:
     """The gates to hand to groups, and where these add up; None: by autograd."""
     if not (gates.requires_grad and torch.is_grad_enabled() and gates.dtype == torch.float32):
         return gates, None
-    total = GateSum()
+    total = GateSum(current_stream(gates.device))
     return _apply(gates, total), total
