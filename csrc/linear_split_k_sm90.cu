@@ -9,7 +9,7 @@
 //   tile: 128 outputs, or columns of the hidden (M of the tensor cores), by all tokens (N: 8, 32, 64 or 128), K in steps of 64
 //   grid: one block a multiprocessor; the steps of all tiles of the group, one after the other, are dealt out evenly (stream-K)
 //   block: 384 threads: two consumer warpgroups (WGMMA), 64 outputs each, one producer warp (TMA), three that tell other blocks of
-//   partials, and make the hidden of them
+//   partials, make the hidden of them, and wait for all of it
 //   shared memory: a ring of six to eight stages (weight tile and x tile, 128-byte swizzle), results; up to 225 KB
 //   partials: float32 of a tile for each block, and for each that shrinks; flags and counters (Sync): words; all in global memory
 //
@@ -91,14 +91,16 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
   using S = Shape<kTokens>;
   constexpr int kStages = S::kStages, kStageBytes = S::kStageBytes;
   extern __shared__ __align__(16) unsigned char raw[];
-  __shared__ __align__(8) uint64_t barriers[2 * kStages];
+  __shared__ __align__(8) uint64_t barriers[2 * kStages + 1];
   __shared__ volatile bool published, shrunk;  // this block has done its part of the shrink, and that is certain to have come first
-  const uint32_t ring = (shared_address(raw) + 1023) / 1024 * 1024, full = shared_address(barriers), empty = full + kStages * 8;
+  const uint32_t ring = (shared_address(raw) + 1023) / 1024 * 1024, full = shared_address(barriers), empty = full + kStages * 8,
+                 hidden_there = empty + kStages * 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, block = blocks - 1 - blockIdx.x;
   const Phase first_phase = block >= blocks - p.shrink_blocks ? kShrink : kLinear;
   pdl_trigger();
   if (threadIdx.x == kMultiplying) {
     for (int i = 0; i < kStages; ++i) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, kMultiplying / 32);
+    mbarrier_init(hidden_there, 1);
     mbarrier_inits_done();
     published = shrunk = first_phase == kLinear;
   } else if (warp == kThreads / 32 - 1) {  // descriptors: copies would wait for them
@@ -117,9 +119,9 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
   RingPlace<kStages> place;
   if (warp >= kMultiplying / 32) {
     if (warp > kMultiplying / 32) {
-      exchange_partials<E, kTokens>(p, blocks, block, published, shrunk);
+      exchange_partials<E, kTokens>(p, blocks, block, published, shrunk, hidden_there);
     } else if (lane == 0) {
-      bool waited = p.width == 0;
+      bool waited = false;  // for the hidden
       int ahead = 0;  // stages of the linears
       for (int phase = first_phase; phase <= kLinear; ++phase) {
         const int last = first_of(p, Phase(phase), blocks, block + 1);
@@ -164,23 +166,11 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
                   copy_tile(weight + u * (kRows * 16), b_map, barrier, 0, s.column, (units + u) % linear.units_each,
                             (units + u) / linear.units_each);
             }
-            if (!waited) wait_for_hidden<E>(p, true), waited = true;
+            if (!waited) mbarrier_wait(hidden_there, 0), waited = true;
             copy_tile(x, p.hidden_map, barrier, linear.hidden + units * kUnit, 0);
           }
         }
       }
-      if (!waited) wait_for_hidden<E>(p, false);
-      if (p.width) {
-        while (!shrunk) {
-        }
-        if (leave(p.sync, blocks)) {
-          *p.sync = Sync{0, 0, 0, 0};
-          if (p.shares > 1)
-            for (int i = 0; i < p.parts / p.shares; ++i) p.arrived[i] = 0;
-        }
-      }
-    } else if (p.width) {
-      wait_for_hidden<E>(p, true);
     }
     return;
   }
@@ -346,12 +336,14 @@ int launch_linear_split_k(GroupParams &params, Sync *sync, void *stream) {
   p.steps = (g.in_features - 1) / kFeatures + 1, p.width = int(params.hidden_elements / g.tokens);
   p.input = g.x, p.hidden = g.hidden, p.experts = g.experts, p.gates = g.gates;
   p.sync = sync, p.flags = reinterpret_cast<unsigned *>(sync + 1), p.arrived = p.flags + multiprocessors(g.device);
-  p.impatient = g.tuning & LS_TUNING_IMPATIENT;
   p.partials = reinterpret_cast<float *>(static_cast<uint16_t *>(g.hidden) + params.hidden_elements);  // its rows are divisible by 64
+  int64_t bytes = 0;
   for (int i = 0; i < g.n_items; ++i) {
+    bytes += int64_t(g.num_experts) * g.items[i].rank * g.in_features * 2;
     p.linears[i] = linear_of(params, i);
     p.lora_a[i] = g.items[i].lora_a, p.lora_b[i] = g.items[i].lora_b;
   }
+  p.patience = g.tuning & LS_TUNING_IMPATIENT ? 0 : kPatience + int(bytes / kBytesOfPatience);
   const int blocks = deal_out(p, p.linears, multiprocessors(g.device));
   if (!blocks) return LS_ERROR_ARGUMENT;
   return g.dtype == LS_BFLOAT16 ? launch_dtype<bf16>(p, g, blocks, stream) : launch_dtype<fp16>(p, g, blocks, stream);

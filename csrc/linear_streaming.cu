@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that stream weights; one warp more shrinks
 constexpr int kSlice = 64;  // features of one stage: a 128-byte line of each row
-constexpr int kStages = 5;  // of each warp's ring: measured, docs/kernel_log.md
+constexpr int kStages = 3;  // of each warp's ring: measured, docs/kernel_log.md
 constexpr int kMostTokens = 8;
 constexpr int kIds = kMostTokens * LS_MAX_TOP_K;
 

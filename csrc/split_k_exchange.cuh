@@ -10,7 +10,7 @@ static_assert(kFeatures == kSm90Features, "rows of the hidden are padded to step
 
 // Operands of linear_split_k_sm90.cu.
 struct SplitKParams : Schedule {
-  bool impatient;
+  int patience;  // see kPatience
   int tokens, top_k, num_experts, in_features;
   Sm90Linear linears[LS_MAX_GROUP];
   const void *lora_a[LS_MAX_GROUP], *lora_b[LS_MAX_GROUP], *input;
@@ -24,7 +24,10 @@ struct SplitKParams : Schedule {
   CUtensorMap x, hidden_map, weight[LS_MAX_GROUP], a_map[LS_MAX_GROUP], b_map[LS_MAX_GROUP];
 };
 
-constexpr long long kPatience = 1000000;  // nanoseconds until other blocks' part of the hidden is not waited for any longer
+// How often is asked for other blocks' part of the hidden until it is not waited for any longer: so often, and once more for every so
+// many bytes of lora_a. It takes half a microsecond or more each time. (By the clock, a launch would give up that has been stopped for
+// another process.)
+constexpr int kPatience = 2000, kBytesOfPatience = 1 << 19;
 
 constexpr int kMultiplying = 256, kHelping = 96;
 constexpr int kThreads = kMultiplying + 32 + kHelping;  // eight warps that multiply, one that copies, three that exchange
@@ -70,18 +73,16 @@ __device__ __forceinline__ void gates_of(const SplitKParams &p, const Sm90Linear
 
 // Waits, for one thread, until a counter has come to `wanted`. False: not in reasonable time, for this block or for another one.
 __device__ __forceinline__ bool wait_for(const SplitKParams &p, const unsigned *counter, int wanted) {
-  long long start, now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
   volatile unsigned *const given_up = &p.sync->ticket;
-  for (unsigned there;;) {
+  for (int asked = 0;; ++asked) {
+    unsigned there;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
     if (int(there) >= wanted) return true;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    if (now - start >= (p.impatient ? 0 : kPatience)) {
+    if (asked >= p.patience) {
       *given_up = 1;
       return false;
     }
-    if (now - start >= kPatience / 32 && *given_up) return false;
+    if (asked >= p.patience / 32 && *given_up) return false;
   }
 }
 
@@ -121,20 +122,19 @@ template <class E> __device__ __noinline__ void shrink_alone(const SplitKParams 
   }
 }
 
-// By a warp, whose first lane may come late and says whether the hidden is needed: when it returns, that is where the copy engine
-// finds it.
-template <class E> __device__ __noinline__ void wait_for_hidden(const SplitKParams &p, bool needed) {
-  __shared__ bool there;
-  if (threadIdx.x % 32 == 0) there = !needed || wait_for(p, &p.sync->done, p.parts);
-  __syncwarp();
+// By a warp: when it returns, the hidden is where the copy engine finds it.
+template <class E> __device__ __noinline__ void wait_for_hidden(const SplitKParams &p) {
+  const bool there = __shfl_sync(~0u, threadIdx.x % 32 || wait_for(p, &p.sync->done, p.parts), 0);
   if (!there) shrink_alone<E>(p), __threadfence();
   async_fence();
   __syncwarp();
 }
 
-// The helpers: of the block's parts of the shrink, and of the tile that it begins in the midst of.
+// The helpers: of the block's parts of the shrink, of all blocks' parts, and of the tile that it begins in the midst of. `hidden_there`:
+// a barrier that one of them arrives at when the hidden is where the copy engine finds it.
 template <class E, int kTokens> __device__ __forceinline__ void exchange_partials(const SplitKParams &p, int blocks, int block,
-                                                                                  volatile bool &published, volatile bool &shrunk) {
+                                                                                  volatile bool &published, volatile bool &shrunk,
+                                                                                  uint32_t hidden_there) {
   __shared__ bool all_there;
   const int thread = threadIdx.x - (kMultiplying + 32), lane = thread % 32, g = lane / 4, t = lane % 4;
   const int first = first_of(p, kShrink, blocks, block), last = first_of(p, kShrink, blocks, block + 1);
@@ -149,35 +149,38 @@ template <class E, int kTokens> __device__ __forceinline__ void exchange_partial
     auto find_gates = [&](int chunk, int place) {
       gates_of(p, linear, chunk * 8 + t * 2, column_of(place) / rank, (column_of(place) + 8) / rank, gates);
     };
-    find_gates(share, thread);
+    // The shares deal out all places of the tile's columns, for eight tokens after the other.
+    const int places = s.column + 64 < s.columns ? kMultiplying : kMultiplying / 2, all = (p.tokens + 7) / 8 * places,
+              begin = share * kHelping + thread;
+    find_gates(begin / places, begin % places);
     barrier(kPartShrunk, kMultiplying + kHelping);
     if (thread == 0) {
       all_there = true;
       if (p.shares > 1) {
         asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived + tile) : "memory");
-        if (share * 8 < p.tokens) all_there = wait_for(p, p.arrived + tile, p.shares);
+        if (share * kHelping < all) all_there = wait_for(p, p.arrived + tile, p.shares);
       }
     }
     barrier(kHelpers, kHelping);
     const bool there = all_there;  // if not, every block computes the hidden for itself
     constexpr int kQuads = kQuadsOfTile<kTokens>;
-    for (int chunk = share; chunk * 8 < p.tokens && there; chunk += p.shares)
-      for (int place = thread; place < kMultiplying && s.column + place / 128 * 64 < s.columns; place += kHelping) {
-        const float4 *const from = reinterpret_cast<const float4 *>(p.partials) +
-                                   int64_t(shrink_place(p, blocks, block, tile * p.shares)) * kQuads + chunk * kMultiplying + place;
-        float4 v[kMostShares], sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int at = begin; at < all && there; at += p.shares * kHelping) {
+      const int chunk = at / places, place = at % places;
+      const float4 *const from = reinterpret_cast<const float4 *>(p.partials) +
+                                 int64_t(shrink_place(p, blocks, block, tile * p.shares)) * kQuads + chunk * kMultiplying + place;
+      float4 v[kMostShares], sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int i = 0; i < kMostShares; ++i) v[i] = i < p.shares ? __ldcg(from + i * kQuads) : sum;
-        if (chunk != share || place != thread) find_gates(chunk, place);
+      for (int i = 0; i < kMostShares; ++i) v[i] = i < p.shares ? __ldcg(from + i * kQuads) : sum;
+      if (at != begin) find_gates(chunk, place);
 #pragma unroll
-        for (int i = 0; i < kMostShares; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
-        const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-        const int token = chunk * 8 + t * 2;
-        E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden + column_of(place);
+      for (int i = 0; i < kMostShares; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
+      const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+      const int token = chunk * 8 + t * 2;
+      E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden + column_of(place);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)  // what was not chosen may be anything
-          if (token + i % 2 < p.tokens) to[i % 2 * p.width + i / 2 * 8] = from_float<E>(gates[i] == 0.f ? 0.f : sums[i] * gates[i]);
-      }
+      for (int i = 0; i < 4; ++i)  // what was not chosen may be anything
+        if (token + i % 2 < p.tokens) to[i % 2 * p.width + i / 2 * 8] = from_float<E>(gates[i] == 0.f ? 0.f : sums[i] * gates[i]);
+    }
     barrier(kHelpers, kHelping);
     if (thread == 0 && there) shrink_done(p.sync);
     if (part + 1 < last) arrive(kPartTaken, kMultiplying + kHelping);
@@ -186,6 +189,20 @@ template <class E, int kTokens> __device__ __forceinline__ void exchange_partial
     published = true;
     __threadfence();
     shrunk = true;
+  }
+  if (p.width && thread >= kHelping - 32) {
+    // Not by the producer: the fence within it waits for copies that are on their way, and the next ones would be late.
+    wait_for_hidden<E>(p);
+    if (lane == 0) {
+      mbarrier_arrive(hidden_there);
+      while (!shrunk) {
+      }
+      if (leave(p.sync, blocks)) {
+        *p.sync = Sync{0, 0, 0, 0};
+        if (p.shares > 1)
+          for (int i = 0; i < p.parts / p.shares; ++i) p.arrived[i] = 0;
+      }
+    }
   }
   const int begin = first_of(p, kLinear, blocks, block), end = first_of(p, kLinear, blocks, block + 1);
   if (thread >= 32 || begin == end || segment_of(p, p.linears, kLinear, begin, end).begin == 0) return;
