@@ -31,6 +31,9 @@ PARTS = (
     "recipes/results/decode_h200_parts_693db89.json",
     "recipes/results/decode_h200_parts_0197e7b.json",
     "recipes/results/decode_h200_parts_d6787ad.json",
+    "recipes/results/decode_h200_2db9912.json",
+    "recipes/results/decode_h200_parts_2db9912.json",
+    "recipes/results/decode_h200_parts_687e54f.json",
 )
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
@@ -364,7 +367,8 @@ def section(result: Result, source: str, others: dict[str, Result], parts: dict[
         text += [*models, ""]
     if table := parts_table(parts):
         files = ", ".join(f"[`{path}`]({link(path, FULL)})" for path in parts)
-        text += [f"Parts, by `--only`, on one {next(iter(parts.values()))['header']['gpu']} ({files}):", "", *table, ""]
+        gpu = next(iter(parts.values()))["header"]["gpu"]
+        text += [f"Parts, by `--only`, and newer runs, on one {gpu} ({files}):", "", *table, ""]
     text += [f"- {fact}" for fact in facts(result)]
     text += [f"- {other_gpu(other, path)}" for path, other in others.items()]
     return "\n".join(text).strip()
