@@ -393,6 +393,24 @@ def test_weights_that_are_written_to_before_backward_are_an_error(which):
         loss.backward()
 
 
+@pytest.mark.parametrize("grads", [False, True], ids=["no-grad", "all-frozen"])
+def test_weights_of_inference_mode_are_an_input_like_any_other_where_no_backward_follows(grads, counted):
+    """They have no version, and it is not asked for."""
+    with torch.inference_mode():
+        backbone = tiny_llama()
+    model, inner = adapted(backbone, **NO_LOSSES), backbone.model
+    if grads:
+        for name, parameter in model.named_parameters():
+            if "loraswitch_" in name:
+                parameter.requires_grad_(False)
+    else:
+        inner.forward = torch.no_grad()(inner.forward)
+    with fast_linears.plain():
+        expected = model(**padded([7, 4])).logits
+    torch.testing.assert_close(model(**padded([7, 4])).logits, expected, rtol=1e-4, atol=1e-5)
+    assert counted
+
+
 def test_accumulation_adds_up():
     model = adapted(**NO_LOSSES)
     batches = [padded([7, 4], seed=seed) for seed in range(2)]
