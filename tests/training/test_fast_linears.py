@@ -178,6 +178,20 @@ def test_inputs_that_are_not_contiguous():
     torch.testing.assert_close(d_x, torch.autograd.grad(plainly(plain, *others)[0].sum(), plain)[0])
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_experts_that_are_not_contiguous(autocast, counted):
+    model = adapted()
+    _, expected = step(model, padded([7, 4]), autocast)
+    for name, parameter in model.named_parameters():
+        if "loraswitch_A" in name or "loraswitch_B" in name:
+            parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
+            assert not parameter.is_contiguous()
+    _, actual = step(model, padded([7, 4]), autocast)
+    assert counted
+    for name, exact in expected.items():
+        assert relative(actual[name], exact) < (1e-5 if autocast is None else 0.02), name
+
+
 def test_what_a_transform_has_left_behind_is_an_ordinary_input():
     values = operands()
     left: list[torch.Tensor] = []
