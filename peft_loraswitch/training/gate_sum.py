@@ -11,35 +11,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 
 from .triton_launch import current_stream
 
 _graph_task = torch._C._current_graph_task_id
+_NOTHING: tuple[int, Tensor | None] = (-1, None)
 
 
 class GateSum:
-    """What the groups' backward have added up so far in one backward pass: whatever another has left, because it did not ask for
-    the gates or failed, is not taken. On one stream, that of the forward (`stream`), as nothing here waits for another."""
+    """What the groups' backward have added up so far in one backward pass, on one stream, that of the forward (`stream`), as
+    nothing here waits for another.
+
+    The first pass that comes has it until it takes the sum. Any other goes by autograd meanwhile: one in another thread, or in a
+    hook of the first. So do those after a pass that has failed or has not asked for the gates, which never takes it.
+    """
 
     def __init__(self, stream: int) -> None:
         self._stream = stream
-        self._pass: int | None = None
-        self._total: Tensor | None = None
+        # "sum": a pass and what it has. Of several threads one alone puts it there (`setdefault`).
+        self._kept: dict[str, tuple[int, Tensor]] = {}
 
     def so_far(self, device: torch.device) -> Tensor | None:
         """To add to; None: nothing yet. Then `keep` what there is."""
-        return self._total if self._pass == _graph_task() and self._stream == current_stream(device) else None
+        task, total = self._kept.get("sum", _NOTHING)
+        return total if task == _graph_task() and self._stream == current_stream(device) else None
 
     def keep(self, total: Tensor) -> bool:
-        """Whether it is kept; if not, it goes on by autograd: it comes from another stream."""
-        if self._stream != current_stream(total.device):
+        """Whether it is kept; if not, it goes on by autograd: it comes from another pass or stream, or autograd is compiled and
+        sums what each group hands on."""
+        if compiled_autograd.in_compiled_autograd_region or self._stream != current_stream(total.device):
             return False
-        self._pass, self._total = _graph_task(), total
-        return True
+        task = _graph_task()
+        return self._kept.setdefault("sum", (task, total))[0] == task
 
     def take(self) -> Tensor | None:
-        total = self._total if self._pass == _graph_task() else None
-        self._pass = self._total = None
+        """The sum, if it is of this pass."""
+        task, total = self._kept.get("sum", _NOTHING)
+        if total is None or task != _graph_task():
+            return None
+        self._kept.clear()
         return total
 
 

@@ -87,6 +87,8 @@ def run(
             trains = True
             break
     call, token = _Call(spec, a, b, trains, base, biases, order, kept, total), None
+    if not spec.checkpointed and torch.is_grad_enabled():
+        call.watches = trains or x.requires_grad or gates.requires_grad
     with _NoAutocast(x.device.type):
         if spec.last and torch.is_grad_enabled():
             anchor = next((each for each in (x, gates, *experts) if each.requires_grad), None)
@@ -109,6 +111,7 @@ class _Call:
         keeper: the context of `_Keep`, if that has kept what backward needs.
         place: of the hidden in what the block keeps, if backward finds it there.
         hidden: None: it has not begun.
+        watches: backward may follow, and looks whether anything has been written to (`_Left.written`).
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class _Call:
         self.keeper: Any = None
         self.place: tuple[Any, int] | None = None
         self.hidden: Tensor | None = None
+        self.watches = False
 
     def begin(self, x: Tensor, keep_x: bool) -> None:
         """Everything up to the hidden, and what is kept for backward."""
@@ -206,7 +210,7 @@ class _Group(torch.autograd.Function):
             if spec.packed and x.dtype != spec.dtype:
                 outputs = [y.to(x.dtype) for y in outputs]
         left = ctx.call = _Left(call, x, gates, chosen, () if spec.given else call.base)
-        if not spec.checkpointed:
+        if call.watches:
             left.written = left.versions()
         if call.keeper is None:
             ctx.save_for_backward(*call.saved)
@@ -301,7 +305,8 @@ class _Left:
 
     Attributes:
         written: `versions()` at the forward. Writing to these tensors before backward is an error, as always in autograd, which
-            would ask for more time to keep each of them. None in a checkpointed block: it computes by what is there.
+            would ask for more time to keep each of them. None in a checkpointed block: it computes by what is there. None
+            where no backward follows, either: tensors of inference mode, which have no version, may come there.
     """
 
     __slots__ = (

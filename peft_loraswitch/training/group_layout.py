@@ -205,7 +205,7 @@ class Casts:
     def wide_a(self, a: Sequence[Tensor]) -> Sequence[Tensor]:
         """One matrix [N, in], or one [E * r, in] for each linear."""
         if not self.layout.holds_a:  # not kept: whoever owns A may have put it elsewhere since
-            return [each.detach().view(-1, self.layout.features) for each in a]
+            return [each.detach().reshape(-1, self.layout.features) for each in a]
         if self._wide_a is None:
             self._wide_a = self._views(self.layout.wide_a)
         return self._wide_a

@@ -178,6 +178,20 @@ def test_inputs_that_are_not_contiguous():
     torch.testing.assert_close(d_x, torch.autograd.grad(plainly(plain, *others)[0].sum(), plain)[0])
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_experts_that_are_not_contiguous(autocast, counted):
+    model = adapted()
+    _, expected = step(model, padded([7, 4]), autocast)
+    for name, parameter in model.named_parameters():
+        if "loraswitch_A" in name or "loraswitch_B" in name:
+            parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
+            assert not parameter.is_contiguous()
+    _, actual = step(model, padded([7, 4]), autocast)
+    assert counted
+    for name, exact in expected.items():
+        assert relative(actual[name], exact) < (1e-5 if autocast is None else 0.02), name
+
+
 def test_what_a_transform_has_left_behind_is_an_ordinary_input():
     values = operands()
     left: list[torch.Tensor] = []
@@ -391,6 +405,24 @@ def test_weights_that_are_written_to_before_backward_are_an_error(which):
         weights[which].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("grads", [False, True], ids=["no-grad", "all-frozen"])
+def test_weights_of_inference_mode_are_an_input_like_any_other_where_no_backward_follows(grads, counted):
+    """They have no version, and it is not asked for."""
+    with torch.inference_mode():
+        backbone = tiny_llama()
+    model, inner = adapted(backbone, **NO_LOSSES), backbone.model
+    if grads:
+        for name, parameter in model.named_parameters():
+            if "loraswitch_" in name:
+                parameter.requires_grad_(False)
+    else:
+        inner.forward = torch.no_grad()(inner.forward)
+    with fast_linears.plain():
+        expected = model(**padded([7, 4])).logits
+    torch.testing.assert_close(model(**padded([7, 4])).logits, expected, rtol=1e-4, atol=1e-5)
+    assert counted
 
 
 def test_accumulation_adds_up():

@@ -3,10 +3,13 @@ pass asks for, however often, and whatever became of the pass before, it is what
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 
 from helpers import adapted, adapter_gradients, padded, tiny_llama
 from peft_loraswitch.training import fast_linears, gate_sum
@@ -112,11 +115,55 @@ def test_a_pass_that_failed_leaves_nothing_to_the_next(model):
         assert close(actual, exact[name]), name
 
 
+def in_a_thread(call: Callable[[], None]) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("run", [lambda call: call(), in_a_thread], ids=["nested", "another-thread"])
+def test_a_pass_in_the_middle_of_another_of_the_same_graph(model, run):
+    exact = expected(model)
+    hidden: list[torch.Tensor] = []
+    handle = model.base_model.model.model.layers[0].register_forward_hook(lambda m, a, out: hidden.append(out))
+    loss = loss_of(model)
+    handle.remove()
+    inner: list[torch.Tensor] = []
+
+    def again(grad: torch.Tensor) -> None:
+        hook.remove()
+        run(lambda: inner.extend(torch.autograd.grad(loss, router(model), retain_graph=True)))
+
+    hook = hidden[0].register_hook(again)
+    loss.backward(retain_graph=True)
+    (name,) = (name for name in exact if "router" in name)
+    assert close(inner[0], exact[name])
+    for name, actual in gradients(model).items():
+        assert close(actual, exact[name]), name
+
+
+def test_compiled_autograd_sums_what_each_group_hands_on(model, kept):
+    exact = expected(model)
+    loss = loss_of(model)
+    with compiled_autograd._enable(lambda graph: graph):
+        loss.backward()
+    assert kept == [False] * 8
+    for name, actual in gradients(model).items():
+        assert close(actual, exact[name]), name
+
+
 def test_a_part_that_another_stream_computes_goes_by_autograd(model, kept, monkeypatch):
-    exact, streams = expected(model), iter([1, *[1, 1, 1, 1, 2, 2, 1, 1, 1, 1, 2, 2, 1, 1, 1, 1]])
-    monkeypatch.setattr(gate_sum, "current_stream", lambda device: next(streams))
-    loss_of(model).backward()  # asks once, then twice for each group
-    assert kept == [True, True, False, True, True, False, True, True]
+    exact = expected(model)
+    streams, now, so_far = iter([1, 1, 2, 1, 1, 2, 2, 1]), [1], GateSum.so_far
+
+    def next_group(self: GateSum, device: torch.device) -> torch.Tensor | None:
+        now[0] = next(streams)
+        return so_far(self, device)
+
+    monkeypatch.setattr(GateSum, "so_far", next_group)
+    monkeypatch.setattr(gate_sum, "current_stream", lambda device: now[0])
+    loss_of(model).backward()
+    assert kept == [True, True, False, True, True, False, False, True]
     for name, actual in gradients(model).items():
         assert close(actual, exact[name]), name
 
