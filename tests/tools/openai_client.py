@@ -60,9 +60,13 @@ def ask(client: OpenAI, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask_all(jobs: list[dict[str, Any]], clients: int) -> list[dict[str, Any]]:
-    """Answers in the order of the jobs. No connection is kept for the next jobs: the server may have closed it by then."""
+    """Answers in the order of the jobs. Each has a connection of its own: the server closes one that has been idle for seconds,
+    and a job that is asked at that moment gets no answer."""
+    closes = {"Connection": "close"}
     with (
-        OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0, timeout=120) as client,
+        OpenAI(
+            base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0, timeout=120, default_headers=closes
+        ) as client,
         ThreadPoolExecutor(clients) as pool,
     ):
         return list(pool.map(lambda job: ask(client, job), jobs))
