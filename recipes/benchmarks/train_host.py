@@ -220,18 +220,25 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
     return {**{key: round(value, 2) for key, value in result.items()}, "dispatched": dict(counts.most_common())}
 
 
+def parser_of(description: str | None, layers: int, rounds: int) -> argparse.ArgumentParser:
+    """The options of this command and of those like it, with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=layers, help="of the deeper of two models")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
+def header() -> dict[str, Any]:
+    made = versions("torch", "transformers", "peft", "peft_loraswitch")
+    return {"cpu": processor(), "date": time.strftime("%Y-%m-%d"), **made}
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16, help="of the deeper of two models")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser = parser_of(__doc__, layers=16, rounds=40)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    made = versions("torch", "transformers", "peft", "peft_loraswitch")
-    report = {
-        "header": {"cpu": processor(), "date": time.strftime("%Y-%m-%d"), **made},
-        **measure(args.layers, args.rounds),
-    }
+    report = {"header": header(), **measure(args.layers, args.rounds)}
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"for each call of a group, over the floor (a step of {report['floor_ms']:.1f} ms):")

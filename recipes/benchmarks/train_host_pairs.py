@@ -14,9 +14,7 @@ is not in here). For a call of a group of linears, over the step with nothing ad
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -37,8 +35,7 @@ from peft_loraswitch.training import (
     triton_launch,
 )
 from recipes.benchmarks.train import take_turns
-from recipes.benchmarks.train_host import CALLS, TARGETS, functions_of, model_of, step_of
-from recipes.checkout import processor, versions
+from recipes.benchmarks.train_host import CALLS, TARGETS, functions_of, header, model_of, parser_of, step_of
 
 METHODS = ("floor", "contracted", "pairs")
 
@@ -99,6 +96,12 @@ def without_a_gpu() -> Iterator[list[NoKernel]]:
             patch.stop()
 
 
+def launches_of(kernels: list[NoKernel], call: Callable[[], Any]) -> int:
+    before = sum(each.launches for each in kernels)
+    call()
+    return sum(each.launches for each in kernels) - before
+
+
 def adapted(method: str, layers: int) -> Callable[[], Any]:
     model: Any = model_of("floor", layers)
     if method == "floor":
@@ -125,9 +128,7 @@ def measure(layers: int, rounds: int) -> dict[str, dict[str, float]]:
         for name, step in steps.items():
             for _ in range(4):  # groups are known after the first step, launches after the third
                 step()
-            before = sum(each.launches for each in kernels)
-            step()
-            launches[name] = sum(each.launches for each in kernels) - before
+            launches[name] = launches_of(kernels, step)
             functions[name] = functions_of(step)
         times = take_turns({f"{method} {depth}": step for (method, depth), step in steps.items()}, rounds)
     best = {(method, depth): min(seconds for seconds, _ in times[f"{method} {depth}"]) * 1e6 for method, depth in steps}
@@ -141,14 +142,10 @@ def measure(layers: int, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="of the deeper of two models")
-    parser.add_argument("--rounds", type=int, default=25)
-    args = parser.parse_args(argv)
+    args = parser_of(__doc__, layers=8, rounds=25).parse_args(argv)
     torch.set_num_threads(1)
-    made = versions("torch", "transformers", "peft", "peft_loraswitch")
     rows = measure(args.layers, args.rounds)
-    print(json.dumps({"cpu": processor(), "date": time.strftime("%Y-%m-%d"), **made}))
+    print(json.dumps(header()))
     print("for each call of a group, over the floor:")
     for method, row in rows.items():
         print(f"  {method:10s} {row['functions']:6.1f} functions  {row['launches']:5.2f} launches  {row['us']:7.1f} us")

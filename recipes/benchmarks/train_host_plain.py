@@ -13,21 +13,18 @@ goes. For a call of a group of linears, over the step with nothing adapted:
 
 from __future__ import annotations
 
-import argparse
-import cProfile
 import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from recipes.benchmarks.train_host import model_of, trained_of
-from recipes.benchmarks.train_host_pairs import NoKernel, without_a_gpu
-from recipes.checkout import processor, versions
+from recipes.benchmarks.train_host import METHODS, functions_of, header, model_of, parser_of, trained_of
+from recipes.benchmarks.train_host_pairs import launches_of, without_a_gpu
 
-METHODS = ("floor", "lora", "fused")
 PHASES = ("forward", "backward")
 GROUPS = 4  # of linears, a layer
 Row = dict[str, float]
@@ -71,27 +68,11 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def functions(call: Callable[[], Any]) -> int:
-    profile = cProfile.Profile()
-    profile.runcall(call)
-    profile.create_stats()
-    return sum(entry[1] for entry in profile.stats.values())  # type: ignore[attr-defined]
-
-
 def ops(call: Callable[[], Any]) -> int:
     counts: Counter[str] = Counter()
     with AllOps(counts):
         call()
     return sum(counts.values())
-
-
-def launches(kernels: list[NoKernel]) -> Callable[[Callable[[], Any]], int]:
-    def count(call: Callable[[], Any]) -> int:
-        before = sum(each.launches for each in kernels)
-        call()
-        return sum(each.launches for each in kernels) - before
-
-    return count
 
 
 def measure(layers: int, rounds: int) -> dict[str, dict[str, Row]]:
@@ -107,7 +88,7 @@ def measure(layers: int, rounds: int) -> dict[str, dict[str, Row]]:
         for step in steps.values():
             for _ in range(4):  # groups are known after the first step, launches after the third
                 step(lambda call: call())
-        counters: dict[str, Any] = {"functions": functions, "ops": ops, "launches": launches(kernels)}
+        counters: dict[str, Any] = {"functions": functions_of, "ops": ops, "launches": partial(launches_of, kernels)}
         for name, counter in counters.items():
             found[name] = {key: step(counter) for key, step in steps.items()}
         times = {key: [step(seconds)] for key, step in steps.items()}
@@ -130,14 +111,10 @@ def measure(layers: int, rounds: int) -> dict[str, dict[str, Row]]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="of the deeper of two models")
-    parser.add_argument("--rounds", type=int, default=40)
-    args = parser.parse_args(argv)
+    args = parser_of(__doc__, layers=8, rounds=40).parse_args(argv)
     torch.set_num_threads(1)
-    made = versions("torch", "transformers", "peft", "peft_loraswitch")
     rows = measure(args.layers, args.rounds)
-    print(json.dumps({"cpu": processor(), "date": time.strftime("%Y-%m-%d"), **made}))
+    print(json.dumps(header()))
     print("for each call of a group, over the floor:")
     for method, phases in rows.items():
         for phase, row in phases.items():

@@ -5,8 +5,9 @@ python tests/tools/compiled_launches.py 90      # the vLLM plugin's kernels, for
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,19 @@ TYPES = {
     torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 SHARED_MEMORY = 227 * 1024  # of a block, on sm_90
+
+
+def command(
+    description: str | None, compile_all: Callable[[int], int], check_all: Callable[[], int], argv: list[str]
+) -> None:
+    """A file of checks as a command: the checks in Triton's interpreter, or with `--compile` for a GPU. Both return how many."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", type=int, metavar="CAPABILITY")
+    options = parser.parse_args(argv)
+    if options.compile:
+        print(compile_all(options.compile), "kernels compiled")
+    else:
+        print(check_all(), "checks passed")
 
 
 @contextmanager

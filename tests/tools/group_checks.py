@@ -6,7 +6,6 @@ python tests/tools/group_checks.py --compile 90                  # they compile 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from typing import Any
@@ -15,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from compiled_launches import command, compiling
 from peft_loraswitch.training import cast_kernels, gate_hidden, gate_kernels
 from peft_loraswitch.training.gate_hidden import Columns, runs
 from peft_loraswitch.training.group_layout import Casts, Spec
@@ -78,9 +78,8 @@ def check_gates(group: Group, dtype: torch.dtype, masked: bool, device: str) -> 
             h, d, g = hidden.to(each), d_gated.to(each, copy=True), gates if each is dtype else gates.double()
             total = before.to(g.dtype, copy=True)
             d_hidden, d_gates, gated = gate_hidden.gate_backward(d, h, g, chosen, columns, True, True)
-            again = gate_hidden.gate_backward(
-                d_gated.to(each, copy=True), h, g, chosen, columns, True, False, total
-            )  # fmt: skip
+            d = d_gated.to(each, copy=True)
+            again = gate_hidden.gate_backward(d, h, g, chosen, columns, True, False, total)
             assert again[1] is total and again[2] is None
             results.append([gate_hidden.gate(h, g, chosen, columns), d_hidden, d_gates, gated, again[0], total])
     for actual, exact in zip(*results, strict=True):
@@ -90,8 +89,6 @@ def check_gates(group: Group, dtype: torch.dtype, masked: bool, device: str) -> 
 
 def compile_all(capability: int) -> int:
     """The number of kernels that compile for a GPU of this capability."""
-    from compiled_launches import compiling
-
     with compiling(capability) as compiled, on_kernels(True):
         for group, dtype in itertools.product(GROUPS, FLOATS):
             a, b, columns = weights_of(group, dtype, "cpu")
@@ -104,13 +101,7 @@ def compile_all(capability: int) -> int:
     return len(compiled)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", type=int, metavar="CAPABILITY")
-    options = parser.parse_args(argv)
-    if options.compile:
-        print(compile_all(options.compile), "kernels compiled")
-        return
+def check_all() -> int:
     checks = 0
     for group in GROUPS:
         for dtype, wanted in itertools.product(FLOATS, FLOATS):
@@ -119,8 +110,8 @@ def main(argv: list[str]) -> None:
         for dtype, masked in itertools.product((torch.float32, torch.float16), (True, False)):
             check_gates(group, dtype, masked, "cpu")
             checks += 1
-    print(checks, "checks passed")
+    return checks
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command(__doc__, compile_all, check_all, sys.argv[1:])

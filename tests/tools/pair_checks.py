@@ -6,13 +6,13 @@ python tests/tools/pair_checks.py --compile 90                   # they compile 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 
 import torch
 from torch import Tensor
 
+from compiled_launches import command, compiling
 from peft_loraswitch.training import pair_kernels, pair_products
 from peft_loraswitch.training.pair_order import TILE, order_of
 
@@ -139,8 +139,6 @@ def check_products(
 def compile_all(capability: int) -> int:
     """The number of kernels that compile for a GPU of this capability: each dtype and form, for rows that 16 divides, as large
     models have them, and for others."""
-    from compiled_launches import compiling
-
     tokens, experts, linears, rank = 64, 5, 3, 16
     order, gates = order_of(some_choices(tokens, experts, 1, 1), experts), torch.zeros(tokens, experts)
     with compiling(capability) as compiled:
@@ -171,18 +169,12 @@ def compile_all(capability: int) -> int:
     return len(compiled)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", type=int, metavar="CAPABILITY")
-    options = parser.parse_args(argv)
-    if options.compile:
-        print(compile_all(options.compile), "kernels compiled")
-        return
+def check_all() -> int:
     for case in PRODUCTS:
         for dtype in (torch.float32, torch.float16):
             check_products(*case, dtype=dtype, device="cpu")
-    print(2 * len(PRODUCTS), "checks passed")
+    return 2 * len(PRODUCTS)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command(__doc__, compile_all, check_all, sys.argv[1:])
