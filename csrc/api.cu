@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 
-// Whether linear_split_k_sm90.cu is the one for it, which reads A and B of all experts. Measured on an H200 (docs/kernel_log.md):
+// Whether linear_split_k_sm90.cu is the one for it. Measured on an H200 (docs/kernel_log.md):
 // always for more tokens than the others take; for fewer where the hidden is too wide for linear_persistent.cu, and most experts are
 // chosen anyway.
 bool takes_split_k(const ls_group &g) {

@@ -108,16 +108,7 @@ template <class E, class Shape, int NT> struct Shrink {
 template <class E> __device__ __forceinline__ void collect(const GroupParams &p, int published, int parts, int first_tile, int n_tiles,
                                                            const short *ids, E *hidden, volatile bool &there) {
   const int thread = threadIdx.x - kThreads;
-  if (thread == 0) {
-    long long start, now;
-    bool waits = true;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
-    while (shrinks_done(p.sync) < published && waits) {
-      asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-      waits = now - start < (p.g.tuning & LS_TUNING_IMPATIENT ? 0 : kPatience);
-    }
-    there = waits;
-  }
+  if (thread == 0) there = wait_for_blocks(p, published);
   const int last = find_item(p, first_tile + n_tiles - 1);
   const int begin = int(p.hidden[find_item(p, first_tile)]), end = int(last + 1 < p.g.n_items ? p.hidden[last + 1] : p.hidden_elements);
   barrier(kHelping, kHelperThreads);

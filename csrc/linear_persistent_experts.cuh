@@ -24,7 +24,9 @@ constexpr int kTile = 16;   // rows that are multiplied at once
 constexpr int kMostTiles = 96;  // of one block
 constexpr int kMostParts = 8;
 constexpr int kIds = LS_FAST_TOKENS * LS_MAX_TOP_K;
-constexpr long long kPatience = 100000;  // nanoseconds until the hidden is not waited for any longer
+// How often is asked for other blocks' part of the hidden until it is not waited for any longer; half a microsecond or more each time.
+// (By the clock, a launch would give up that has been stopped for another process.)
+constexpr int kPatience = 400;
 
 // Barriers: of the eight warps; of the four; the eight have read what the four left.
 enum { kMultiplying = 1, kHelping = 2, kSummed = 3 };
@@ -62,6 +64,14 @@ template <class E> __device__ __noinline__ void shrink_alone(const GroupParams &
 
 __device__ __forceinline__ float4 operator+(const float4 &a, const float4 &b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// Waits, for one thread, until so many blocks have published their part of the hidden. False: not in reasonable time.
+__device__ __forceinline__ bool wait_for_blocks(const GroupParams &p, unsigned blocks) {
+  bool waits = true;
+  const int patience = p.g.tuning & LS_TUNING_IMPATIENT ? 0 : kPatience;
+  for (int asked = 0; shrinks_done(p.sync) < blocks && waits; ++asked) waits = asked < patience;
+  return waits;
 }
 
 // What a block has to do, in shared memory: the registers of the warps that multiply are for sums.

@@ -35,6 +35,7 @@ constexpr int kMostBytes = 226 << 10;  // of shared memory
 // Stages that keep the memory busy, where they hold little but weights: with more, all that the helpers ask for waits behind them
 // (docs/kernel_log.md, "Bytes in flight").
 constexpr int kEnoughStages = 6, kFewTokens = 32;
+constexpr int kFewExperts = 8;  // of which nearly all are chosen
 constexpr int kAhead = 2;  // stages on their way while a block exchanges its share of the shrink with others
 
 template <int kTokens> struct Shape {
@@ -43,7 +44,10 @@ template <int kTokens> struct Shape {
   static constexpr int kRoom = (kMostBytes - 1024 - kResultBytes) / kStageBytes;
   static constexpr int kStages = kTokens <= kFewTokens ? kEnoughStages : kRoom;
   static_assert(kStages <= kRoom && kStages > kAhead, "room for the stages, and for those on their way");
-  static constexpr int kBytes = 1024 + kStages * kStageBytes + kResultBytes;  // of shared memory, from an address divisible by 1,024
+  static constexpr Phase kLastPhase = kTokens <= kFewTokens ? kExperts : kLinear;
+  static constexpr bool kSpread = kTokens <= kFewTokens;  // experts over tiles: there is room for the sums of a block's first and last
+  static constexpr int kSumBytes = kSpread ? kTokens * kRows * 4 : 0;
+  static constexpr int kBytes = 1024 + kStages * kStageBytes + kResultBytes + 2 * kSumBytes;  // of shared memory, from an address divisible by 1,024
 };
 
 // lora_b of a step's experts is copied in whole rows of outputs, [experts][kRows][rank] in shared memory. Rank 8 is units for the
@@ -85,22 +89,24 @@ template <class E, int kTokens> __device__ __forceinline__ void write_outputs(co
 }
 #endif
 
-template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
+template <class E, int kTokens, bool kChosen> __global__ void __launch_bounds__(kThreads, 1)
     linear_split_k_kernel(const __grid_constant__ SplitKParams p) {
 #ifdef LS_HAS_SM90A
   using S = Shape<kTokens>;
   constexpr int kStages = S::kStages, kStageBytes = S::kStageBytes;
   extern __shared__ __align__(16) unsigned char raw[];
-  __shared__ __align__(8) uint64_t barriers[2 * kStages + 1];
+  __shared__ __align__(8) uint64_t barriers[2 * kStages + 2];
   __shared__ volatile bool published, shrunk;  // this block has done its part of the shrink, and that is certain to have come first
   const uint32_t ring = (shared_address(raw) + 1023) / 1024 * 1024, full = shared_address(barriers), empty = full + kStages * 8,
-                 hidden_there = empty + kStages * 8;
+                 hidden_there = empty + kStages * 8, listed = hidden_there + 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, block = blocks - 1 - blockIdx.x;
+  __shared__ Chosen<kChosen> chosen;
+  const Experts<kChosen> experts{p, chosen};
   const Phase first_phase = block >= blocks - p.shrink_blocks ? kShrink : kLinear;
   pdl_trigger();
   if (threadIdx.x == kMultiplying) {
     for (int i = 0; i < kStages; ++i) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, kMultiplying / 32);
-    mbarrier_init(hidden_there, 1);
+    mbarrier_init(hidden_there, 1), mbarrier_init(listed, 1);
     mbarrier_inits_done();
     published = shrunk = first_phase == kLinear;
   } else if (warp == kThreads / 32 - 1) {  // descriptors: copies would wait for them
@@ -116,55 +122,66 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
   } else {
     barrier(kBegin, kThreads);
   }
+  if constexpr (kChosen) {
+    if (warp == kThreads / 32 - 1) {
+      chosen.make(p, blocks);
+      if (lane == 0) mbarrier_arrive(listed);
+      __syncwarp();
+    }
+  }
   RingPlace<kStages> place;
   if (warp >= kMultiplying / 32) {
     if (warp > kMultiplying / 32) {
-      exchange_partials<E, kTokens>(p, blocks, block, published, shrunk, hidden_there);
+      exchange_partials<E, kTokens>(p, experts, blocks, block, published, shrunk, hidden_there, listed);
     } else if (lane == 0) {
       bool waited = false;  // for the hidden
       int ahead = 0;  // stages of the linears
-      for (int phase = first_phase; phase <= kLinear; ++phase) {
-        const int last = first_of(p, Phase(phase), blocks, block + 1);
-        for (int at = first_of(p, Phase(phase), blocks, block); at < last;) {
-          const Segment s = segment_of(p, p.linears, Phase(phase), at, last);
+      bool has_later = false;
+      for (int phase = first_phase; phase <= S::kLastPhase; ++phase) {
+        if (kChosen && phase == kLinear) mbarrier_wait(listed, 0);
+        const int first = experts.first(Phase(phase), blocks, block), last = experts.first(Phase(phase), blocks, block + 1);
+        if (S::kSpread && phase == kLinear) has_later = ls::has_later(experts.linears(), p.linears, first, last);
+        for (int at = first; at < last;) {
+          const Segment s = experts.segment(Phase(phase), at, last);
+          const Turn turn = S::kSpread ? turn_of(Phase(phase), s, has_later, at == first || s.next == last) : Turn{0, s.length(), false};
           at = s.next;
           const Sm90Linear &linear = p.linears[s.item];
           const CUtensorMap &weight_map = phase == kShrink ? p.a_map[s.item] : p.weight[s.item], &b_map = p.b_map[s.item];
-          const int own = s.own(), length = s.length();
+          const int own = s.own;
 #pragma unroll 1
-          for (int i = 0; i < length; ++i, place.next()) {
+          for (int i = turn.from; i < turn.to; ++i, place.next()) {
             const uint32_t weight = ring + place.stage * kStageBytes, x = weight + kWeightBytes, barrier = full + place.stage * 8;
             mbarrier_wait(empty + place.stage * 8, place.parity ^ 1);
             // A fence takes until the copies of its multiprocessor have come, so as long as they never cease. So they do, for a moment.
-            if (phase == kLinear && ahead++ == kAhead && p.pauses)
+            if (phase != kShrink && ahead++ == kAhead && experts.linears().pauses)
               while (!published) {
               }
             if (i < own) {
               mbarrier_expect(barrier, kStageBytes);
-              const int feature = (s.first() + i) * kFeatures;
+              const int feature = (s.first + i) * kFeatures;
               copy_tile(weight, weight_map, barrier, feature, s.column);
               copy_tile(x, p.x, barrier, feature, 0);
               continue;
             }
-            const int units = (s.begin + i - own) * kStepUnits;
+            const int units = (s.first_expert + i - own) * kStepUnits;
             if (as_it_lies(linear)) {
-              const int rank = linear.units_each * kUnit, experts = kFeatures / rank,
+              const int rank = linear.units_each * kUnit, several = kFeatures / rank,
                         bytes = min(kRows, linear.columns - s.column) * rank * 2;
-              mbarrier_expect(barrier, S::kInputBytes + experts * bytes);
-              for (int e = 0; e < experts; ++e) {
+              mbarrier_expect(barrier, S::kInputBytes + several * bytes);
+              for (int e = 0; e < several; ++e) {
                 const int expert =
-                    min(units * kUnit / rank + e, p.num_experts - 1);  // the last step's hidden may have columns of none: zeros
+                    experts.at(min(units * kUnit / rank + e, experts.count() - 1));  // the last step's hidden may have columns of none: zeros
                 const E *const from = static_cast<const E *>(p.lora_b[s.item]) + (int64_t(expert) * linear.columns + s.column) * rank;
                 copy_bytes(weight + e * (kRows * rank * 2), from, bytes, barrier);
               }
             } else {
               mbarrier_expect(barrier, kStageBytes);
               if (linear.units_each % kStepUnits == 0)  // one expert's
-                copy_tile(weight, b_map, barrier, units % linear.units_each * kUnit, s.column, units / linear.units_each);
+                copy_tile(weight, b_map, barrier, units % linear.units_each * kUnit, s.column, experts.at(units / linear.units_each));
               else
                 for (int u = 0; u < kStepUnits; ++u)
                   copy_tile(weight + u * (kRows * 16), b_map, barrier, 0, s.column, (units + u) % linear.units_each,
-                            (units + u) / linear.units_each);
+                            experts.at((units + u) / linear.units_each));
             }
             if (!waited) mbarrier_wait(hidden_there, 0), waited = true;
             copy_tile(x, p.hidden_map, barrier, linear.hidden + units * kUnit, 0);
@@ -177,16 +194,25 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
 
   const int group = warp / 4;
   float sums[kTokens / 2];
-  for (int phase = first_phase; phase <= kLinear; ++phase) {
-    const int last = first_of(p, Phase(phase), blocks, block + 1);
-    for (int at = first_of(p, Phase(phase), blocks, block); at < last;) {
-      const Segment s = segment_of(p, p.linears, Phase(phase), at, last);
+  // Sums that are kept of a block's first tile and its last, each thread's own: four floats at a time, those of all threads side by side.
+  auto kept_at = [&](bool is_last, int i) {
+    return ring + kStages * kStageBytes + S::kResultBytes + is_last * S::kSumBytes + (i * kMultiplying + threadIdx.x) * 16;
+  };
+  bool has_later = false;
+  for (int phase = first_phase; phase <= S::kLastPhase; ++phase) {
+    if (kChosen && phase == kLinear) mbarrier_wait(listed, 0);
+    const int first = experts.first(Phase(phase), blocks, block), last = experts.first(Phase(phase), blocks, block + 1);
+    if (S::kSpread && phase == kLinear) has_later = ls::has_later(experts.linears(), p.linears, first, last);
+    for (int at = first; at < last;) {
+      const Segment s = experts.segment(Phase(phase), at, last);
+      const Turn turn = S::kSpread ? turn_of(Phase(phase), s, has_later, at == first || s.next == last) : Turn{0, s.length(), false};
       const Sm90Linear &linear = p.linears[s.item];
-      const int own = s.own(), length = s.length(), part = at;
+      const int own = s.own, part = at;
       at = s.next;
+      if (S::kSpread && phase == kExperts && turn.from == turn.to) continue;
       uint32_t before = 0;  // the barrier of the stage that products on their way still read
 #pragma unroll 1
-      for (int i = 0; i < length; ++i) {
+      for (int i = turn.from; i < turn.to; ++i) {
         const uint32_t weight = ring + place.stage * kStageBytes, x = weight + kWeightBytes;
         const bool swizzled = i < own || linear.units_each % kStepUnits == 0,
                    in_rows = i >= own && as_it_lies(linear) && linear.units_each > 1;
@@ -203,16 +229,16 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
             read_fragments(weight + (k * 16 / rank * kRows + row) * (rank * 2) + k * 16 % rank * 2 + lane / 16 * 16, fragments[k]);
           wgmma_begin();
 #pragma unroll
-          for (int k = 0; k < kFeatures / 16; ++k) wgmma<E>(sums, fragments[k], b + k * (32 >> 4), i > 0 || k > 0);
+          for (int k = 0; k < kFeatures / 16; ++k) wgmma<E>(sums, fragments[k], b + k * (32 >> 4), i > turn.from || k > 0);
           wgmma_commit();
           wgmma_wait<0>();  // the registers are free
         } else {
           wgmma_begin();
 #pragma unroll
-          for (int k = 0; k < kFeatures / 16; ++k) wgmma<E>(sums, a + k * on, b + k * (32 >> 4), i > 0 || k > 0);
+          for (int k = 0; k < kFeatures / 16; ++k) wgmma<E>(sums, a + k * on, b + k * (32 >> 4), i > turn.from || k > 0);
           wgmma_commit();
         }
-        if (i > 0) {
+        if (i > turn.from) {
           wgmma_wait<1>();
           if (lane == 0) mbarrier_arrive(before);
         }
@@ -221,7 +247,24 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
       }
       wgmma_wait<0>();
       hold(sums);
-      if (lane == 0) mbarrier_arrive(before);
+      if (lane == 0 && turn.from < turn.to) mbarrier_arrive(before);
+      if constexpr (S::kSpread) {
+        if (phase == kLinear && turn.to < s.length()) {
+#pragma unroll
+          for (int i = 0; i < kTokens / 8; ++i)
+            if (turn.kept) write_floats(kept_at(s.next == last, i), sums + 4 * i);
+          continue;
+        }
+        // Added at the end: sums that come from elsewhere before products would have the compiler wait for each of them.
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) {
+          if (phase != kExperts || !turn.kept) break;
+          float kept[4];
+          read_floats(kept_at(s.next == last, i), kept);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[4 * i + j] += kept[j];
+        }
+      }
 
       // A thread's part of a partial is that of its sums: four floats at a time, of eight tokens, those of all threads side by side.
       const bool any = s.column + group * 64 < s.columns;  // of this warpgroup's outputs
@@ -243,7 +286,7 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
       }
       // All that the others have of the tile is asked for at once: a trip to memory takes as long as several steps.
       int others = 0;
-      for (const int end = at + s.steps - s.end; first_of(p, kLinear, blocks, block + 1 + others) < end;) ++others;
+      for (const int end = at + s.steps - s.end; experts.first(kLinear, blocks, block + 1 + others) < end;) ++others;
       if (others > 0) {
         for (int i = threadIdx.x; i < others; i += kMultiplying) {
           unsigned there, *const flag = p.flags + block + 1 + i;
@@ -288,8 +331,8 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
 
 int tile_tokens(const ls_group &g) { return g.tokens <= 8 ? 8 : g.tokens <= 32 ? 32 : g.tokens <= 64 ? 64 : 128; }
 
-template <class E, int kTokens> int launch_shape(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
-  constexpr auto kernel = linear_split_k_kernel<E, kTokens>;
+template <class E, int kTokens, bool kChosen> int launch_shape(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
+  constexpr auto kernel = linear_split_k_kernel<E, kTokens, kChosen>;
   constexpr int kBytes = Shape<kTokens>::kBytes;
   const cudaError_t error = allow_shared<kernel>(g.device, kBytes);
   if (error != cudaSuccess) return error;
@@ -310,13 +353,19 @@ template <class E, int kTokens> int launch_shape(SplitKParams &p, const ls_group
   return launch<SplitKParams>(kernel, dim3(unsigned(blocks)), dim3(kThreads), p, stream, false, kBytes);
 }
 
-template <class E> int launch_dtype(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
+template <class E, bool kChosen> int launch_dtype(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
   switch (tile_tokens(g)) {
-    case 8: return launch_shape<E, 8>(p, g, blocks, stream);
-    case 32: return launch_shape<E, 32>(p, g, blocks, stream);
-    case 64: return launch_shape<E, 64>(p, g, blocks, stream);
-    default: return launch_shape<E, 128>(p, g, blocks, stream);
+    case 8: return launch_shape<E, 8, kChosen>(p, g, blocks, stream);
+    case 32: return launch_shape<E, 32, kChosen>(p, g, blocks, stream);
+    case 64: return launch_shape<E, 64, kChosen>(p, g, blocks, stream);
+    default: return launch_shape<E, 128, kChosen>(p, g, blocks, stream);
   }
+}
+
+// Whether experts that no token chose are left out: a launch then takes a microsecond longer to begin.
+bool reads_chosen(const ls_group &g) {
+  if (g.tuning) return g.tuning & LS_TUNING_CHOSEN;
+  return g.num_experts > kFewExperts && g.tokens * g.top_k < 2 * g.num_experts;
 }
 
 int64_t partial_elements(const ls_group &g) { return int64_t(multiprocessors(g.device)) * tile_tokens(g) * kRows * 2; }
@@ -341,12 +390,18 @@ int launch_linear_split_k(GroupParams &params, Sync *sync, void *stream) {
   for (int i = 0; i < g.n_items; ++i) {
     bytes += int64_t(g.num_experts) * g.items[i].rank * g.in_features * 2;
     p.linears[i] = linear_of(params, i);
+    p.all_steps[i] = p.expert_steps[i] = p.linears[i].steps;
     p.lora_a[i] = g.items[i].lora_a, p.lora_b[i] = g.items[i].lora_b;
   }
   p.patience = g.tuning & LS_TUNING_IMPATIENT ? 0 : kPatience + int(bytes / kBytesOfPatience);
-  const int blocks = deal_out(p, p.linears, multiprocessors(g.device));
+  const int blocks = blocks_for(p, p.linears, multiprocessors(g.device));
   if (!blocks) return LS_ERROR_ARGUMENT;
-  return g.dtype == LS_BFLOAT16 ? launch_dtype<bf16>(p, g, blocks, stream) : launch_dtype<fp16>(p, g, blocks, stream);
+  p.spread = tile_tokens(g) <= kFewTokens;
+  deal_out_shrink(p, p.linears, blocks);
+  if (p.width && reads_chosen(g))
+    return g.dtype == LS_BFLOAT16 ? launch_dtype<bf16, true>(p, g, blocks, stream) : launch_dtype<fp16, true>(p, g, blocks, stream);
+  deal_out_linears(p, p.linears, blocks);
+  return g.dtype == LS_BFLOAT16 ? launch_dtype<bf16, false>(p, g, blocks, stream) : launch_dtype<fp16, false>(p, g, blocks, stream);
 }
 
 }  // namespace ls

@@ -78,6 +78,14 @@ __device__ __forceinline__ uint4 read_shared(uint32_t from) {
   return v;
 }
 
+// Four floats, to or from shared memory.
+__device__ __forceinline__ void write_floats(uint32_t to, const float *v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+__device__ __forceinline__ void read_floats(uint32_t from, float *v) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(from) : "memory");
+}
+
 // A place in a ring of stages, and the parity of how often it has been gone round.
 template <int kStages> struct RingPlace {
   int stage = 0, parity = 0;

@@ -2,6 +2,7 @@
 // for every partial sum that a block leaves, one block that waits for it. A block that waited for another one would wait forever.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <set>
 #include <vector>
@@ -11,7 +12,7 @@
 using namespace ls;
 
 struct Linear {
-  int columns, steps;
+  int columns;
 };
 
 #define CHECK(what)                                                  \
@@ -24,14 +25,20 @@ int main(int, char **arguments) {
   const int groups = std::atoi(arguments[1]);
   std::mt19937 random{unsigned(std::atoi(arguments[2]))};
   auto to = [&](int most) { return int(random() % unsigned(most)) + 1; };  // 1 to most
-  int paused = 0, alone = 0, several = 0;
+  int paused = 0, alone = 0, several = 0, kept = 0;
   for (int group = 0; group < groups; ++group) {
-    Schedule s = {};
-    s.n_items = to(LS_MAX_GROUP), s.steps = to(group % 3 ? 240 : 20);
+    Schedule s;
+    std::memset(&s, group, sizeof s);  // as in shared memory, where anything may have been before
+    s.n_items = to(LS_MAX_GROUP), s.steps = to(group % 3 ? 240 : 20), s.spread = to(2) == 1;
     Linear linears[LS_MAX_GROUP];
-    for (int i = 0; i < s.n_items; ++i) linears[i] = {to(group % 5 ? 60 : 1500) * 8, to(4) == 1 ? 0 : to(group % 4 ? 8 : 1024)};
-    const int most = group % 2 ? 132 : to(200), blocks = deal_out(s, linears, most);
+    for (int i = 0; i < s.n_items; ++i)
+      linears[i] = {to(group % 5 ? 60 : 1500) * 8}, s.all_steps[i] = s.expert_steps[i] = to(4) == 1 ? 0 : to(group % 4 ? 8 : 1024);
+    const int most = group % 2 ? 132 : to(200), blocks = blocks_for(s, linears, most);
     CHECK(blocks >= 1 && blocks <= most);
+    deal_out_shrink(s, linears, blocks);
+    if (group % 7 > 3)  // of the experts some were chosen, or none
+      for (int i = 0; i < s.n_items; ++i) s.expert_steps[i] = s.all_steps[i] * (group % 7 - 4) / 3;
+    deal_out_linears(s, linears, blocks);
     paused += s.parts && s.pauses, alone += s.linear_blocks<blocks, several += s.parts> blocks;
 
     // The shrink: each part by one block, places of their partials apart, never two shares of a tile in a block.
@@ -55,13 +62,26 @@ int main(int, char **arguments) {
     // The linears.
     std::vector<char> left(blocks), wanted(blocks);
     next = 0;
+    int own = 0, expert = 0;
     for (int block = 0; block < blocks; ++block) {
       const int first = first_of(s, kLinear, blocks, block), end = first_of(s, kLinear, blocks, block + 1);
+      const bool later = has_later(s, linears, first, end);
+      CHECK(first_of(s, kExperts, blocks, block) == first);
       CHECK(first == next && end >= first);
       for (int at = first; at < end;) {
         const Segment segment = segment_of(s, linears, kLinear, at, end);
         CHECK(segment.length() > 0 && segment.next == at + segment.length() && segment.next <= end && segment.column < segment.columns);
-        CHECK(segment.own() >= 0 && segment.first() + segment.own() <= s.steps);
+        // Steps of a tile follow each other, those of in_features and those of the experts.
+        if (segment.begin == 0) own = 0, expert = 0;
+        CHECK(segment.own >= 0 && segment.own <= segment.length() && segment.first == own && segment.first_expert == expert);
+        own += segment.own, expert += segment.length() - segment.own;
+        CHECK(segment.end < segment.steps || (own == s.steps && expert == s.expert_steps[segment.item]));
+        // In both phases together each step of the segment has its turn, those of the experts last; sums are kept of two tiles at the most.
+        const bool outer = at == first || segment.next == end;
+        const Turn turn = turn_of(kLinear, segment, later, outer), rest = turn_of(kExperts, segment, later, outer);
+        CHECK(turn.from == 0 && (turn.to == segment.length() ? rest.from == rest.to : turn.to == segment.own && rest.from == turn.to));
+        CHECK(rest.to == segment.length() && (outer || !rest.kept) && (s.spread || !rest.kept) && turn.kept == rest.kept);
+        kept += rest.kept;
         if (segment.begin > 0) {
           CHECK(at == first && !left[block]);  // one place for each block
           left[block] = 1;
@@ -78,6 +98,7 @@ int main(int, char **arguments) {
     }
     CHECK(next == s.begin[s.n_items] && left == wanted);
   }
-  std::printf("%d paused, %d with blocks that only shrink, %d with several parts a block\n", paused, alone, several);
-  return paused && alone && several ? 0 : 1;
+  std::printf("%d paused, %d with blocks that only shrink, %d with several parts a block, sums kept of %d tiles\n", paused, alone,
+              several, kept);
+  return paused && alone && several && kept ? 0 : 1;
 }
