@@ -16,18 +16,23 @@ namespace {
 
 constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 
-// Whether linear_split_k_sm90.cu is the one for it. Measured on an H200 (docs/kernel_log.md):
-// always for more tokens than the others take; for fewer where the hidden is too wide for linear_persistent.cu, and most experts are
-// chosen anyway.
+// Whether linear_split_k_sm90.cu is the one for it. Measured on an H200 (docs/kernel_log.md): always for more tokens than the others take.
+// For fewer where the hidden is too wide for linear_persistent.cu, and most experts are chosen anyway; and from 17 on for large groups,
+// of which it reads A and B of all experts, too: so only of few.
 bool takes_split_k(const ls_group &g) {
   constexpr int kWide = 512;  // columns of the hidden
+  constexpr int kMany = 16;   // tokens that linear_persistent.cu is faster for
+  constexpr int64_t kLarge = 64 << 20;  // bytes of weights
   if (g.tuning & LS_TUNING_SPLIT_K) return can_split_k(g);
   if (g.tuning || !can_split_k(g)) return false;
   if (g.tokens > LS_FAST_TOKENS) return true;
   if (g.tokens <= kStreamingTokens || g.tokens * g.top_k < g.num_experts) return false;
-  for (int i = 0; i < g.n_items; ++i)
+  int64_t weights = 0;
+  for (int i = 0; i < g.n_items; ++i) {
     if (g.num_experts * g.items[i].rank >= kWide) return true;
-  return false;
+    weights += int64_t(g.items[i].out_features) * g.in_features * 2;
+  }
+  return g.tokens > kMany && weights >= kLarge && g.tokens * g.top_k >= 2 * g.num_experts && any_rank(g);
 }
 // Whether linear_sm90.cu is.
 bool takes_sm90(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & 3) == 0 && can_sm90(g); }

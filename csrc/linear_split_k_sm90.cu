@@ -10,7 +10,7 @@
 //   grid: one block a multiprocessor; the steps of all tiles of the group, one after the other, are dealt out evenly (stream-K)
 //   block: 384 threads: two consumer warpgroups (WGMMA), 64 outputs each, one producer warp (TMA), three that tell other blocks of
 //   partials, make the hidden of them, and wait for all of it
-//   shared memory: a ring of six to eight stages (weight tile and x tile, 128-byte swizzle), results; up to 225 KB
+//   shared memory: a ring of six to eight stages (weight tile and x tile, 128-byte swizzle), results, sums; up to 225 KB
 //   partials: float32 of a tile for each block, and for each that shrinks; flags and counters (Sync): words; all in global memory
 //
 // So few tokens leave the weights' bytes as the limit: each is read once, by as many blocks as there are, whatever the shape of the
@@ -19,7 +19,8 @@
 // blockIdx only, so it never waits for one that has no room to begin.
 //
 // The shrink comes first, in tiles of lora_a, whose features several blocks share; these then get less of the weights. The experts
-// are more of K, as in linear_sm90.cu, at the beginning of a tile, and taken last of it, when the hidden has long been there. All
+// are more of K, as in linear_sm90.cu, at the beginning of a tile, and taken last of it, when the hidden has long been there. With 9 to
+// 32 tokens, where there may be many, they are spread over the tile (stream_k.cuh), as whoever had them all would be the last one. All
 // blocks wait for those that shrink. Should these not come, because another stream's blocks keep them from a multiprocessor, each
 // computes the hidden by itself, which takes milliseconds.
 //
@@ -35,7 +36,6 @@ constexpr int kMostBytes = 226 << 10;  // of shared memory
 // Stages that keep the memory busy, where they hold little but weights: with more, all that the helpers ask for waits behind them
 // (docs/kernel_log.md, "Bytes in flight").
 constexpr int kEnoughStages = 6, kFewTokens = 32;
-constexpr int kFewExperts = 8;  // of which nearly all are chosen
 constexpr int kAhead = 2;  // stages on their way while a block exchanges its share of the shrink with others
 
 template <int kTokens> struct Shape {
@@ -44,10 +44,11 @@ template <int kTokens> struct Shape {
   static constexpr int kRoom = (kMostBytes - 1024 - kResultBytes) / kStageBytes;
   static constexpr int kStages = kTokens <= kFewTokens ? kEnoughStages : kRoom;
   static_assert(kStages <= kRoom && kStages > kAhead, "room for the stages, and for those on their way");
-  static constexpr Phase kLastPhase = kTokens <= kFewTokens ? kExperts : kLinear;
-  static constexpr bool kSpread = kTokens <= kFewTokens;  // experts over tiles: there is room for the sums of a block's first and last
-  static constexpr int kSumBytes = kSpread ? kTokens * kRows * 4 : 0;
-  static constexpr int kBytes = 1024 + kStages * kStageBytes + kResultBytes + 2 * kSumBytes;  // of shared memory, from an address divisible by 1,024
+  static constexpr bool kSpread = kSpreads<kTokens>;
+  static constexpr Phase kLastPhase = kSpread ? kExperts : kLinear;
+  static constexpr int kSumBytes = kSpread ? kTokens * kRows * 4 : 0;  // of a tile, kept: of a block's first and last
+  static constexpr int kBytes =
+      1024 + kStages * kStageBytes + kResultBytes + 2 * kSumBytes;  // of shared memory, from an address divisible by 1,024
 };
 
 // lora_b of a step's experts is copied in whole rows of outputs, [experts][kRows][rank] in shared memory. Rank 8 is units for the
@@ -89,24 +90,22 @@ template <class E, int kTokens> __device__ __forceinline__ void write_outputs(co
 }
 #endif
 
-template <class E, int kTokens, bool kChosen> __global__ void __launch_bounds__(kThreads, 1)
+template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
     linear_split_k_kernel(const __grid_constant__ SplitKParams p) {
 #ifdef LS_HAS_SM90A
   using S = Shape<kTokens>;
   constexpr int kStages = S::kStages, kStageBytes = S::kStageBytes;
   extern __shared__ __align__(16) unsigned char raw[];
-  __shared__ __align__(8) uint64_t barriers[2 * kStages + 2];
+  __shared__ __align__(8) uint64_t barriers[2 * kStages + 1];
   __shared__ volatile bool published, shrunk;  // this block has done its part of the shrink, and that is certain to have come first
   const uint32_t ring = (shared_address(raw) + 1023) / 1024 * 1024, full = shared_address(barriers), empty = full + kStages * 8,
-                 hidden_there = empty + kStages * 8, listed = hidden_there + 8;
+                 hidden_there = empty + kStages * 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, block = blocks - 1 - blockIdx.x;
-  __shared__ Chosen<kChosen> chosen;
-  const Experts<kChosen> experts{p, chosen};
   const Phase first_phase = block >= blocks - p.shrink_blocks ? kShrink : kLinear;
   pdl_trigger();
   if (threadIdx.x == kMultiplying) {
     for (int i = 0; i < kStages; ++i) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, kMultiplying / 32);
-    mbarrier_init(hidden_there, 1), mbarrier_init(listed, 1);
+    mbarrier_init(hidden_there, 1);
     mbarrier_inits_done();
     published = shrunk = first_phase == kLinear;
   } else if (warp == kThreads / 32 - 1) {  // descriptors: copies would wait for them
@@ -122,27 +121,19 @@ template <class E, int kTokens, bool kChosen> __global__ void __launch_bounds__(
   } else {
     barrier(kBegin, kThreads);
   }
-  if constexpr (kChosen) {
-    if (warp == kThreads / 32 - 1) {
-      chosen.make(p, blocks);
-      if (lane == 0) mbarrier_arrive(listed);
-      __syncwarp();
-    }
-  }
   RingPlace<kStages> place;
   if (warp >= kMultiplying / 32) {
     if (warp > kMultiplying / 32) {
-      exchange_partials<E, kTokens>(p, experts, blocks, block, published, shrunk, hidden_there, listed);
+      exchange_partials<E, kTokens>(p, blocks, block, published, shrunk, hidden_there);
     } else if (lane == 0) {
       bool waited = false;  // for the hidden
       int ahead = 0;  // stages of the linears
       bool has_later = false;
       for (int phase = first_phase; phase <= S::kLastPhase; ++phase) {
-        if (kChosen && phase == kLinear) mbarrier_wait(listed, 0);
-        const int first = experts.first(Phase(phase), blocks, block), last = experts.first(Phase(phase), blocks, block + 1);
-        if (S::kSpread && phase == kLinear) has_later = ls::has_later(experts.linears(), p.linears, first, last);
+        const int first = first_of(p, Phase(phase), blocks, block), last = first_of(p, Phase(phase), blocks, block + 1);
+        if (S::kSpread && phase == kLinear) has_later = ls::has_later<S::kSpread>(p, p.linears, first, last);
         for (int at = first; at < last;) {
-          const Segment s = experts.segment(Phase(phase), at, last);
+          const Segment s = segment_of<S::kSpread>(p, p.linears, Phase(phase), at, last);
           const Turn turn = S::kSpread ? turn_of(Phase(phase), s, has_later, at == first || s.next == last) : Turn{0, s.length(), false};
           at = s.next;
           const Sm90Linear &linear = p.linears[s.item];
@@ -153,7 +144,7 @@ template <class E, int kTokens, bool kChosen> __global__ void __launch_bounds__(
             const uint32_t weight = ring + place.stage * kStageBytes, x = weight + kWeightBytes, barrier = full + place.stage * 8;
             mbarrier_wait(empty + place.stage * 8, place.parity ^ 1);
             // A fence takes until the copies of its multiprocessor have come, so as long as they never cease. So they do, for a moment.
-            if (phase != kShrink && ahead++ == kAhead && experts.linears().pauses)
+            if (phase != kShrink && ahead++ == kAhead && p.pauses)
               while (!published) {
               }
             if (i < own) {
@@ -165,23 +156,23 @@ template <class E, int kTokens, bool kChosen> __global__ void __launch_bounds__(
             }
             const int units = (s.first_expert + i - own) * kStepUnits;
             if (as_it_lies(linear)) {
-              const int rank = linear.units_each * kUnit, several = kFeatures / rank,
+              const int rank = linear.units_each * kUnit, experts = kFeatures / rank,
                         bytes = min(kRows, linear.columns - s.column) * rank * 2;
-              mbarrier_expect(barrier, S::kInputBytes + several * bytes);
-              for (int e = 0; e < several; ++e) {
+              mbarrier_expect(barrier, S::kInputBytes + experts * bytes);
+              for (int e = 0; e < experts; ++e) {
                 const int expert =
-                    experts.at(min(units * kUnit / rank + e, experts.count() - 1));  // the last step's hidden may have columns of none: zeros
+                    min(units * kUnit / rank + e, p.num_experts - 1);  // the last step's hidden may have columns of none: zeros
                 const E *const from = static_cast<const E *>(p.lora_b[s.item]) + (int64_t(expert) * linear.columns + s.column) * rank;
                 copy_bytes(weight + e * (kRows * rank * 2), from, bytes, barrier);
               }
             } else {
               mbarrier_expect(barrier, kStageBytes);
               if (linear.units_each % kStepUnits == 0)  // one expert's
-                copy_tile(weight, b_map, barrier, units % linear.units_each * kUnit, s.column, experts.at(units / linear.units_each));
+                copy_tile(weight, b_map, barrier, units % linear.units_each * kUnit, s.column, units / linear.units_each);
               else
                 for (int u = 0; u < kStepUnits; ++u)
                   copy_tile(weight + u * (kRows * 16), b_map, barrier, 0, s.column, (units + u) % linear.units_each,
-                            experts.at((units + u) / linear.units_each));
+                            (units + u) / linear.units_each);
             }
             if (!waited) mbarrier_wait(hidden_there, 0), waited = true;
             copy_tile(x, p.hidden_map, barrier, linear.hidden + units * kUnit, 0);
@@ -200,11 +191,10 @@ template <class E, int kTokens, bool kChosen> __global__ void __launch_bounds__(
   };
   bool has_later = false;
   for (int phase = first_phase; phase <= S::kLastPhase; ++phase) {
-    if (kChosen && phase == kLinear) mbarrier_wait(listed, 0);
-    const int first = experts.first(Phase(phase), blocks, block), last = experts.first(Phase(phase), blocks, block + 1);
-    if (S::kSpread && phase == kLinear) has_later = ls::has_later(experts.linears(), p.linears, first, last);
+    const int first = first_of(p, Phase(phase), blocks, block), last = first_of(p, Phase(phase), blocks, block + 1);
+    if (S::kSpread && phase == kLinear) has_later = ls::has_later<S::kSpread>(p, p.linears, first, last);
     for (int at = first; at < last;) {
-      const Segment s = experts.segment(Phase(phase), at, last);
+      const Segment s = segment_of<S::kSpread>(p, p.linears, Phase(phase), at, last);
       const Turn turn = S::kSpread ? turn_of(Phase(phase), s, has_later, at == first || s.next == last) : Turn{0, s.length(), false};
       const Sm90Linear &linear = p.linears[s.item];
       const int own = s.own, part = at;
@@ -286,7 +276,7 @@ template <class E, int kTokens, bool kChosen> __global__ void __launch_bounds__(
       }
       // All that the others have of the tile is asked for at once: a trip to memory takes as long as several steps.
       int others = 0;
-      for (const int end = at + s.steps - s.end; experts.first(kLinear, blocks, block + 1 + others) < end;) ++others;
+      for (const int end = at + s.steps - s.end; first_of(p, kLinear, blocks, block + 1 + others) < end;) ++others;
       if (others > 0) {
         for (int i = threadIdx.x; i < others; i += kMultiplying) {
           unsigned there, *const flag = p.flags + block + 1 + i;
@@ -331,8 +321,8 @@ template <class E, int kTokens, bool kChosen> __global__ void __launch_bounds__(
 
 int tile_tokens(const ls_group &g) { return g.tokens <= 8 ? 8 : g.tokens <= 32 ? 32 : g.tokens <= 64 ? 64 : 128; }
 
-template <class E, int kTokens, bool kChosen> int launch_shape(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
-  constexpr auto kernel = linear_split_k_kernel<E, kTokens, kChosen>;
+template <class E, int kTokens> int launch_shape(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
+  constexpr auto kernel = linear_split_k_kernel<E, kTokens>;
   constexpr int kBytes = Shape<kTokens>::kBytes;
   const cudaError_t error = allow_shared<kernel>(g.device, kBytes);
   if (error != cudaSuccess) return error;
@@ -353,19 +343,13 @@ template <class E, int kTokens, bool kChosen> int launch_shape(SplitKParams &p, 
   return launch<SplitKParams>(kernel, dim3(unsigned(blocks)), dim3(kThreads), p, stream, false, kBytes);
 }
 
-template <class E, bool kChosen> int launch_dtype(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
+template <class E> int launch_dtype(SplitKParams &p, const ls_group &g, int blocks, void *stream) {
   switch (tile_tokens(g)) {
-    case 8: return launch_shape<E, 8, kChosen>(p, g, blocks, stream);
-    case 32: return launch_shape<E, 32, kChosen>(p, g, blocks, stream);
-    case 64: return launch_shape<E, 64, kChosen>(p, g, blocks, stream);
-    default: return launch_shape<E, 128, kChosen>(p, g, blocks, stream);
+    case 8: return launch_shape<E, 8>(p, g, blocks, stream);
+    case 32: return launch_shape<E, 32>(p, g, blocks, stream);
+    case 64: return launch_shape<E, 64>(p, g, blocks, stream);
+    default: return launch_shape<E, 128>(p, g, blocks, stream);
   }
-}
-
-// Whether experts that no token chose are left out: a launch then takes a microsecond longer to begin.
-bool reads_chosen(const ls_group &g) {
-  if (g.tuning) return g.tuning & LS_TUNING_CHOSEN;
-  return g.num_experts > kFewExperts && g.tokens * g.top_k < 2 * g.num_experts;
 }
 
 int64_t partial_elements(const ls_group &g) { return int64_t(multiprocessors(g.device)) * tile_tokens(g) * kRows * 2; }
@@ -390,18 +374,12 @@ int launch_linear_split_k(GroupParams &params, Sync *sync, void *stream) {
   for (int i = 0; i < g.n_items; ++i) {
     bytes += int64_t(g.num_experts) * g.items[i].rank * g.in_features * 2;
     p.linears[i] = linear_of(params, i);
-    p.all_steps[i] = p.expert_steps[i] = p.linears[i].steps;
     p.lora_a[i] = g.items[i].lora_a, p.lora_b[i] = g.items[i].lora_b;
   }
   p.patience = g.tuning & LS_TUNING_IMPATIENT ? 0 : kPatience + int(bytes / kBytesOfPatience);
-  const int blocks = blocks_for(p, p.linears, multiprocessors(g.device));
+  const int blocks = deal_out(p, p.linears, multiprocessors(g.device));
   if (!blocks) return LS_ERROR_ARGUMENT;
-  p.spread = tile_tokens(g) <= kFewTokens;
-  deal_out_shrink(p, p.linears, blocks);
-  if (p.width && reads_chosen(g))
-    return g.dtype == LS_BFLOAT16 ? launch_dtype<bf16, true>(p, g, blocks, stream) : launch_dtype<fp16, true>(p, g, blocks, stream);
-  deal_out_linears(p, p.linears, blocks);
-  return g.dtype == LS_BFLOAT16 ? launch_dtype<bf16, false>(p, g, blocks, stream) : launch_dtype<fp16, false>(p, g, blocks, stream);
+  return g.dtype == LS_BFLOAT16 ? launch_dtype<bf16>(p, g, blocks, stream) : launch_dtype<fp16>(p, g, blocks, stream);
 }
 
 }  // namespace ls

@@ -28,8 +28,7 @@ extern "C" {
 #define LS_TUNING_IMPATIENT 8 /* added: no block waits for another's part of the hidden, for tests (persistent, split K) */
 #define LS_TUNING_NARROW 16 /* added: linear_sm90.cu takes 128 outputs at a time */
 #define LS_TUNING_WIDE 32 /* added: it takes 256 */
-#define LS_TUNING_SPLIT_K 64 /* added: linear_split_k_sm90.cu wherever it can, with all experts */
-#define LS_TUNING_CHOSEN 128 /* added to it: with those that any token chose */
+#define LS_TUNING_SPLIT_K 64 /* added: linear_split_k_sm90.cu wherever it can */
 #define LS_SPLIT_K_TOKENS 128 /* tokens that linear_split_k_sm90.cu takes */
 #define LS_INT4_ROWS 8 /* weights in int4 are padded to a multiple of so many rows */
 #define LS_INT4_FEATURES 1024 /* and of so many features */

@@ -1,9 +1,28 @@
 // What the blocks of linear_split_k_sm90.cu tell each other: of their partial sums, and of the hidden, which is made of partial sums of
 // the shrink. Or, where others do not come, by each block for itself.
 #pragma once
-#include "split_k_experts.cuh"
+#include "linear_sm90.cuh"
+#include "stream_k.cuh"
 
 namespace ls {
+
+static_assert(kFeatures == kSm90Features, "rows of the hidden are padded to steps");
+
+// Operands of linear_split_k_sm90.cu.
+struct SplitKParams : Schedule {
+  int patience;  // see kPatience
+  int tokens, top_k, num_experts, in_features;
+  Sm90Linear linears[LS_MAX_GROUP];
+  const void *lora_a[LS_MAX_GROUP], *lora_b[LS_MAX_GROUP], *input;
+  void *hidden;
+  const int64_t *experts;
+  const float *gates;
+  float *partials;    // of each block, and of each part of the shrink
+  unsigned *flags;    // of each block: 1: its partials are there; whoever reads them puts it back to 0
+  unsigned *arrived;  // of each tile of the shrink: how many partials are there
+  Sync *sync;         // done: parts of the shrink; ticket: a block has given up waiting
+  CUtensorMap x, hidden_map, weight[LS_MAX_GROUP], a_map[LS_MAX_GROUP], b_map[LS_MAX_GROUP];
+};
 
 // How often is asked for other blocks' part of the hidden until it is not waited for any longer: so often, and once more for every so
 // many bytes of lora_a. It takes half a microsecond or more each time. (By the clock, a launch would give up that has been stopped for
@@ -13,6 +32,8 @@ constexpr int kPatience = 2000, kBytesOfPatience = 1 << 19;
 constexpr int kMultiplying = 256, kHelping = 96;
 constexpr int kThreads = kMultiplying + 32 + kHelping;  // eight warps that multiply, one that copies, three that exchange
 template <int kTokens> constexpr int kQuadsOfTile = kTokens * kRows / 4;  // of a block's partials: four floats each
+// Of 9 to 32 tokens, the steps of experts are spread over a tile. With 8 that is slower, with more there is no room for the sums.
+template <int kTokens> constexpr bool kSpreads = kTokens == 32;
 // Named barriers: before anything; of the helpers; of consumers and helpers, or of consumers alone (kFlags).
 constexpr int kBegin = 1, kHelpers = 2, kPartShrunk = 3, kPartTaken = 4, kPartialLeft = 5, kFlags = 6;
 
@@ -68,23 +89,23 @@ __device__ __forceinline__ bool wait_for(const SplitKParams &p, const unsigned *
 }
 
 // The hidden of the whole group, by a warp.
-template <class E, bool kChosen> __device__ __noinline__ void shrink_alone(const SplitKParams &p, const Experts<kChosen> experts) {
+template <class E> __device__ __noinline__ void shrink_alone(const SplitKParams &p) {
   const int lane = threadIdx.x % 32, in = p.in_features;
   for (int i = 0; i < p.n_items; ++i) {
     const Sm90Linear &linear = p.linears[i];
-    const int rank = linear.units_each * kUnit, columns = experts.linears().expert_steps[i] * kFeatures;
+    const int rank = linear.units_each * kUnit, columns = linear.steps * kFeatures;
     for (int token = 0; token < p.tokens; ++token) {
       E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden;
       const E *const x = static_cast<const E *>(p.input) + int64_t(token) * in;
       for (int first = 0; first < columns; first += rank) {
-        const int expert = experts.at(first / rank);
+        const int expert = first / rank;
         const float gate = gate_of(p, linear, token, expert);
         if (gate == 0.f) {
           for (int c = first + lane; c < min(first + rank, columns); c += 32) to[c] = from_float<E>(0.f);
           continue;
         }
         for (int c = first; c < first + rank; ++c) {
-          const E *const a = static_cast<const E *>(p.lora_a[i]) + (int64_t(expert) * rank + c - first) * in;
+          const E *const a = static_cast<const E *>(p.lora_a[i]) + int64_t(c) * in;
           float sum = 0.f;
           for (int k = lane * kUnit; k < in; k += 32 * kUnit) {
             const uint4 of_a = load_static(a + k), of_x = load_shared_input(x + k);
@@ -104,24 +125,24 @@ template <class E, bool kChosen> __device__ __noinline__ void shrink_alone(const
 }
 
 // By a warp: when it returns, the hidden is where the copy engine finds it.
-template <class E, bool kChosen> __device__ __noinline__ void wait_for_hidden(const SplitKParams &p, const Experts<kChosen> experts) {
+template <class E> __device__ __noinline__ void wait_for_hidden(const SplitKParams &p) {
   const bool there = __shfl_sync(~0u, threadIdx.x % 32 || wait_for(p, &p.sync->done, p.parts), 0);
-  if (!there) shrink_alone<E>(p, experts), __threadfence();
+  if (!there) shrink_alone<E>(p), __threadfence();
   async_fence();
   __syncwarp();
 }
 
 // The helpers: of the block's parts of the shrink, of all blocks' parts, and of the tile that it begins in the midst of. `hidden_there`:
-// a barrier that one of them arrives at when the hidden is where the copy engine finds it. `listed`: one that the list's maker arrives at.
-template <class E, int kTokens, bool kChosen> __device__ __forceinline__ void exchange_partials(
-    const SplitKParams &p, const Experts<kChosen> experts, int blocks, int block, volatile bool &published, volatile bool &shrunk,
-    uint32_t hidden_there, uint32_t listed) {
+// a barrier that one of them arrives at when the hidden is where the copy engine finds it.
+template <class E, int kTokens> __device__ __forceinline__ void exchange_partials(const SplitKParams &p, int blocks, int block,
+                                                                                  volatile bool &published, volatile bool &shrunk,
+                                                                                  uint32_t hidden_there) {
   __shared__ bool all_there;
   const int thread = threadIdx.x - (kMultiplying + 32), lane = thread % 32, g = lane / 4, t = lane % 4;
   const int first = first_of(p, kShrink, blocks, block), last = first_of(p, kShrink, blocks, block + 1);
   for (int part = first; part < last; ++part) {
     const int tile = part / p.shares, share = part - tile * p.shares;
-    const Segment s = segment_of(p, p.linears, kShrink, part, last);
+    const Segment s = segment_of<kSpreads<kTokens>>(p, p.linears, kShrink, part, last);
     const Sm90Linear &linear = p.linears[s.item];
     const int rank = linear.units_each * kUnit;
     // A thread has what a consumer's thread has of eight tokens: two tokens of two columns.
@@ -144,7 +165,6 @@ template <class E, int kTokens, bool kChosen> __device__ __forceinline__ void ex
     }
     barrier(kHelpers, kHelping);
     const bool there = all_there;  // if not, every block computes the hidden for itself
-    if (kChosen) mbarrier_wait(listed, 0);
     constexpr int kQuads = kQuadsOfTile<kTokens>;
     for (int at = begin; at < all && there; at += p.shares * kHelping) {
       const int chunk = at / places, place = at % places;
@@ -158,13 +178,10 @@ template <class E, int kTokens, bool kChosen> __device__ __forceinline__ void ex
       for (int i = 0; i < kMostShares; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
       const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
       const int token = chunk * 8 + t * 2;
-      E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden;
+      E *const to = static_cast<E *>(p.hidden) + int64_t(token) * p.width + linear.hidden + column_of(place);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // what was not chosen may be anything
-        int column = column_of(place) + i / 2 * 8;
-        if (kChosen) column += (experts.place_of(column / rank) - column / rank) * rank;
-        if (token + i % 2 < p.tokens) to[i % 2 * p.width + column] = from_float<E>(gates[i] == 0.f ? 0.f : sums[i] * gates[i]);
-      }
+      for (int i = 0; i < 4; ++i)  // what was not chosen may be anything
+        if (token + i % 2 < p.tokens) to[i % 2 * p.width + i / 2 * 8] = from_float<E>(gates[i] == 0.f ? 0.f : sums[i] * gates[i]);
     }
     barrier(kHelpers, kHelping);
     if (thread == 0 && there) shrink_done(p.sync);
@@ -176,9 +193,8 @@ template <class E, int kTokens, bool kChosen> __device__ __forceinline__ void ex
     shrunk = true;
   }
   if (p.width && thread >= kHelping - 32) {
-    if (kChosen) mbarrier_wait(listed, 0);
     // Not by the producer: the fence within it waits for copies that are on their way, and the next ones would be late.
-    wait_for_hidden<E>(p, experts);
+    wait_for_hidden<E>(p);
     if (lane == 0) {
       mbarrier_arrive(hidden_there);
       while (!shrunk) {
@@ -190,10 +206,8 @@ template <class E, int kTokens, bool kChosen> __device__ __forceinline__ void ex
       }
     }
   }
-  if (thread >= 32) return;
-  if (kChosen) mbarrier_wait(listed, 0);
-  const int begin = experts.first(kLinear, blocks, block), end = experts.first(kLinear, blocks, block + 1);
-  if (begin == end || experts.segment(kLinear, begin, end).begin == 0) return;
+  const int begin = first_of(p, kLinear, blocks, block), end = first_of(p, kLinear, blocks, block + 1);
+  if (thread >= 32 || begin == end || segment_of<kSpreads<kTokens>>(p, p.linears, kLinear, begin, end).begin == 0) return;
   barrier(kPartialLeft, kMultiplying + 32);
   if (thread == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.flags + block) : "memory");
 }

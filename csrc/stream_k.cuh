@@ -30,7 +30,7 @@ constexpr int kFewest = 5;  // blocks that shrink, of those that have a linear's
 struct Deal {
   int each, rest;
   Deal() = default;
-  LS_BOTH Deal(int all, int receivers) : each(all / receivers), rest(all % receivers) {}
+  Deal(int all, int receivers) : each(all / receivers), rest(all % receivers) {}
   LS_BOTH int first(int receiver) const { return receiver * each + (receiver < rest ? receiver : rest); }
 };
 
@@ -50,10 +50,7 @@ struct Schedule {
   int exchange;                              // steps that a share counts for beyond its own
   int linear_blocks;                         // that have steps of the linears, the first ones
   bool pauses;                               // who shrinks copies nothing more until its share of the hidden is there
-  bool spread;                               // steps of experts, over a tile
   bool apart;                                // the linears' steps are dealt out evenly by themselves
-  int all_steps[LS_MAX_GROUP];               // of each linear's tiles: as many as the ranks of all experts are, which are columns of its
-  int expert_steps[LS_MAX_GROUP];            // hidden; and of those experts that are read
   int begin[LS_MAX_GROUP + 1], begin_shrink[LS_MAX_GROUP + 1];  // first step of each linear's first tile; first tile
 };
 
@@ -85,12 +82,12 @@ struct Segment {
   int next;  // part or step
   LS_BOTH int length() const { return end - begin; }
 };
-// Of so many steps of a tile with `steps`, those of its `experts`.
-LS_BOTH int experts_before(const Schedule &p, int step, int steps, int experts) {
-  return p.spread ? (step * experts + steps - 1) / steps : lesser(step, experts);
+// Of so many steps of a tile with `steps`, those of its `experts`. Here and below: whether these are spread over the tile.
+template <bool kSpread> LS_BOTH int experts_before(int step, int steps, int experts) {
+  return kSpread ? (step * experts + steps - 1) / steps : lesser(step, experts);
 }
-// A linear, here and below, has `columns`.
-template <class Linear> LS_BOTH Segment segment_of(const Schedule &p, const Linear *linears, Phase phase, int at, int last) {
+// A linear, here and below: its `columns`, and its `steps` of experts.
+template <bool kSpread, class Linear> LS_BOTH Segment segment_of(const Schedule &p, const Linear *linears, Phase phase, int at, int last) {
   Segment s;
   s.item = 0;
   if (phase == kShrink) {
@@ -98,16 +95,16 @@ template <class Linear> LS_BOTH Segment segment_of(const Schedule &p, const Line
     while (tile >= p.begin_shrink[s.item + 1]) ++s.item;
     s.steps = p.steps, s.begin = p.of_shares.first(share), s.end = p.of_shares.first(share + 1);
     s.first = s.begin, s.own = s.end - s.begin, s.first_expert = 0;
-    s.column = (tile - p.begin_shrink[s.item]) * kRows, s.columns = p.all_steps[s.item] * kFeatures, s.next = at + 1;
+    s.column = (tile - p.begin_shrink[s.item]) * kRows, s.columns = linears[s.item].steps * kFeatures, s.next = at + 1;
   } else {
     while (at >= p.begin[s.item + 1]) ++s.item;
-    const int experts = p.expert_steps[s.item], step = at - p.begin[s.item];
+    const int experts = linears[s.item].steps, step = at - p.begin[s.item];
     s.steps = p.steps + experts;
     const int tile = step / s.steps;
     s.column = tile * kRows, s.columns = linears[s.item].columns;
     s.begin = step - tile * s.steps, s.end = lesser(s.steps, s.begin + last - at), s.next = at + s.end - s.begin;
-    s.first_expert = experts_before(p, s.begin, s.steps, experts), s.first = s.begin - s.first_expert;
-    s.own = s.end - experts_before(p, s.end, s.steps, experts) - s.first;
+    s.first_expert = experts_before<kSpread>(s.begin, s.steps, experts), s.first = s.begin - s.first_expert;
+    s.own = s.end - experts_before<kSpread>(s.end, s.steps, experts) - s.first;
   }
   return s;
 }
@@ -118,9 +115,9 @@ struct Turn {
   int from, to;
   bool kept;  // the sums of its other steps: after those, to be taken up later
 };
-template <class Linear> LS_BOTH bool has_later(const Schedule &p, const Linear *linears, int first, int last) {
-  if (!p.spread || first == last) return false;
-  const Segment s = segment_of(p, linears, kLinear, first, last);
+template <bool kSpread, class Linear> LS_BOTH bool has_later(const Schedule &p, const Linear *linears, int first, int last) {
+  if (!kSpread || first == last) return false;
+  const Segment s = segment_of<kSpread>(p, linears, kLinear, first, last);
   return s.next < last && s.own < s.length();
 }
 LS_BOTH Turn turn_of(Phase phase, const Segment &s, bool has_later, bool outer) {
@@ -132,65 +129,46 @@ LS_BOTH Turn turn_of(Phase phase, const Segment &s, bool has_later, bool outer) 
   return turn;
 }
 
-// Deals everything out. `n_items`, `steps`, `spread`, `all_steps` and `expert_steps` are there.
-//
-// How many blocks there is work for, at most `most`; 0: too many steps. All experts are read, or fewer.
-template <class Linear> inline int blocks_for(const Schedule &p, const Linear *linears, int most) {
+// Deals everything out; returns the number of blocks, at most `most`, or 0: too many steps. `n_items` and `steps` are there.
+template <class Linear> inline int deal_out(Schedule &p, const Linear *linears, int most) {
   int64_t steps = 0, tiles = 0;
   for (int i = 0; i < p.n_items; ++i) {
-    steps += int64_t((linears[i].columns + kRows - 1) / kRows) * (p.steps + p.all_steps[i]);
-    tiles += (p.all_steps[i] * kFeatures + kRows - 1) / kRows;
+    const Linear &linear = linears[i];
+    p.begin[i] = int(steps), p.begin_shrink[i] = int(tiles);
+    steps += int64_t((linear.columns + kRows - 1) / kRows) * (p.steps + linear.steps);
+    tiles += (linear.steps * kFeatures + kRows - 1) / kRows;
     if (steps + tiles * (p.steps + kMostShares * kPausingAlone) > INT32_MAX) return 0;
   }
-  const int64_t blocks = (steps + tiles * p.steps + kLeastSteps - 1) / kLeastSteps;
-  return blocks < most ? int(blocks) : most;
-}
-
-// Where each linear's steps begin; returns those of all.
-template <class Linear> LS_BOTH int lay_out(Schedule &p, const Linear *linears) {
-  int steps = 0;
-  for (int i = 0; i < p.n_items; ++i) p.begin[i] = steps, steps += (linears[i].columns + kRows - 1) / kRows * (p.steps + p.expert_steps[i]);
-  return p.begin[p.n_items] = steps;
-}
-
-// The shrink, first.
-template <class Linear> inline void deal_out_shrink(Schedule &p, const Linear *linears, int blocks) {
-  int tiles = 0;
-  for (int i = 0; i < p.n_items; ++i) p.begin_shrink[i] = tiles, tiles += (p.all_steps[i] * kFeatures + kRows - 1) / kRows;
-  p.begin_shrink[p.n_items] = tiles;
-  p.shrink_blocks = p.parts = 0, p.shares = 1, p.of_shrinking = Deal(0, 1);
-  if (tiles == 0) return;
+  p.begin[p.n_items] = int(steps), p.begin_shrink[p.n_items] = int(tiles);
+  const int shrink_steps = int(tiles) * p.steps;
+  int blocks = (int(steps) + shrink_steps + kLeastSteps - 1) / kLeastSteps;
+  if (blocks > most) blocks = most;
+  p.of_blocks = Deal(int(steps), blocks), p.linear_blocks = blocks, p.apart = true;
+  if (tiles == 0) return blocks;
   // No block has two shares, so all of a tile can wait for each other.
-  int shares = blocks / tiles, limit = p.steps / kLeastShare;
-  const int most_shares = lay_out(p, linears) / blocks < kLong || p.steps > kFewShares * kFew ? kMostShares : kFewShares;
+  int shares = blocks / int(tiles), limit = p.steps / kLeastShare;
+  const bool little = int(steps) / blocks < kLong;
+  const int most_shares = little || p.steps > kFewShares * kFew ? kMostShares : kFewShares;
   if (limit > most_shares) limit = most_shares;
   if (shares > limit) shares = limit;
-  p.shares = shares > 0 ? shares : 1, p.parts = tiles * p.shares;
+  p.shares = shares > 0 ? shares : 1, p.parts = int(tiles) * p.shares;
   p.shrink_blocks = p.parts < blocks ? p.parts : blocks;
   p.of_shares = Deal(p.steps, p.shares), p.of_shrinking = Deal(p.parts, p.shrink_blocks);
-}
-
-// The linears, with as many `expert_steps` as there are now.
-template <class Linear> LS_BOTH void deal_out_linears(Schedule &p, const Linear *linears, int blocks) {
-  const int steps = lay_out(p, linears);
-  p.of_blocks = Deal(steps, blocks), p.linear_blocks = blocks, p.apart = true, p.pauses = false, p.exchange = 0;
-  if (p.parts == 0) return;
   // A block that pauses has its share exchanged sooner, but gets so much less of the linears, of which it has the last tiles.
-  const bool little = steps / blocks < kLong;
-  const int others = blocks - p.shrink_blocks, last_tile = p.steps + p.expert_steps[p.n_items - 1];
-  const int shrink_steps = p.begin_shrink[p.n_items] * p.steps;
+  const int others = blocks - p.shrink_blocks, last_tile = p.steps + linears[p.n_items - 1].steps;
   const int own = (p.of_shrinking.each + (p.of_shrinking.rest > 0)) * (p.of_shares.each + (p.of_shares.rest > 0));
   auto balanced = [&](bool pauses, int exchange, int least) {
-    const Deal all(steps + shrink_steps + p.shrink_blocks * exchange, blocks);
+    const Deal all(int(steps) + shrink_steps + p.shrink_blocks * exchange, blocks);
     if (all.each - own - exchange < least) return false;
     p.of_blocks = all, p.apart = false, p.pauses = pauses, p.exchange = exchange;
     return true;
   };
   const int pausing = kPausing + (kPausingAlone - kPausing) * others / blocks;
-  if ((little || p.shrink_blocks <= blocks / 4) && balanced(true, pausing, (last_tile + kFewest - 1) / kFewest)) return;
-  if ((!little || p.shrink_blocks > blocks / 8) && balanced(false, kBeside, 1)) return;
+  if ((little || p.shrink_blocks <= blocks / 4) && balanced(true, pausing, (last_tile + kFewest - 1) / kFewest)) return blocks;
+  if ((!little || p.shrink_blocks > blocks / 8) && balanced(false, kBeside, 1)) return blocks;
   p.pauses = true;
-  if (others >= p.shrink_blocks) p.of_blocks = Deal(steps, others), p.linear_blocks = others;  // who shrinks does nothing else
+  if (others >= p.shrink_blocks) p.of_blocks = Deal(int(steps), others), p.linear_blocks = others;  // who shrinks does nothing else
+  return blocks;
 }
 
 }  // namespace ls

@@ -79,7 +79,6 @@ def test_constants_and_struct_layouts_agree_with_the_header(tmp_path):
     constants |= {"LS_PATH_FAST": kernels.FAST_PATH, "LS_PATH_GENERIC": kernels.GENERIC_PATH}
     constants |= {"LS_PATH_SM90": kernels.SM90_PATH, "LS_TUNING_TWO_LAUNCHES": kernels.TUNING_TWO_LAUNCHES}
     constants |= {"LS_TUNING_NARROW": kernels.TUNING_NARROW, "LS_TUNING_WIDE": kernels.TUNING_WIDE}
-    constants |= {"LS_TUNING_CHOSEN": kernels.TUNING_CHOSEN}
     constants |= {"LS_TUNING_SPLIT_K": kernels.TUNING_SPLIT_K, "LS_SPLIT_K_TOKENS": kernels.SPLIT_K_TOKENS}
     checks = [f"_Static_assert({name} == {value}, {name!r});".replace("'", '"') for name, value in constants.items()]
     for name, struct in structs.items():

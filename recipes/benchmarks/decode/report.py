@@ -34,6 +34,7 @@ PARTS = (
     "recipes/results/decode_h200_2db9912.json",
     "recipes/results/decode_h200_parts_2db9912.json",
     "recipes/results/decode_h200_parts_687e54f.json",
+    "recipes/results/decode_h200_parts_2eca9d4.json",
 )
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
