@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernel_oracle as oracle
-from kernel_groups import check_group, make_group
+from kernel_groups import check_group, check_replayed_chain, check_two_streams, make_group
 from kernel_oracle import DTYPES, poison_allocator, randn
 from peft_loraswitch import kernels
 
@@ -427,51 +427,14 @@ def test_merge_from_pristine_does_not_drift_over_20000_steps():
     ("num_experts", "top_k", "rank", "tokens"), [(8, 2, 8, 4), (32, 4, 8, 8), (64, 2, 16, 32), (8, 2, 128, 1)]
 )
 def test_graph_replay_with_everything_poisoned_between_replays(num_experts, top_k, rank, tokens):
-    """A captured chain of dependent launches: each replay must wait for its own inputs, never see the last replay's."""
     dtype, width = torch.bfloat16, 1024
     packed = [kernels.PackedGroup(**make_group([width] * 2, width, [rank] * 2, num_experts, dtype)) for _ in range(6)]
-    router = randn(num_experts, width, dtype=dtype, scale=width**-0.5)
-    x = randn(tokens, width, dtype=dtype)
-
-    def chain():
-        ids, gates = kernels.router(x, router, top_k, True)
-        made, h = [ids, gates], x
-        for group in packed:
-            h, other = group(h, ids, gates)
-            made += [h, other]
-        return made
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
-    with torch.cuda.stream(stream):
-        chain()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = chain()
-    for _ in oracle.rounds(50):
-        x.copy_(torch.randn_like(x))
-        for t in captured:
-            t.fill_(float("nan") if t.is_floating_point() else 7)
-        graph.replay()
-        for got, expected in zip(captured, chain(), strict=True):
-            assert torch.equal(got, expected)
+    check_replayed_chain(packed, num_experts, top_k, tokens, width)
 
 
 def test_two_streams_at_once_do_not_disturb_each_other():
-    dtype, width = torch.bfloat16, 2048
-    packed = [kernels.PackedGroup(**make_group([width], width, [8], 8, dtype)) for _ in range(2)]
-    xs = [randn(1, width, dtype=dtype) for _ in range(2)]
-    ids, gates = oracle.random_ids(1, 8, 2, "cuda")
-    expected = [p(x, ids, gates)[0] for p, x in zip(packed, xs, strict=True)]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    for _ in oracle.rounds(200):
-        results = []
-        for p, x, stream in zip(packed, xs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(p(x, ids, gates)[0])
-        torch.cuda.synchronize()
-        assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+    packed = [kernels.PackedGroup(**make_group([2048], 2048, [8], 8, torch.bfloat16)) for _ in range(2)]
+    check_two_streams(packed, 1, 2048)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64])

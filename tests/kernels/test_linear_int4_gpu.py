@@ -9,7 +9,14 @@ import pytest
 import torch
 
 import kernel_oracle as oracle
-from kernel_groups import check_group_4bit, make_group_int4, reference_4bit
+from kernel_groups import (
+    check_group_4bit,
+    check_replayed_chain,
+    check_two_streams,
+    check_unread_experts,
+    make_group_int4,
+    reference_4bit,
+)
 from kernel_oracle import poison_allocator, randn
 from peft_loraswitch import kernels, ops
 
@@ -131,73 +138,26 @@ def test_tokens_do_not_see_each_other(tokens):
 
 @pytest.mark.parametrize("tokens", [1, 5, 32])
 def test_nothing_is_read_of_experts_that_nobody_chose(tokens):
-    group = make_group_int4([128, 64], 256, [16, 16], 8)
-    x = randn(tokens, 256, dtype=BF16)
-    experts, gates = oracle.random_ids(tokens, 4, 3, "cuda")
-    left_out = torch.rand(tokens, 3, device="cuda") < 0.6
-    experts, gates = experts.masked_fill(left_out, 8), gates.masked_fill(left_out, 0.0)
-    for tensor in (*group["lora_a"], *(group["lora_b"] if 3 * tokens <= 8 else ())):
-        tensor[4:] = float("nan")
-    packed = kernels.PackedGroup(**group)
-    poison_allocator()
-    for i, result in enumerate(packed(x, experts, gates)):
-        reference, _ = reference_4bit(group, i, x, experts, gates)
-        assert oracle.relative_error(result, reference) < oracle.limit_4bit(result)
+    check_unread_experts(make_group_int4([128, 64], 256, [16, 16], 8), tokens)
 
 
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "rank", "tokens"), [(8, 2, 8, 1), (8, 2, 8, 8), (8, 2, 8, 16), (64, 2, 16, 32)]
 )
 def test_graph_replay_with_everything_poisoned_between_replays(num_experts, top_k, rank, tokens):
-    """A captured chain of dependent launches: each replay waits for its own inputs, and never sees the last replay's."""
     width = 1024
     groups = [make_group_int4([width] * 2, width, [rank] * 2, num_experts) for _ in range(6)]
     packed = [kernels.PackedGroup(**group) for group in groups]
-    router = randn(num_experts, width, dtype=BF16, scale=width**-0.5)
-    x = randn(tokens, width, dtype=BF16)
-
-    def chain():
-        ids, gates = kernels.router(x, router, top_k, True)
-        made, h = [ids, gates], x
-        for group in packed:
-            h, other = group(h, ids, gates)
-            made += [h, other]
-        return made
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
-    with torch.cuda.stream(stream):
-        chain()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = chain()
-    for _ in oracle.rounds(50):
-        x.copy_(torch.randn_like(x))
-        for t in captured:
-            t.fill_(float("nan") if t.is_floating_point() else 7)
-        graph.replay()
-        for got, expected in zip(captured, chain(), strict=True):
-            assert torch.equal(got, expected)
-    reference, _ = reference_4bit(groups[0], 0, x, captured[0], captured[1])
-    assert oracle.relative_error(captured[2], reference) < oracle.limit_4bit(captured[2])
+    x, made = check_replayed_chain(packed, num_experts, top_k, tokens, width)
+    ids, gates, first, *_ = made
+    reference, _ = reference_4bit(groups[0], 0, x, ids, gates)
+    assert oracle.relative_error(first, reference) < oracle.limit_4bit(first)
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_two_streams_at_once_do_not_disturb_each_other(tokens):
-    width = 2048
-    packed = [kernels.PackedGroup(**make_group_int4([width], width, [8], 8)) for _ in range(2)]
-    xs = [randn(tokens, width, dtype=BF16) for _ in range(2)]
-    ids, gates = oracle.random_ids(tokens, 8, 2, "cuda")
-    expected = [p(x, ids, gates)[0] for p, x in zip(packed, xs, strict=True)]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    for _ in oracle.rounds(200):
-        results = []
-        for p, x, stream in zip(packed, xs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(p(x, ids, gates)[0])
-        torch.cuda.synchronize()
-        assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+    packed = [kernels.PackedGroup(**make_group_int4([2048], 2048, [8], 8)) for _ in range(2)]
+    check_two_streams(packed, tokens, 2048)
 
 
 def test_what_the_library_refuses():

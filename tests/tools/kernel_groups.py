@@ -96,3 +96,67 @@ def check_group_4bit(
         error = oracle.relative_error(result, reference, at_least=max(own.norm(), (reference - own).norm()))
         limit = oracle.limit_4bit(result)
         assert error < limit, f"linear {i} of {outs} x {in_features}, ranks {ranks}, {tokens} tokens: error {error:.2e}"
+
+
+def check_unread_experts(group, tokens):
+    """What nobody chose may be anything in lora_a, and for a few tokens in lora_b. `group`: 4 bits, 8 experts, 256 features."""
+    x = randn(tokens, 256, dtype=torch.bfloat16)
+    experts, gates = oracle.random_ids(tokens, 4, 3, "cuda")
+    left_out = torch.rand(tokens, 3, device="cuda") < 0.6
+    experts, gates = experts.masked_fill(left_out, 8), gates.masked_fill(left_out, 0.0)
+    for tensor in (*group["lora_a"], *(group["lora_b"] if 3 * tokens <= 8 else ())):
+        tensor[4:] = float("nan")
+    packed = kernels.PackedGroup(**group)
+    poison_allocator()
+    for i, result in enumerate(packed(x, experts, gates)):
+        reference, _ = reference_4bit(group, i, x, experts, gates)
+        assert oracle.relative_error(result, reference) < oracle.limit_4bit(result)
+
+
+def check_replayed_chain(packed, num_experts, top_k, tokens, width):
+    """A captured chain of dependent launches, a router and groups of two square linears: each replay must wait for its own
+    inputs, and never see the last replay's. All that a replay writes is poisoned before.
+
+    Returns the input of the last replay, and what it made: ids, gates, and two results of each group."""
+    router = randn(num_experts, width, dtype=torch.bfloat16, scale=width**-0.5)
+    x = randn(tokens, width, dtype=torch.bfloat16)
+
+    def chain():
+        ids, gates = kernels.router(x, router, top_k, True)
+        made, h = [ids, gates], x
+        for group in packed:
+            h, other = group(h, ids, gates)
+            made += [h, other]
+        return made
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
+    with torch.cuda.stream(stream):
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = chain()
+    for _ in oracle.rounds(50):
+        x.copy_(torch.randn_like(x))
+        for t in captured:
+            t.fill_(float("nan") if t.is_floating_point() else 7)
+        graph.replay()
+        for got, expected in zip(captured, chain(), strict=True):
+            assert torch.equal(got, expected)
+    return x, captured
+
+
+def check_two_streams(packed, tokens, width):
+    """Two groups of one linear, with 8 experts, each on a stream of its own: the bits of calls by themselves."""
+    xs = [randn(tokens, width, dtype=torch.bfloat16) for _ in packed]
+    ids, gates = oracle.random_ids(tokens, 8, 2, "cuda")
+    expected = [p(x, ids, gates)[0] for p, x in zip(packed, xs, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in packed]
+    for _ in oracle.rounds(200):
+        results = []
+        for p, x, stream in zip(packed, xs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(p(x, ids, gates)[0])
+        torch.cuda.synchronize()
+        assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
