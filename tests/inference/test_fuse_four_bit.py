@@ -4,21 +4,21 @@ with a stand-in for the kernels' library; `test_fuse_four_bit_gpu.py` is the sam
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 import transformers as tf
 from peft import get_peft_model
 from torch import nn
 
-from four_bit_linear import FEW, MANY, SHAPE, SIZES, check_layers, in_4_bits, linear_4bit, made_4bit, same, sizes
-from fusing import adapted, close, fused, gradients, groups, ids, layer_of, logits, randomize, trainable
+import four_bit_checks as checks
+from changes_of_weights import a_plain_base_layer_in_the_dictionary, bias_replaced, hook
+from four_bit_linear import BF16, FEW, MANY, SHAPE, SIZES, check_layers, in_4_bits, linear_4bit, made_4bit, same, sizes
+from fusing import adapted, check_as_unfused, close, fused, groups, ids, layer_of, logits, randomize
 from helpers import LAYERS, tiny_llama
 from int8_linear import launches
-from peft_loraswitch import LoRASwitchConfig, kernels, ops
+from peft_loraswitch import LoRASwitchConfig, kernels
 from peft_loraswitch.inference import group_outputs
 from peft_loraswitch.inference.fuse import adapted_layers, refresh_fused
 
@@ -64,11 +64,7 @@ def test_one_op_a_group_for_few_tokens_and_the_library_for_many(op_alone):
 def test_one_c_call_a_group_without_a_compiler(library):
     model = made_4bit(settings={"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"v_proj": 50}})
     batches = [ids(1, 1, "cpu"), FEW, ids(1, 1, "cpu", seed=4), MANY, ids(1, 32, "cpu")]
-    expected = [logits(model, tokens) for tokens in batches]
-    fused(model)
-    for _ in range(2):  # the first of each shape packs, the others find it packed
-        for tokens, value in zip(batches, expected, strict=True):
-            assert same(logits(model, tokens), value)
+    check_as_unfused(model, batches, BF16)
     for tokens in (*batches, ids(1, 33, "cpu")):
         library.calls.clear()
         with launches() as of:
@@ -93,9 +89,7 @@ def test_without_kernels_the_library_computes():
     model = made_4bit()
     expected = logits(model, FEW)
     fused(model)
-    with launches() as of:
-        assert same(logits(model, FEW), expected)
-    assert sizes(of, "deltas") == SIZES and not any(group.four_bit for group in groups(model))
+    checks.check_left_to_the_library(model, expected)
 
 
 def test_a_model_from_transformers(library, tmp_path):
@@ -206,9 +200,7 @@ def test_what_the_library_of_the_kernels_refuses(library):
     expected = logits(model, FEW)
     fused(model)
     for _ in range(2):
-        with launches() as of:
-            assert same(logits(model, FEW), expected)
-        assert sizes(of, "deltas") == SIZES and not any(group.four_bit for group in groups(model))
+        checks.check_left_to_the_library(model, expected)
 
 
 @pytest.mark.parametrize("others", [("q_proj",), ("k_proj",), ("up_proj",)])
@@ -287,11 +279,6 @@ def a_plain_base_layer(layer: Any) -> None:
     layer.base_layer = nn.Linear(layer.in_features, layer.out_features, dtype=torch.bfloat16, bias=False)
 
 
-def a_plain_base_layer_in_the_dictionary(layer: Any) -> None:
-    new = nn.Linear(layer.in_features, layer.out_features, dtype=torch.bfloat16, bias=False)
-    layer._modules["base_layer"] = new.requires_grad_(False)
-
-
 def the_same_weight_in_another_layer(layer: Any) -> None:
     new = Doubled(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16)
     new.weight, new.support_avx512bf16_for_cpu = layer.base_layer.weight, False
@@ -331,14 +318,6 @@ def offset_written(layer: Any) -> None:
     (state.offset if state.nested else state.absmax).add_(1.0)
 
 
-def bias_replaced(layer: Any) -> None:
-    layer.base_layer.bias = nn.Parameter(torch.ones(layer.out_features, dtype=torch.bfloat16), requires_grad=False)
-
-
-def hook(layer: Any) -> None:
-    layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
-
-
 CHANGES = [
     another_weight, another_weight_in_the_dictionary, another_base_layer, another_base_layer_in_the_dictionary,
     a_plain_base_layer, a_plain_base_layer_in_the_dictionary, the_same_weight_in_another_layer, bytes_elsewhere,
@@ -360,10 +339,7 @@ def test_what_is_changed_after_fusing_is_seen(change, way, double, name, request
     layer.double = double
     with torch.no_grad():
         change(layer)
-    after = [logits(model, FEW) for _ in range(2)]
-    model.unfuse()
-    expected = logits(model, FEW)
-    assert all(same(one, expected) for one in after) and not same(before, expected, 0.1)
+    checks.check_change_is_seen(model, before)
 
 
 def test_another_compute_dtype_is_left_to_the_library(library):
@@ -393,43 +369,17 @@ def test_what_shows_nowhere_is_taken_up_when_asked(library):
 
 
 def test_cast_moved_and_back(library):
-    model = fused(made_4bit(double=True))
-    expected = logits(model, FEW)  # by the op, as the first forward of new groups
-    model.to("cpu")
-    assert torch.equal(logits(model, FEW), expected) and all(group.four_bit for group in groups(model))
-    model.load_state_dict(
-        {name: value for name, value in model.state_dict().items() if "loraswitch" in name}, strict=False
-    )
-    model.train()
-    model.eval()
+    model = made_4bit(double=True)
+    expected = checks.check_moved_and_loaded(model)
     assert torch.equal(logits(model, FEW), expected)
 
 
 def test_gradients_are_those_of_the_unfused_model(library):
-    model = made_4bit()
-    trained = trainable(model, "v_proj.loraswitch_A")
-    expected = gradients(model, FEW, trained)
-    fused(model)
-    logits(model, FEW)
-    assert all(same(*pair) for pair in zip(gradients(model, FEW, trained), expected, strict=True))
+    checks.check_gradients(made_4bit(), "v_proj.loraswitch_A")
 
 
 def test_copies(library):
-    model = fused(made_4bit(double=True))
-    expected = [logits(model, FEW) for _ in range(2)][-1]
-    twin = copy.deepcopy(model)
-    for layer in adapted_layers(twin):
-        layer.base_layer.weight.data.bitwise_xor_(0x7F)
-    changed = logits(twin, FEW)
-    assert torch.equal(logits(model, FEW), expected) and not same(changed, expected, 0.1)
-    twin.unfuse()
-    assert same(changed, logits(twin, FEW))
-    group = pickle.loads(pickle.dumps(layer_of(model, "layers.0.self_attn.o_proj").fused_group))
-    x = torch.randn(1, 64).bfloat16()
-    routing = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2)
-    original = layer_of(model, "layers.0.self_attn.o_proj").fused_group
-    results = [ops.linear_4bit(x, *routing, *each.four_bit_parts())[0] for each in (group, original)]
-    assert torch.equal(*results)
+    checks.check_copies(made_4bit(double=True), bytes_written)
 
 
 # ------------------------------------------------------------------------------------------------------ compiled code
@@ -439,29 +389,9 @@ def test_copies(library):
 @pytest.mark.parametrize("length", [3, 40])
 def test_compiled_whole(length, double, library):
     model = made_4bit(double=double, settings={"target_modules": ["q_proj", "v_proj", "up_proj"]})
-    tokens = ids(1, length, "cpu")
-    expected = logits(model, tokens, use_cache=False)
-    fused(model)
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for _ in range(2):
-        assert same(logits(compiled, tokens, use_cache=False), expected)
-    assert len(graphs) == 1
-    called = [node.target for node in graphs[0].graph.nodes if node.target is ops.linear_4bit]
-    assert len(called) == (2 * LAYERS if length == 3 else 0)
     layer = layer_of(model, "layers.1.self_attn.v_proj")
-    bytes_written(layer)
-    changed = logits(compiled, tokens, use_cache=False)
-    assert len(graphs) == 1 and not same(changed, expected, 0.1)
-    layer.base_layer = copy.deepcopy(layer.base_layer)
-    bytes_written(layer)
-    assert same(logits(compiled, tokens, use_cache=False), expected)
+    tokens, calls = ids(1, length, "cpu"), 2 * LAYERS if length == 3 else 0
+    compiled, changed = checks.check_compiled_whole(model, tokens, calls, layer, bytes_written)
     scales_written(layer)
     model.refresh_fused()
     after = logits(compiled, tokens, use_cache=False)

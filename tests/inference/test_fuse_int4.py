@@ -3,22 +3,21 @@ beyond. On a CPU, with stand-ins for the kernels' library and for torchao's prod
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from torch import nn
 
-from four_bit_linear import FEW, MANY, SIZES, check_layers, same, sizes
-from fusing import adapted, fused, gradients, groups, ids, layer_of, logits, trainable
+import four_bit_checks as checks
+from changes_of_weights import a_plain_base_layer_in_the_dictionary, bias_replaced, hook
+from four_bit_linear import BF16, FEW, MANY, SIZES, check_layers, same, sizes
+from fusing import adapted, check_as_unfused, fused, groups, ids, layer_of, logits
 from helpers import LAYERS, tiny_llama
 from int4_linear import SHAPE, exact_weight, in_int4, int4_linear, int4_weight, made_int4, product_on_a_cpu
 from int8_linear import launches
-from peft_loraswitch import kernels, ops
+from peft_loraswitch import kernels
 from peft_loraswitch.inference.fuse import adapted_layers
 
 torchao = pytest.importorskip("torchao.quantization")
@@ -60,11 +59,7 @@ def test_one_op_a_group_for_few_tokens_and_the_library_for_many(op_alone, produc
 def test_one_c_call_a_group_without_a_compiler(library):
     model = made_int4(settings={"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"v_proj": 50}})
     batches = [ids(1, 1, "cpu"), FEW, MANY, ids(1, 32, "cpu")]
-    expected = [logits(model, tokens) for tokens in batches]
-    fused(model)
-    for _ in range(2):  # the first of each shape packs, the others find it packed
-        for tokens, value in zip(batches, expected, strict=True):
-            assert same(logits(model, tokens), value)
+    check_as_unfused(model, batches, BF16)
     for tokens in (*batches, ids(1, 33, "cpu")):
         library.calls.clear()
         logits(model, tokens)
@@ -78,9 +73,7 @@ def test_without_kernels_the_library_computes(products):
     expected = logits(model, FEW)
     fused(model)
     products.clear()
-    with launches() as of:
-        assert same(logits(model, FEW), expected)
-    assert sizes(of, "deltas") == SIZES and not any(group.four_bit for group in groups(model))
+    checks.check_left_to_the_library(model, expected)
     assert len(products) == 7 * LAYERS
 
 
@@ -150,9 +143,7 @@ def test_activations_of_another_dtype_are_left_to_the_library(dtype, library):
     model = in_int4(adapted(tiny_llama(**SHAPE), dtype=dtype))
     expected = logits(model, FEW)
     fused(model)
-    with launches() as of:
-        assert same(logits(model, FEW), expected)
-    assert sizes(of, "deltas") == SIZES and not any(group.four_bit for group in groups(model))
+    checks.check_left_to_the_library(model, expected)
 
 
 def test_what_the_library_of_the_kernels_refuses(library):
@@ -160,9 +151,7 @@ def test_what_the_library_of_the_kernels_refuses(library):
     model = made_int4()
     expected = logits(model, FEW)
     fused(model)
-    with launches() as of:
-        assert same(logits(model, FEW), expected)
-    assert sizes(of, "deltas") == SIZES and not any(group.four_bit for group in groups(model))
+    checks.check_left_to_the_library(model, expected)
 
 
 @pytest.mark.parametrize("group", [None, 64], ids=["bf16", "another group"])
@@ -198,11 +187,6 @@ def another_base_layer(layer: Any) -> None:
     layer.base_layer = int4_linear(nn.Linear(layer.in_features, layer.out_features))
 
 
-def a_plain_base_layer_in_the_dictionary(layer: Any) -> None:
-    new = nn.Linear(layer.in_features, layer.out_features, dtype=torch.bfloat16, bias=False)
-    layer._modules["base_layer"] = new.requires_grad_(False)
-
-
 def a_plain_weight_in_the_dictionary(layer: Any) -> None:
     new = torch.randn(layer.out_features, layer.in_features, dtype=torch.bfloat16) / 8
     layer.base_layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
@@ -232,14 +216,6 @@ def scaled_before(layer: Any) -> None:
     layer.base_layer.weight.act_pre_scale = torch.full((layer.in_features,), 3.0, dtype=torch.bfloat16)
 
 
-def bias_replaced(layer: Any) -> None:
-    layer.base_layer.bias = nn.Parameter(torch.ones(layer.out_features, dtype=torch.bfloat16), requires_grad=False)
-
-
-def hook(layer: Any) -> None:
-    layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
-
-
 CHANGES = [
     another_weight, another_weight_in_the_dictionary, weight_of_another_group, another_base_layer,
     a_plain_base_layer_in_the_dictionary, a_plain_weight_in_the_dictionary, tiles_elsewhere, scales_elsewhere, tiles_written,
@@ -257,50 +233,23 @@ def test_what_is_changed_after_fusing_is_seen(change, way, name, request):
     torch.manual_seed(3)
     with torch.no_grad():
         change(layer_of(model, f"layers.1.mlp.{name}"))
-    after = [logits(model, FEW) for _ in range(2)]
-    model.unfuse()
-    expected = logits(model, FEW)
-    assert all(same(one, expected) for one in after) and not same(before, expected, 0.1)
+    checks.check_change_is_seen(model, before)
 
 
 def test_moved_loaded_trained_and_back(library):
-    model = fused(made_int4())
-    expected = logits(model, FEW)  # by the op, as the first forward of new groups
-    model.to("cpu")
-    assert torch.equal(logits(model, FEW), expected) and all(group.four_bit for group in groups(model))
-    model.load_state_dict(
-        {name: value for name, value in model.state_dict().items() if "loraswitch" in name}, strict=False
-    )
-    model.train()
-    model.eval()
+    model = made_int4()
+    expected = checks.check_moved_and_loaded(model)
     assert same(logits(model, FEW), expected) and all(group.four_bit for group in groups(model))
 
 
 def test_gradients_are_those_of_the_unfused_model(library):
     """Of what comes after all products: torchao's has no backward."""
     model = made_int4(settings={"target_modules": ["down_proj"], "layers_to_transform": [LAYERS - 1]})
-    trained = trainable(model, "down_proj.loraswitch_A")
-    expected = gradients(model, FEW, trained)
-    fused(model)
-    logits(model, FEW)
-    assert all(same(*pair) for pair in zip(gradients(model, FEW, trained), expected, strict=True))
+    checks.check_gradients(model, "down_proj.loraswitch_A")
 
 
 def test_copies(library):
-    model = fused(made_int4())
-    expected = [logits(model, FEW) for _ in range(2)][-1]
-    twin = copy.deepcopy(model)
-    for layer in adapted_layers(twin):
-        tiles_written(layer)
-    changed = logits(twin, FEW)
-    assert torch.equal(logits(model, FEW), expected) and not same(changed, expected, 0.1)
-    twin.unfuse()
-    assert same(changed, logits(twin, FEW))
-    original = layer_of(model, "layers.0.self_attn.o_proj").fused_group
-    group = pickle.loads(pickle.dumps(original))
-    x = torch.randn(1, 64).bfloat16()
-    routing = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2)
-    assert torch.equal(*[ops.linear_4bit(x, *routing, *each.four_bit_parts())[0] for each in (group, original)])
+    checks.check_copies(made_int4(), tiles_written)
 
 
 # ------------------------------------------------------------------------------------------------------ compiled code
@@ -309,26 +258,6 @@ def test_copies(library):
 @pytest.mark.parametrize("length", [3, 40])
 def test_compiled_whole(length, library):
     model = made_int4(settings={"target_modules": ["q_proj", "v_proj", "up_proj"]})
-    tokens = ids(1, length, "cpu")
-    expected = logits(model, tokens, use_cache=False)
-    fused(model)
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for _ in range(2):
-        assert same(logits(compiled, tokens, use_cache=False), expected)
-    assert len(graphs) == 1
-    called = [node.target for node in graphs[0].graph.nodes if node.target is ops.linear_4bit]
-    assert len(called) == (2 * LAYERS if length == 3 else 0)
     layer = layer_of(model, "layers.1.self_attn.v_proj")
-    tiles_written(layer)
-    changed = logits(compiled, tokens, use_cache=False)
-    assert len(graphs) == 1 and not same(changed, expected, 0.1)
-    layer.base_layer = copy.deepcopy(layer.base_layer)
-    tiles_written(layer)
-    assert same(logits(compiled, tokens, use_cache=False), expected)
+    tokens, calls = ids(1, length, "cpu"), 2 * LAYERS if length == 3 else 0
+    checks.check_compiled_whole(model, tokens, calls, layer, tiles_written)

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from torch import nn
 
+import four_bit_checks as checks
 from four_bit_linear import BF16, SIZES, check_layers
 from fusing import adapted, close, ids, logits
 from helpers import LAYERS, tiny_llama
 from int4_linear import exact_weight
 from int8_linear import ALL, launches
-from peft_loraswitch import kernels
 from peft_loraswitch.inference.fuse import adapted_layers
 from recipes.benchmarks.decode.loops import Decoder
 
@@ -64,22 +63,9 @@ def test_every_linear_is_its_weight_and_its_experts(group, width):
 
 @both_sizes
 def test_fused_as_unfused_for_few_and_for_many_tokens(width):
-    model = made(width)
-    batches = [ids(b, n, "cuda") for b, n in ((1, 1), (8, 1), (2, 3), (1, 16), (1, 32), (1, 33), (3, 40))]
-    expected = [logits(model, tokens) for tokens in batches]
-    model.fuse_for_inference("fused")
-    for _ in range(2):
-        for tokens, value in zip(batches, expected, strict=True):
-            assert close(logits(model, tokens).float(), value.float(), BF16)
-    for tokens in batches:
-        with launches() as of:
-            logits(model, tokens)
-        few = tokens.numel() <= kernels.FAST_TOKENS
-        assert [size for name, size in of if name == "linear"] == (SIZES if few else [])
-        assert not any(name in ("linear_4bit", "deltas") for name, _ in of)
-    model.unfuse()
-    for tokens, value in zip(batches, expected, strict=True):
-        assert torch.equal(logits(model, tokens), value)
+    checks.check_few_and_many_tokens(
+        made(width), [ids(b, n, "cuda") for b, n in ((1, 1), (8, 1), (2, 3), (1, 16), (1, 32), (1, 33), (3, 40))]
+    )
 
 
 def test_what_the_kernel_does_not_take_goes_by_the_library():
@@ -92,29 +78,18 @@ def test_what_the_kernel_does_not_take_goes_by_the_library():
     assert [size for name, size in of if name == "deltas"] == SIZES and not served(model)
 
 
+def weights_changed(model: nn.Module) -> None:
+    for layer in adapted_layers(model):
+        layer.base_layer.weight.qdata.bitwise_xor_(0x77777777)
+        layer.base_layer.weight.scale_and_zero.mul_(1.5)
+
+
 @both_sizes
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_compiled(mode, batch, width):
     """By inductor, in CUDA graphs with the second mode: tokens that differ from replay to replay, then weights that do."""
-    model = made(width)
-    batches = [ids(batch, 1, "cuda", seed=seed) for seed in range(4)]
-    expected = [logits(model, tokens, use_cache=False) for tokens in batches]
-    model.fuse_for_inference("fused")
-    assert served(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, mode=mode, fullgraph=True)
-    for _ in range(3):
-        for tokens, value in zip(batches, expected, strict=True):
-            assert close(logits(compiled, tokens, use_cache=False).float(), value.float(), BF16)
-    for layer in adapted_layers(model):
-        layer.base_layer.weight.qdata.bitwise_xor_(0x77777777)
-        layer.base_layer.weight.scale_and_zero.mul_(1.5)
-    changed = [logits(compiled, tokens, use_cache=False).clone() for tokens in batches]
-    model.unfuse()
-    for tokens, value, before in zip(batches, changed, expected, strict=True):
-        assert close(value.float(), logits(model, tokens, use_cache=False).float(), BF16)
-        assert not close(value.float(), before.float(), 0.1)
+    checks.check_compiled(made(width), mode, batch, served, weights_changed, tolerance=BF16)
 
 
 @torch.no_grad()
@@ -163,53 +138,22 @@ def test_captured(batch):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_generates_as_unfused(cache, batch):
-    model = made(settings={"task_type": "CAUSAL_LM"})
-    prompt = ids(batch, 5, "cuda")
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    wanted = model.generate(input_ids=prompt, **settings)
-    torch._dynamo.reset()
-    with model.fuse_for_inference("fused"):
-        assert served(model)
-        for _ in range(2):
-            found = model.generate(input_ids=prompt, cache_implementation=cache, **settings)
-            assert found.shape == wanted.shape
-            # after a near-tie that falls the other way all differ
-            assert (found == wanted).float().mean() > 0.6
+    checks.check_generates_as_unfused(made(settings={"task_type": "CAUSAL_LM"}), batch, cache, served)
 
 
 def test_experts_in_float32_are_served_from_casts():
-    model = made()
-    for layer in adapted_layers(model):
-        layer.loraswitch_A["default"].float()
-        layer.loraswitch_B["default"].float()
-    tokens = ids(2, 3, "cuda")
-    expected = logits(model, tokens)
-    model.fuse_for_inference("fused")
-    assert served(model) and close(logits(model, tokens).float(), expected.float(), BF16)
+    checks.check_experts_in_float32(made(), served)
 
 
 def test_a_model_that_goes_to_the_cpu_and_comes_back():
-    model = made()
-    tokens = ids(2, 3, "cuda")
-    expected = logits(model, tokens)
-    model.fuse_for_inference("fused")
-    model.to("cpu")
-    assert not served(model)
-    model.to("cuda")
-    assert served(model) and close(logits(model, tokens).float(), expected.float(), BF16)
+    checks.check_to_the_cpu_and_back(made(), served)
 
 
 def test_memory():
     """No second copy of weights or scales."""
     model = made(1024)
-    logits(model, ids(1, 1, "cuda"))
-    kernels.give_workspace(torch.cuda.current_device())
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    model.fuse_for_inference("fused")
-    logits(model, ids(1, 1, "cuda"))
-    torch.cuda.synchronize()
+    taken = checks.memory_of_fusing(model)
     small = 1 << 16  # decisions, and what the allocator rounds up
     assert served(model)
     assert sum(layer.base_layer.weight.scale_and_zero.nbytes for layer in adapted_layers(model)) > 2 * small
-    assert torch.cuda.memory_allocated() - before <= small
+    assert taken <= small

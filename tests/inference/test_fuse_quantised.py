@@ -14,7 +14,8 @@ from torch import nn
 
 import layer_checks
 import oracle
-from fusing import adapted, close, devices, gradients, ids, layer_of, logits, trainable
+from compiling import compiled_whole
+from fusing import adapted, check_as_unfused, close, devices, gradients, ids, layer_of, logits, trainable
 from helpers import LAYERS, switch_layers, tiny_llama
 from int8_linear import ALL, Int8Linear, launches, quantised
 from peft_loraswitch import ops
@@ -33,12 +34,7 @@ def made(device: str = "cpu", dtype: torch.dtype = torch.float32, names: tuple[s
 
 def check(model: nn.Module, device: str = "cpu", tolerance: float = 2e-5) -> None:
     """Fused as unfused, for any number of tokens. The model stays fused."""
-    batches = [ids(b, n, device) for b, n in BATCHES]
-    expected = [logits(model, tokens) for tokens in batches]
-    model.fuse_for_inference("fused")
-    for _ in range(2):
-        for tokens, value in zip(batches, expected, strict=True):
-            assert close(logits(model, tokens).float(), value.float(), tolerance)
+    check_as_unfused(model, [ids(b, n, device) for b, n in BATCHES], tolerance)
 
 
 # ----------------------------------------------------------------------------------------------- outputs and launches
@@ -403,14 +399,7 @@ def test_compiled_whole(length):
     tokens = ids(1, length, "cpu")
     expected = logits(model, tokens, use_cache=False)
     model.fuse_for_inference("fused")
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled, graphs = compiled_whole(model)
     for _ in range(2):
         assert close(logits(compiled, tokens, use_cache=False), expected)
     layer = layer_of(model, "self_attn.k_proj")

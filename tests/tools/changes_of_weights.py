@@ -99,6 +99,20 @@ CHANGES = [
 ]  # fmt: skip
 
 
+def a_plain_base_layer_in_the_dictionary(layer: Any) -> None:
+    """Of one layer, in bf16, as the next two."""
+    new = nn.Linear(layer.in_features, layer.out_features, dtype=torch.bfloat16, bias=False)
+    layer._modules["base_layer"] = new.requires_grad_(False)
+
+
+def bias_replaced(layer: Any) -> None:
+    layer.base_layer.bias = nn.Parameter(torch.ones(layer.out_features, dtype=torch.bfloat16), requires_grad=False)
+
+
+def hook(layer: Any) -> None:
+    layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
+
+
 def weight_put_into_a_dictionary(model: nn.Module) -> None:
     """As accelerate places weights. No method is told, so compiled code does not see it before the next eager forward."""
     experts = model.base_model.model.model.layers[-1].self_attn.v_proj.loraswitch_A["default"]

@@ -55,6 +55,18 @@ def compiled(model: nn.Module, backend: Any) -> Any:
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
+def compiled_whole(model: nn.Module) -> tuple[Any, list[torch.fx.GraphModule]]:
+    """`model` compiled, and the list that gets its graphs."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    return compiled(model, backend), graphs
+
+
 def run_eval(model: nn.Module, graphs: Graphs) -> None:
     step = compiled(model.eval(), graphs)
     with torch.no_grad():

@@ -64,6 +64,17 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
+def check_as_unfused(model: nn.Module, batches: list[torch.Tensor], tolerance: float) -> list[torch.Tensor]:
+    """Fused as unfused: the first batch of each shape packs, the others find it packed. Returns the unfused model's logits. The
+    model stays fused."""
+    expected = [logits(model, tokens) for tokens in batches]
+    model.fuse_for_inference("fused")
+    for _ in range(2):
+        for tokens, value in zip(batches, expected, strict=True):
+            assert close(logits(model, tokens).float(), value.float(), tolerance)
+    return expected
+
+
 @torch.no_grad()
 def check_fused(model: nn.Module, tokens: torch.Tensor) -> None:
     """Fusing changes no logits. The model stays fused."""
