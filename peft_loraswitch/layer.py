@@ -274,7 +274,7 @@ class LoRASwitchLayer(BaseTunerLayer):
         logits = router(routed)
         context = None
         if options.decay:
-            context = frame.context(adapter, options.decay, options.num_choices, logits.shape[:-1], logits.device)
+            context = frame.context(adapter, options, logits.shape[:-1], logits.device)
             logits = context.logits(logits)
         readable = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not under_vmap()
         if readable and not torch.isfinite(logits).all():
@@ -322,6 +322,11 @@ class LoRASwitchLayer(BaseTunerLayer):
         if frame.adapter_names is not None and given.choices.dim():
             raise ValueError("experts are given per sample, and so are adapters (adapter_names): use one of the two.")
         options = self.routing_options[adapter]
+        if given.num_choices not in (None, options.num_choices):
+            raise ValueError(
+                f"The experts of use_experts() are those of an adapter '{adapter}' with {given.num_choices} choices; the one of "
+                f"that name has {options.num_choices} now: begin the block anew."
+            )
         routing = given_routing(given.of_tokens(x, frame.training), options)
         samples = given.of_samples()
         if (

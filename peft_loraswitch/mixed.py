@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .routing.frame import NO_ADAPTER, RoutingState
@@ -39,6 +39,8 @@ def mixed_batch(
     Raises:
         ValueError: a name that is not loaded, or not one name per sample.
     """
+    if isinstance(adapter_names, str):
+        raise ValueError(f"adapter_names={adapter_names!r} must be a list with one name per sample.")
     names = list(adapter_names)
     known = {*loaded, NO_ADAPTER}
     unknown = sorted(set(names) - known)
@@ -101,7 +103,10 @@ class _PerSample:
             names = frame.adapter_names
         if names is None:
             return None
-        each = len(args[0]) // len(names)
         wrapped: Any = module._adapters
+        if isinstance(module, ModulesToSaveWrapper) and len(set(names)) == 1:  # PEFT cannot mix every kind of module
+            one = module.modules_to_save[names[0]] if names[0] in wrapped else module.original_module
+            return one(*args, **kwargs)
+        each = len(args[0]) // len(names)
         per_row = [name if name in wrapped else NO_ADAPTER for name in names for _ in range(each)]
         return module._mixed_batch_forward(*args, adapter_names=per_row, **kwargs)  # type: ignore[operator]

@@ -25,7 +25,7 @@ from .mixed import check_batch_size, check_given, mixed_batch
 from .reporting.report import RoutingReport, routing_report
 from .router_inputs import AT_A_TIME
 from .routing.frame import RoutingState
-from .routing.statistics import RoutingRecord, RoutingRecorder, summary_of
+from .routing.statistics import RoutingRecorder, summary_of
 from .switching import (
     NoConfigs,
     check_can_be_active,
@@ -423,15 +423,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     """
     state = _require_state(model)
     recorder = RoutingRecorder(
-        {
-            adapter: RoutingRecord(
-                layer.routing_options[adapter].num_experts,
-                layer.loraswitch_router[adapter].weight.device,
-                layer.loraswitch_record[adapter].expert_names,
-                layer.routing_options[adapter].base_expert,
-            )
-            for adapter, layer in state.router_layers.items()
-        }
+        {adapter: layer.loraswitch_record[adapter].emptied() for adapter, layer in state.router_layers.items()}
     )
     state.recorders.append(recorder)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -46,7 +46,8 @@ def use_experts(model: nn.Module, experts: Given, adapter_name: str | None = Non
     choices = expert_indices(config, experts)
     _check_range(config, choices)
     linear = router_layer(adapted_linears(backbone_of(model), adapter), adapter)
-    given = GivenExperts(choices.to(linear.loraswitch_router[adapter].weight.device))
+    device = linear.loraswitch_router[adapter].weight.device
+    given = GivenExperts(choices.to(device), linear.routing_options[adapter].num_choices)
     with linear.routing_state.given_experts({adapter: given}):
         yield
 
@@ -66,6 +67,8 @@ def expert_indices(config: LoRASwitchConfig, experts: Given) -> torch.Tensor:
         return experts.long()
     if isinstance(experts, str | int):
         return torch.tensor(choice_of(config, experts))
+    if not isinstance(experts, Iterable):
+        raise ValueError(f"experts={experts!r} must be the name or index of an expert, a list of these, or a tensor.")
     return torch.tensor([choice_of(config, expert) for expert in experts], dtype=torch.int64)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..config import LoRASwitchConfig, check_expert_names
 from ..layer import LoRASwitchLinear
 from ..loading.layout import backbone_of, some
 from ..loading.rollback import all_or_nothing
+from ..routing.options import RoutingOptions
 from ..routing.statistics import RoutingRecord
 from ..training.losses import PendingBatches
 from .experts import adapted_linears, config_of, index_of, router_layer
@@ -61,7 +63,7 @@ def add_expert(
 
     Raises:
         ValueError: the LoRA cannot be an expert of this adapter, or a name, adapter or row does not fit. The model is as it was.
-        RuntimeError: the model is fused, in a forward or within `record_routing()`.
+        RuntimeError: the model is fused, in a forward or within `use_experts()` or `record_routing()`.
     """
     adapter, config = config_of(model, adapter_name)
     backbone = backbone_of(model)
@@ -99,7 +101,7 @@ def remove_expert(model: nn.Module, expert: str | int, adapter_name: str | None 
 
     Raises:
         ValueError: the expert is unknown, or fewer than `top_k` would be left. The model is as it was.
-        RuntimeError: the model is fused, in a forward or within `record_routing()`.
+        RuntimeError: the model is fused, in a forward or within `use_experts()` or `record_routing()`.
     """
     adapter, config = config_of(model, adapter_name)
     linears = adapted_linears(backbone_of(model), adapter)
@@ -135,6 +137,8 @@ def _check_at_rest(linears: dict[str, LoRASwitchLinear]) -> None:
         raise RuntimeError("This model is fused: call unfuse() before experts come or go, and fuse it again.")
     if state.running_frame() is not None:
         raise RuntimeError("The model is in a forward: experts cannot come or go meanwhile.")
+    if state.given:
+        raise RuntimeError("Experts cannot come or go within use_experts(), which goes by the indices that are there.")
     if state.recorders:
         raise RuntimeError("Experts cannot come or go within record_routing(), which counts the ones that are there.")
 
@@ -270,7 +274,7 @@ def _replace(
             if name in stacks:
                 old += [_set_weight(layer.loraswitch_A[adapter], stacks[name][0])]
                 old += [_set_weight(layer.loraswitch_B[adapter], stacks[name][1])]
-                layer.routing_options[adapter] = config.routing_options()
+                layer.routing_options[adapter] = _next_edition(layer, adapter, config)
             if new_ranks != ranks:
                 layer.r[adapter], layer.lora_alpha[adapter] = new_ranks[name], config.alpha_of(name)
                 layer.scaling[adapter] = config.scale_of(name)
@@ -283,6 +287,12 @@ def _replace(
                 layer.loraswitch_pending[adapter] = PendingBatches()
             layer.take_up_trainable(adapter)
     _warn_of_holders(old)
+
+
+def _next_edition(layer: LoRASwitchLinear, adapter: str, config: LoRASwitchConfig) -> RoutingOptions:
+    """As the layer was made, whatever has been edited in the configuration since."""
+    options = layer.routing_options[adapter]
+    return replace(options, num_experts=config.num_experts, edition=options.edition + 1)
 
 
 def _set_weight(module: Any, value: torch.Tensor) -> weakref.ref[Any]:

@@ -172,7 +172,7 @@ class FusedGroup(nn.Module):
         if torch.is_grad_enabled() and weight.requires_grad:
             return layer.routing_for(adapter, frame, x)
         if options.decay:
-            context = frame.context(adapter, options.decay, options.num_choices, x.shape[:-1], x.device)
+            context = frame.context(adapter, options, x.shape[:-1], x.device)
             if context.length == 1 and context.previous is not None:
                 real = None if context.real is None else context.real.flatten()
                 experts, gates, sums = ops.route_context(

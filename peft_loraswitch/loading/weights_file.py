@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
@@ -68,7 +68,7 @@ def find_file(source: str | os.PathLike[str], name: str, subfolder: str | None =
         return path
     try:
         return hf_hub_download(str(source), name, subfolder=subfolder, **hub)
-    except EntryNotFoundError:
+    except (EntryNotFoundError, HFValidationError):  # the latter: a folder's name that no repository can have
         return None
 
 

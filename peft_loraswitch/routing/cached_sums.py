@@ -11,23 +11,35 @@ with them, it would show.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+
+class Setting(NamedTuple):
+    """By what the sums of an adapter are made: of another setting they are others.
+
+    Attributes:
+        width: columns; edition: see `RoutingOptions`.
+    """
+
+    decay: float
+    width: int
+    edition: int
 
 
 class _Sums:
     """What both kinds share.
 
     Attributes:
-        adapter, decay: whose sums they are, and by which decay.
+        adapter, setting: whose sums they are, and by which setting of it.
         stale: the cache has gone on without this adapter, so they are not those of the last token.
         keys: the sums, float32 [batch, 1, tokens or 1, choices + 1]; values: nothing, of width 0.
     """
 
     adapter: str
-    decay: float
+    setting: Setting
     stale: bool
     keys: torch.Tensor | None
     is_initialized: bool
@@ -51,9 +63,9 @@ class _Sums:
 class DynamicSums(_Sums, DynamicLayer):
     """Of a cache that grows."""
 
-    def __init__(self, adapter: str, decay: float) -> None:
+    def __init__(self, adapter: str, setting: Setting) -> None:
         DynamicLayer.__init__(self)
-        self.adapter, self.decay, self.stale = adapter, decay, False
+        self.adapter, self.setting, self.stale = adapter, setting, False
 
     def keep(self, sums: torch.Tensor) -> None:
         """sums [batch, tokens, choices + 1], of the tokens that follow."""
@@ -64,9 +76,9 @@ class DynamicSums(_Sums, DynamicLayer):
 class StaticSums(_Sums, StaticLayer):
     """Of a static cache: of the last token alone, at an address that stays."""
 
-    def __init__(self, adapter: str, decay: float, max_cache_len: int) -> None:
+    def __init__(self, adapter: str, setting: Setting, max_cache_len: int) -> None:
         StaticLayer.__init__(self, max_cache_len)
-        self.adapter, self.decay, self.stale = adapter, decay, False
+        self.adapter, self.setting, self.stale = adapter, setting, False
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
     def keep(self, sums: torch.Tensor) -> None:
@@ -102,15 +114,15 @@ def sums_of(cache: Any, adapter: str) -> DynamicSums | StaticSums | None:
     return next((layer for layer in sums_in(cache) if layer.adapter == adapter), None)
 
 
-def add_to(cache: Any, adapter: str, decay: float, sums: torch.Tensor) -> None:
+def add_to(cache: Any, adapter: str, setting: Setting, sums: torch.Tensor) -> None:
     """Append a layer that holds `sums`, [batch, tokens, choices + 1]. The model's own layers must be there already: a cache that
     is filled lazily counts them."""
     static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
     if static:
         longest = max(layer.max_cache_len for layer in static)
-        layer: DynamicSums | StaticSums = StaticSums(adapter, decay, longest)
+        layer: DynamicSums | StaticSums = StaticSums(adapter, setting, longest)
     else:
-        layer = DynamicSums(adapter, decay)
+        layer = DynamicSums(adapter, setting)
     layer.keep(sums)
     cache.layers.append(layer)
 

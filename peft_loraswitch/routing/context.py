@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cached_sums import DynamicSums, StaticSums, add_to, cache_in, sums_in, sums_of
+from .cached_sums import DynamicSums, Setting, StaticSums, add_to, cache_in, sums_in, sums_of
 from .decayed_sums import decayed_sums, mean_of, sequence_numbers, weighted
 from .masks import attended_keys
+from .options import RoutingOptions
 
 
 @dataclass
@@ -33,7 +34,7 @@ class ForwardInputs:
         cached: how many tokens it held when the forward began: a number, or a tensor for a static cache.
         previous: by adapter, the sums [batch, choices + 1] up to the forward's first token (for a block that runs again).
         decided: adapters that have taken their decision in this forward.
-        waiting: by adapter, (decay, sums) that the cache gets when the model has filled it.
+        waiting: by adapter, (setting, sums) that the cache gets when the model has filled it.
     """
 
     mask: Any = None
@@ -43,7 +44,7 @@ class ForwardInputs:
     cached: Any = 0
     previous: dict[str, torch.Tensor] = field(default_factory=dict)
     decided: set[str] = field(default_factory=set)
-    waiting: dict[str, tuple[float, torch.Tensor]] = field(default_factory=dict)
+    waiting: dict[str, tuple[Setting, torch.Tensor]] = field(default_factory=dict)
 
     def see_cache(self, past: Any, adapters: set[str]) -> None:
         """The forward has been called with `past` (None: without one); `adapters` are those that see context."""
@@ -72,8 +73,8 @@ class ForwardInputs:
         if cache is None and self.waiting:
             cache = cache_in(output)
         if isinstance(cache, Cache):
-            for adapter, (decay, sums) in self.waiting.items():
-                add_to(cache, adapter, decay, sums)
+            for adapter, (setting, sums) in self.waiting.items():
+                add_to(cache, adapter, setting, sums)
             for layer in sums_in(cache):
                 if layer.adapter not in self.decided and not layer.stale:
                     layer.stale = True
@@ -87,7 +88,7 @@ class Context:
         inputs: of the forward.
         shape: of the tokens that are routed, [batch, ..., tokens] or flattened.
         served: of a mixed batch, (number of tokens in all, indices of those that are routed), else None.
-        decay, width: of the adapter; choices + 1.
+        options: of the adapter. The sums have one column more than it has choices.
 
     Attributes:
         previous: the sums [batch, width] up to here, or None.
@@ -100,10 +101,11 @@ class Context:
     """
 
     def __init__(
-        self, inputs: ForwardInputs, adapter: str, decay: float, width: int, shape: torch.Size,
+        self, inputs: ForwardInputs, adapter: str, options: RoutingOptions, shape: torch.Size,
         served: tuple[int, torch.Tensor] | None, device: torch.device,
     ) -> None:  # fmt: skip
-        self.inputs, self.adapter, self.decay, self.shape = inputs, adapter, decay, shape
+        self.inputs, self.adapter, self.shape = inputs, adapter, shape
+        self.decay, self.setting = options.decay, Setting(options.decay, options.num_choices + 1, options.edition)
         total = shape.numel() if served is None else served[0]
         batch = inputs.batch if len(shape) == 1 else shape[0]
         if not batch or total % batch:
@@ -113,14 +115,14 @@ class Context:
             )
         self.batch, self.length = batch, total // batch
         self.rows = None if served is None else served[1][:: self.length] // self.length
-        self.layer = self._layer(width)
+        self.layer = self._layer()
         past: Any = 0 if self.layer is None else self.layer.get_seq_length()
         self.previous = self._previous(device)
         real = _real(inputs.mask, self.batch, self.length, past, device)
         self.real = real if real is None or self.rows is None else real[self.rows]
         self.numbers = self._numbers(device)
 
-    def _layer(self, width: int) -> DynamicSums | StaticSums | None:
+    def _layer(self) -> DynamicSums | StaticSums | None:
         cache, adapter = self.inputs.cache, self.adapter
         if cache is None:
             return None
@@ -148,8 +150,7 @@ class Context:
                 raise ValueError(_unseen(adapter))
             return None
         other = isinstance(layer, DynamicSums) and isinstance(cached, int) and layer.get_seq_length() != cached
-        wrong = layer.decay != self.decay or (layer.keys is not None and layer.keys.shape[-1] != width)
-        if layer.stale or other or wrong:
+        if layer.stale or other or layer.setting != self.setting:
             raise ValueError(_unseen(adapter))
         return layer
 
@@ -209,7 +210,7 @@ class Context:
             others = sums.new_full((self.batch, *sums.shape[1:]), float("nan"))
             sums = others.index_copy(0, self.rows, sums)
         if self.layer is None:
-            self.inputs.waiting[self.adapter] = (self.decay, sums)
+            self.inputs.waiting[self.adapter] = (self.setting, sums)
         else:
             self.layer.keep(sums)
 

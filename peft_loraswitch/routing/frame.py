@@ -22,6 +22,7 @@ from .context import Context, ForwardInputs
 from .decision import Routing
 from .given import GivenExperts
 from .masks import attended_keys
+from .options import RoutingOptions
 from .statistics import RoutingRecorder
 
 NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter on this sample"
@@ -148,12 +149,10 @@ class RoutingFrame:
             self._rows[key] = (first.unsqueeze(-1) + torch.arange(each, device=device)).flatten()
         return self._rows[key]
 
-    def context(
-        self, adapter: str, decay: float, choices: int, token_shape: torch.Size, device: torch.device
-    ) -> Context:
+    def context(self, adapter: str, options: RoutingOptions, token_shape: torch.Size, device: torch.device) -> Context:
         """The tokens [*token_shape] of this forward as sequences, for an adapter with `router_decay`."""
         served = None if self.adapter_names is None else self.served_rows(adapter, token_shape.numel())
-        return Context(self.inputs, adapter, decay, choices + 1, token_shape, served, device)
+        return Context(self.inputs, adapter, options, token_shape, served, device)
 
     def real_tokens(self, adapter: str, routing: Routing) -> torch.Tensor:
         """float32 [T, 1]: 1 for real tokens, 0 for padding. Without a mask (packed, padding-free) all tokens are real."""

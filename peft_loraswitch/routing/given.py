@@ -17,9 +17,11 @@ class GivenExperts:
     Attributes:
         choices: int64; [] one expert for all, [samples], or [samples, sequence] for single tokens. `num_experts` is the base
             expert.
+        num_choices: of the adapter that they are of; None: not known.
     """
 
     choices: torch.Tensor
+    num_choices: int | None = None
 
     def check_batch_size(self, samples: int) -> None:
         """Raise a ValueError unless the experts are those of a batch of so many samples."""

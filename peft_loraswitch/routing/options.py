@@ -20,6 +20,7 @@ class RoutingOptions:
     decay: float = 0.0
     aux_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
+    edition: int = 0  # how often experts have come or gone: an index may mean another one since
 
     @property
     def is_routed(self) -> bool:

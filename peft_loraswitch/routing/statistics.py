@@ -85,6 +85,15 @@ class RoutingRecord(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> RoutingRecord:
         return apply_but_keep_dtypes(self, super()._apply, fn, recurse)
 
+    def emptied(self) -> RoutingRecord:
+        """Another one of the same experts, which has counted nothing."""
+        base_expert = len(self.counts) > self.num_experts
+        return RoutingRecord(self.num_experts, self.counts.device, self.expert_names, base_expert)
+
+    def counts_like(self, other: RoutingRecord) -> bool:
+        """Whether both count the same experts."""
+        return len(self.counts) == len(other.counts) and self.expert_names == other.expert_names
+
     def reset(self) -> None:
         for buffer in self.buffers():
             buffer.zero_()
@@ -129,6 +138,13 @@ class RoutingRecorder:
 
     def __init__(self, records: dict[str, RoutingRecord]) -> None:
         self.records = records
+
+    def record_like(self, adapter: str, own: RoutingRecord) -> RoutingRecord:
+        """The adapter's, whose layer counts by `own`; a new one if there is none, or if another adapter had the name before."""
+        record = self.records.get(adapter)
+        if record is None or not record.counts_like(own):
+            record = self.records[adapter] = own.emptied()
+        return record
 
     def summary(self, adapter_name: str | None = None) -> dict[str, Any]:
         """As `router_stats()`; `adapter_name` may be left out if only one adapter was used."""

@@ -21,9 +21,11 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,13 @@ BROKEN_OFF = (
     f"{CONFIG_NAME} says ('{UNFINISHED}') that a save into its folder was broken off while the files were replaced: "
     f"{SAFETENSORS_WEIGHTS_NAME} may belong to another configuration. Save again, or use another checkpoint."
 )
+# Of `RoutingOptions`, where the configuration has another name.
+_FIELDS = {
+    "decay": "router_decay",
+    "jitter": "router_jitter",
+    "aux_loss_coef": "router_aux_loss_coef",
+    "z_loss_coef": "router_z_loss_coef",
+}
 
 
 class Written:
@@ -195,6 +204,7 @@ def watched_save_pretrained(original: Callable[..., Any], model: Any, *args: Any
     with suppress(TypeError):  # a wrong call: the original says what is wrong with it
         if not inspect.signature(original).bind(model, *args, **kwargs).arguments.get("safe_serialization", True):
             _refuse_pickle(model)
+    _warn_of_edits(model)
     with _save_in_progress():
         return original(model, *args, **kwargs)
 
@@ -206,6 +216,29 @@ def _refuse_pickle(model: Any) -> None:
         raise ValueError(
             "safe_serialization=False writes a pickle, which LoRA-Switch does not load: leave it out; adapters are safetensors."
         )
+
+
+def _warn_of_edits(model: Any) -> None:
+    """Layers keep the settings that they were made with, and the file gets those of the configuration as it is."""
+    configs = getattr(model, "peft_config", None)
+    for adapter, config in configs.items() if isinstance(configs, dict) else ():
+        if config.peft_type != NAME:
+            continue
+        options = (getattr(module, "routing_options", {}).get(adapter) for module in model.modules())
+        made_with = next((each for each in options if each is not None and each.is_routed), None)
+        if made_with is None:
+            continue
+        now = replace(config.routing_options(), edition=made_with.edition)
+        edited = [
+            f"{_FIELDS.get(field.name, field.name)} from {getattr(made_with, field.name)} to {getattr(now, field.name)}"
+            for field in fields(now)
+            if getattr(made_with, field.name) != getattr(now, field.name)
+        ]
+        if edited:
+            warnings.warn(
+                f"The configuration of adapter '{adapter}' was edited after the adapter was made: {', '.join(edited)}. This "
+                "model runs as it was made; what is saved now will run as edited."
+            )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..layer import LoRASwitchLayer
 from ..loading.layout import LIST_AT_MOST
 from ..patterns import TimeLimit, shown
 from ..peft_names import PREFIX
+from ..routing.frame import NO_ADAPTER
 from .linears import is_supported_linear, left_out, refused
 from .selection import module_names, selects
 from .streams import check_streams
@@ -137,6 +138,8 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(
             f"adapter_name={adapter_name!r} must not be empty or contain a dot: it becomes a module's name."
         )
+    if adapter_name == NO_ADAPTER or adapter_name.startswith("loraswitch_"):
+        raise ValueError(f"adapter_name={adapter_name!r} has a meaning of its own here: choose another one.")
     if hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"adapter_name={adapter_name!r} is the name of an attribute of every module: choose another one."

@@ -31,9 +31,10 @@ def finish_forward(state: RoutingState, frame: RoutingFrame, output: Any) -> Any
             continue  # decided before anybody wanted to know
         options = router_layer.routing_options[adapter]
         router = router_layer.loraswitch_router[adapter]
-        records = [recorder.records[adapter] for recorder in state.recorders if adapter in recorder.records]
+        own = router_layer.loraswitch_record[adapter]
+        records = [recorder.record_like(adapter, own) for recorder in state.recorders]
         if frame.training:
-            records.append(router_layer.loraswitch_record[adapter])
+            records.append(own)
         losses = None
         with torch.no_grad(), full_precision(router.weight.device):
             weight = whole_weight(router)

@@ -228,6 +228,7 @@ def test_refused():
         ([0, True], "expert True is unknown"),
         (torch.tensor([0, 4]), "from 0 to 4; the adapter has 0 to 3"),
         (torch.tensor([0.0]), "must hold whole numbers"),
+        (None, "experts=None must be the name or index of an expert"),
     ]:
         with pytest.raises(ValueError, match=message), use_experts(model, given):
             pass
@@ -242,6 +243,18 @@ def test_refused():
             model.generate(input_ids=IDS)
     with use_experts(model, torch.zeros(4, 5).long()), pytest.raises(ValueError, match="for tokens of shape"):
         model(input_ids=IDS)
+
+
+def test_another_adapter_of_the_name():
+    """The indices were those of the one before."""
+    model = model_of()
+    model.add_adapter("other", switch_config(num_experts=3))
+    with use_experts(model, 2, "other"):
+        model.delete_adapter("other")
+        model.add_adapter("other", switch_config(num_experts=2))
+        model.set_adapter("other")
+        with pytest.raises(ValueError, match="'other' with 3 choices; the one of that name has 2 now"):
+            model(input_ids=IDS)
 
 
 @pytest.mark.slow

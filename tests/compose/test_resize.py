@@ -16,7 +16,7 @@ from helpers import adapted, randomize_adapter, router_layer, switch_config, swi
 from loaders import configure
 from loras import CONFIG, LINEARS, alone, logits_of, lora_oracle, peft_logits, save_lora
 from oracle import Oracle
-from peft_loraswitch import add_expert, export_expert, from_loras, remove_expert
+from peft_loraswitch import add_expert, export_expert, from_loras, remove_expert, use_experts
 from trainer_tools import OrderedTrainer, arguments, collate, samples
 from unchanged import unchanged
 
@@ -203,10 +203,37 @@ def test_not_while_the_model_is_fused_or_recorded(folders):
                 call()
     with model.record_routing(), pytest.raises(RuntimeError, match="record_routing"):
         add_expert(model)
+    for call in (lambda: add_expert(model), lambda: remove_expert(model, 0)):
+        with use_experts(model, 1), unchanged(model), pytest.raises(RuntimeError, match=r"within use_experts\(\)"):
+            call()
     add_expert(model)
     wanted = logits_of(model, tokens())
     with model.fuse_for_inference(strategy="fused"):
         torch.testing.assert_close(logits_of(model, tokens()), wanted, **ROUNDING)
+
+
+def test_a_configuration_that_was_edited(tmp_path):
+    """Layers stay as they were made, also when experts come or go; saving says so, and what is saved runs as edited."""
+    model = adapted(tiny_llama(), num_experts=5, top_k=2)
+    wanted = logits_of(model, tokens())
+    model.peft_config["default"].top_k = 1
+    model.peft_config["default"].router_decay = 0.5
+    assert torch.equal(logits_of(model, tokens()), wanted)
+    remove_expert(model, 4)
+    with model.record_routing() as recorded:
+        logits_of(model, tokens())
+    assert recorded.summary()["mean_experts"] == 2
+    with pytest.warns(
+        UserWarning, match=r"edited after .*: top_k from 2 to 1, router_decay from 0.0 to 0.5\. This model"
+    ):
+        model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    with again.record_routing() as recorded:
+        logits_of(again, tokens())
+    assert recorded.summary()["mean_experts"] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.save_pretrained(tmp_path)
 
 
 def test_an_interruption_changes_nothing(folders, monkeypatch):

@@ -129,6 +129,27 @@ def test_heads_of_their_own():
     assert all(len(module._forward_hooks) <= 1 for n, module in model.named_modules() if n.endswith("score"))
 
 
+def test_a_module_that_cannot_be_mixed():
+    """PEFT mixes linears, embeddings and convolutions. Of others a batch may hold rows of one adapter, or of none."""
+    model = get_peft_model(tiny_llama(), switch_config(modules_to_save=["norm"]))
+    model.add_adapter("b", switch_config(modules_to_save=["norm"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += torch.rand_like(parameter)
+    randomize_adapter(model).eval()
+    randomize_adapter(model, "b", seed=4)
+    groups = len(model.fuse_for_inference("fused").groups)
+    model.unfuse()
+    batch = {"input_ids": tokens(3, 4)}
+    with pytest.raises(TypeError, match="Mixed batching"):
+        forward(model, **batch, adapter_names=["b", BASE, "default"])
+    for name in ("b", BASE, "default"):
+        wanted = torch.cat(one_by_one(model, [name] * 3, forward, **batch))
+        torch.testing.assert_close(forward(model, **batch, adapter_names=[name] * 3), wanted, rtol=1e-4, atol=1e-5)
+    assert len(model.fuse_for_inference("fused").groups) == groups
+
+
 def test_trainable_tokens_of_their_own():
     config = switch_config(target_modules=["q_proj", "v_proj"], trainable_token_indices=[5, 6])
     model = get_peft_model(tiny_llama(), config)
@@ -174,11 +195,12 @@ def test_other_threads_do_not_see_the_names():
     assert torch.equal(seen[0], forward(model, input_ids=ids, adapter_names=["other", BASE]))
 
 
-WRONG: dict[str, tuple[list[str], str]] = {
+WRONG: dict[str, tuple[list[str] | str, str]] = {
     "unknown": (["default", "nobody"], r"\['nobody'\].*not loaded.*'__base__', 'deep', 'default', 'other'"),
     "too_few": (["default"], "1 entries.*2 samples"),
     "too_many": (["default", "other", "other", "other"], "4 entries.*2 samples"),
     "none": ([], "empty"),
+    "no list": ("default", "adapter_names='default' must be a list"),
 }
 
 

@@ -214,6 +214,12 @@ def test_adapters_with_such_names(adapter: str, tmp_path):
     assert torch.equal(again(ids=tokens()), model(ids=tokens()))
 
 
+@pytest.mark.parametrize("adapter", ["__base__", "loraswitch_A"])
+def test_adapters_with_names_that_mean_something_else(adapter: str):
+    with pytest.raises(ValueError, match="has a meaning of its own"):
+        get_peft_model(toy("other"), switch_config(target_modules=["q_proj"]), adapter_name=adapter)
+
+
 @pytest.mark.parametrize("adapter", ["router", "inner", "blocks"])
 def test_adapters_whose_weights_peft_would_lose(adapter: str):
     """PEFT takes the adapter's name out of the keys it saves, and leaves out keys with other adapters' names."""

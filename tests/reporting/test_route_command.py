@@ -92,6 +92,7 @@ def test_what_is_missing_is_named(folder, tmp_path, run):
         ((adapter, "--file", tmp_path / "latin.txt"), "latin.txt is not UTF-8"),
         ((adapter, "--file", tmp_path / "no.txt"), "no.txt"),
         ((tmp_path / "nothing", "--text", "w3"), "nothing is no adapter: there is no adapter_config.json"),
+        ((tmp_path / "nowhere", "--text", "w3"), "nowhere is no adapter: there is no adapter_config.json"),
         ((adapter, "--text", "w3", "--base-model", tmp_path / "nothing"), "--base-model names another place"),
         ((adapter, "--text", "w3", "--device", "gpu9"), "--device gpu9 is none"),
         ((adapter, "--text", "w3", "--max-length", 0), "max_length=0"),

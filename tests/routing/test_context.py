@@ -280,6 +280,7 @@ def test_continuous_batching_is_refused():
     """Its paged cache holds no sums, and packs the tokens of many sequences."""
     model = adapted(tiny_llama(attn_implementation="sdpa"), router_decay=0.8)
     from peft_loraswitch.routing.context import Context, ForwardInputs
+    from peft_loraswitch.routing.options import RoutingOptions
 
     class PagedAttentionCache:
         pass
@@ -287,6 +288,7 @@ def test_continuous_batching_is_refused():
     inputs = ForwardInputs()
     inputs.see_cache(PagedAttentionCache(), {"default"})
     with pytest.raises(ValueError, match="PagedAttentionCache"):
-        Context(inputs, "default", 0.8, 5, torch.Size([1, 4]), None, torch.device("cpu"))
+        options = RoutingOptions(4, 2, False, decay=0.8)
+        Context(inputs, "default", options, torch.Size([1, 4]), None, torch.device("cpu"))
     with pytest.raises(ValueError, match="PagedAttentionCache"):
         logits(model, input_ids=tokens(1, 4), cache=PagedAttentionCache())

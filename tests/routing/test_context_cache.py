@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 
 from generating import CACHES, check_logits, generate, uncached_greedy
 from helpers import LAYERS, adapted, padded, randomize_adapter, switch_config, tiny_llama, tokens
+from peft_loraswitch import add_expert, remove_expert
 from peft_loraswitch.routing.cached_sums import DynamicSums, StaticSums, sums_of
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -182,7 +183,22 @@ def test_two_adapters_in_one_cache(model):
     model.base_model.set_adapter(["default", "other"])
     found, past = in_parts(model, tokens(2, 9), [4, 1, 4])
     torch.testing.assert_close(found, full(model, tokens(2, 9)), **CLOSE)
-    assert {(layer.adapter, layer.decay) for layer in past.layers[LAYERS:]} == {("default", DECAY), ("other", 0.3)}
+    assert {(layer.adapter, layer.setting.decay) for layer in past.layers[LAYERS:]} == {
+        ("default", DECAY),
+        ("other", 0.3),
+    }
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_of_other_experts_is_refused(model, static):
+    """As many as there were, but not the same."""
+    past = StaticCache(config=model.config, max_cache_len=12) if static else None
+    past = step(model, tokens(2, 5), past).past_key_values
+    remove_expert(model, 0)
+    add_expert(model)
+    with pytest.raises(ValueError, match="another setting of it"):
+        step(model, tokens(2, 1), past)
+    in_parts(model, tokens(2, 9), [4, 5])
 
 
 def test_mixed_batches(model):

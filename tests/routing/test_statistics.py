@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from helpers import adapted, padded, router_layer, tiny_llama, tokens
+from helpers import adapted, padded, router_layer, switch_config, tiny_llama, tokens
 from peft_loraswitch import record_routing, router_stats
 
 
@@ -111,6 +111,25 @@ def test_statistics_of_training_and_of_a_recording_are_apart():
     model(input_ids=tokens(1, 6))
     assert (outer.summary()["tokens"], inner.summary()["tokens"]) == (12, 4)
     assert model.router_stats()["tokens"] == 14  # training forwards only
+
+
+def test_a_recording_counts_adapters_that_come_within_it():
+    model = adapted(tiny_llama()).eval()
+    model.add_adapter("other", switch_config(num_experts=2))
+    with record_routing(model) as recorded, torch.no_grad():
+        model(input_ids=tokens(1, 3))
+        model.add_adapter("new", switch_config(num_experts=3))
+        model.delete_adapter("other")
+        model.add_adapter("other", switch_config(num_experts=6))
+        for name, length in (("new", 4), ("other", 5)):
+            model.set_adapter(name)
+            model.eval()(input_ids=tokens(1, length))
+    counted = {name: recorded.summary(name) for name in ("default", "new", "other")}
+    assert {name: (of["tokens"], len(of["load"])) for name, of in counted.items()} == {
+        "default": (3, 4),
+        "new": (4, 3),
+        "other": (5, 6),
+    }
 
 
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}])
