@@ -17,8 +17,8 @@ namespace {
 constexpr int kGridHeight = 65535;  // tokens that the other kernels take
 
 // Whether linear_split_k_sm90.cu is the one for it. Measured on an H200 (docs/kernel_log.md): always for more tokens than the others take.
-// For fewer where the hidden is too wide for linear_persistent.cu, and most experts are chosen anyway; and from 17 on for large groups,
-// of which it reads A and B of all experts, too: so only of few.
+// It reads A and B of all experts, so for fewer only where most are chosen anyway, and the hidden is too wide for linear_persistent.cu,
+// or, from 17 on, the group is large.
 bool takes_split_k(const ls_group &g) {
   constexpr int kWide = 512;  // columns of the hidden
   constexpr int kMany = 16;   // tokens that linear_persistent.cu is faster for
