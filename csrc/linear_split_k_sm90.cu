@@ -131,10 +131,10 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
       bool has_later = false;
       for (int phase = first_phase; phase <= S::kLastPhase; ++phase) {
         const int first = first_of(p, Phase(phase), blocks, block), last = first_of(p, Phase(phase), blocks, block + 1);
-        if (S::kSpread && phase == kLinear) has_later = ls::has_later<S::kSpread>(p, p.linears, first, last);
+        if (phase == kLinear) has_later = ls::has_later<S::kSpread>(p, p.linears, first, last);
         for (int at = first; at < last;) {
           const Segment s = segment_of<S::kSpread>(p, p.linears, Phase(phase), at, last);
-          const Turn turn = S::kSpread ? turn_of(Phase(phase), s, has_later, at == first || s.next == last) : Turn{0, s.length(), false};
+          const Turn turn = turn_of(Phase(phase), s, has_later, at == first || s.next == last);
           at = s.next;
           const Sm90Linear &linear = p.linears[s.item];
           const CUtensorMap &weight_map = phase == kShrink ? p.a_map[s.item] : p.weight[s.item], &b_map = p.b_map[s.item];
@@ -192,14 +192,14 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
   bool has_later = false;
   for (int phase = first_phase; phase <= S::kLastPhase; ++phase) {
     const int first = first_of(p, Phase(phase), blocks, block), last = first_of(p, Phase(phase), blocks, block + 1);
-    if (S::kSpread && phase == kLinear) has_later = ls::has_later<S::kSpread>(p, p.linears, first, last);
+    if (phase == kLinear) has_later = ls::has_later<S::kSpread>(p, p.linears, first, last);
     for (int at = first; at < last;) {
       const Segment s = segment_of<S::kSpread>(p, p.linears, Phase(phase), at, last);
-      const Turn turn = S::kSpread ? turn_of(Phase(phase), s, has_later, at == first || s.next == last) : Turn{0, s.length(), false};
+      const Turn turn = turn_of(Phase(phase), s, has_later, at == first || s.next == last);
       const Sm90Linear &linear = p.linears[s.item];
       const int own = s.own, part = at;
       at = s.next;
-      if (S::kSpread && phase == kExperts && turn.from == turn.to) continue;
+      if (phase == kExperts && turn.from == turn.to) continue;
       uint32_t before = 0;  // the barrier of the stage that products on their way still read
 #pragma unroll 1
       for (int i = turn.from; i < turn.to; ++i) {
