@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernel_oracle as oracle
-from kernel_groups import check_group, check_replayed_chain, check_two_streams, make_group
+from kernel_groups import captured, check_group, check_replayed_chain, check_two_streams, make_group
 from kernel_oracle import DTYPES, poison_allocator, randn
 from peft_loraswitch import kernels
 
@@ -90,13 +90,7 @@ def test_replay_of_deltas_behind_products_of_the_library(tokens, num_experts, to
         bases = [x @ weight.T for weight in weights]
         return ids, gates, bases, torch.ops.loraswitch.deltas(bases, x, ids, gates, *experts)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
-    with torch.cuda.stream(stream):
-        run()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            ids, gates, bases, results = run()
+    graph, (ids, gates, bases, results) = captured(run)
     for _ in oracle.rounds(50):
         x.copy_(torch.randn_like(x))
         for t in (gates, *bases, *results):

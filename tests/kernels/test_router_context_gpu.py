@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernel_oracle as oracle
+from kernel_groups import captured
 from kernel_oracle import DTYPES, poison_allocator, randn
 from peft_loraswitch import kernels
 
@@ -78,20 +79,14 @@ def test_graph_replay_goes_on_from_its_own_sums():
         state.copy_(sums)
         return experts, gates
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
-    with torch.cuda.stream(stream):
-        step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = step()
+    graph, made = captured(step)
     state.zero_()
     expected = torch.zeros(2, 9, device="cuda")
     for _ in oracle.rounds(50):
         x.copy_(torch.randn_like(x))
-        captured[0].fill_(7)
-        captured[1].fill_(float("nan"))
+        made[0].fill_(7)
+        made[1].fill_(float("nan"))
         graph.replay()
         experts, gates, expected = kernels.router_context(x, router, expected, 0.9, 2, True, None)
-        for got, wanted in zip((*captured, state), (experts, gates, expected), strict=True):
+        for got, wanted in zip((*made, state), (experts, gates, expected), strict=True):
             assert torch.equal(got, wanted)

@@ -113,6 +113,18 @@ def check_unread_experts(group, tokens):
         assert oracle.relative_error(result, reference) < oracle.limit_4bit(result)
 
 
+def captured(run):
+    """A CUDA graph of what `run` launches, and what it returned meanwhile. It runs once before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
+    with torch.cuda.stream(stream):
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = run()
+    return graph, results
+
+
 def check_replayed_chain(packed, num_experts, top_k, tokens, width):
     """A captured chain of dependent launches, a router and groups of two square linears: each replay must wait for its own
     inputs, and never see the last replay's. All that a replay writes is poisoned before.
@@ -129,21 +141,15 @@ def check_replayed_chain(packed, num_experts, top_k, tokens, width):
             made += [h, other]
         return made
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # the operands may not be there yet
-    with torch.cuda.stream(stream):
-        chain()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = chain()
+    graph, results = captured(chain)
     for _ in oracle.rounds(50):
         x.copy_(torch.randn_like(x))
-        for t in captured:
+        for t in results:
             t.fill_(float("nan") if t.is_floating_point() else 7)
         graph.replay()
-        for got, expected in zip(captured, chain(), strict=True):
+        for got, expected in zip(results, chain(), strict=True):
             assert torch.equal(got, expected)
-    return x, captured
+    return x, results
 
 
 def check_two_streams(packed, tokens, width):
