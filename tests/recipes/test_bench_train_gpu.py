@@ -89,7 +89,7 @@ def test_phases_of_a_step(tmp_path):
     path = tmp_path / "phases.json"
     small = ["--hidden", "64", "--intermediate", "128", "--head-dim", "16", "--layers", "1", "--length", "8"]
     small += ["--vocab", "64", "--device", "cpu", "--steps", "2", "--warmup", "1", "--modes", "checkpointing"]
-    train_phases.main([*small, "--rows", "floor", "fused-8x8", "--functions", "3", "--output", str(path)])
+    train_phases.main([*small, "--rows", "floor", "fused-8x8", "--functions", "3", "--quiet", "--output", str(path)])
     floor, fused = json.loads(path.read_text())["rows"]
     assert floor["row"] == "floor" and "one_thread" not in floor and floor["optimizer"] < fused["optimizer"]
     for row in (floor, fused, fused["one_thread"]):
@@ -97,3 +97,30 @@ def test_phases_of_a_step(tmp_path):
             row["step"] > 0
             and abs(sum(row[phase] for phase in train_phases.PHASES[:-1]) - row["step"]) < 0.5 * row["step"]
         )
+
+
+class Restless:
+    """A processor that is disturbed during every second step, or during all of them."""
+
+    def __init__(self, always):
+        self.always, self.steps = always, 0
+
+    def seek(self):
+        return True
+
+    def is_quiet(self):
+        self.steps += 1
+        return self.steps % 2 == 0 and not self.always
+
+
+def test_disturbed_steps_are_taken_again():
+    took = iter([9.0, 1.0, 8.0, 2.0, 7.0, 3.0, 5.0])
+    row = train_phases.measured(lambda: [0.0] * 4 + [next(took)], 0, 3, Restless(always=False))
+    assert (row["step"], row["disturbed"], row["kept"]) == (2.0, 3, 0)
+
+
+def test_where_all_steps_are_disturbed_the_fastest_count():
+    took = iter(range(100, 0, -1))
+    row = train_phases.measured(lambda: [0.0] * 4 + [float(next(took))], 1, 2, Restless(always=True))
+    assert row["kept"] == 2 and row["disturbed"] == 2 * train_phases.MOST_DISTURBED
+    assert row["step"] == 88.5  # of 99 to 88

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.benchmarks.decode.bars import BARS, BYTES_SAVED, LINEAR_BARS, Bar
-from recipes.benchmarks.decode.plan import FIRST, METHODS, PREFILL, SHAPES, Adapter, usual_adapter
+from recipes.benchmarks.decode.plan import FIRST, FUSED, METHODS, PREFILL, SHAPES, Adapter, usual_adapter
 from recipes.checkout import ROOT
 
 Result = dict[str, Any]
@@ -223,13 +223,13 @@ def draw(result: Result, path: Path) -> str:
     labels = [METHODS[r["method"]] + (f", r = {r['rank']}" if r["rank"] else "") for r in rows]
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
     bars = axes.barh(
-        labels, [r["ratio"] for r in rows], color=["#4477aa" if r["method"] == "fused" else "#bbbbbb" for r in rows]
+        labels, [r["ratio"] for r in rows], color=["#4477aa" if r["method"] in FUSED else "#bbbbbb" for r in rows]
     )
     axes.axvline(1.0, color="black", linewidth=0.8)
     for bar, row in zip(bars, rows, strict=True):  # inside, where no line crosses it
         text, middle = f"{row['ratio']:.2f}x, {row['ms']:.2f} ms ", bar.get_y() + bar.get_height() / 2
         at = min(row["ratio"], 1.0) if row["ratio"] < 1.2 else row["ratio"]
-        axes.text(at, middle, text, ha="right", va="center", color="white" if row["method"] == "fused" else "black")
+        axes.text(at, middle, text, ha="right", va="center", color="white" if row["method"] in FUSED else "black")
     axes.set_xlim(0, max(r["ratio"] for r in rows) * 1.05)
     axes.set_xlabel("time of a decode step over the unadapted backbone's")
     title = f"{NAMES[rows[0]['model']]} shape, batch 1, compiled, bf16, {result['header']['gpu']}"

@@ -22,7 +22,7 @@ from recipes.benchmarks.decode.process import Process, WorkerFailed, process_con
 
 # Samples; 7 of everything else. Eager ones scatter by a third, and that of "fused" has a bar to meet.
 ROUNDS = {("fused", "static"): 9, ("fused", "eager"): 21}
-PROFILED = ("compiled:1", "static", "eager")
+PROFILED, PROFILED_JOBS = ("compiled", "static", "eager"), (("fused", 8), ("backbone", 0))
 LAST_WORDS = 10.0  # seconds before the limit in which nothing new is prepared, only measured
 Key = tuple[str, str]  # the job's name, mode
 
@@ -303,7 +303,7 @@ class Scheduler:
                     times[id(each)].append(each.call("sample", mode))
             for each in measured:
                 self.keep_row(each, mode, times[id(each)], times[id(reference)] if reference else None)
-            if self.args.profile and mode in PROFILED and (job.method, job.rank) in (("fused", 8), ("backbone", 0)):
+            if self.args.profile and kind_of(mode) in PROFILED and (job.method, job.rank) in PROFILED_JOBS:
                 for each in measured:
                     name = f"{each.job.name} {mode}"
                     self.result.setdefault("profile", {})[name] = each.call("profile", mode)
