@@ -29,6 +29,15 @@ template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.
 // Barriers by number, of so many threads; 0 is __syncthreads().
 __device__ __forceinline__ void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ __forceinline__ void arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// The same as barrier(), and whether all of them say so.
+__device__ __forceinline__ bool barrier_all(int id, int threads, bool so) {
+  int all;
+  asm volatile("{\n.reg .pred said, all;\nsetp.ne.b32 said, %1, 0;\nbar.red.and.pred all, %2, %3, said;\nselp.b32 %0, 1, 0, all;\n}"
+               : "=r"(all)
+               : "r"(int(so)), "r"(id), "r"(threads)
+               : "memory");
+  return all;
+}
 
 // Barriers in shared memory, which some threads arrive at and others wait for (sm_90 and up). Each time that all have arrived the
 // parity changes; it begins with 0.

@@ -96,18 +96,16 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
   using S = Shape<kTokens>;
   constexpr int kStages = S::kStages, kStageBytes = S::kStageBytes;
   extern __shared__ __align__(16) unsigned char raw[];
-  __shared__ __align__(8) uint64_t barriers[2 * kStages + 1];
-  __shared__ volatile bool published, shrunk;  // this block has done its part of the shrink, and that is certain to have come first
+  __shared__ __align__(8) uint64_t barriers[2 * kStages + 3];
   const uint32_t ring = (shared_address(raw) + 1023) / 1024 * 1024, full = shared_address(barriers), empty = full + kStages * 8,
-                 hidden_there = empty + kStages * 8;
+                 hidden_there = empty + kStages * 8, published = hidden_there + 8, shrunk = published + 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, block = blocks - 1 - blockIdx.x;
   const Phase first_phase = block >= blocks - p.shrink_blocks ? kShrink : kLinear;
   pdl_trigger();
   if (threadIdx.x == kMultiplying) {
     for (int i = 0; i < kStages; ++i) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, kMultiplying / 32);
-    mbarrier_init(hidden_there, 1);
+    mbarrier_init(hidden_there, 1), mbarrier_init(published, 1), mbarrier_init(shrunk, 1);
     mbarrier_inits_done();
-    published = shrunk = first_phase == kLinear;
   } else if (warp == kThreads / 32 - 1) {  // descriptors: copies would wait for them
     const int i = lane % LS_MAX_GROUP, kind = lane / LS_MAX_GROUP;
     if (i < p.n_items && kind == 0) prefetch_map(p.weight[i]);
@@ -124,7 +122,7 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
   RingPlace<kStages> place;
   if (warp >= kMultiplying / 32) {
     if (warp > kMultiplying / 32) {
-      exchange_partials<E, kTokens>(p, blocks, block, published, shrunk, hidden_there);
+      exchange_partials<E, kTokens>(p, blocks, block, hidden_there, published, shrunk);
     } else if (lane == 0) {
       bool waited = false;  // for the hidden
       int ahead = 0;  // stages of the linears
@@ -144,9 +142,7 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
             const uint32_t weight = ring + place.stage * kStageBytes, x = weight + kWeightBytes, barrier = full + place.stage * 8;
             mbarrier_wait(empty + place.stage * 8, place.parity ^ 1);
             // A fence takes until the copies of its multiprocessor have come, so as long as they never cease. So they do, for a moment.
-            if (phase != kShrink && ahead++ == kAhead && p.pauses)
-              while (!published) {
-              }
+            if (phase != kShrink && ahead++ == kAhead && p.pauses && first_phase == kShrink) mbarrier_wait(published, 0);
             if (i < own) {
               mbarrier_expect(barrier, kStageBytes);
               const int feature = (s.first + i) * kFeatures;

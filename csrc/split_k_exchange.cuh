@@ -132,12 +132,13 @@ template <class E> __device__ __noinline__ void wait_for_hidden(const SplitKPara
   __syncwarp();
 }
 
-// The helpers: of the block's parts of the shrink, of all blocks' parts, and of the tile that it begins in the midst of. `hidden_there`:
-// a barrier that one of them arrives at when the hidden is where the copy engine finds it.
+// The helpers: of the block's parts of the shrink, of all blocks' parts, and of the tile that it begins in the midst of. They arrive at
+// three mbarriers, once each: at `hidden_there` when the hidden is where the copy engine finds it, and in a block that shrinks at
+// `published` when it has done its part of that, and at `shrunk` when this is certain to have come first. (Flags in shared memory would
+// do, but racecheck takes them for what they look like.)
 template <class E, int kTokens> __device__ __forceinline__ void exchange_partials(const SplitKParams &p, int blocks, int block,
-                                                                                  volatile bool &published, volatile bool &shrunk,
-                                                                                  uint32_t hidden_there) {
-  __shared__ bool all_there;
+                                                                                  uint32_t hidden_there, uint32_t published,
+                                                                                  uint32_t shrunk) {
   const int thread = threadIdx.x - (kMultiplying + 32), lane = thread % 32, g = lane / 4, t = lane % 4;
   const int first = first_of(p, kShrink, blocks, block), last = first_of(p, kShrink, blocks, block + 1);
   for (int part = first; part < last; ++part) {
@@ -156,15 +157,11 @@ template <class E, int kTokens> __device__ __forceinline__ void exchange_partial
               begin = share * kHelping + thread;
     find_gates(begin / places, begin % places);
     barrier(kPartShrunk, kMultiplying + kHelping);
-    if (thread == 0) {
-      all_there = true;
-      if (p.shares > 1) {
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived + tile) : "memory");
-        if (share * kHelping < all) all_there = wait_for(p, p.arrived + tile, p.shares);
-      }
-    }
-    barrier(kHelpers, kHelping);
-    const bool there = all_there;  // if not, every block computes the hidden for itself
+    if (thread == 0 && p.shares > 1) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived + tile) : "memory");
+    bool there = true;  // all that this warp adds up; if not, every block computes the hidden for itself
+    if (lane == 0 && p.shares > 1 && share * kHelping < all) there = wait_for(p, p.arrived + tile, p.shares);
+    there = __shfl_sync(~0u, there, 0);
+    __syncwarp();  // what the first lane has seen, the others see: a shuffle alone does not promise that
     constexpr int kQuads = kQuadsOfTile<kTokens>;
     for (int at = begin; at < all && there; at += p.shares * kHelping) {
       const int chunk = at / places, place = at % places;
@@ -183,22 +180,21 @@ template <class E, int kTokens> __device__ __forceinline__ void exchange_partial
       for (int i = 0; i < 4; ++i)  // what was not chosen may be anything
         if (token + i % 2 < p.tokens) to[i % 2 * p.width + i / 2 * 8] = from_float<E>(gates[i] == 0.f ? 0.f : sums[i] * gates[i]);
     }
-    barrier(kHelpers, kHelping);
+    there = barrier_all(kHelpers, kHelping, there);
     if (thread == 0 && there) shrink_done(p.sync);
     if (part + 1 < last) arrive(kPartTaken, kMultiplying + kHelping);
   }
   if (first < last && thread == 0) {
-    published = true;
+    mbarrier_arrive(published);
     __threadfence();
-    shrunk = true;
+    mbarrier_arrive(shrunk);
   }
   if (p.width && thread >= kHelping - 32) {
     // Not by the producer: the fence within it waits for copies that are on their way, and the next ones would be late.
     wait_for_hidden<E>(p);
     if (lane == 0) {
       mbarrier_arrive(hidden_there);
-      while (!shrunk) {
-      }
+      if (first < last) mbarrier_wait(shrunk, 0);
       if (leave(p.sync, blocks)) {
         *p.sync = Sync{0, 0, 0, 0};
         if (p.shares > 1)
