@@ -155,10 +155,13 @@ def test_parts_have_a_line_for_each_row_and_the_later_file_counts():
     alone = {**others[0], "method": "backbone", "rank": 0, "ms": 1.0, "ratio": 1.0}
     first = {"header": {"commit": "a"}, "rows": [row, *others, alone]}
     later = {"header": {"commit": "b"}, "rows": [{**others[0], "ms": 1.06, "ratio": 1.06}, alone]}
-    table = report.parts_table({"x": first, "y": later})
+    table, files = report.parts_table({"x": first, "y": later, "z": {"header": {"commit": "c"}, "rows": [alone]}})
+    assert files == ["x", "y"]
     assert table[2:] == [
         "| nf4 | graph, batch 1, r = 8 | 2.00 ms | **1.100** |  | a |",
         "| nf4 | compiled, batch 1, r = 8 | 1.00 ms | **1.060** | 1.05, missed | b |",
         "| bf16 | compiled, batch 64, r = 8 | 2.00 ms | **1.090** | 1.06, missed | a |",
     ]
-    assert report.parts_table({}) == []
+    assert report.parts_table({}) == ([], [])
+    table, files = report.parts_table({"x": first, "y": later}, {"rows": [row, others[1]]})
+    assert len(table) == 3 and files == ["y"], "what the whole table has is left out"

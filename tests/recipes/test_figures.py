@@ -63,7 +63,7 @@ def test_training_on_a_gpu() -> None:
 
 
 def test_serving_batches() -> None:
-    rows = [row for row in result("decode_h200_parts_2eca9d4.json")["rows"] if row["method"] == "fused"]
+    rows = [row for row in result("decode_h200_parts_63c9e2a.json")["rows"] if row["method"] == "fused"]
     one, two, three, many, most = (
         f"{next(row['ratio'] for row in rows if row['batch'] == batch and row['experts'] == experts):.2f}"
         for batch, experts in ((64, 8), (128, 8), (256, 8), (8, 32), (32, 64))

@@ -27,14 +27,9 @@ PARTS = (
     "recipes/results/decode_h200_parts_aaa3520.json",
     "recipes/results/decode_h200_parts.json",
     "recipes/results/decode_h200_parts_452f508.json",
-    "recipes/results/decode_h200_parts_6a1f948.json",
-    "recipes/results/decode_h200_parts_693db89.json",
-    "recipes/results/decode_h200_parts_0197e7b.json",
-    "recipes/results/decode_h200_parts_d6787ad.json",
-    "recipes/results/decode_h200_2db9912.json",
     "recipes/results/decode_h200_parts_2db9912.json",
-    "recipes/results/decode_h200_parts_687e54f.json",
     "recipes/results/decode_h200_parts_2eca9d4.json",
+    "recipes/results/decode_h200_parts_63c9e2a.json",
 )
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
@@ -338,8 +333,10 @@ def described(row: Row) -> str:
     return f"{row.get('backbone', 'bf16')} | {mode}, r = {row['rank']}{kind}"
 
 
-def parts_table(parts: dict[str, Result]) -> list[str]:
-    """What `--only` has measured: a line for each fused row of the first model, with the bar that speaks of it alone."""
+def parts_table(parts: dict[str, Result], whole: Result | None = None) -> tuple[list[str], list[str]]:
+    """What `--only` has measured: a line for each fused row of the first model that the whole table has not, with the bar that
+    speaks of it alone; and the files that the lines are of."""
+    shown = {described(row) for row in whole["rows"] if row["model"] == FIRST} if whole else set()
     asked = {}
     for part in parts.values():
         for bar in BARS:
@@ -347,16 +344,17 @@ def parts_table(parts: dict[str, Result]) -> list[str]:
             if value is not None:
                 best = min(of_bar(part, FIRST, bar), key=lambda row: row["ms"])
                 asked[id(best)] = f"{bar.bar:.2f}, {'met' if value <= bar.bar else 'missed'}"
-    lines = {}
-    for part in parts.values():
+    lines, files = {}, {}
+    for path, part in parts.items():
         for row in part["rows"]:
-            if row["model"] == FIRST and row["method"] == "fused" and row["ratio"]:
+            if row["model"] == FIRST and row["method"] == "fused" and row["ratio"] and described(row) not in shown:
                 value, bar = row.get("over_faster", row["ratio"]), asked.get(id(row), "")
                 cells = f"{row['backbone_ms']:.2f} ms | **{value:.3f}** | {bar} | {part['header']['commit']}"
-                lines[described(row)] = f"| {described(row)} | {cells} |"
+                lines[described(row)], files[described(row)] = f"| {described(row)} | {cells} |", path
     if not lines:
-        return []
-    return ["| weights | | backbone | **fused over it** | bar | commit |", "|---" * 6 + "|", *lines.values()]
+        return [], []
+    head = ["| weights | | backbone | **fused over it** | bar | commit |", "|---" * 6 + "|"]
+    return [*head, *lines.values()], [path for path in parts if path in files.values()]
 
 
 def section(result: Result, source: str, others: dict[str, Result], parts: dict[str, Result]) -> str:
@@ -366,10 +364,16 @@ def section(result: Result, source: str, others: dict[str, Result], parts: dict[
     text += [f"![Decode step over the unadapted backbone's, by method]({picture})", ""]
     if models := models_table(result, [model for model in SHAPES if model != FIRST]):
         text += [*models, ""]
-    if table := parts_table(parts):
-        files = ", ".join(f"[`{path}`]({link(path, FULL)})" for path in parts)
+    table, paths = parts_table(parts, result)
+    if table:
+        files = ", ".join(f"[`{Path(path).stem}`]({link(path, FULL)})" for path in paths)
         gpu = next(iter(parts.values()))["header"]["gpu"]
-        text += [f"Parts, by `--only`, and newer runs, on one {gpu} ({files}):", "", *table, ""]
+        text += [
+            f"Parts, by `--only`, each row from the newest run that has it, on one {gpu} ({files}):",
+            "",
+            *table,
+            "",
+        ]
     text += [f"- {fact}" for fact in facts(result)]
     text += [f"- {other_gpu(other, path)}" for path, other in others.items()]
     return "\n".join(text).strip()
