@@ -368,7 +368,7 @@ def test_what_shows_nowhere_is_taken_up_when_asked(library):
     assert same(after, logits(model, FEW)) and not same(before, after, 0.1)
 
 
-def test_cast_moved_and_back(library):
+def test_moved_and_loaded(library):
     model = made_4bit(double=True)
     expected = checks.check_moved_and_loaded(model)
     assert torch.equal(logits(model, FEW), expected)
