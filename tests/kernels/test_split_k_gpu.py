@@ -131,7 +131,8 @@ def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens):
         graph.replay()
         graph.replay()
         for replayed, called in zip(kept, run(), strict=True):
-            assert torch.equal(replayed, called)
+            # Other bits, but near, are those of a block that has not waited for the hidden; far off is wrong.
+            assert torch.equal(replayed, called), f"{oracle.relative_error(replayed, called.double()):.1e} apart"
 
 
 def test_ranks_that_a_step_holds_several_experts_of_and_not_all():
