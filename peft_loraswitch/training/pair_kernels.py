@@ -289,16 +289,19 @@ def from_rank(
     w, gated, biased, n = ws[0], gates is not None, biases[0] is not None, len(outs)
     linears, experts, rank, _ = shape = w.shape
     strides, columns, unused = w.stride(), linears * rank, UNUSED[n]
+    block = _power(columns, FEATURES)
     widths, rows = [out.size(1) for out in outs], [out.stride(0) for out in outs]
     small_row, gate_row = small.stride(0), 0 if gates is None else gates.stride(0)
 
     def rest(adds: bool, begins: bool) -> Rest:
         numbers = [*widths, *unused, *rows, *unused, experts, small_row, *strides, gate_row, float(scaling)]
         constants = {
-            "RANK": rank, "COLUMNS": columns, "BLOCK": _power(columns, FEATURES), "TILE": TILE, "FEATURES": WRITTEN,
-            "ADD": adds, "GATED": gated, "BIAS": begins, "LINEARS": n,
+            "RANK": rank, "COLUMNS": columns, "BLOCK": block, "TILE": TILE, "FEATURES": WRITTEN, "ADD": adds, "GATED": gated,
+            "BIAS": begins, "LINEARS": n,
         }  # fmt: skip
-        return Rest(numbers, constants, {"num_warps": 4, "num_stages": 2})
+        # With gates the left factor is computed, so it is in registers, and ptxas before 13.3 may have these written to while
+        # products of the steps before still read them (on Hopper, triton-lang/triton#9433): then one step at a time.
+        return Rest(numbers, constants, {"num_warps": 4, "num_stages": 1 if gated and columns > block else 2})
 
     tensors = [small, order.tokens, order.slot_tiles, w, outs[0], small if gates is None else gates, *_others(ws, outs)]
     if biased:

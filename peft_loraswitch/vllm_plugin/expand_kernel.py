@@ -7,8 +7,10 @@ those of experts that were not chosen: at the usual ranks they are a hundredth o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -70,6 +72,14 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     tl.store(at, total.to(out.dtype.element_ty), mask=inside)
 
 
+@functools.cache
+def _is_hopper(device: int) -> bool:
+    """Whether a GPU (-1: a CPU) has wgmma. The left factor is computed here, so it is in registers, and ptxas before 13.3 may
+    have these written to while products of the steps before still read them (triton-lang/triton#9433). Triton does not say
+    which ptxas it has. So only one of several steps is on its way at a time, as in vLLM's own kernel from 0.33 on."""
+    return device >= 0 and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def expand(
     hidden: Tensor, lora_b: Sequence[Tensor], mask: Tensor, out: Tensor,
     order: Tensor, counts: Tensor, starts: Tensor, ids: Tensor, groups: int, offset: int, add_inputs: bool,
@@ -91,6 +101,7 @@ def expand(
         raise RuntimeError("LoRA-Switch: vLLM gave a LoRA's tensors in a layout that the expand kernel does not take.")
     rows, outputs = (16, 64) if tokens <= 16 else (32, 64) if tokens <= 64 else (64, 128)
     ranks = max(16, min(64, triton.next_power_of_2(rank)))
+    stages = 1 if rank > ranks and _is_hopper(hidden.get_device()) else 2
     for first in range(0, len(lora_b), PARTS):
         parts = list(lora_b[first : first + PARTS])
         widths = [b.shape[-2] for b in parts]
@@ -99,6 +110,6 @@ def expand(
         _expand_kernel[grid](
             hidden[first], mask, *parts, *[parts[0]] * missing, out, order, counts, starts, ids,
             tokens, *widths, *[0] * missing, offset, hidden.stride(0), hidden.stride(1), mask.stride(0), out.stride(0),
-            RANK=rank, TOKENS=rows, OUTPUTS=outputs, RANKS=ranks, ADD=add_inputs, num_warps=4, num_stages=2,
+            RANK=rank, TOKENS=rows, OUTPUTS=outputs, RANKS=ranks, ADD=add_inputs, num_warps=4, num_stages=stages,
         )  # fmt: skip
         offset += sum(widths)

@@ -62,7 +62,9 @@ def test_training_on_a_gpu() -> None:
     floor, lora, fused = (row["step"] for row in result("train_phases_h200_63c9e2a.json")["rows"])
     assert f"| **{fused / floor:.3f}** |" in page and f"quiet processor | {lora / floor:.3f} |" in page
     said = f"took {fused:.0f} ms, {fused / floor:.2f} of the step with nothing adapted"
-    assert said in document("docs/training.md") and f"(PEFT's LoRA of rank 16: {lora:.0f};" in document("docs/training.md")
+    assert said in document("docs/training.md") and f"(PEFT's LoRA of rank 16: {lora:.0f};" in document(
+        "docs/training.md"
+    )
 
 
 def test_serving_batches() -> None:

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+from wgmma_registers import instructions_of, overwritten
+
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
     torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 SHARED_MEMORY = 227 * 1024  # of a block, on sm_90
+HOPPER = 9
 
 
 def command(
@@ -37,6 +40,7 @@ def command(
 def compiling(capability: int) -> Iterator[list[str]]:
     """In place of being launched, kernels are compiled for the arguments that they would get. Yields their names."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
@@ -60,6 +64,9 @@ def compiling(capability: int) -> Iterator[list[str]]:
         source = ASTSource(self, signature, constants, hints)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert made.metadata.shared <= SHARED_MEMORY, (self.__name__, made.metadata.shared)
+        if capability // 10 == HOPPER:
+            lines = instructions_of(made.asm["cubin"], knobs.nvidia.nvdisasm.path)
+            assert lines and not (bad := overwritten(lines)), (self.__name__, constants, options, bad[:3])
         compiled.append(self.__name__)
 
     launch = JITFunction.run
@@ -91,6 +98,7 @@ def compile_serving_kernels(capability: int) -> list[str]:
     from peft_loraswitch.vllm_plugin.routing_tables import RoutingTables
     from serving_kernels import grouped
 
+    expand_kernel._is_hopper = lambda device: capability // 10 == HOPPER  # type: ignore[assignment]
     with compiling(capability) as compiled:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for tokens, slots, rank, choices, features in ((16, 2, 64, 16, 1024), (7, 3, 40, 9, 1030), (3, 1, 1, 1, 1)):
@@ -116,6 +124,13 @@ def compile_serving_kernels(capability: int) -> list[str]:
                     meta = grouped(token_slots, slots)
                     for add in (True, False):
                         expand_kernel.expand(hidden, lora_b, tables.mask, out, *meta, slots + 1, 0, add)
+            for tokens, rank in ((128, 128), (200, 320)):  # tiles of 64 tokens, several steps
+                for kind in (torch.float32, dtype):
+                    none, hidden = torch.zeros(tokens, dtype=torch.int32), torch.zeros(1, tokens, rank, dtype=kind)
+                    lora_b, out = [torch.zeros(2, 1, 1024, rank, dtype=dtype)], torch.zeros(tokens, 1024, dtype=dtype)
+                    expand_kernel.expand(
+                        hidden, lora_b, torch.zeros(tokens, rank), out, none, none, none, none, 3, 0, True
+                    )
     return compiled
 
 
