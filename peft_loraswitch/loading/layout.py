@@ -52,6 +52,11 @@ class Slot(NamedTuple):
     required: bool = False
     of_backbone: bool = False
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether its numbers have to be finite: all that the adapter needs, and all that other adapters would have, too."""
+        return self.required or self.of_backbone
+
 
 class Layout:
     """The slots of adapter `adapter_name`, whose modules are in `model` (a PeftModel or the backbone) already."""

@@ -278,8 +278,8 @@ def check_file_being_loaded(model: nn.Module, config: LoRASwitchConfig, adapter_
         return
     layout = Layout(model, config, adapter_name)
     progress.slots = layout.match(progress.where, progress.header(model))
-    trained = [key for key, slot in progress.slots.items() if slot.required and isinstance(slot.tensor, nn.Parameter)]
-    check_finite(progress.where, progress.tensors(trained))
+    written = [key for key, slot in progress.slots.items() if slot.is_checked and isinstance(slot.tensor, nn.Parameter)]
+    check_finite(progress.where, progress.tensors(written))
     progress.snapshots.append(Snapshot(values=[slot.tensor for slot in progress.slots.values() if slot.of_backbone]))
 
 
@@ -377,6 +377,6 @@ def select_tensors(
     where = f"adapter '{adapter_name}'" if progress is None else progress.where
     matched = layout.match(where, header, lambda name: slots.get(name.removeprefix(PREFIX)) or layout.find(name))
     if progress is None:
-        check_finite(where, ((name, tensors[name]) for name, slot in matched.items() if slot.required))
+        check_finite(where, ((name, tensors[name]) for name, slot in matched.items() if slot.is_checked))
     inserted = PREFIX if backbone_of(model) is not model else ""
     return {inserted + slot.target: tensors[name] for name, slot in matched.items() if slot.target is not None}

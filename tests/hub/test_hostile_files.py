@@ -61,6 +61,17 @@ def spoil(key: str, value: float):
     return rewrite(lambda tensors: tensors[key].view(-1)[-1:].fill_(value))
 
 
+def embedding(key: str, value: float):
+    """One of the backbone besides the adapter, as PEFT saves them where a vocabulary was resized."""
+
+    def corrupt(folder: Path) -> None:
+        weight = tiny_llama().state_dict()[key].clone()
+        weight[-1, -1] = value
+        rewrite(lambda held: held.update({PREFIX + key: weight}))(folder)
+
+    return corrupt
+
+
 def with_header(header: bytes, size: int | None = None, data: int = 0):
     """A weights file with this header, and `data` bytes of nothing (a hole on disk)."""
 
@@ -189,11 +200,17 @@ NUMBERS = {
         for part, key in (("experts", K + "B.weight"), ("router", ROUTER))
         for value in (float("nan"), float("inf"), -float("inf"))
     },
+    **{
+        f"{value} in {key}": (embedding(key, value), f"{WEIGHTS}: '{PREFIX}{key}' holds NaN or Inf")
+        for key, value in (("lm_head.weight", float("nan")), ("model.embed_tokens.weight", float("inf")))
+    },
 }
 HOSTILE = {**BACKBONE, **NO_FILES, **HUGE, **NUMBERS}
 
 
-EVERYWHERE = ["a norm", "FIFO", "r and experts in the config", "experts of torch.int8", "nan in router"]  # of each kind
+EVERYWHERE = [  # of each kind
+    "a norm", "FIFO", "r and experts in the config", "experts of torch.int8", "nan in router", "nan in lm_head.weight",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("loader, problem", through_loaders(HOSTILE, EVERYWHERE))

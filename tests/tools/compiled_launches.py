@@ -64,7 +64,7 @@ def compiling(capability: int) -> Iterator[list[str]]:
         source = ASTSource(self, signature, constants, hints)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert made.metadata.shared <= SHARED_MEMORY, (self.__name__, made.metadata.shared)
-        if capability // 10 == HOPPER:
+        if capability // 10 == HOPPER and "wgmma.mma_async" in made.asm["ptx"]:
             lines = instructions_of(made.asm["cubin"], knobs.nvidia.nvdisasm.path)
             assert lines and not (bad := overwritten(lines)), (self.__name__, constants, options, bad[:3])
         compiled.append(self.__name__)

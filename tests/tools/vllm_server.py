@@ -38,7 +38,7 @@ def environment(**variables: str) -> dict[str, str]:
 def printed_by(tool: str, *arguments: str, **variables: str) -> list[str]:
     """The words that a file in tests/tools prints, run by vLLM's Python with these variables."""
     done = subprocess.run(
-        [str(PYTHON), str(TOOLS / tool), *arguments], capture_output=True, text=True, timeout=300,
+        [str(PYTHON), str(TOOLS / tool), *arguments], capture_output=True, text=True, timeout=600,
         env=environment(PYTHONPATH=str(ROOT), **variables),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
