@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -69,6 +70,11 @@ class LoRASwitchModel(BaseTuner):
         if any(adapter_name in layer.loraswitch_A for layer in adapted_layers(model)):
             raise ValueError(
                 f"The adapter '{adapter_name}' exists already: delete it first, or give another adapter_name."
+            )
+        if isinstance(model, PeftModel) and adapted_layers(model):
+            raise ValueError(
+                "The model has a LoRA-Switch adapter already, and get_peft_model would wrap it once more: add the next one by "
+                f"model.add_adapter('{adapter_name}', config)."
             )
         # A PeftModel passes a dictionary, and calls the backbone through this module from then on. inject_adapter_in_model (also
         # behind Transformers' add_adapter) passes one configuration and lets go of this module: the backbone is all there is.
@@ -285,8 +291,8 @@ class LoRASwitchModel(BaseTuner):
         Args:
             strategy: "fused": base weights and experts in one pass, nothing is merged, and the backbone is not copied. "merge":
                 the method of arXiv 2405.17741, which merges the experts of each single token into all weights before it runs;
-                needs a second copy of the adapted weights. "auto": "fused" if the model is on a GPU; on a CPU, where it gains
-                nothing, the model stays as it is.
+                needs a second copy of the adapted weights. "auto": "fused" on a CUDA GPU and on a CPU, where it
+                makes the decoding of one sequence faster; elsewhere it gains nothing, and the model stays as it is.
             in_place: with "merge": merge into the backbone's own weights (a copy on the host is kept for `unfuse()`). Each
                 token adds a rounding error: docs/kernel_log.md has the measured drift.
 

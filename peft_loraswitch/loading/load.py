@@ -306,7 +306,9 @@ def _check_same_meaning(progress: _Load, config: LoRASwitchConfig, saved: LoRASw
                 f"adapter_name, or call delete_adapter('{progress.adapter}') first."
             )
 
-    for field in ("num_experts", "num_shared_experts", "base_expert", "top_k", "top_p", "normalize_gates"):
+    for field in (
+        "num_experts", "num_shared_experts", "base_expert", "top_k", "top_p", "normalize_gates", "router_decay",
+    ):  # fmt: skip
         compare(field, getattr(config, field), getattr(saved, field))
     if config.expert_names is not None and saved.expert_names is not None:
         compare("expert_names", config.expert_names, saved.expert_names)

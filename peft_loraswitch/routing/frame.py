@@ -182,15 +182,23 @@ def _keys_in_use(mask: torch.Tensor, length: int) -> torch.Tensor:
     return keys.index_select(1, chosen)
 
 
-class _ThreadState(threading.local):
-    """Per thread (threading.local runs __init__ in each): the frame of the forward in flight, names for mixed batches, given
-    experts, and those of the last forward that got them with its batch."""
+class _OfThread:
+    """The frame of the forward in flight, names for mixed batches, given experts, and those of the last forward that got them with
+    its batch."""
 
     def __init__(self) -> None:
         self.frame: RoutingFrame | None = None
         self.adapter_names: Sequence[str] | None = None
         self.given: Mapping[str, GivenExperts] = NOTHING_GIVEN
         self.last_given: Mapping[str, GivenExperts] = NOTHING_GIVEN
+
+
+class _ThreadState(threading.local):
+    """`own` is the thread's (threading.local runs __init__ in each). What changes is an attribute of that object and not of this
+    one: of a class derived from threading.local, compiled code writes attributes where nobody reads them (torch 2.11 to 2.13)."""
+
+    def __init__(self) -> None:
+        self.own = _OfThread()
 
 
 class _Current(threading.local):
@@ -254,12 +262,12 @@ class RoutingState:
     @property
     def frame(self) -> RoutingFrame | None:
         """The frame of the forward that this thread is in, or None."""
-        return self._local.frame
+        return self._local.own.frame
 
     @property
     def adapter_names(self) -> Sequence[str] | None:
         """The names of the mixed batch that this thread is in, one per sample, or None."""
-        return self._local.adapter_names
+        return self._local.own.adapter_names
 
     def frame_or_outside(self, compiling: bool = True) -> RoutingFrame:
         """The frame of the forward that this thread is in; if it is in none, one that is good for shared experts only
@@ -270,7 +278,7 @@ class RoutingState:
         """
         frame = self.running_frame(compiling)
         if frame is None:
-            frame = RoutingFrame(False, self._local.adapter_names)
+            frame = RoutingFrame(False, self._local.own.adapter_names)
             frame.opened_at = OUTSIDE
         return frame
 
@@ -281,60 +289,60 @@ class RoutingState:
         Args:
             compiling: as above.
         """
-        frame = self._local.frame
+        frame = self._local.own.frame
         while not (frame is None or (compiling and traced()) or frame.is_running()):
             self.close_frame(frame, False)
-            frame = self._local.frame
+            frame = self._local.own.frame
         return frame
 
     @contextmanager
     def sample_adapters(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
         """Within it, forwards of this thread use `adapter_names`, one per sample."""
-        previous = self._local.adapter_names
-        self._local.adapter_names = adapter_names
+        previous = self._local.own.adapter_names
+        self._local.own.adapter_names = adapter_names
         try:
             yield
         finally:
-            self._local.adapter_names = previous
+            self._local.own.adapter_names = previous
 
     @property
     def given(self) -> Mapping[str, GivenExperts]:
         """The experts that forwards of this thread are told to use, by adapter name."""
-        return self._local.given
+        return self._local.own.given
 
     @property
     def last_given(self) -> Mapping[str, GivenExperts]:
         """The experts that this thread's last forward used which got them with its batch."""
-        return self._local.last_given
+        return self._local.own.last_given
 
     def give_with_batch(self, frame: RoutingFrame, given: Mapping[str, GivenExperts]) -> None:
         """Have the forward of `frame` use the `given` experts, which came with its batch."""
         frame.given = {**frame.given, **given}
-        self._local.last_given = given
+        self._local.own.last_given = given
 
     @contextmanager
     def given_experts(self, given: Mapping[str, GivenExperts]) -> Iterator[None]:
         """Within it, forwards of this thread use the `given` experts, besides those that are given already."""
-        previous = self._local.given
-        self._local.given = {**previous, **given}
+        previous = self._local.own.given
+        self._local.own.given = {**previous, **given}
         try:
             yield
         finally:
-            self._local.given = previous
+            self._local.own.given = previous
 
     @contextmanager
     def within(self, frame: RoutingFrame) -> Iterator[None]:
         """Make `frame` this thread's frame."""
         previous = self.frame
-        self._local.frame = frame
+        self._local.own.frame = frame
         try:
             yield
         finally:
-            self._local.frame = previous
+            self._local.own.frame = previous
 
     def enter(self, frame: RoutingFrame | None) -> None:
         """Make `frame` this thread's frame, from now on; None: it is in none."""
-        self._local.frame = frame
+        self._local.own.frame = frame
         if not self.fused:
             return
         if frame is None:

@@ -288,3 +288,11 @@ def test_top_k_one_has_a_gradient_for_its_router():
     model.train()(tokens(), labels=tokens()).loss.backward()
     router = next(p for n, p in model.named_parameters() if "loraswitch_router" in n)
     assert router.grad.abs().max() > 0
+
+
+def test_a_model_that_has_an_adapter_is_not_wrapped_once_more():
+    model = adapted(tiny_llama())
+    with unchanged(model), pytest.raises(ValueError, match=r"model\.add_adapter\('second', config\)"):
+        get_peft_model(model, switch_config(), adapter_name="second")
+    model.add_adapter("second", switch_config())
+    assert set(model.peft_config) == {"default", "second"}

@@ -356,6 +356,7 @@ ANOTHER_MEANING = {
     "top_k": (configure(top_k=1, normalize_gates=False), "top_k=1, but the adapter 'default' .* has 2"),
     "top_p": (configure(top_p=0.5), "top_p=0.5, but the adapter 'default' .* has 1.0"),
     "normalize_gates": (configure(normalize_gates=False), "normalize_gates=False, but"),
+    "router_decay": (configure(router_decay=0.5), "router_decay=0.5, but the adapter 'default' .* has 0.0"),
     "lora_alpha": (configure(lora_alpha=60), "lora_alpha.*=20.0, but .* has 2.0"),
     "use_rslora": (configure(use_rslora=True), "use_rslora"),
     "alpha_pattern": (configure(alpha_pattern={"up_proj": 1}), "alpha_pattern.*up_proj"),

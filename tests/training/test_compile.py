@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from peft import get_peft_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from compiling import (
     TARGETS,
@@ -133,6 +134,57 @@ def test_checkpointed_training_of_single_layers_equals_eager():
     for layer in model.base_model.model.model.layers:
         layer.compile(fullgraph=True, backend="aot_eager")
     same_training(plain, model, model, [padded([7, 5], seed=seed) for seed in range(2)], use_cache=False)
+
+
+def break_in(module: nn.Module) -> None:
+    """Have its forward be nothing that dynamo puts into one graph with what is around it."""
+    forward = module.forward
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()
+        return forward(*args, **kwargs)
+
+    module.forward = broken
+
+
+@pytest.mark.parametrize("where", ["model.embed_tokens", "model.layers.0.mlp", "model.norm"])
+@pytest.mark.parametrize("settings", [{}, {"router_decay": 0.9, "num_shared_experts": 1}])
+def test_training_with_a_graph_break_equals_eager(where, settings):
+    """What a break leaves between two graphs, the second one finds: the decision, and what the end of the forward needs."""
+    model = get_peft_model(tiny_llama(), switch_config(**settings)).train()
+    randomize_adapter(model)
+    gradients = []
+    for broken in (False, True):
+        if broken:
+            break_in(model.get_base_model().get_submodule(where))
+        run = torch.compile(model, backend="aot_eager") if broken else model
+        run(input_ids=tokens(), labels=tokens()).loss.backward()
+        gradients.append(adapter_gradients(model))
+        model.zero_grad()
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_trainer_compiles_a_checkpointed_model(reentrant, tmp_path):
+    """Transformers breaks the graph itself there."""
+    first, losses = get_peft_model(tiny_llama(), switch_config()), []
+    randomize_adapter(first)
+    for compiles in (False, True):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[], logging_steps=1,
+            save_strategy="no", disable_tqdm=True, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}, torch_compile=compiles,
+            **({"torch_compile_backend": "aot_eager"} if compiles else {}),
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in tokens(4)]
+        trainer = Trainer(model=copy.deepcopy(first), args=args, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.slow
