@@ -168,11 +168,11 @@ int ls_driver_version(int *version);
 int ls_router(const void *x, const void *router, int64_t *experts, float *gates, int32_t tokens, int32_t in_features, int32_t num_experts,
               int32_t top_k, int32_t normalize, float top_p, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream);
 
-/* The same for the next token of `tokens` sequences, by context: with z the token's own logits and w = 1, or 0 where `real` [tokens]
- * is 0 (NULL: all are 1),
+/* The same for the next token of `tokens` sequences, by context: with z the token's own logits,
  *
- *   sums = decay * previous + w (z, 1)            previous, sums float32 [tokens, num_experts + 1]
+ *   sums = decay * previous + (z, 1)            previous, sums float32 [tokens, num_experts + 1]
  *
+ * or, where `real` [tokens] is 0 (NULL: it is 1 everywhere), sums = previous,
  * and the logits are sums[:num_experts] / sums[num_experts], or z where that is 0. decay is in [0, 1]; `sums` is written
  * completely and may not be `previous`. */
 int ls_router_context(const void *x, const void *router, const float *previous, const uint8_t *real, int64_t *experts, float *gates,

@@ -1,6 +1,6 @@
 // Router: experts, gates = top_k(softmax(x router^T)), of which no more are taken than sum to top_p; one launch for all tokens.
 // With context (ls_router_context), the next token of each of as many sequences: the softmax is that of the decayed mean of the
-// logits so far, and the sums go on.
+// logits so far, and the sums go on. Those of a sequence whose token is padding stay as they are.
 //
 //   x [tokens, in]   router [E, in]   experts int64 [tokens, top_k]   gates float32 [tokens, top_k]
 //   with context also: previous, sums float32 [tokens, E + 1] (the last column is the sum of the weights)   real bool [tokens]
@@ -30,9 +30,6 @@ struct RouterParams {
   const uint8_t *real;   // NULL: all are
   float decay;
 };
-
-// A sum of weights below it has no real token near enough to count; a real token has its own weight, 1.
-constexpr float kNoRealToken = 1e-30f;
 
 template <class E> __device__ __forceinline__ float4 load4(const E *p) {
   if constexpr (sizeof(E) == 4) {
@@ -68,12 +65,13 @@ template <class X, class R, int VEC, bool CONTEXT> __global__ void __launch_boun
       const int64_t width = p.num_experts + 1;
       const float *previous = p.previous + token * width;
       const bool real = !p.real || p.real[token];
-      const float weights = p.decay * previous[p.num_experts] + (real ? 1.f : 0.f);
-      const float decayed = p.decay * previous[e] + (real ? sum : 0.f);
+      const float weights = real ? p.decay * previous[p.num_experts] + 1.f : previous[p.num_experts];
+      const float decayed = real ? p.decay * previous[e] + sum : previous[e];
       if (lane == 0) {
         p.sums[token * width + e] = decayed;
         if (e == 0) p.sums[token * width + p.num_experts] = weights;
-        logits[e] = weights <= kNoRealToken ? sum : decayed / weights;  // NaN weights stay NaN: rows without a past of their own
+        // 0: no real token yet. NaN weights stay NaN: rows without a past of their own.
+        logits[e] = weights == 0.f ? sum : decayed / weights;
       }
     } else {
       if (lane == 0) logits[e] = sum;

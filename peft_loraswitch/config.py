@@ -33,6 +33,7 @@ MAX_NAME = 4096
 MAX_NAMES = 16384  # of modules_to_save: a module each
 MAX_EMBEDDINGS = 64  # of trainable_token_indices
 MAX_EXPERT_NAME = 200
+BASE = "base"  # what the base expert is called
 
 
 @dataclass
@@ -68,7 +69,7 @@ class LoRASwitchConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Names of the num_experts experts, in their order, for statistics, the model card and export_expert. None "
-            "(default): they have none."
+            "(default): they have none. With base_expert=True none of them is called base, which is that one's name."
         },
     )
     top_k: int = field(
@@ -181,8 +182,8 @@ class LoRASwitchConfig(PeftConfig):
         default=0.0,
         metadata={
             "help": "How much context the router sees, d in [0, 1]: the logits of token t are the mean of the router's logits of "
-            "the real tokens i <= t of its sequence, weighted by d^(t - i). 0 (default): the token alone; 1: all tokens so far "
-            "alike. About 1 / (1 - d) tokens count."
+            "the real tokens i <= t of its sequence, weighted by d^n for n real tokens behind i, up to t. 0 (default): the "
+            "token alone; 1: all tokens so far alike. About 1 / (1 - d) tokens count."
         },
     )
     trainable: str | list[str] | list[int] = field(
@@ -249,13 +250,13 @@ class LoRASwitchConfig(PeftConfig):
                 f"top_p={self.top_p} would change nothing with top_k=1, which takes one expert anyway: raise top_k, the most "
                 "that a token takes, or leave top_p at 1.0."
             )
+        _require_bool("base_expert", self.base_expert)
         if self.expert_names is not None:
-            check_expert_names("expert_names", self.expert_names, self.num_experts)
+            check_expert_names("expert_names", self.expert_names, self.num_experts, self.base_expert)
             self.expert_names = list(self.expert_names)
         if self.normalize_gates is None:
             self.normalize_gates = self.top_k > 1
         _require_bool("normalize_gates", self.normalize_gates)
-        _require_bool("base_expert", self.base_expert)
         if self.router_module is not None and (not isinstance(self.router_module, str) or not self.router_module):
             raise ValueError(
                 f"router_module={shown(self.router_module)} must be the name of an adapted linear, or None."
@@ -451,14 +452,19 @@ class LoRASwitchConfig(PeftConfig):
         )
 
 
-def check_expert_names(field: str, names: Any, number: int) -> None:
-    """Raise a ValueError unless `names` are distinct printable texts, `number` of them."""
+def check_expert_names(field: str, names: Any, number: int, base_expert: bool = False) -> None:
+    """Raise a ValueError unless `names` are distinct printable texts, `number` of them; with `base_expert` none is that one's."""
     _require_names(field, names)
     for name in names:
         if not name.isprintable() or not name.strip() or len(name) > MAX_EXPERT_NAME:
             raise ValueError(
                 f"{field} holds {shown(name)}; a name has 1 to {MAX_EXPERT_NAME} printable characters, not only spaces."
             )
+    if base_expert and BASE in names:
+        raise ValueError(
+            f"{field} holds '{BASE}', which with base_expert=True is the name of the choice to add nothing: give that expert "
+            "another name."
+        )
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice or isinstance(names, set):
         raise ValueError(

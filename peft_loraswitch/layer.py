@@ -499,7 +499,8 @@ def _outside_of_a_forward(layer_name: str) -> str:
         f"The adapted layer '{layer_name}' was reached before any routing: LoRA-Switch decides once per forward of "
         "the model, and this layer was called outside of one. Call the model, not the layer. In backward this means "
         "gradient checkpointing that LoRA-Switch cannot follow (torch.utils.checkpoint called by the model itself, "
-        "FSDP's activation_checkpointing): use the model's gradient_checkpointing_enable() instead."
+        "FSDP's activation_checkpointing): use the model's gradient_checkpointing_enable() instead. With torch.compile it "
+        "may be a graph break within a checkpointed block: TORCH_LOGS=graph_breaks shows where."
     )
 
 

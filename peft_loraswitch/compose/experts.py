@@ -6,12 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from ..config import LoRASwitchConfig
+from ..config import BASE, LoRASwitchConfig
 from ..layer import LoRASwitchLinear
 from ..loading.layout import backbone_of
 from ..patterns import shown
-
-BASE = "base"  # what the base expert is called, unless an expert has this name
 
 
 def adapted_linears(backbone: nn.Module, adapter: str) -> dict[str, LoRASwitchLinear]:
@@ -65,7 +63,7 @@ def index_of(config: LoRASwitchConfig, expert: str | int) -> int:
 
 def means_base(config: LoRASwitchConfig, expert: Any) -> bool:
     """Whether `expert` is the name of the base expert."""
-    return config.base_expert and bool(expert == BASE) and BASE not in (config.expert_names or ())
+    return config.base_expert and bool(expert == BASE)
 
 
 def choice_name(config: LoRASwitchConfig, index: int) -> str:

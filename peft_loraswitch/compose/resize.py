@@ -152,7 +152,7 @@ def _names_with(config: LoRASwitchConfig, name: str | None, lora: PlainLora | No
     new = lora.default_name if name is None and lora is not None else name
     if names is None:
         names = [f"expert_{index}" for index in range(config.num_experts)]
-    check_expert_names("name", [new], 1)
+    check_expert_names("name", [new], 1, config.base_expert)
     if new in names:
         raise ValueError(f"name={new!r} is the name of another expert: choose another one.")
     return [*names, str(new)]

@@ -20,7 +20,7 @@ from torch import nn
 from .. import kernels
 from ..adapted_layers import adapted_layers
 from ..layer import LoRASwitchLinear
-from ..routing.frame import _keys
+from ..routing.frame import _keys, current
 from .capabilities import base_of, device_of
 from .fused_layer import (
     FusedFollower,
@@ -172,6 +172,7 @@ def _take_off_all(model: nn.Module) -> None:
         begun[0].merging.restore()
     for layer in layers:
         layer.routing_state.fused = False
+        current.frames.pop(layer.routing_state.key, None)  # nobody looks for it there any more
         take_off(layer)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,11 +119,18 @@ class FusedGroup(nn.Module):
         return all(packed.path_of(tokens, active) == kernels.FAST_PATH for tokens in (1, kernels.FAST_TOKENS))
 
     def leave(self, x: Tensor, results: list[Tensor]) -> Tensor:
-        """The first of `results`; the others are left where the group's other linears look for them."""
+        """The first of `results`; the others are left where the group's other linears look for them, with the version of x, which
+        may be written to before they run. Where writes are not counted, nothing waits if hooks run in between."""
         if self.size > 1:
+            if not torch.compiler.is_compiling() and not x.is_inference():
+                version = x._version
+            elif has_hooks_between(self.number):
+                return results[0]
+            else:
+                version = None
             waiting = current.results
             for i in range(1, self.size):
-                waiting[getattr(self, f"slot{i}")] = (x, results[i], self.adapter)
+                waiting[getattr(self, f"slot{i}")] = (x, results[i], self.adapter, version)
         return results[0]
 
     def trains(self) -> bool:
@@ -226,6 +234,7 @@ class FusedGroup(nn.Module):
 
 
 _numbers = itertools.count()
+_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 _groups: weakref.WeakValueDictionary[int, FusedGroup] = weakref.WeakValueDictionary()
 
 
@@ -234,3 +243,10 @@ def has_hooks(number: int) -> bool:
     """Whether a base layer of the group has hooks, asked when a compiler traces and not again: like PyTorch itself, compiled
     code does not notice hooks that come later, and is spared two guards a linear."""
     return any(one.hooked for one in _groups[number].live)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_hooks_between(number: int) -> bool:
+    """Whether hooks run between the group's linears, which may write to what these receive. Under a compiler as `has_hooks`."""
+    layers = [one.layer for one in _groups[number].live]
+    return bool(_any_global_hook()) or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)

@@ -1,8 +1,8 @@
 """A fused layer: the class that `fuse_for_inference()` makes of an adapted linear, and the groups that such layers form.
 
 The first linear of a group (linears that receive the same tensor) computes for all of them and leaves the others' results
-where they pick them up, if they really receive that tensor. Whatever the ops do not serve (training, gradients, mixed
-batches, several active adapters, autocast) takes the unfused forward, which is always right.
+where they pick them up, if they really receive that tensor. Whatever the ops do not serve (training, gradients, transforms of
+torch.func, mixed batches, several active adapters, autocast) takes the unfused forward, which is always right.
 
 Host time is what the forwards are written for. Eager: a group of linears must cost less than the calls it replaces. Under
 `torch.compile`: dynamo guards, at every call, each object that a forward read while it was traced. Constants in the dictionary
@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from ..layer import LoRASwitchLinear
-from ..routing.frame import current
+from ..routing.frame import RoutingFrame, current
 from ..tensor_parallel import is_split
+from ..transforms import more_than_gradients
 from .capabilities import BaseFacts, base_of, device_of, facts_of
 from .counted_writes import count_as_before
 from .expert_casts import Casts, current_casts, served_dtype
@@ -162,9 +163,9 @@ class FusedLeader(FusedLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
         group = self.fused_group
-        if group is None or args or kwargs:
+        if group is None or args or kwargs or more_than_gradients():
             return LoRASwitchLinear.forward(self, x, *args, **kwargs)
-        frame = current.frames.get(group.key)
+        frame = _running_frame(self, group.key)
         eager = not torch.compiler.is_compiling()
         if eager and frame is not None and group.direct is not None:
             results = group.direct.again(x, frame)
@@ -187,7 +188,9 @@ class FusedFollower(FusedLeader):
         """x [..., in_features] -> [..., out_features]"""
         waiting = current.results.pop(self.fused_slot, None)
         if waiting is not None and waiting[0] is x and waiting[2] == self.fused_adapter and not (args or kwargs):
-            return waiting[1]
+            if _still_fits(self, x, waiting[3]):
+                result: Tensor = waiting[1]
+                return result
         return FusedLeader.forward(self, x, *args, **kwargs)
 
 
@@ -201,16 +204,39 @@ class FusedMerged(FusedLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]"""
         group = self.fused_group
-        frame = current.frames.get(self.routing_state.key)
+        frame = _running_frame(self, self.routing_state.key)
         routing, merging = None, self.fusing.merging
         assert merging is not None
-        if not (group is None or frame is None or args or kwargs):
+        if not (group is None or frame is None or args or kwargs or more_than_gradients()):
             routing = group.routing(self, x, frame)
         if group is None or frame is None or routing is None:
             merging.leave_out(frame)
             return LoRASwitchLinear.forward(self, x, *args, **kwargs)
         merged = merging.forward(self, group.adapter, x, routing, frame)
         return compute(self, _checked(self, group), x, routing) if merged is None else merged
+
+
+def _running_frame(layer: LoRASwitchLinear, key: int) -> RoutingFrame | None:
+    """The frame of the forward that this thread is in, as `RoutingState.running_frame` has it: not one that a KeyboardInterrupt
+    has left open. Compiled code cannot tell."""
+    frame = current.frames.get(key)
+    if frame is None or torch.compiler.is_compiling():
+        return frame
+    return layer.routing_state.running_frame(False)
+
+
+def _still_fits(layer: FusedLinear, x: Tensor, version: int | None) -> bool:
+    """Whether a result that waits for `layer` is of x as it is now, and of a forward that runs.
+
+    Args:
+        version: of x, as `FusedGroup.leave` has it.
+    """
+    if torch.compiler.is_compiling():
+        return version is None
+    if version is not None and version != x._version:
+        return False
+    group = layer.fused_group
+    return group is not None and _running_frame(layer, group.key) is not None
 
 
 def _one(active: str | list[str]) -> str | None:
@@ -249,6 +275,7 @@ def take_off(layer: LoRASwitchLinear) -> None:
     for experts in (*layer.loraswitch_A.values(), *layer.loraswitch_B.values()):
         experts.__dict__.pop("replaced", None)
         count_as_before(experts)
+    current.results.pop(layer.__dict__.get("fused_slot", -1), None)  # of a forward that was interrupted
     for name in ("fusing", "fused_groups", "fused_group", "fused_adapter", "fused_slot"):
         layer.__dict__.pop(name, None)
 

@@ -27,6 +27,7 @@ from ..layer import LoRASwitchLinear
 from ..ordinary import ordinary
 from ..routing.decision import Routing
 from ..routing.frame import RoutingFrame
+from ..transforms import outside_of_transforms, under_transform
 from .capabilities import base_of, facts_of, within_limits
 from .counted_writes import count_writes
 
@@ -216,6 +217,9 @@ class MergedWeights:
         """Before a layer of this forward runs unmerged: weights that are merged in place go without experts."""
         if not self.in_place or getattr(frame, "merged", None) is False:
             return
+        if not torch.compiler.is_compiling() and under_transform():
+            with outside_of_transforms():  # which refuse to have weights written to
+                return self.leave_out(frame)
         compiling = torch.compiler.is_compiling()
         trains = frame is not None and frame.training
         if compiling or (self.fingerprint.is_current() and not trains):

@@ -21,7 +21,8 @@ class Watch:
 
     def __init__(self, model: nn.Module, layers: list[LoRASwitchLinear]) -> None:
         self.model, self.layers = model, layers
-        self.seen: list[tuple[LoRASwitchLinear, Tensor]] = []  # tensors are kept, so that no two share an id
+        # Tensors are kept, so that no two share an id. With versions, since a tensor that is written to is another one.
+        self.seen: list[tuple[LoRASwitchLinear, Tensor, int | None]] = []
         self.handles: list[Any] = []
         self.training = [module for module in model.modules() if module.training]
 
@@ -47,10 +48,11 @@ class Watch:
 
     def dtypes(self) -> dict[int, torch.dtype]:
         """By id of each layer that ran, that of its input."""
-        return {id(layer): x.dtype for layer, x in self.seen}
+        return {id(layer): x.dtype for layer, x, _ in self.seen}
 
     def _see(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        self.seen.append((layer, args[0]))  # type: ignore[arg-type]
+        x = args[0]
+        self.seen.append((layer, x, None if x.is_inference() else x._version))  # type: ignore[arg-type]
 
     def stop(self) -> None:
         """Leave the model as it was. May be repeated."""
@@ -62,9 +64,9 @@ class Watch:
     def _by_tensor(self) -> list[list[LoRASwitchLinear]]:
         calls: dict[int, int] = {}
         groups: dict[Any, list[LoRASwitchLinear]] = {}
-        for layer, _ in self.seen:
+        for layer, _, _ in self.seen:
             calls[id(layer)] = calls.get(id(layer), 0) + 1
-        for layer, x in self.seen:
+        for layer, x, version in self.seen:
             if calls[id(layer)] == 1:
                 base = base_of(layer)
                 shared_only = frozenset(
@@ -73,6 +75,6 @@ class Watch:
                 weight = getattr(base, "weight", None)
                 facts = facts_of(layer)
                 kind = type(base), getattr(weight, "dtype", None), getattr(weight, "device", None), facts
-                key = (id(x), *kind, shared_only, id(layer) if facts.hooked else None)
+                key = (id(x), version, *kind, shared_only, id(layer) if facts.hooked else None)
                 groups.setdefault(key, []).append(layer)
         return [g[i : i + kernels.MAX_GROUP] for g in groups.values() for i in range(0, len(g), kernels.MAX_GROUP)]

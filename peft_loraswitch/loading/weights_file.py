@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
@@ -40,8 +40,13 @@ def find_weights_file(
         ValueError: there is a pickle instead (it can run code when it is loaded, so it is not), or no regular file.
         Exception: of huggingface_hub, where the Hub or the repository cannot be reached.
     """
+    unknown = None
     for name in (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME) if pickle_first else (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        path = find_file(source, name, subfolder, **hub)
+        try:
+            path = find_file(source, name, subfolder, **hub)
+        except LocalEntryNotFoundError as error:  # the other one may be in the cache
+            unknown = unknown or error
+            continue
         if path is not None and name == WEIGHTS_NAME:
             raise ValueError(
                 f"{path} is a pickle, which can run code when it is loaded; LoRA-Switch adapters are safetensors only. If "
@@ -50,6 +55,8 @@ def find_weights_file(
             )
         if path is not None:
             return path
+    if unknown is not None:
+        raise unknown
     return None
 
 
@@ -58,6 +65,8 @@ def find_file(source: str | os.PathLike[str], name: str, subfolder: str | None =
 
     Raises:
         ValueError: it is not a regular file.
+        LocalEntryNotFoundError: nobody could look: it is not in the cache, and the Hub cannot be asked.
+        Exception: others of huggingface_hub, where the repository cannot be reached.
     """
     folder = os.path.join(source, subfolder or "")
     if os.path.isdir(folder):
@@ -68,6 +77,12 @@ def find_file(source: str | os.PathLike[str], name: str, subfolder: str | None =
         return path
     try:
         return hf_hub_download(str(source), name, subfolder=subfolder, **hub)
+    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError, but it says nothing of what the Hub has
+        raise LocalEntryNotFoundError(
+            f"{source}: there is no such folder, and nobody can see whether the Hub has {name} in a repository of that "
+            "name: it is not in the cache, and the Hub cannot be asked (no network, HF_HUB_OFFLINE or local_files_only). "
+            "Check the name, or download the adapter first."
+        ) from error
     except (EntryNotFoundError, HFValidationError):  # the latter: a folder's name that no repository can have
         return None
 

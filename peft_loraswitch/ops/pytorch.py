@@ -75,7 +75,8 @@ def route_context_pytorch(
     with torch.autocast(device_type=x.device.type, enabled=False):
         own = F.linear(x.float(), router.float())
         grid = own.reshape(-1, 1, own.shape[-1])
-        sums = decayed_sums(weighted(grid, None if real is None else real.unsqueeze(-1)), decay, previous=previous)
+        real = None if real is None else real.unsqueeze(-1)
+        sums = decayed_sums(weighted(grid, real), decay, previous=previous, real=real)
         experts, gates = decide(mean_of(sums, grid).view(own.shape), top_k, normalize, top_p)
     return experts, gates, sums.squeeze(1)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
@@ -81,9 +82,9 @@ def load(adapter: str, base_model: str | None, device: str | None) -> tuple[Peft
 
     if device is not None:
         try:
-            torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"--device {device} is none: {str(error).splitlines()[0]}") from error
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:  # the second: torch was built without it
+            raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     path = find_file(adapter, CONFIG_NAME)
     if path is None:
         raise ValueError(f"{adapter} is no adapter: there is no {CONFIG_NAME}, neither in a folder nor on the Hub.")
@@ -104,11 +105,18 @@ def load(adapter: str, base_model: str | None, device: str | None) -> tuple[Peft
     backbone = _class_for(fields, config).from_pretrained(base, dtype="auto", **revision)
     backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = PeftModel.from_pretrained(backbone, adapter).eval()
-    own = find_file(adapter, "tokenizer_config.json") is not None
+    own = _has_tokenizer(adapter)
     try:
         return model, AutoTokenizer.from_pretrained(adapter if own else base, **({} if own else revision))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"There is no tokenizer at {adapter if own else base}: save one there. {error}") from error
+
+
+def _has_tokenizer(adapter: str) -> bool:
+    try:
+        return find_file(adapter, "tokenizer_config.json") is not None
+    except LocalEntryNotFoundError:  # without a network, what is in the cache is all there is
+        return False
 
 
 def _class_for(fields: dict[str, Any], config: Any) -> Any:

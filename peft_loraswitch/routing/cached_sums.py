@@ -72,6 +72,12 @@ class DynamicSums(_Sums, DynamicLayer):
         sums = sums.unsqueeze(1)
         self.update(sums, sums[..., :0])
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """A cache of which nothing is left begins anew, whoever has filled it."""
+        super().crop(tokens_to_remove)
+        if self.is_initialized and self.get_seq_length() == 0:
+            self.reset()
+
 
 class StaticSums(_Sums, StaticLayer):
     """Of a static cache: of the last token alone, at an address that stays."""
@@ -114,17 +120,18 @@ def sums_of(cache: Any, adapter: str) -> DynamicSums | StaticSums | None:
     return next((layer for layer in sums_in(cache) if layer.adapter == adapter), None)
 
 
-def add_to(cache: Any, adapter: str, setting: Setting, sums: torch.Tensor) -> None:
-    """Append a layer that holds `sums`, [batch, tokens, choices + 1]. The model's own layers must be there already: a cache that
-    is filled lazily counts them."""
-    static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
-    if static:
-        longest = max(layer.max_cache_len for layer in static)
-        layer: DynamicSums | StaticSums = StaticSums(adapter, setting, longest)
-    else:
-        layer = DynamicSums(adapter, setting)
+def keep_in(cache: Any, adapter: str, setting: Setting, sums: torch.Tensor) -> None:
+    """`sums`, [batch, tokens, choices + 1], of the tokens that follow, into the layer of `adapter`; a new one if there is none.
+    The model's own layers must be there already: a cache that is filled lazily counts them."""
+    layer = sums_of(cache, adapter)
+    if layer is None:
+        static = [each for each in cache.layers if isinstance(each, StaticLayer)]
+        if static:
+            layer = StaticSums(adapter, setting, max(each.max_cache_len for each in static))
+        else:
+            layer = DynamicSums(adapter, setting)
+        cache.layers.append(layer)
     layer.keep(sums)
-    cache.layers.append(layer)
 
 
 def own_cache(past: Any) -> Any:

@@ -1,10 +1,11 @@
 """Routing by context: with `router_decay`, the logits of a token are a weighted mean of those of the tokens up to it.
 
-    logits_t = sum_i w_i z_i / sum_i w_i,    w_i = router_decay^(t - i) for the real tokens i <= t of t's sequence
+    logits_t = sum_i w_i z_i / sum_i w_i,    w_i = router_decay^(number of real tokens behind i, up to t)
 
-z are the router's own logits. The router is linear, so this is the router on the decayed mean of its inputs. It still runs where
-it ran, so every block can be adapted, and every token has one decision. A forward that goes on with a cache takes the sums up to
-there from the cache, and leaves its own (`cached_sums.py`).
+over the real tokens i <= t of t's sequence: padding, wherever it is, is as if it were not there. z are the router's own logits.
+The router is linear, so this is the router on the decayed mean of its inputs. It still runs where it ran, so every block can be
+adapted, and every token has one decision. A forward that goes on with a cache takes the sums up to there from the cache, and
+leaves its own when it has come to its end (`cached_sums.py`).
 
 `ForwardInputs` is what the owner hooks have seen of a forward; `Context` is one adapter's use of it.
 """
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cached_sums import DynamicSums, Setting, StaticSums, add_to, cache_in, sums_in, sums_of
+from .cached_sums import DynamicSums, Setting, StaticSums, cache_in, keep_in, sums_in, sums_of
 from .decayed_sums import decayed_sums, mean_of, sequence_numbers, weighted
 from .masks import attended_keys
 from .options import RoutingOptions
@@ -34,7 +35,8 @@ class ForwardInputs:
         cached: how many tokens it held when the forward began: a number, or a tensor for a static cache.
         previous: by adapter, the sums [batch, choices + 1] up to the forward's first token (for a block that runs again).
         decided: adapters that have taken their decision in this forward.
-        waiting: by adapter, (setting, sums) that the cache gets when the model has filled it.
+        waiting: by adapter, (setting, sums) that the cache gets when the model has filled it. If the forward fails before, the
+            same tokens can be offered again.
     """
 
     mask: Any = None
@@ -64,7 +66,8 @@ class ForwardInputs:
 
     def for_second_run(self) -> ForwardInputs:
         """The same for a checkpointed block that runs again: the cache has gone on since, but not for it."""
-        return ForwardInputs(self.mask, self.position_ids, self.batch, previous=self.previous)
+        positions = self.position_ids if self.cache is None else None  # with a cache they tell nothing
+        return ForwardInputs(self.mask, positions, self.batch, previous=self.previous)
 
     def end(self, output: Any) -> None:
         """At the end of the model's forward: leave the sums in the cache, which now has the model's layers. Adapters that have
@@ -74,7 +77,7 @@ class ForwardInputs:
             cache = cache_in(output)
         if isinstance(cache, Cache):
             for adapter, (setting, sums) in self.waiting.items():
-                add_to(cache, adapter, setting, sums)
+                keep_in(cache, adapter, setting, sums)
             for layer in sums_in(cache):
                 if layer.adapter not in self.decided and not layer.stale:
                     layer.stale = True
@@ -162,8 +165,6 @@ class Context:
             return None
         if previous.device != device:
             previous = previous.to(device)
-        if isinstance(self.layer, StaticSums) and not torch.compiler.is_compiling():  # it is written in place
-            previous = previous.clone()
         if previous.shape[0] != self.batch:
             raise ValueError(
                 f"The cache holds {previous.shape[0]} sequences, and the forward {self.batch}: pass the cache of this batch."
@@ -171,13 +172,15 @@ class Context:
         if self.rows is not None:
             previous = previous[self.rows]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if isinstance(self.layer, StaticSums):  # it is written in place, before the backward
+                previous = previous.clone()
             self.inputs.previous[self.adapter] = previous.detach()
         return previous
 
     def _numbers(self, device: torch.device) -> torch.Tensor | None:
-        """Packing is told by positions alone, as in transformers: with a mask, or a past, a row is one sequence."""
+        """Packing is told by positions alone, as in transformers: with a mask, or a cache, a row is one sequence."""
         positions = self.inputs.position_ids
-        if positions is None or self.inputs.mask is not None or self.length == 1 or self.inputs.cached != 0:
+        if positions is None or self.inputs.mask is not None or self.length == 1 or self.inputs.cache is not None:
             return None
         if positions.dim() == 3:  # several axes; the first of four is that of text
             if positions.shape[0] != 4:
@@ -193,26 +196,23 @@ class Context:
         return self._mean(values, None)[0]
 
     def logits(self, own: torch.Tensor) -> torch.Tensor:
-        """The logits by context of the router's own [*shape, choices]. Leaves the sums for the cache: call it once."""
+        """The logits by context, [*shape, choices], of the router's own. Leaves the sums for the cache: call it once."""
         mean, sums = self._mean(own, self.previous)
         self.keep(sums)
         return mean
 
     def _mean(self, values: torch.Tensor, previous: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         grid = values.reshape(-1, self.length, values.shape[-1])
-        sums = decayed_sums(weighted(grid, self.real), self.decay, self.numbers, previous)
+        sums = decayed_sums(weighted(grid, self.real), self.decay, self.numbers, previous, self.real)
         return mean_of(sums, grid).view(values.shape), sums
 
     def keep(self, sums: torch.Tensor) -> None:
-        """sums [batch, tokens, width] into the cache, at once or when the model has filled it."""
+        """sums [batch, tokens, width] are for the cache, when the model has filled it."""
         self.inputs.decided.add(self.adapter)
         if self.rows is not None:
             others = sums.new_full((self.batch, *sums.shape[1:]), float("nan"))
             sums = others.index_copy(0, self.rows, sums)
-        if self.layer is None:
-            self.inputs.waiting[self.adapter] = (self.setting, sums)
-        else:
-            self.layer.keep(sums)
+        self.inputs.waiting[self.adapter] = (self.setting, sums)
 
     def broken_past(self) -> str | None:
         """Why the logits cannot be finite, if it is the cache."""

@@ -183,8 +183,8 @@ def _keys_in_use(mask: torch.Tensor, length: int) -> torch.Tensor:
 
 
 class _OfThread:
-    """The frame of the forward in flight, names for mixed batches, given experts, and those of the last forward that got them with
-    its batch."""
+    """The frame of the forward in flight, names for mixed batches, given experts, and those of the last forward that got them
+    with its batch."""
 
     def __init__(self) -> None:
         self.frame: RoutingFrame | None = None
@@ -207,12 +207,13 @@ class _Current(threading.local):
 
     Attributes:
         frames: of the fused models' forwards in flight, by `RoutingState.key`.
-        results: what the first linear of a group has computed for the others, by `fused_slot`: (input, result, adapter).
+        results: what the first linear of a group has computed for the others, by `fused_slot`: (input, result, adapter, version
+            of the input, None where writes are not counted).
     """
 
     def __init__(self) -> None:
         self.frames: dict[int, RoutingFrame] = {}
-        self.results: dict[int, tuple[torch.Tensor, torch.Tensor, str]] = {}
+        self.results: dict[int, tuple[torch.Tensor, torch.Tensor, str, int | None]] = {}
 
 
 current = _Current()

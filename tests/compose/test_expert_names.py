@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from helpers import adapted, switch_config, tiny_llama, tokens
 from loaders import configure
+from peft_loraswitch import add_expert
 from unchanged import unchanged
 
 NAMES = ["maths", "code", "law", "poems"]
@@ -32,6 +33,21 @@ NAMES = ["maths", "code", "law", "poems"]
 def test_what_is_no_list_of_names_is_refused(names, word):
     with pytest.raises(ValueError, match=word):
         switch_config(expert_names=names)
+
+
+def test_no_expert_has_the_name_of_the_base_expert(tmp_path):
+    names = ["base", "code", "law", "poems"]
+    assert switch_config(expert_names=names).expert_names == names  # where there is none
+    message = "holds 'base', which with base_expert=True is the name of the choice to add nothing: give that expert another name"
+    with pytest.raises(ValueError, match=f"expert_names {message}"):
+        switch_config(expert_names=names, base_expert=True)
+    model = adapted(tiny_llama(), expert_names=NAMES, base_expert=True)
+    with unchanged(model), pytest.raises(ValueError, match=f"^name {message}"):
+        add_expert(model, name="base")
+    model.save_pretrained(tmp_path)
+    configure(expert_names=names)(tmp_path)  # by hand
+    with pytest.raises(ValueError, match=f"expert_names {message}"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 def test_they_are_saved_only_where_they_are(tmp_path):

@@ -211,6 +211,14 @@ def test_two_loras_of_the_same_name(good, tmp_path):
     from_loras(tiny_llama(), [good / "a", tmp_path / "a"], expert_names=["x", "y"])
 
 
+def test_a_lora_called_as_the_base_expert_is(good, tmp_path):
+    loras = [shutil.copytree(good / "a", tmp_path / "base"), shutil.copytree(good / "b", tmp_path / "code")]
+    with pytest.raises(ValueError, match="expert_names holds 'base', which with base_expert=True"):
+        from_loras(tiny_llama(), loras, base_expert=True)
+    for given in ({"expert_names": ["maths", "code"], "base_expert": True}, {}):
+        from_loras(tiny_llama(), loras, **given)
+
+
 def test_beside_other_adapters(good):
     pair = [good / "a", good / "b"]
     refused(pair, "'default' exists already", adapted(tiny_llama()))

@@ -115,6 +115,27 @@ def test_a_step_that_is_padding(device):
 
 
 @devices
+@pytest.mark.parametrize("static", [False, True])
+def test_padding_in_the_middle(device, static):
+    """A second turn in a batch whose answers are of different lengths: each as it is alone."""
+    plain, fused = pair(tiny_llama, device)
+    tokens, gap = ids(2, 12, device), 3
+    mask = torch.ones_like(tokens)
+    mask[0, 5 : 5 + gap] = 0
+    positions = mask.cumsum(-1) - 1
+    past = StaticCache(plain.config, 16) if static else DynamicCache(config=plain.config)
+    found, end = [], 0
+    with torch.no_grad():
+        for part in tokens.split([8, 1, 2, 1], 1):
+            start, end = end, end + part.shape[1]
+            inputs = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+            found.append(fused(input_ids=part, past_key_values=past, **inputs).logits)
+        for row, real in enumerate(mask.bool()):
+            alone = plain(input_ids=tokens[row : row + 1, real], use_cache=False).logits[0]
+            assert close(torch.cat(found, 1)[row, real], alone)
+
+
+@devices
 def test_beams(device):
     plain, fused = pair(tiny_llama, device)
     settings = {"max_new_tokens": 6, "num_beams": 3, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}

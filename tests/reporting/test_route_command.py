@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
 
 from fresh import Finished, run_module
 from helpers import adapted, tiny_llama
+from peft_loraswitch import from_loras
+from peft_loraswitch.loading import weights_file
+from peft_loraswitch.reporting.route_command import _has_tokenizer as has_tokenizer
 from peft_loraswitch.reporting.route_command import load
 from trainer_tools import tokenizer
 
@@ -94,7 +101,7 @@ def test_what_is_missing_is_named(folder, tmp_path, run):
         ((tmp_path / "nothing", "--text", "w3"), "nothing is no adapter: there is no adapter_config.json"),
         ((tmp_path / "nowhere", "--text", "w3"), "nowhere is no adapter: there is no adapter_config.json"),
         ((adapter, "--text", "w3", "--base-model", tmp_path / "nothing"), "--base-model names another place"),
-        ((adapter, "--text", "w3", "--device", "gpu9"), "--device gpu9 is none"),
+        ((adapter, "--text", "w3", "--device", "gpu9"), "--device gpu9 cannot be used here"),
         ((adapter, "--text", "w3", "--max-length", 0), "max_length=0"),
         ((adapter, "--text", "w3", "--html", tmp_path / "no" / "r.html"), "r.html"),
     ]:
@@ -115,6 +122,40 @@ def test_adapters_that_do_not_fit_are_named(folder, tmp_path, run):
     tiny_llama().save_pretrained(tmp_path / "bare")
     status, said = run(folder / "adapter", "--text", "w3", "--base-model", tmp_path / "bare")
     assert status == 2 and "There is no tokenizer at" in said
+
+
+def test_what_nobody_could_look_for_is_not_said_to_be_missing(folder, tmp_path, run, monkeypatch):
+    """Without a network an adapter is in the cache, or nothing is known of it."""
+    monkeypatch.setattr(weights_file, "hf_hub_download", offline(tmp_path))
+    status, said = run("you/adapter", "--text", "w3")
+    assert status == 2 and "you/adapter" in said and "adapter_config.json" in said
+    assert "cannot be asked (no network" in said and "there is no adapter_config.json" not in said
+    with pytest.raises(OSError, match="you/adapter.*adapter_config.json.*cannot be asked"):
+        from_loras(tiny_llama(), ["you/adapter", "you/other"])
+
+    cached = tmp_path / "models--you--adapter" / "snapshots" / "0"
+    shutil.copytree(folder / "adapter", cached)
+    (cached.parents[1] / "refs").mkdir()
+    (cached.parents[1] / "refs" / "main").write_text("0")
+    weights = "adapter_model.safetensors"
+    for pickle_first in (False, True):
+        path = weights_file.find_weights_file("you/adapter", pickle_first=pickle_first)
+        assert path is not None and path.endswith(weights)
+    assert not has_tokenizer("you/adapter")
+    (cached / weights).unlink()
+    with pytest.raises(OSError, match=f"you/adapter.*{weights}.*cannot be asked"):
+        weights_file.find_weights_file("you/adapter")
+
+
+def offline(cache: Path):
+    return functools.partial(huggingface_hub.hf_hub_download, cache_dir=cache, local_files_only=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(folder, run):
+    for device in ("cuda:0", "xpu", "mps"):
+        status, said = run(folder / "adapter", "--text", "w3", "--device", device)
+        assert status == 2 and f"error: --device {device} cannot be used here" in said, said
 
 
 def test_the_adapters_own_tokenizer_comes_first(folder, tmp_path, run):

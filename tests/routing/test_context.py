@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 from helpers import (
     adapted,
@@ -95,6 +96,23 @@ def test_padding_changes_nothing(side, attention):
     torch.testing.assert_close(found[real], alone, **CLOSE)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_padding_in_the_middle_changes_nothing(decay, attention):
+    """As it is in a batch of chats, behind an answer that is shorter than others."""
+    model = adapted(tiny_llama(attn_implementation=attention), router_decay=decay)
+    ids = tokens(2, 9)
+    alone = logits(model, input_ids=ids)
+    for gap in (1, 3, 20):
+        place = torch.arange(9) + torch.where(torch.arange(9) < 4, 0, gap)
+        mask = torch.zeros(2, 9 + gap, dtype=torch.long).index_fill(1, place, 1)
+        spread = torch.zeros_like(mask).index_copy(1, place, ids)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        found = logits(model, input_ids=spread, attention_mask=mask, position_ids=positions)
+        assert torch.isfinite(found).all()
+        torch.testing.assert_close(found[:, place], alone, **CLOSE)
+
+
 def test_what_padding_holds_changes_nothing():
     model = adapted(tiny_llama(), router_decay=1.0)
     batch = padded([8, 5], side="left")
@@ -119,14 +137,36 @@ def test_four_dimensional_masks():
     torch.testing.assert_close(found[real], expected[real], **CLOSE)
 
 
+@pytest.mark.parametrize("starts", [(0, 0, 0), (0, 3, 20), (7, 4, 6)], ids=str)
 @pytest.mark.parametrize("router_module", [None, "layers.1.self_attn.q_proj"])
-def test_packed_sequences_are_separate(router_module):
+def test_packed_sequences_are_separate(router_module, starts):
     model = adapted(tiny_llama(), router_decay=0.9, router_module=router_module)
-    ids, lengths = tokens(1, 12), [5, 1, 6]
-    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    packed = logits(model, input_ids=ids, position_ids=positions, use_cache=False)
-    alone = [logits(model, input_ids=part, use_cache=False) for part in ids.split(lengths, dim=1)]
-    torch.testing.assert_close(packed, torch.cat(alone, 1), **CLOSE)
+    lengths = [5, 1, 6]
+    for batch in (1, 2):
+        ids = tokens(batch, 12)
+        positions = [torch.arange(start, start + n)[None] for start, n in zip(starts, lengths, strict=True)]
+        packed = logits(model, input_ids=ids, position_ids=torch.cat(positions, 1), use_cache=False)
+        alone = [
+            logits(model, input_ids=part, position_ids=at, use_cache=False)
+            for part, at in zip(ids.split(lengths, dim=1), positions, strict=True)
+        ]
+        torch.testing.assert_close(packed, torch.cat(alone, 1), **CLOSE)
+
+
+def test_positions_that_are_no_packing():
+    """transformers takes them for one sequence if there is a mask or a cache."""
+    model = adapted(tiny_llama(), router_decay=0.9)
+    ids, positions = tokens(1, 6), torch.tensor([[0, 1, 2, 9, 10, 11]])
+    masked = logits(model, input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids))
+    cached = logits(model, input_ids=ids, position_ids=positions, past_key_values=DynamicCache(config=model.config))
+    torch.testing.assert_close(cached, masked, **CLOSE)
+    batch = padded([6, 3], side="left")
+    batch.pop("labels")
+    positions = batch["attention_mask"].cumsum(-1) - 1
+    positions = positions.masked_fill(positions < 0, 1)  # [1, 1, 1, 0, 1, 2], as generate makes them
+    found = logits(model, **batch, position_ids=positions)[1, 3:]
+    alone = logits(model, input_ids=batch["input_ids"][1:, 3:])[0]
+    torch.testing.assert_close(found, alone, **CLOSE)
 
 
 def test_a_mixed_batch_equals_its_samples():

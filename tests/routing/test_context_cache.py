@@ -144,6 +144,55 @@ def test_crop_goes_back_to_any_token(model):
     torch.testing.assert_close(step(model, other[:, 5:], past).logits, full(model, other)[:, 5:], **CLOSE)
 
 
+def test_cropped_to_nothing_it_begins_anew(model):
+    """Whatever it held, and whoever has filled it."""
+    past = step(model, tokens(2, 9, seed=4)).past_key_values
+    for _ in range(2):
+        past.crop(-past.get_seq_length())
+        found, _ = in_parts(model, tokens(2, 9), [5, 1, 3], past)
+        torch.testing.assert_close(found, full(model, tokens(2, 9)), **CLOSE)
+        with model.disable_adapter():
+            step(model, tokens(2, 1), past)
+    past.crop(-9)
+    with pytest.raises(ValueError, match="has not seen"):  # one token is left
+        step(model, tokens(2, 1), past)
+    assert len(past.layers) == LAYERS + 1
+
+
+@pytest.mark.parametrize("place", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("static", [False, True])
+def test_the_tokens_of_a_forward_that_fails_are_offered_again(model, static, place):
+    """At the router or behind it, before the model has written its first keys."""
+    past = StaticCache(config=model.config, max_cache_len=12) if static else DynamicCache(config=model.config)
+    ids, found = tokens(2, 9), []
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    for part in ids.split([4, 2, 1, 2], dim=1):
+        handle = model.get_submodule(f"base_model.model.model.layers.0.self_attn.{place}").register_forward_hook(fail)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                step(model, part, past)
+        handle.remove()
+        found.append(step(model, part, past).logits)
+    torch.testing.assert_close(torch.cat(found, 1), full(model, ids), **CLOSE)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_step_that_is_padding_leaves_the_sums(model, static):
+    past = StaticCache(config=model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 4:7] = 0
+    for start, end in ((0, 4), (4, 5), (5, 7)):
+        before = None if start == 0 else sums_of(past, "default").last().clone()
+        positions = (mask[:, :end].cumsum(-1) - 1)[:, start:]
+        step(model, tokens(2, 9)[:, start:end], past, attention_mask=mask[:, :end], position_ids=positions)
+        if before is not None:
+            after = sums_of(past, "default").last()
+            assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+
+
 def test_selected_repeated_and_reordered_rows(model):
     ids, following = tokens(3, 6), tokens(4, 1, seed=9)
     past = step(model, ids).past_key_values

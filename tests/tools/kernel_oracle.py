@@ -42,7 +42,9 @@ def route_context(
     logits = x.double() @ router.double().T
     one = torch.ones_like(logits[:, :1])
     own = torch.cat([logits, one], 1)
-    sums = decay * previous.double() + (own if real is None else own.where(real.unsqueeze(1), 0.0))
+    sums = decay * previous.double() + own
+    if real is not None:  # padding leaves them as they are
+        sums = sums.where(real.unsqueeze(1), previous.double())
     some = sums[:, -1:] != 0
     mean = (sums[:, :-1] / sums[:, -1:].where(some, 1.0)).where(some, logits)
     return *route(mean, torch.eye(router.shape[0], device=x.device), top_k, normalize, top_p), sums

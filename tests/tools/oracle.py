@@ -46,14 +46,15 @@ def decide(x: torch.Tensor, router: torch.Tensor, top_k: int, normalize: bool, t
 
 def in_context(x: torch.Tensor, decay: float, real: torch.Tensor | None = None) -> torch.Tensor:
     """What a router with `router_decay` sees, float64: of each token of x [batch, tokens, in] the mean of the real tokens up
-    to it (`real` [batch, tokens]), weighted by decay^distance; the token itself if there is none."""
+    to it (`real` [batch, tokens]), weighted by decay^distance, counted in real tokens; the token itself if there is none."""
     x = x.double()
     rows = []
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
-            weights = [decay ** (t - i) * float(1 if real is None else real[b, i]) for i in range(t + 1)]
-            total = sum(weights)
-            rows.append(x[b, t] if total == 0 else sum(w * x[b, i] for i, w in enumerate(weights) if w) / total)
+            seen = [i for i in range(t, -1, -1) if real is None or real[b, i]]
+            weights = [decay**distance for distance in range(len(seen))]
+            mean = sum(w * x[b, i] for i, w in zip(seen, weights, strict=True)) / max(sum(weights), 1)
+            rows.append(mean if seen else x[b, t])
     return torch.stack(rows).view_as(x)
 
 
