@@ -88,6 +88,14 @@ def is_split(base: Any) -> bool:
     return hasattr(getattr(base, "weight", None), "device_mesh")
 
 
+def num_sharing(base: Any) -> int:
+    """How many processes compute this linear together, each a part of it: they see the same tokens. Those of FSDP share its
+    memory only, and their dimension of the mesh has another name."""
+    mesh = getattr(getattr(base, "weight", None), "device_mesh", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    return int(mesh.size(names.index("tp"))) if "tp" in names else 1  # type: ignore[union-attr]
+
+
 def _sum_in_backward(x: Tensor, group: Any) -> Tensor:
     summed: Tensor = _SumInBackward.apply(x, group)  # type: ignore[no-untyped-call]
     return summed

@@ -68,10 +68,15 @@ class ExpertLoss(TrainerCallback):
     optimizer moves an expert without samples by what it remembers, and by weight decay) and the adapter has no shared experts.
     A trainer's own `max_grad_norm` would couple the experts: set it to 0, and give `max_grad_norm` here.
 
+    Where several batches make one step (gradient accumulation, several processes), a trainer says how many labels the step has,
+    and each batch counts by its share of them. That is a run of its own if an expert has the same share of the labels in all of
+    them.
+
     Args:
         model: a model with LoRA-Switch adapters.
         max_grad_norm: each expert's gradient is clipped to this norm before a step. None: none is.
-        gradient_accumulation_steps: what the trainer is told; each micro-batch counts equally.
+        gradient_accumulation_steps: of a loop of one's own that passes no `num_items_in_batch`: there each micro-batch counts
+            equally. Trainers pass it, so nothing has to be said here.
         adapter_name: which adapter; may be left out if there is only one.
 
     Attributes:
@@ -98,8 +103,8 @@ class ExpertLoss(TrainerCallback):
     def __call__(
         self, outputs: Any, labels: torch.Tensor | None, num_items_in_batch: Any = None, **kwargs: Any
     ) -> torch.Tensor:
-        """outputs, with logits [samples, sequence, vocabulary] of the forward just done, and labels [samples, sequence]
-        (-100: none) -> scalar."""
+        """outputs, with logits [samples, sequence, vocabulary] of the forward just done, labels [samples, sequence] (-100: none),
+        and how many labels the whole step has -> scalar."""
         given = self.layers[0].routing_state.last_given.get(self.adapter)
         if given is None or given.of_samples() is None:
             raise ValueError("The batch has no 'experts': wrap the data collator in an ExpertCollator.")
@@ -112,7 +117,17 @@ class ExpertLoss(TrainerCallback):
             self.losses = losses.detach().where(counts > 0, torch.nan)
             if self.layers[0].training:
                 self._logged.append(self.losses)
-        return losses.sum() / (self.steps if self.layers[0].training else 1)
+        return losses.sum() * self._share(counts.sum(), num_items_in_batch)
+
+    def _share(self, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor | float:
+        """What this batch counts in its step.
+
+        The trainer's number is right where ours would be a guess: in the last step of an epoch, which has fewer micro-batches,
+        and with several processes, whose labels it sums where it multiplies the loss by their number.
+        """
+        if num_items_in_batch is not None:
+            return labels / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
+        return 1 / self.steps if self.layers[0].training else 1.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Adds the experts' mean losses since the last log."""

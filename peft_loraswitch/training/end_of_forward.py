@@ -14,6 +14,7 @@ from ..routing.frame import RoutingFrame, RoutingState
 from ..routing.options import RoutingOptions
 from ..routing.router import full_precision
 from ..routing.statistics import RoutedTokens
+from ..tensor_parallel import num_sharing
 from ..transforms import is_transformed, under_transform
 from .loss_joining import RouterGradient, add_to_loss, add_under_transform, join_at_outputs
 from .losses import Losses, losses_of, value_of, whole_weight
@@ -52,7 +53,7 @@ def finish_forward(state: RoutingState, frame: RoutingFrame, output: Any) -> Any
                 losses = losses_of(router_layer.loraswitch_pending[adapter], router.weight, options, batches)
         if losses is not None:
             points = [routing.join_point for _, routing in routed]
-            output = _join(output, losses, points, router, _weight_in_loss(frame, losses.micro_batches))
+            output = _join(output, losses, points, router, _weight_in_loss(state, frame, losses.micro_batches))
     return output
 
 
@@ -72,7 +73,7 @@ def _finish_under_transform(state: RoutingState, passes: Sequence[RoutingFrame],
                 # by logits with a graph to the weight, not those of the decision
                 asked = [(each, replace(routing, logits=None)) for each, routing in routed]
                 batches = [_routed_tokens(each, adapter, routing, weight, options) for each, routing in asked]
-                value = _weight_in_loss(frame, 1.0) * value_of(options, batches)
+                value = _weight_in_loss(state, frame, 1.0) * value_of(options, batches)
             output = add_under_transform(output, value)
     return output
 
@@ -113,17 +114,22 @@ def _join(
     return add_to_loss(output, weight_in_loss * (losses.value + zero))
 
 
-def _weight_in_loss(frame: RoutingFrame, micro_batches: torch.Tensor | float) -> torch.Tensor | float:
+def _weight_in_loss(
+    state: RoutingState, frame: RoutingFrame, micro_batches: torch.Tensor | float
+) -> torch.Tensor | float:
     """What the losses are multiplied with so that they count once in the trainer's total.
 
-    Trainers that pass `num_items_in_batch` sum the micro-batches' losses, and multiply by the number of processes (which
-    average gradients); the others divide each by the number of micro-batches.
+    Trainers that pass `num_items_in_batch` sum the micro-batches' losses, and multiply by the number of batches that are computed
+    at once (gradients are averaged over them): one in each process, or in each group that shares a model by tensor parallelism.
+    The others divide each loss by the number of micro-batches. Whether a trainer has been told not to multiply
+    (`average_tokens_across_devices=False`) cannot be seen from here.
     """
     if frame.num_items_in_batch is None:
         return micro_batches
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
-        return 1.0 / distributed.get_world_size()
+        sharing = max((num_sharing(layer.get_base_layer()) for layer in state.hooks.layers), default=1)
+        return sharing / distributed.get_world_size()
     return 1.0
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..fingerprint import Fingerprint
 from ..routing.frame import RoutingFrame, RoutingState
 from ..tensor_parallel import is_split
+from ..transforms import more_than_gradients
 from .four_bit_weights import four_bit_form, four_bit_weights
 from .gate_hidden import Columns
 from .gate_sum import GateSum, summed
@@ -430,9 +431,8 @@ def _plan(layer: Any, inputs: SharedInputs, x: Tensor) -> Plan:
 
 def _key(place: tuple[Any, ...], x: Tensor) -> Any:
     """All that a plan depends on, besides the linears themselves; `place` as `_plan` makes it."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     hooked = bool(nn.modules.module._has_any_global_hook())
-    return (place, type(x), x.dim() < 2, transformed, hooked)
+    return (place, type(x), x.dim() < 2, more_than_gradients(), hooked)
 
 
 def _make_plan(layer: Any, others: Sequence[Any], x: Tensor) -> Plan:
@@ -460,7 +460,7 @@ def _dtype(layer: Any, x: Tensor, adapters: list[str]) -> torch.dtype | None:
         return _plain_form("the input of a linear is no ordinary tensor")
     if is_split(layer.get_base_layer()):
         return _plain_form("the backbone's weights are split over processes (tensor parallel)")
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if more_than_gradients():
         return _plain_form("a transform of torch.func is at work")
     if nn.modules.module._has_any_global_hook():
         return _plain_form("there are hooks on all modules")

@@ -10,8 +10,9 @@ c_e = how often expert e was chosen:
 **Gradient accumulation.** `balance` is not a mean over tokens, so the sum over micro-batches of its values is not its
 value on the whole batch. While accelerate's `GradientState` says that gradients are being accumulated, only the sums that
 the gradient needs are kept (`PendingBatches`); the last micro-batch adds the loss of all tokens. The total is that of one
-large batch. Outside of accelerate each forward stands for itself. With several processes each computes the losses of its
-own tokens, and the average over processes trains.
+large batch. `GradientState` is the process's, and a run that is interrupted leaves it as it was: see
+`PendingBatches.is_last`. Outside of accelerate each forward stands for itself. With several processes each computes the
+losses of its own tokens, and the average over processes trains.
 
 **torch.compile.** Everything that lasts from one forward to the next is a buffer that is updated in place: no guard on a
 value that changes from step to step, no additional output of the graph.
@@ -59,6 +60,12 @@ class PendingBatches(nn.Module):
         self.allocated = self.in_progress = False
         self.weight_version = 0
         self.backward_ran = False  # of any of the micro-batches; see `watch`
+        # the data loaders under way in the last forward that was not the last of a step; and those of a run that is over
+        self.seen_loaders: Any = None
+        self.dead_loaders: Any = None if _says_last() else _loaders_under_way()
+
+    def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle, which cannot take weak references
+        return {**self.__dict__, "seen_loaders": None, "dead_loaders": None}
 
     def allocate(self, num_experts: int, in_features: int, device: torch.device) -> None:
         e, d = num_experts, in_features
@@ -80,11 +87,34 @@ class PendingBatches(nn.Module):
     def _note_backward(self, weight: torch.Tensor) -> None:
         self.backward_ran = True
 
+    def is_stale(self, weight: torch.Tensor) -> bool:
+        """Whether what was accumulated is that of an interrupted run: its weights have moved since, or its gradients were
+        dropped as well."""
+        return self.weight_version != weight._version or (self.backward_ran and weight.grad is None)
+
     def forget_if_stale(self, weight: torch.Tensor) -> None:
-        """Drop what an interrupted run left behind: its weights have moved since, or its gradients were dropped as well."""
-        if self.weight_version != weight._version or (self.backward_ran and weight.grad is None):
+        """Drop what an interrupted run left behind."""
+        if self.is_stale(weight):
             self.in_progress = False
             self.weight_version = weight._version
+
+    def is_last(self, weight: torch.Tensor) -> bool:
+        """Whether the forward that ends is the last of its step: what `GradientState` says, if its word is still somebody's.
+
+        While an accumulation goes on, the weights stay and the gradients are kept. Where they did not, and the same data loaders
+        are under way as before (a new run begins with one more), it was interrupted, and nobody has said so. Nor is it that of a
+        model that was made since. A loop without accelerate's data loaders is believed: it sets the state by itself.
+        """
+        if _says_last():
+            self.seen_loaders = self.dead_loaders = None
+            return True
+        if torch.compiler.is_compiling():  # what changes from step to step would be guarded
+            return False
+        loaders = _loaders_under_way()
+        if loaders is not None and loaders is self.seen_loaders and self.is_stale(weight):
+            self.dead_loaders = loaders
+        self.seen_loaders = loaders
+        return loaders is not None and loaders is self.dead_loaders
 
     @torch.no_grad()
     def add(self, batches: Sequence[RoutedTokens]) -> None:
@@ -113,6 +143,17 @@ class PendingBatches(nn.Module):
         balance = terms.load.unsqueeze(-1) * self.probability_inputs
         balance = balance - torch.einsum("e,ejd->jd", terms.load, self.products)
         return terms.balance_coef * balance + terms.z_coef * 2 * self.z_inputs
+
+
+def _says_last() -> bool:
+    # read without an instance: torch 2.11 cannot trace GradientState's __getattr__
+    return bool(GradientState._shared_state.get("sync_gradients", True))
+
+
+def _loaders_under_way() -> Any:
+    """Accelerate's list of the data loaders that have begun and not ended, made anew whenever one does; None without any."""
+    loaders = GradientState._shared_state.get("_dataloader_references_ref") or ()
+    return loaders if len(loaders) > 1 else None
 
 
 def whole_weight(router: nn.Module) -> torch.Tensor:
@@ -173,8 +214,7 @@ def losses_of(
     pending: PendingBatches, weight: torch.Tensor, options: RoutingOptions, batches: list[RoutedTokens]
 ) -> Losses | None:
     """The losses to be joined now; None while more micro-batches follow."""
-    # read without an instance: torch 2.11 cannot trace GradientState's __getattr__
-    last = GradientState._shared_state.get("sync_gradients", True)
+    last = pending.is_last(weight)
     if not last and not pending.allocated:
         pending.allocate(options.num_choices, batches[0].x.shape[-1], batches[0].x.device)
         pending.watch(weight)

@@ -11,7 +11,8 @@ from transformers import Trainer
 
 from helpers import switch_layers, tiny_llama, tokens
 from peft_loraswitch import ExpertCollator, ExpertLoss, LoRASwitchConfig, use_experts
-from trainer_tools import InOrder, OrderedTrainer, arguments, collate, tokenizer
+from trainer_tools import InOrder, OrderedTrainer, adapter_weights, arguments, collate, tokenizer
+from two_processes import on_two
 
 Dataset = pytest.importorskip("datasets").Dataset
 
@@ -125,6 +126,58 @@ def test_in_a_loop_of_ones_own():
     assert (norms > 0.01).all()
     again = loss.clip(0.01)
     torch.testing.assert_close(again, torch.full_like(again, 0.01), rtol=1e-3, atol=0)
+
+
+def same_batches(count: int) -> Dataset:
+    """The same two samples of each expert again and again: however many of these batches make a step, it is that of one."""
+    batch = list(together())[: EACH * len(NAMES)]
+    return Dataset.from_list(batch * count)
+
+
+def update(directory: Any, batches: int, **overrides: Any) -> dict[str, torch.Tensor]:
+    """What training on `batches` of them changes in the adapter."""
+    model = switch_of(loras())
+    loss = ExpertLoss(model)
+    before = adapter_weights(model)
+    fields = {"per_device_train_batch_size": EACH * len(NAMES), "remove_unused_columns": False, "learning_rate": 0.5}
+    trainer = OrderedTrainer(
+        model=model, args=arguments(directory, **{**fields, **overrides}), train_dataset=same_batches(batches),
+        data_collator=ExpertCollator(collate, model), compute_loss_func=loss, callbacks=[loss],
+    )  # fmt: skip
+    trainer.train()
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    return {"logged": torch.tensor(logged), **{n: w - before[n] for n, w in adapter_weights(model).items()}}
+
+
+def check_same_update(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert wanted["logged"] > 1 and max(change.abs().max() for name, change in wanted.items()) > 1e-2
+    for name, change in wanted.items():
+        torch.testing.assert_close(found[name], change, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_step_counts_once_however_many_micro_batches_it_has(tmp_path):
+    """Also in the last step of an epoch, which has fewer than it was told."""
+    wanted = update(tmp_path, 1)
+    check_same_update(update(tmp_path, 4, gradient_accumulation_steps=4), wanted)
+    check_same_update(update(tmp_path, 3, gradient_accumulation_steps=4), wanted)
+
+
+def updates_of_a_process(rank: int, directory: str) -> list[dict[str, torch.Tensor]]:
+    """The trainer multiplies the loss by the number of processes, or does not."""
+    return [
+        update(directory, 2 * steps, average_tokens_across_devices=average, gradient_accumulation_steps=steps)
+        for average in (True, False)
+        for steps in (1, 2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no processes here")
+def test_a_step_counts_once_however_many_processes_there_are(tmp_path):
+    wanted = update(tmp_path, 1)
+    for found in on_two(updates_of_a_process, tmp_path):
+        for each in found:
+            check_same_update(each, wanted)
 
 
 def test_the_argument_is_that_of_use_experts():

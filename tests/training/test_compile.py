@@ -364,3 +364,21 @@ def test_no_product_on_a_gpu_starts_from_a_copy_of_the_base_layers_result():
     torch.compile(model, backend=aot_autograd(fw_compiler=look), fullgraph=True)(**batch).loss.backward()
     assert torch.ops.aten.mm.default in products
     assert torch.ops.aten.addmm.default not in products
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["base_model.model", "base_model.model.model"], ids=["backbone", "decoder"])
+def test_a_backbone_that_is_compiled_in_place_has_the_losses_in_its_own(inner):
+    """They are in `output.loss`, and scale with it."""
+    model = get_peft_model(tiny_llama(), switch_config(router_aux_loss_coef=0.5, router_z_loss_coef=0.25)).train()
+    randomize_adapter(model)
+    batch, eager = padded([5, 7]), copy.deepcopy(model)
+    model.get_submodule(inner).compile(backend="aot_eager")
+    losses = []
+    for each in (eager, model):
+        losses.append(each(**batch).loss)
+        (2 * losses[-1]).backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    expected = adapter_gradients(eager)
+    for name, gradient in adapter_gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)

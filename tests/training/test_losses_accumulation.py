@@ -6,12 +6,13 @@ The load-balance loss is not a mean over tokens, so this is not arithmetic that 
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers import adapted, adapter_gradients, padded, randomize_adapter, switch_config, tiny_llama, without_losses
 
@@ -24,6 +25,7 @@ ROUTER = "base_model.model.model.layers.0.self_attn.q_proj.loraswitch_router.def
 def fresh_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def trained(**config):
@@ -313,6 +315,91 @@ def test_an_aborted_run_leaves_nothing_once_its_gradients_are_dropped(aborted_af
     accumulate_partly(model, aborted_after)
     model.zero_grad()
     assert_close(accumulate(model, micro_batches()), expected)
+
+
+class Interrupt(TrainerCallback):
+    def on_substep_end(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+def interrupted_trainer(model, directory):
+    samples = [{k: v[0] for k, v in padded([6], seed=seed).items()} for seed in range(8)]
+    arguments = TrainingArguments(
+        str(directory), per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=5, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=samples, data_collator=collate, callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer
+
+
+def interrupted_loop(model, directory):
+    accelerator = Accelerator(gradient_accumulation_steps=4, cpu=True)
+    data = [{k: v[0] for k, v in padded([6], seed=seed).items()} for seed in range(8)]
+    model, loader = accelerator.prepare(model, torch.utils.data.DataLoader(data, batch_size=1))
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+        break
+    return accelerator, loader
+
+
+@pytest.mark.parametrize("is_held", [True, False], ids=["held", "gone"])
+@pytest.mark.parametrize("interrupted", [interrupted_trainer, interrupted_loop])
+def test_after_an_interrupted_run_nobody_accumulates(interrupted, is_held, tmp_path):
+    """`GradientState` still says so, for every model of the process."""
+    older, model = trained(), trained()
+    run = interrupted(model, tmp_path)
+    if not is_held:
+        del run
+        gc.collect()
+    assert not GradientState().sync_gradients
+    joins_now = {"the same": model, "a new one": trained()}
+    optimizer = torch.optim.SGD(older.parameters(), lr=0.1)
+    older(**micro_batches()[0]).loss.backward()  # as the first of a step: nothing tells that it is none
+    optimizer.step()
+    joins_now["one that was there, from the second step on"] = older
+    for name, each in joins_now.items():
+        for seed in (3, 4):
+            each.zero_grad()
+            batch = padded([5, 7], seed=seed)
+            loss = each(**batch).loss
+            loss.backward()
+            plain, twin = without_losses(each)(**batch).loss, copy.deepcopy(each)
+            GradientState()._set_sync_gradients(True)
+            twin.zero_grad()
+            wanted = twin(**batch).loss
+            wanted.backward()
+            GradientState()._set_sync_gradients(False)
+            assert loss.item() == pytest.approx(wanted.item(), rel=1e-6), name
+            assert abs(wanted.item() - plain.item()) > 1e-3
+            assert_close(adapter_gradients(each), adapter_gradients(twin))
+            with torch.no_grad():
+                for parameter in each.parameters():
+                    if parameter.requires_grad:
+                        parameter.sub_(0.1 * parameter.grad)
+
+
+def test_a_run_after_an_interrupted_one_accumulates(tmp_path):
+    model = trained()
+    held = interrupted_trainer(model, tmp_path)
+    model.zero_grad()
+    model(**padded([5, 7])).loss.backward()  # of nobody's accumulation
+    reference = copy.deepcopy(model)
+    for each in (model, reference):
+        each.zero_grad()
+    batches = micro_batches()[:2]
+    total = sum(predicted(batch) for batch in batches)
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    numbers = accelerator.prepare(torch.utils.data.DataLoader(range(2)))
+    for number in numbers:
+        with accelerator.accumulate(model):
+            model(**batches[int(number)], num_items_in_batch=total).loss.backward()
+    del held
+    synchronise(True)
+    reference(**joined(batches), num_items_in_batch=total).loss.backward()
+    assert_close(adapter_gradients(model), adapter_gradients(reference))
 
 
 def test_two_forwards_before_the_first_backward_both_count():

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from helpers import adapter_gradients, padded, randomize_adapter, switch_config, tiny_llama
-from two_processes import on_two
+from two_processes import LOSSES, on_two
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {"target_modules": "all-linear"},
@@ -79,3 +79,29 @@ def test_two_processes_equal_one(config, tmp_path):
         for name, parameter in saved.named_parameters():
             if "loraswitch_" in name:
                 torch.testing.assert_close(parameter, trained[name].detach(), rtol=1e-3, atol=1e-4)
+
+
+def summed_loss(model: Any) -> dict[str, Any]:
+    """Of a trainer that gives the number of labels: it multiplies by how many batches are computed at once, here one."""
+    loss = model.train()(**padded([7, 5]), num_items_in_batch=torch.tensor(10)).loss
+    loss.backward()
+    return {"loss": loss.detach(), **adapter_gradients(model)}
+
+
+def summed_loss_of_a_process(rank: int, directory: str) -> dict[str, Any]:
+    model = PeftModel.from_pretrained(parallel(directory), f"{directory}/adapter", is_trainable=True)
+    return summed_loss(model)
+
+
+@pytest.mark.slow
+def test_the_routers_losses_count_once(tmp_path):
+    """Both processes see the same batch."""
+    tiny_llama(**SHAPE).save_pretrained(tmp_path / "base")
+    model = get_peft_model(tiny_llama(**SHAPE), switch_config(**CONFIGS["default"], **LOSSES))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = summed_loss(model)
+    for found in on_two(summed_loss_of_a_process, tmp_path):
+        assert found.keys() == expected.keys()
+        for name, wanted in expected.items():
+            torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-5, msg=name)
