@@ -20,7 +20,7 @@ def more_than_gradients() -> bool:
 
 def under_transform() -> bool:
     """Any: grad, vjp, jvp, vmap, ..."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return bool(_transforms_active())
 
 
 def under_vmap() -> bool:
