@@ -1,14 +1,17 @@
-// Expand for many tokens and few ranks: out = scaling * (gates * hidden) lora_b^T + bias, for every linear of a group, one launch.
+// Expand for many tokens and few ranks: out = base + scaling * (gates * hidden) lora_b^T + bias, for every linear of a group, one
+// launch.
 //
 //   hidden [tokens, sum over linears of E * rank] (x lora_a^T, of all experts)   experts, gates [tokens, top_k]
-//   lora_b [E, out, rank]   bias [out]   out [tokens, out]
+//   base [tokens, out] or none   lora_b [E, out, rank]   bias [out]   out [tokens, out]
+//   rows of hidden and base may be parts of longer rows: hidden_stride, base_stride
 //   dtypes: float16, bfloat16, accumulated in float32; E * rank of a linear at most 128
 //   tile: 128 tokens (32 a warp) by 32 outputs a step; block: 4 warps; grid: token tiles times runs of steps of all linears
 //   registers: the gated hidden of the warp's tokens, for all steps; a unit is 8 ranks of one expert (16 bytes), a chunk 4 units, one
 //   for each lane of a fragment's row (mma.cuh: the inner dimension may be taken in any order)
 //   shared memory: tiles of lora_b, two stages, filled by cp.async
 //
-// Writing the outputs is what takes the time here, so the bias is added in the same pass.
+// Reading the base and writing the outputs is what takes the time here, so the bias is added in the same pass. A step's part of the
+// base is asked for one step ahead.
 #include "cp_async.cuh"
 #include "mma.cuh"
 
@@ -35,7 +38,7 @@ struct ExpandParams {
   ls_expand_args a;
   int begin[LS_MAX_GROUP + 1];  // first block of each linear
   int first[LS_MAX_GROUP];      // first unit of each linear's hidden
-  int width;                    // units of a token's hidden, of all linears
+  int64_t width;                // units from one token's hidden to the next one's
   int steps;                    // of one block
 };
 
@@ -68,13 +71,17 @@ template <class E, int kChunks> __global__ void __launch_bounds__(kThreads, bloc
   constexpr int kTile = tile_steps(kChunks) * kColumns;
   __shared__ __align__(16) unsigned char tiles[kStages * stage_bytes(kChunks)];
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(tiles));
-  // This thread's output of a tile. Outputs past the end are the last one again; units past the last one the first, which meets a
-  // hidden of zero.
+  // This thread's output of a tile, none past the block's end. Units past the last one are the first, which meets a hidden of zero.
   auto copy_up = [&](int column, int stage) {
     const int output = threadIdx.x % kTile;
-    const uint4 *from = static_cast<const uint4 *>(item.lora_b) + int64_t(min(column + output, out - 1)) * units_each;
-    for (int unit = threadIdx.x / kTile; unit < 4 * kChunks; unit += kThreads / kTile) {
-      const int e = unit < units ? unit / units_each : 0, at = unit < units ? unit - e * units_each : 0;
+    if (column + output >= end) return;
+    const uint4 *from = static_cast<const uint4 *>(item.lora_b) + int64_t(column + output) * units_each;
+    constexpr int kApart = kThreads / kTile;
+    int at = threadIdx.x / kTile, e = 0;  // the unit of an expert
+#pragma unroll
+    for (int unit = threadIdx.x / kTile; unit < 4 * kChunks; unit += kApart, at += kApart) {
+      while (at >= units_each) at -= units_each, ++e;
+      if (unit >= units) at = e = 0;
       copy16(shared + stage * stage_bytes(kChunks) + unit * unit_bytes(kChunks) + output * 16, from + int64_t(e) * out * units_each + at);
     }
   };
@@ -84,13 +91,24 @@ template <class E, int kChunks> __global__ void __launch_bounds__(kThreads, bloc
     copy_commit();
   }
 
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  // Outputs 8 t to 8 t + 7 of tokens g, g + 8, g + 16 and g + 24, as they are written.
+  const E *const base = static_cast<const E *>(item.base);
+  uint4 ahead[4] = {zero, zero, zero, zero};
+  auto load_base = [&](int column) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+      if (column + t * 8 < end && warp_token + n * 8 + g < tokens)
+        ahead[n] = *reinterpret_cast<const uint4 *>(base + (warp_token + n * 8 + g) * item.base_stride + column + t * 8);
+  };
+  if (base) load_base(begin);
+
   int expert[kChunks];  // whose this lane's units are; past the last one: nobody's
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) expert[c] = c * 4 + t < units ? (c * 4 + t) / units_each : -2;
 
   // The hidden, ids and gates of tokens g, g + 8, g + 16 and g + 24, in one trip to memory. Each of the four lanes of a token has
   // two of its ids.
-  const uint4 zero = make_uint4(0, 0, 0, 0);
   uint4 hidden[kChunks][2][2];
   uint32_t ids[4];  // two of 16 bits
   float gates[4][2];
@@ -130,7 +148,7 @@ template <class E, int kChunks> __global__ void __launch_bounds__(kThreads, bloc
     }
   }
 
-  const uint32_t *const bias = static_cast<const uint32_t *>(item.bias);  // pairs
+  const uint4 *const bias = static_cast<const uint4 *>(item.bias);
   E *to = static_cast<E *>(item.out) + int64_t(warp_token + g) * out + begin + t * 8;
   const int64_t below = int64_t(8) * out;
   int stage = 0;
@@ -147,21 +165,37 @@ template <class E, int kChunks> __global__ void __launch_bounds__(kThreads, bloc
       copy_wait<kStages - 1>();
       __syncthreads();
     }
-    float sums[2][4][4] = {};  // of outputs 8 f + 2 t and the next, for tokens g and g + 8
+    float sums[2][4][4] = {};  // of outputs 8 t + 2 f and the next, for tokens g and g + 8
+    if (base) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const uint32_t *const pairs = &ahead[n].x;
+#pragma unroll
+        for (int f = 0; f < 4; ++f) {
+          const float2 v = unpack2<E>(pairs[f]);
+          sums[n / 2][f][n % 2 * 2] = v.x, sums[n / 2][f][n % 2 * 2 + 1] = v.y;
+        }
+      }
+      load_base(column + kColumns);
+    }
     if (bias) {
+      const uint4 eight = __ldg(bias + min(column + t * 8, end - 8) / 8);
+      const uint32_t *const pairs = &eight.x;
 #pragma unroll
       for (int f = 0; f < 4; ++f) {
-        const float2 add = unpack2<E>(__ldg(bias + (min(column + f * 8, end - 8) / 2 + t)));
+        const float2 add = unpack2<E>(pairs[f]);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) sums[m][f][0] = sums[m][f][2] = add.x, sums[m][f][1] = sums[m][f][3] = add.y;
+        for (int m = 0; m < 2; ++m) sums[m][f][0] += add.x, sums[m][f][2] += add.x, sums[m][f][1] += add.y, sums[m][f][3] += add.y;
       }
     }
-    const unsigned char *const at = tiles + stage * stage_bytes(kChunks) + t * unit_bytes(kChunks) + (step * kColumns + g) * 16;
+    // Fragment f multiplies outputs 2 f, 2 f + 1, 8 + 2 f, ...: of its results, a lane has two for each token, which in the order of
+    // the fragments are eight neighbours.
+    const unsigned char *const at = tiles + stage * stage_bytes(kChunks) + t * unit_bytes(kChunks) + (step * kColumns + g / 2 * 8 + g % 2) * 16;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       uint4 b[4];
 #pragma unroll
-      for (int f = 0; f < 4; ++f) b[f] = *reinterpret_cast<const uint4 *>(at + c * 4 * unit_bytes(kChunks) + f * 8 * 16);
+      for (int f = 0; f < 4; ++f) b[f] = *reinterpret_cast<const uint4 *>(at + c * 4 * unit_bytes(kChunks) + f * 2 * 16);
       const uint4(&a)[2][2] = hidden[c];
 #pragma unroll
       for (int n = 0; n < 8; ++n)
@@ -176,7 +210,6 @@ template <class E, int kChunks> __global__ void __launch_bounds__(kThreads, bloc
       uint32_t *pairs = &v.x;
 #pragma unroll
       for (int f = 0; f < 4; ++f) pairs[f] = pack2<E>(sums[n / 2][f][n % 2 * 2], sums[n / 2][f][n % 2 * 2 + 1]);
-      transpose(v, t);  // outputs 8 t to 8 t + 7
       if (column + t * 8 < end && warp_token + n * 8 + g < tokens) *reinterpret_cast<uint4 *>(to + n * below) = v;
     }
   }
@@ -200,19 +233,19 @@ int check(const ls_expand_args &a) {
 }
 
 template <class E> int launch_expand(ExpandParams &p, void *stream) {
-  int chunks = 1;
-  p.width = 0;
+  int chunks = 1, width = 0;
   for (int i = 0; i < p.a.n_items; ++i) {
     const int ranks = p.a.num_experts * p.a.items[i].rank;
-    p.first[i] = p.width;
-    p.width += ranks / kUnit;
+    p.first[i] = width;
+    width += ranks / kUnit;
     chunks = max(chunks, (ranks + kChunk - 1) / kChunk);
   }
+  p.width = p.a.hidden_stride ? p.a.hidden_stride / kUnit : width;
 
   const int64_t row_tiles = (int64_t(p.a.tokens) + kTokens - 1) / kTokens;
   const int64_t at_once = int64_t(multiprocessors(p.a.device)) * blocks_at_once(chunks);
   int64_t least = INT64_MAX;
-  for (int steps = tile_steps(chunks); steps <= kMostSteps; steps += tile_steps(chunks)) {
+  for (int steps = 1; steps <= kMostSteps; ++steps) {
     int64_t blocks = 0;
     for (int i = 0; i < p.a.n_items; ++i) blocks += runs_of(p.a.items[i].out_features, steps) * row_tiles;
     const int64_t time = (blocks + at_once - 1) / at_once * (steps + kHeadSteps);
@@ -241,10 +274,12 @@ LS_EXPORT int ls_expand(const ls_expand_args *args, void *stream) {
   if (error) return error;
   if (args->tokens == 0) return 0;
   if (!args->hidden || !args->experts || !args->gates) return LS_ERROR_POINTER;
-  if (!ls::aligned16(args->hidden)) return LS_ERROR_ARGUMENT;
+  if (!ls::aligned16(args->hidden) || args->hidden_stride < 0 || args->hidden_stride % ls::kUnit) return LS_ERROR_ARGUMENT;
   for (int i = 0; i < args->n_items; ++i) {
-    if (!args->items[i].out) return LS_ERROR_POINTER;
-    if (!ls::aligned16(args->items[i].out)) return LS_ERROR_ARGUMENT;
+    const ls_expand_item &item = args->items[i];
+    if (!item.out) return LS_ERROR_POINTER;
+    if (!ls::aligned16(item.out) || !ls::aligned16(item.base)) return LS_ERROR_ARGUMENT;
+    if (item.base && (item.base_stride < item.out_features || item.base_stride % ls::kUnit)) return LS_ERROR_ARGUMENT;
   }
   ls::DeviceGuard guard(args->device);
   if (guard.error != cudaSuccess) return guard.error;

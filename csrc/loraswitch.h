@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 8
+#define LS_ABI_VERSION 9
 #define LS_MAX_GROUP 8    /* linears in one launch */
 #define LS_MAX_TOP_K 8
 #define LS_MAX_EXPERTS 256
@@ -89,26 +89,29 @@ typedef struct ls_group {
 typedef struct ls_expand_item {
   const void *lora_b; /* [experts, out, rank] */
   const void *bias;   /* [out] or NULL */
+  const void *base;   /* [tokens, out] or NULL: nothing; what else the linear makes of the tokens */
   void *out;          /* [tokens, out], written completely; ls_widen: [out, experts * rank] */
+  int64_t base_stride; /* elements from one row of `base` to the next */
   float scaling;      /* lora_alpha / rank */
   int32_t out_features;
   int32_t rank;
   int32_t reserved;
 } ls_expand_item;
 
-/* out[t] = bias + scaling * sum_j gates[t,j] lora_b[e] hidden[t,e], e = experts[t,j], for every linear: what the experts add
- * for many tokens, once `hidden` (lora_a x, of all experts) is there. An id outside [0, num_experts) contributes nothing.
- * 16-bit dtypes; ranks and out_features divisible by 8; at most 128 ranks of all experts of a linear; lora_b, bias, out and
- * hidden aligned to 16 bytes. Sums are float32; the hidden times its gate is rounded to the dtype.
+/* out[t] = base[t] + bias + scaling * sum_j gates[t,j] lora_b[e] hidden[t,e], e = experts[t,j], for every linear: what the
+ * experts add for many tokens, once `hidden` (lora_a x, of all experts) is there. An id outside [0, num_experts) contributes
+ * nothing. 16-bit dtypes; ranks, out_features and strides divisible by 8; at most 128 ranks of all experts of a linear; lora_b,
+ * bias, base, out and hidden aligned to 16 bytes. Sums are float32; the hidden times its gate is rounded to the dtype.
  *
  * With more ranks that is a product for a library, which takes lora_b of all experts as one matrix: ls_widen writes
- * out[o, e * rank + q] = lora_b[e, o, q]. 16-bit dtypes; ranks divisible by 8; lora_b and out aligned to 16 bytes; bias,
+ * out[o, e * rank + q] = lora_b[e, o, q]. 16-bit dtypes; ranks divisible by 8; lora_b and out aligned to 16 bytes; bias, base,
  * scaling, hidden, experts, gates, tokens and top_k are not looked at. */
 typedef struct ls_expand_args {
   ls_expand_item items[LS_MAX_GROUP];
   const void *hidden;     /* [tokens, the linears' experts * rank side by side] */
   const int64_t *experts; /* [tokens, top_k] */
   const float *gates;     /* [tokens, top_k] */
+  int64_t hidden_stride;  /* elements from one row of `hidden` to the next; 0: its columns */
   int32_t n_items;
   int32_t tokens; /* any number */
   int32_t num_experts;

@@ -283,7 +283,9 @@ class LoRASwitchModel(BaseTuner):
 
     # ----------------------------------------------------------------------------------- faster inference
 
-    def fuse_for_inference(self, strategy: Literal["auto", "fused", "merge"] = "auto", in_place: bool = False) -> Any:
+    def fuse_for_inference(
+        self, strategy: Literal["auto", "fused", "merge"] = "auto", in_place: bool = False, join_weights: bool = False
+    ) -> Any:
         """Compute the adapted linears and their experts by fused ops: the same outputs to the rounding of the dtype, faster.
 
         Adapters and weights may change while a model is fused; see `refresh_fused` for what has to be announced.
@@ -295,16 +297,22 @@ class LoRASwitchModel(BaseTuner):
                 makes the decoding of one sequence faster; elsewhere it gains nothing, and the model stays as it is.
             in_place: with "merge": merge into the backbone's own weights (a copy on the host is kept for `unfuse()`). Each
                 token adds a rounding error: docs/kernel_log.md has the measured drift.
+            join_weights: with "fused" on a CUDA GPU, for compiled decoding of large batches (33 to 256 tokens): move the weights
+                of linears that receive the same tensor (q, k, v; gate, up) into one matrix, so that a library multiplies once
+                for all of them. Parameters keep their values and names, and have memory of their own again after `unfuse()`.
+                CUDA graphs captured before, and tensors taken by `.data` or `state_dict()` before, do not follow.
 
         Returns:
-            Fusion: has `strategy`, `reason` (why kernels are not used, or None) and `groups` (names of linears that share a
-            launch). As a context manager it unfuses at the end of the block.
+            Fusion: has `strategy`, `reason` (why kernels are not used, or None), `groups` (names of linears that share a
+            launch) and `joined` (those of them whose weights lie in one matrix). As a context manager it unfuses at the end
+            of the block.
 
         Raises:
-            ValueError: an unknown strategy, `in_place` without "merge", or layers that "merge" cannot serve.
+            ValueError: an unknown strategy, `in_place` without "merge", `join_weights` with it, or layers that "merge" cannot
+                serve.
             RuntimeError: the model is fused already.
         """
-        return fuse(self.model, strategy, in_place)
+        return fuse(self.model, strategy, in_place, join_weights)
 
     def unfuse(self) -> None:
         """Undo `fuse_for_inference()`; weights are then what they were, bit for bit. Does nothing if the model is not fused."""

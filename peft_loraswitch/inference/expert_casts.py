@@ -1,5 +1,5 @@
 """Experts in the dtype that the ops take them in, for those whose own is another (PEFT keeps adapters of 16-bit models in
-float32)."""
+float32); and the copies of lora_a that lie beside weights (`joined_weights.py`)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from .counted_writes import count_writes, is_counted
 
 @dataclass
 class Casts:
-    """lora_a and lora_b of one adapter in another dtype, each in a dictionary like a module's `_parameters`, and of what they
-    were made."""
+    """lora_a and lora_b of one adapter as they are served, each in a dictionary like a module's `_parameters`, and of what they
+    were made. `b` is the experts' own if `joined` and in their dtype.
+
+    Attributes:
+        joined: lora_a lies in one matrix with the group's weights, and is a copy whatever the dtype.
+    """
 
     a: dict[str, Any]
     b: dict[str, Any]
     fingerprint: Fingerprint
+    joined: bool = False
 
 
 def served_dtype(layer: LoRASwitchLinear, adapter: str, seen: torch.dtype | None) -> torch.dtype:
@@ -51,7 +56,11 @@ def current_casts(
     experts_a, experts_b = layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]
     a, b = experts_a.weight, experts_b.weight
     dtype = served_dtype(layer, adapter, seen)
-    if a.dtype == dtype:
+    found = casts.get(adapter)
+    if found is not None and found.joined and not _fits(found.a["weight"], a, dtype):
+        del casts[adapter]  # moved, resized or of another dtype: it leaves the matrix
+        found = None
+    if a.dtype == dtype and (found is None or not found.joined):
         casts.pop(adapter, None)
         return None
     if not (is_counted(a) and is_counted(b)):
@@ -59,12 +68,13 @@ def current_casts(
         count_writes(experts_b)
         a, b = experts_a.weight, experts_b.weight
     fingerprint = Fingerprint(written=[experts_a._parameters, experts_b._parameters])  # before the values are read
-    found = casts.get(adapter)
     if found is None:
         found = casts[adapter] = Casts({}, {}, fingerprint)
     changed = fingerprint.taken != found.fingerprint.taken
     with torch.inference_mode(False), torch.no_grad():  # casts that forwards of every mode can use and write
         for cast, weight in ((found.a, a), (found.b, b)):  # the dictionaries that groups know
+            if cast is experts_b._parameters:
+                continue
             if not _fits(cast.get("weight"), weight, dtype):
                 cast["weight"] = weight.detach().to(dtype)
                 # CUDA graphs read it in place, like a parameter

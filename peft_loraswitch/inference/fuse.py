@@ -2,7 +2,7 @@
 
 Nothing is copied and nothing is merged: each adapted layer changes its class (see fused_layer.py) to one whose forward hands
 base weight and experts to one op, together with the linears that receive the same tensor (q, k, v; gate, up). Such groups
-are found by watching the tensors of one forward, not by names.
+are found by watching the tensors of one forward, not by names. On request their weights are moved together (joined_weights.py).
 
 What is done to a fused model is done as if it were not: adapters come and go, are switched, trained, saved and loaded, weights
 are written to, moved and cast. One thread may fuse or unfuse while others run the model with strategy "fused"; strategy "merge"
@@ -12,7 +12,7 @@ is for one thread. A KeyboardInterrupt at any point leaves the model unfused, as
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from .fused_layer import (
     resolve,
     take_off,
 )
+from .joined_weights import join, part, why_not_joined
 from .merged_weights import MergedWeights
 from .shared_inputs import Watch
 
@@ -53,10 +54,15 @@ class Fusion:
         strategy: "fused", "merge", or "none" if fusing was left out, because it would have gained nothing.
         reason: why the kernels are not used, or None if they are.
         groups: names of the linears that share a launch.
+        joined: those of the groups whose weights have been moved into one matrix each (`join_weights`).
     """
 
-    def __init__(self, model: nn.Module, strategy: str, reason: str | None, groups: list[list[str]]) -> None:
+    def __init__(
+        self, model: nn.Module, strategy: str, reason: str | None, groups: list[list[str]],
+        joined: list[list[str]] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.strategy, self.reason, self.groups = model, strategy, reason, groups
+        self.joined = joined or []
 
     def __enter__(self) -> Fusion:
         return self
@@ -68,7 +74,7 @@ class Fusion:
         return f"Fusion(strategy={self.strategy!r}, groups={len(self.groups)}, reason={self.reason!r})"
 
 
-def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) -> Fusion:
+def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False, join_weights: bool = False) -> Fusion:
     """Serve the LoRA-Switch layers of `model` by fused ops: the same outputs to the rounding of the dtype, sooner.
 
     Weights may change afterwards. Experts of another dtype than the backbone (PEFT keeps those of a 16-bit model in float32) are
@@ -84,6 +90,8 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
             chose are read and no others; elsewhere it gains nothing, and the model stays as it is.
         in_place: with "merge": merge into the backbone's own weights, without a second copy on the device (one on the
             host is kept for `unfuse()`). Each token adds a rounding error: docs/kernel_log.md has the measured drift.
+        join_weights: with "fused" on a CUDA GPU: move the backbone's weights so that those of linears which receive the same
+            tensor lie in one matrix, with a copy of their lora_a. See `joined_weights.py`.
 
     Returns:
         `Fusion`, which is also a context manager that unfuses.
@@ -93,16 +101,18 @@ def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False) 
         RuntimeError: the model is fused already.
     """
     with changing:
-        fusion = _fuse(model, strategy, in_place)
+        fusion = _fuse(model, strategy, in_place, join_weights)
     return fusion
 
 
-def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
+def _fuse(model: nn.Module, strategy: Strategy, in_place: bool, join_weights: bool) -> Fusion:
     layers = adapted_layers(model)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(map(repr, STRATEGIES))}.")
     if in_place and strategy != "merge":
         raise ValueError("in_place=True belongs to strategy='merge'.")
+    if join_weights and strategy == "merge":
+        raise ValueError("join_weights=True belongs to strategy='fused': with 'merge' there are no products to join.")
     if not layers:
         raise ValueError(f"{type(model).__name__} carries no LoRA-Switch adapter: there is nothing to fuse.")
     if is_fused(model):
@@ -127,8 +137,9 @@ def _fuse(model: nn.Module, strategy: Strategy, in_place: bool) -> Fusion:
         groups = watch.groups()
         _put_on_all(layers, groups, merging, watch.dtypes())
         layers[0].routing_state.fused = True
+        joined = _join_all(layers) if join_weights else []
         names = [[layer.name for layer in group] for group in groups]
-        return Fusion(model, "merge" if merging else "fused", reason, names)
+        return Fusion(model, "merge" if merging else "fused", reason, names, joined)
     except BaseException:  # a KeyboardInterrupt, too
         watch.stop()
         _take_off_all(model)
@@ -154,6 +165,33 @@ def _put_on_all(
         resolve(layer)  # type: ignore[arg-type]
 
 
+def _join_all(layers: list[Any]) -> list[list[str]]:
+    """Join the weights of every group of the active adapter that can be; one line of log says why others are not."""
+    joined, reasons = [], set()
+    for layer in layers:
+        adapters = layer.active_adapters
+        group = layer.fused_groups.get(adapters[0]) if len(adapters) == 1 else None
+        if layer.fusing.leader is not layer or group is None:
+            continue
+        members = [one.layer for one in group.live]
+        reason = why_not_joined(members, group.adapter, [one.b["weight"] for one in group.live])
+        if reason is None:
+            try:
+                join(members, group.adapter)
+            except torch.OutOfMemoryError:
+                reasons.add("there is too little memory for one group's weights a second time")
+                break
+            resolve(layer)
+            joined.append([member.name for member in members])
+        else:
+            reasons.add(reason)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the weights have left is in pieces of other sizes than the matrices need
+    if reasons:
+        logger.warning(f"LoRA-Switch: join_weights left linears as they are: {'; '.join(sorted(reasons))}.")
+    return joined
+
+
 def unfuse(model: nn.Module) -> None:
     """Take `fuse()` back; weights are then what they were, bit for bit. Nothing to do if the model is not fused."""
     with changing:
@@ -171,6 +209,9 @@ def _take_off_all(model: nn.Module) -> None:
     if begun and begun[0].merging is not None:
         begun[0].merging.restore()
     for layer in layers:
+        fusing: Any = vars(layer).get("fusing")
+        for adapter in () if fusing is None else list(fusing.joined):
+            part(layer, adapter)
         layer.routing_state.fused = False
         current.frames.pop(layer.routing_state.key, None)  # nobody looks for it there any more
         take_off(layer)
@@ -186,8 +227,9 @@ def fuse_new_layers(model: nn.Module) -> None:
             return
         merging = fused[0].fusing.merging
         if merging is None:  # they may belong to the groups of others, and run before those
+            joined = any(layer.fusing.joined for layer in fused)
             unfuse(model)
-            fuse(model, "fused")
+            fuse(model, "fused", join_weights=joined)
             return
         for layer in new:
             put_on(layer, FusedMerged, merging)

@@ -18,6 +18,7 @@ from ..routing.router import router_logits
 from .capabilities import BaseFacts, within_limits
 from .eager_launch import DirectDeltas, DirectFewTokens
 from .four_bit import HALVES, FourBitFormat
+from .joined_weights import lies_in
 from .live_linear import LiveLinear, fingerprint_of
 
 FourBitParts = tuple[
@@ -40,6 +41,7 @@ class FusedGroup(nn.Module):
         four_bit: the base layers' weights have 4 bits, and the ops read them for few tokens: packed0, ..., scales0, ...,
             code0 (see `FourBitWeight`).
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
+        matrix: weights and lora_a, one after the other, if they lie so in memory (`joined_weights.py`); else None.
         compiled_tokens: up to how many tokens compiled code goes by `ops.linear`: where a GPU has a kernel for it, more.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
@@ -48,7 +50,9 @@ class FusedGroup(nn.Module):
             that is not plain.
     """
 
-    def __init__(self, live: list[LiveLinear], adapter: str, facts: BaseFacts, number: int | None = None) -> None:
+    def __init__(
+        self, live: list[LiveLinear], adapter: str, facts: BaseFacts, number: int | None = None, matrix: Tensor | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         self._register(number)
         self.live, self.fingerprint = live, fingerprint_of(live, adapter, facts.plain)  # before what it is of is read
@@ -69,12 +73,19 @@ class FusedGroup(nn.Module):
                 values |= {"packed": one.four_bit.packed, "scales": one.four_bit.scales, "code": one.four_bit.code}
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.four_bit = facts.four_bit is not None and self._reads_four_bits(facts.four_bit, active)
+        self.matrix = matrix if matrix is not None and self._lies_in(matrix) else None
         self.compiled_tokens = self._compiled_tokens(active)
         self.direct: DirectFewTokens | None = None
         self.deltas: DirectDeltas | None = None
 
+    def _lies_in(self, matrix: Tensor) -> bool:
+        if not self.plain:
+            return False
+        weights, _, lora_a, _, _ = self.parts()
+        return lies_in(matrix, weights, lora_a)
+
     def _compiled_tokens(self, active: int) -> int:
-        if not (self.plain and self.kernels and self.within):
+        if self.matrix is not None or not (self.plain and self.kernels and self.within):
             return self.few_tokens
         weights, biases, lora_a, lora_b, scalings = self.parts()
         if not all(t.is_contiguous() for t in (*weights, *biases, *lora_a, *lora_b) if t is not None):
@@ -94,7 +105,7 @@ class FusedGroup(nn.Module):
         _groups[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: pointers do not travel
-        return {**self.__dict__, "direct": None, "deltas": None}
+        return {**self.__dict__, "direct": None, "deltas": None, "matrix": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

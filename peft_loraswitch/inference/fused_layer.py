@@ -35,7 +35,8 @@ from .expert_casts import Casts, current_casts, served_dtype
 from .four_bit import FourBitWeight, current_four_bit
 from .fused_group import FusedGroup
 from .group_outputs import compute
-from .live_linear import live_linear
+from .joined_weights import part
+from .live_linear import LiveLinear, live_linear
 from .merged_weights import MergedWeights
 
 _slots = itertools.count()
@@ -53,6 +54,7 @@ class Fusing:
         leader: the layer that computes for this one (perhaps itself).
         merging: the merged weights of strategy "merge", else None.
         casts: by adapter, the experts in the dtype in which they are served, if theirs is another.
+        joined: by adapter, the matrix in which the weights of this layer's group lie (`joined_weights.py`).
         four_bit: the base layer's weight as the ops read it, if it has 4 bits and they can.
         seen: dtype of the input that the layer had when its model was fused; None: it had none.
     """
@@ -64,6 +66,7 @@ class Fusing:
         self.leader: Any = layer
         self.merging, self.seen = merging, seen
         self.casts: dict[str, Casts] = {}
+        self.joined: dict[str, Tensor] = {}
         self.four_bit: FourBitWeight | None = None
         self.handles: list[Any] = []
 
@@ -302,21 +305,30 @@ def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
     facts = facts_of(layer)
     for member in members:
         member.fusing.four_bit = current_four_bit(member, facts_of(member).four_bit, member.fusing.four_bit)
+    for adapter in [name for name in layer.fusing.joined if name not in layer.loraswitch_A]:
+        part(layer, adapter)
     groups = {}
     for adapter in layer.loraswitch_A:
         together = [m for m in members if m is layer or _same_launch(m, layer, adapter, facts)]
         before = layer.fused_groups.get(adapter)
-        live = [
-            live_linear(member, adapter, member.fusing.casts, member.fusing.seen, member.fusing.four_bit)
-            for member in together
-        ]
-        groups[adapter] = FusedGroup(live, adapter, facts, None if before is None else before.number)
+        number, matrix = None if before is None else before.number, layer.fusing.joined.get(adapter)
+        groups[adapter] = FusedGroup(_live(together, adapter), adapter, facts, number, matrix)
+        if matrix is not None and groups[adapter].matrix is None:  # one of the weights has left it
+            part(layer, adapter)
+            groups[adapter] = FusedGroup(_live(together, adapter), adapter, facts, number)
         for experts in (layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]):
             experts.replaced = layer.resolve_experts
     layer.__dict__["fused_groups"] = groups
     _select(layer)
     for adapter in [name for name in layer.fusing.casts if name not in groups]:
         del layer.fusing.casts[adapter]
+
+
+def _live(members: list[FusedLinear], adapter: str) -> list[LiveLinear]:
+    return [
+        live_linear(member, adapter, member.fusing.casts, member.fusing.seen, member.fusing.four_bit)
+        for member in members
+    ]
 
 
 def invalidate(layer: FusedLinear, merged: bool = True) -> None:

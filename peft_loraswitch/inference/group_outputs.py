@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels, ops
@@ -14,6 +15,7 @@ from ..routing.decision import Routing
 from ..tensor_parallel import is_split
 from .eager_launch import DirectDeltas, DirectFewTokens, DirectGroup, launchable
 from .fused_group import FusedGroup, has_hooks
+from .joined_weights import expandable
 
 
 def compute(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
@@ -66,14 +68,14 @@ def _packed(
 
 # Compiled code goes by `expand` for up to so many tokens, if `expand` takes so many ranks of all experts of a linear: one launch
 # for a group, in place of a copy of B, a product and a sum for each linear.
-_EXPANDED_TOKENS, _EXPANDED_RANKS = 256, 128
+_EXPANDED_TOKENS = 256
 
 
 def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     """The outputs of a group for many tokens: one shrink for the whole group, and a product more for each linear."""
     weights, biases, lora_a, lora_b, scalings = group.parts()
     rows = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling() and group.kernels and rows.shape[0] <= _EXPANDED_TOKENS and _expandable(lora_b):
+    if torch.compiler.is_compiling() and group.kernels and rows.shape[0] <= _EXPANDED_TOKENS and expandable(lora_b):
         return _expanded(group, x, routing)
     results = []
     hidden = _hidden(rows, routing, lora_a, scalings)
@@ -83,23 +85,21 @@ def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     return results
 
 
-def _expandable(lora_b: list[Tensor]) -> bool:
-    shapes = [b.shape for b in lora_b]
-    few = all(stack * rank <= _EXPANDED_RANKS and out % 8 == 0 and rank % 8 == 0 for stack, out, rank in shapes)
-    return few and lora_b[0].dtype in (torch.float16, torch.bfloat16)
-
-
 def _expanded(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
-    """The same with gates, B and bias in one launch; the compiler joins the sum with what comes next."""
+    """The same with gates, B, bias and sum in one launch; one product makes the rest if the weights lie in one matrix."""
     weights, biases, lora_a, lora_b, scalings = group.parts()
     rows = x.reshape(-1, x.shape[-1])
     experts, gates = (each.reshape(-1, each.shape[-1]) for each in (routing.experts, routing.gates))
-    added = ops.expand(ops.all_hidden(rows, lora_a), experts, gates, biases, lora_b, scalings)
-    results = []
-    for weight, add in zip(weights, added, strict=True):
-        matrix = weight.T if group.transposed else weight
-        results.append((torch.nn.functional.linear(rows, matrix) + add).view(*x.shape[:-1], add.shape[1]))
-    return results
+    outs = [b.shape[1] for b in lora_b]
+    bases: list[Tensor]
+    matrix: Tensor | None = group.matrix
+    if matrix is not None:
+        *bases, hidden = F.linear(rows, matrix).split([*outs, matrix.shape[0] - sum(outs)], dim=1)
+    else:
+        hidden = ops.all_hidden(rows, lora_a)
+        bases = [F.linear(rows, weight.T if group.transposed else weight) for weight in weights]
+    results = ops.expand(hidden, experts, gates, bases, biases, lora_b, scalings)
+    return [result.view(*x.shape[:-1], out) for result, out in zip(results, outs, strict=True)]
 
 
 def _hidden(rows: Tensor, routing: Routing, lora_a: list[Tensor], scalings: list[float]) -> list[Tensor]:

@@ -6,7 +6,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int6
 
 import torch
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 MAX_GROUP, MAX_TOP_K, MAX_EXPERTS, MAX_RANK, FAST_TOKENS = 8, 8, 256, 256, 32
 TUNING_STREAMING, TUNING_REGISTERS, TUNING_PERSISTENT, TUNING_TWO_LAUNCHES, TUNING_IMPATIENT = 1, 2, 3, 4, 8
 TUNING_NARROW, TUNING_WIDE = 16, 32
@@ -96,7 +96,9 @@ class ExpandItem(Structure):
     _fields_ = [
         ("lora_b", c_void_p),
         ("bias", c_void_p),
+        ("base", c_void_p),
         ("out", c_void_p),
+        ("base_stride", c_int64),
         ("scaling", c_float),
         ("out_features", c_int32),
         ("rank", c_int32),
@@ -110,6 +112,7 @@ class ExpandArgs(Structure):
         ("hidden", c_void_p),
         ("experts", c_void_p),
         ("gates", c_void_p),
+        ("hidden_stride", c_int64),
         ("n_items", c_int32),
         ("tokens", c_int32),
         ("num_experts", c_int32),

@@ -186,13 +186,15 @@ class Expansion(NamedTuple):
     ranks: list[int]
 
 
-_CALL = Struct("PPPii")  # hidden, experts, gates, n_items, tokens: neighbours in `ExpandArgs`
+_CALL = Struct("PPPqii")  # hidden, experts, gates, hidden_stride, n_items, tokens: neighbours in `ExpandArgs`
 assert (
     ExpandArgs.gates.offset == ExpandArgs.hidden.offset + 16
-    and ExpandArgs.tokens.offset == ExpandArgs.gates.offset + 12
+    and ExpandArgs.tokens.offset == ExpandArgs.gates.offset + 20
 )
-_POINTER = Struct("P")
-_OUTPUTS = [ExpandArgs.items.offset + i * sizeof(ExpandItem) + ExpandItem.out.offset for i in range(MAX_GROUP)]
+_OUTPUT = Struct("P")
+_BASE_OUTPUT = Struct("PPq")  # base, out, base_stride: neighbours in `ExpandItem`
+assert ExpandItem.base_stride.offset == ExpandItem.base.offset + 16
+_ITEMS = [ExpandArgs.items.offset + i * sizeof(ExpandItem) for i in range(MAX_GROUP)]
 
 
 empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what compiled code calls
@@ -231,20 +233,20 @@ def expansion(
     return _expansion(tuple(linears), lora_b[0].dtype, top_k, lora_b[0].get_device())
 
 
-def _pack_outputs(buffer: bytearray, results: list[torch.Tensor]) -> None:
-    for result, offset in zip(results, _OUTPUTS, strict=False):
-        _POINTER.pack_into(buffer, offset, result.data_ptr())
-
-
-def expand(group: Expansion, hidden: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor) -> list[torch.Tensor]:
-    """hidden [T, sum of E * r], experts, gates [T, k], all contiguous -> [T, out] for each linear. One launch, if
-    `group.expands`."""
+def expand(
+    group: Expansion, hidden: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, bases: Sequence[torch.Tensor] = ()
+) -> list[torch.Tensor]:  # fmt: skip
+    """hidden [T, sum of E * r], experts, gates [T, k]; bases [T, out] each, or none -> [T, out] for each linear. Experts and
+    gates are contiguous, rows of hidden and bases may lie anywhere. One launch, if `group.expands`."""
     tokens, buffer = hidden.shape[0], bytearray(group.template)
     results = [_empty(hidden, tokens, out) for out in group.outs]
     _CALL.pack_into(
-        buffer, ExpandArgs.hidden.offset, hidden.data_ptr(), experts.data_ptr(), gates.data_ptr(), len(results), tokens
-    )
-    _pack_outputs(buffer, results)
+        buffer, ExpandArgs.hidden.offset, hidden.data_ptr(), experts.data_ptr(), gates.data_ptr(), hidden.stride(0),
+        len(results), tokens,
+    )  # fmt: skip
+    for i, (result, item) in enumerate(zip(results, _ITEMS, strict=False)):
+        base, stride = (bases[i].data_ptr(), bases[i].stride(0)) if bases else (0, 0)
+        _BASE_OUTPUT.pack_into(buffer, item + ExpandItem.base.offset, base, result.data_ptr(), stride)
     check(library().ls_expand(bytes(buffer), stream_of(hidden.get_device())), "ls_expand")
     return results
 
@@ -254,7 +256,8 @@ def widen(group: Expansion, like: torch.Tensor) -> list[torch.Tensor]:
     `group.widens`."""
     buffer = bytearray(group.template)
     results = [_empty(like, out, ranks) for out, ranks in zip(group.outs, group.ranks, strict=True)]
-    _pack_outputs(buffer, results)
+    for result, item in zip(results, _ITEMS, strict=False):
+        _OUTPUT.pack_into(buffer, item + ExpandItem.out.offset, result.data_ptr())
     check(library().ls_widen(bytes(buffer), stream_of(like.get_device())), "ls_widen")
     return results
 

@@ -4,7 +4,7 @@
     route_context  x, router, sums so far, decay        -> experts, gates by context, and the sums with x (`router_decay`)
     linear  x, experts, gates, a group of linears       -> their outputs, experts included
     linear_4bit  the same of weights in 4 bits with scales, as bitsandbytes keeps NF4 and FP4, and torchao int4 (no code)
-    expand  all experts' hidden, a group of linears     -> what their chosen experts add, plus the biases (many tokens)
+    expand  all experts' hidden, bases, a group of linears -> each base plus what its chosen experts add, and biases (many tokens)
     deltas  bases, x, experts, gates, a group's experts -> each base plus what its experts add
     merge   weights, sources, a model's experts         -> weights = sources + the chosen experts (written in place)
 
@@ -36,7 +36,8 @@ library.define(
     "Tensor[] lora_a, Tensor[] lora_b, float[] scalings) -> Tensor[]"
 )
 library.define(
-    "expand(Tensor hidden, Tensor experts, Tensor gates, Tensor?[] biases, Tensor[] lora_b, float[] scalings) -> Tensor[]"
+    "expand(Tensor hidden, Tensor experts, Tensor gates, Tensor[] bases, Tensor?[] biases, Tensor[] lora_b, float[] scalings) "
+    "-> Tensor[]"
 )
 library.define(
     "deltas(Tensor[] bases, Tensor x, Tensor experts, Tensor gates, Tensor[] lora_a, Tensor[] lora_b, float[] scalings) "
@@ -220,12 +221,12 @@ def _check_tiles(op: str, x: Tensor, weights: Sequence[Tensor], scales: Sequence
 
 
 def check_expand(
-    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
-    scalings: Sequence[float],
+    hidden: Tensor, experts: Tensor, gates: Tensor, bases: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor], scalings: Sequence[float],
 ) -> None:  # fmt: skip
     n = len(lora_b)
     _require(1 <= n <= kernels.MAX_GROUP, f"expand: a group has 1 to {kernels.MAX_GROUP} linears, not {n}")
-    _require(n == len(biases) == len(scalings), "expand: the lists differ in length")
+    _require(n == len(bases) == len(biases) == len(scalings), "expand: the lists differ in length")
     _require(
         experts.dtype == torch.int64 and gates.dtype == torch.float32, "expand: experts must be int64, gates float32"
     )
@@ -236,7 +237,7 @@ def check_expand(
     _require(1 <= top_k <= kernels.MAX_TOP_K, f"expand: top_k={top_k} must be 1 to {kernels.MAX_TOP_K}")
     _require(hidden.dtype in FLOATS, f"expand: hidden is {hidden.dtype}: must be one of {FLOATS}")
     width = 0
-    for b, bias in zip(lora_b, biases, strict=True):
+    for b, base, bias in zip(lora_b, bases, biases, strict=True):
         same = b.dim() == 3 and b.shape[0] == lora_b[0].shape[0]
         _require(same, "expand: every lora_b must be [E, out, r], with the same number of experts")
         num_experts, out, rank = b.shape
@@ -251,6 +252,8 @@ def check_expand(
         if bias is not None:
             fits = bias.dtype == hidden.dtype and bias.shape == (out,) and bias.device == hidden.device
             _require(fits, "expand: a bias must be [out], in the dtype of hidden")
+        fits = base.dtype == hidden.dtype and base.shape == (len(hidden), out) and base.device == hidden.device
+        _require(fits, f"expand: a base must be [{len(hidden)}, {out}], in the dtype of hidden, not {list(base.shape)}")
         width += num_experts * rank
     _require(width == hidden.shape[1], f"expand: hidden has {hidden.shape[1]} columns, the experts have {width} ranks")
     _require(hidden.device == experts.device == gates.device, "expand: tensors are on several devices")
@@ -321,10 +324,10 @@ def _linear_4bit_fake(
 
 
 def _expand_fake(
-    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
-    scalings: Sequence[float],
+    hidden: Tensor, experts: Tensor, gates: Tensor, bases: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor], scalings: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
-    check_expand(hidden, experts, gates, biases, lora_b, scalings)
+    check_expand(hidden, experts, gates, bases, biases, lora_b, scalings)
     return [hidden.new_empty((hidden.shape[0], b.shape[1])) for b in lora_b]
 
 

@@ -96,17 +96,23 @@ def _linear_4bit_cuda(
     return linear_4bit_pytorch(x, experts, gates, weights, scales, code, biases, lora_a, lora_b, scalings)
 
 
+def _rows_in_place(tensor: Tensor) -> Tensor:
+    """[T, n] as `kernels.expand` reads it: rows may be parts of longer rows."""
+    fits = tensor.stride(1) == 1 and tensor.stride(0) % 8 == 0 and tensor.data_ptr() % 16 == 0
+    return tensor if fits else tensor.contiguous()
+
+
 def _expand_cuda(
-    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
-    scalings: Sequence[float],
+    hidden: Tensor, experts: Tensor, gates: Tensor, bases: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor], scalings: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
-    check_expand(hidden, experts, gates, biases, lora_b, scalings)
+    check_expand(hidden, experts, gates, bases, biases, lora_b, scalings)
     if hidden.numel() and _usable(*lora_b, *[bias for bias in biases if bias is not None]):
-        hidden, experts, gates = hidden.contiguous(), experts.contiguous(), gates.contiguous()
         group = kernels.expansion(lora_b, biases, scalings, experts.shape[1])
-        if group.expands and hidden.data_ptr() % 16 == 0:
-            return kernels.expand(group, hidden, experts, gates)
-    return expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
+        hidden, *rows = map(_rows_in_place, (hidden, *bases))
+        if group.expands and all(each.data_ptr() % 16 == 0 for each in (hidden, *rows)):
+            return kernels.expand(group, hidden, experts.contiguous(), gates.contiguous(), rows)
+    return expand_pytorch(hidden, experts, gates, bases, biases, lora_b, scalings)
 
 
 def _deltas_cuda(

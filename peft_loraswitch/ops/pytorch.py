@@ -143,16 +143,16 @@ def _linears(
 
 
 def expand_pytorch(
-    hidden: Tensor, experts: Tensor, gates: Tensor, biases: Sequence[Tensor | None], lora_b: Sequence[Tensor],
-    scalings: Sequence[float],
+    hidden: Tensor, experts: Tensor, gates: Tensor, bases: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor], scalings: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
-    check_expand(hidden, experts, gates, biases, lora_b, scalings)
+    check_expand(hidden, experts, gates, bases, biases, lora_b, scalings)
     factors, chosen = dense(experts, gates, lora_b[0].shape[0])
     parts = hidden.split([b.shape[0] * b.shape[2] for b in lora_b], dim=1)
     results = []
-    for h, bias, b, scaling in zip(parts, biases, lora_b, scalings, strict=True):
-        h, up = gated(h, (factors * scaling).to(h.dtype), chosen, b.shape[2]), wide(b).T
-        results.append(h @ up if bias is None else torch.addmm(bias, h, up))
+    for h, base, bias, b, scaling in zip(parts, bases, biases, lora_b, scalings, strict=True):
+        h = gated(h, (factors * scaling).to(h.dtype), chosen, b.shape[2])
+        results.append(torch.addmm(base if bias is None else base + bias, h, wide(b).T))
     return results
 
 

@@ -1,18 +1,22 @@
 r"""Whether the fused training path takes the course of the plain form: the losses of both, step by step, from one seed.
 
-    python -m recipes.benchmarks.train_losses          # on a GPU: Llama-3.2-1B's shape, 300 steps; two minutes
+    python -m recipes.benchmarks.train_losses          # on a GPU: Llama-3.2-1B's shape, 300 steps; some minutes, 40 GiB
     python -m recipes.benchmarks.train_losses --hidden 64 --intermediate 128 --head-dim 16 --layers 2 --length 32 --steps 20
 
 Writes `train_losses.csv` (step, fused, plain, float32) and a picture beside it. Random weights, bf16 autocast, a float32 adapter
 of 8 experts of rank 8 on all seven linears, gradient checkpointing, AdamW; the text is Python's standard library, byte by byte.
-All runs begin with the same weights and see the same batches. `float32` is the plain form without autocast, on a float32 backbone
-of the same weights: how far `plain` lies from it is what bf16's rounding does, and `fused` should lie no further from `plain`.
+All runs begin with the same weights and see the same batches; on a GPU they go at once, each in a process. `float32` is the plain
+form without autocast, on a float32 backbone of the same weights: how far `plain` lies from it is what bf16's rounding does, and
+`fused` should lie no further from `plain`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -48,13 +52,15 @@ def losses_of(run: str, args: argparse.Namespace) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     losses = []
     with nullcontext() if run == "fused" else fast_linears.plain():
-        for ids in batches(args.steps, args.batch, args.length).to(args.device):
+        for step, ids in enumerate(batches(args.steps, args.batch, args.length).to(args.device)):
             with torch.autocast(args.device, torch.bfloat16, enabled=run != "float32"):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
+            if step % 50 == 49:
+                print(f"{run}: step {step + 1} of {args.steps}, loss {loss.item():.4f}", flush=True)
     return [loss.item() for loss in losses]
 
 
@@ -100,7 +106,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     args = parse(argv)
-    losses = {run: losses_of(run, args) for run in RUNS}
+    if args.device == "cuda":
+        with ProcessPoolExecutor(len(RUNS), multiprocessing.get_context("spawn")) as pool:
+            losses = dict(zip(RUNS, pool.map(losses_of, RUNS, itertools.repeat(args)), strict=True))
+    else:
+        losses = {run: losses_of(run, args) for run in RUNS}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="") as file:
         writer = csv.writer(file)

@@ -14,13 +14,21 @@ import pytest
 import torch
 from torch import nn
 
+from fusing import join_anywhere
 from helpers import adapted, tiny_llama, tokens
 from peft_loraswitch import inference
 from peft_loraswitch.inference.fuse import adapted_layers, is_fused
 from peft_loraswitch.inference.fused_layer import FusedLinear, changing
 
 FILES = {str(path) for path in Path(inference.__file__).parent.glob("*.py")}
-STRATEGIES = {"fused": ("fused", False), "merge": ("merge", False), "in place": ("merge", True)}
+STRATEGIES = {
+    "fused": ("fused", False), "merge": ("merge", False), "in place": ("merge", True), "joined": ("fused", False, True),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _join(monkeypatch: pytest.MonkeyPatch) -> None:
+    join_anywhere(monkeypatch)
 
 
 def interrupted_at(line: int, run: Callable[[], Any]) -> int:

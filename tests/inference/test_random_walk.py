@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging as tf_logging
 
+from fusing import join_anywhere
 from helpers import padded, randomize_adapter, switch_config, tiny_llama, tokens
 from peft_loraswitch.inference.fuse import fuse, is_fused, refresh_fused, unfuse
 from peft_loraswitch.model import record_routing, router_stats
@@ -114,6 +115,7 @@ def operation(weight: int = 1, served: bool = False) -> Callable[[Any], Any]:
 @operation(5, served=True)
 def to_fuse(walker: Walker, rng: random.Random) -> None:
     strategy, in_place = rng.choice([("fused", False), ("fused", False), ("merge", False), ("merge", True)])
+    join_weights = strategy == "fused" and rng.random() < 0.5
     if not walker.fuses:
         walker.in_place = in_place
         return
@@ -121,7 +123,7 @@ def to_fuse(walker: Walker, rng: random.Random) -> None:
         unfuse(walker.model)
     walker.in_place = in_place
     try:
-        fuse(walker.model, strategy, in_place)
+        fuse(walker.model, strategy, in_place, join_weights)
     except ValueError as error:  # what "merge" cannot serve stays unfused
         assert strategy == "merge" and not is_fused(walker.model), error
 
@@ -550,7 +552,8 @@ def silence() -> Any:
 @pytest.mark.parametrize("double", [False, True], ids=["", "casts"])
 @pytest.mark.parametrize("api", ["peft", "transformers"])
 @pytest.mark.slow
-def test_a_fused_model_equals_one_that_never_was(api, double, seed):
+def test_a_fused_model_equals_one_that_never_was(api, double, seed, monkeypatch):
+    join_anywhere(monkeypatch)
     steps = walk(seed, api, double)
     problem = take(steps, api, double)
     if problem is not None:

@@ -19,9 +19,9 @@ pytestmark = [
 MOST_RANKS = 128  # of all experts of a linear, for ls_expand
 
 
-def expand(hidden, experts, gates, biases, lora_b, scalings):
+def expand(hidden, experts, gates, biases, lora_b, scalings, bases=()):
     group = kernels.expansion(lora_b, biases, scalings, experts.shape[1])
-    return kernels.expand(group, hidden, experts, gates) if group.expands else None
+    return kernels.expand(group, hidden, experts, gates, bases) if group.expands else None
 
 
 def widen(lora_b):
@@ -30,34 +30,41 @@ def widen(lora_b):
 
 
 def check_expand(outs, ranks, num_experts, top_k, tokens, dtype, bias=False, ids=None, scalings=None):
-    """The kernel where it takes such linears, else `ops.expand`, which widens their B first."""
+    """The kernel where it takes such linears, else `ops.expand`, which widens their B first. Without bases, and with bases and
+    hidden side by side in one matrix."""
     lora_b = [randn(num_experts, o, r, dtype=dtype, scale=r**-0.5) for o, r in zip(outs, ranks, strict=True)]
     biases = [randn(o, dtype=dtype) if bias else None for o in outs]
     scalings = [0.5 + i for i in range(len(outs))] if scalings is None else scalings
-    hidden = randn(tokens, num_experts * sum(ranks), dtype=dtype)
     experts, gates = oracle.random_ids(tokens, num_experts, top_k, "cuda")
     if ids is not None:
         experts, gates = ids, oracle.poison_gates(ids, gates, num_experts)
-    poison_allocator()
-    results = expand(hidden, experts, gates, biases, lora_b, scalings)
-    assert (results is not None) == (num_experts * max(ranks) <= MOST_RANKS)
-    if SANITIZING and results is None:
-        return
-    pytorch = results if SANITIZING else ops.pytorch.expand_pytorch(hidden, experts, gates, biases, lora_b, scalings)
-    poison_allocator()
-    results = ops.expand(hidden, experts, gates, biases, lora_b, scalings) if results is None else results
-    parts = hidden.split([num_experts * r for r in ranks], dim=1)
-    for result, theirs, h, b, bias_, s in zip(results, pytorch, parts, lora_b, biases, scalings, strict=True):
-        reference = oracle.expand(h, experts, gates, bias_, b, s)
-        assert result.shape == reference.shape and result.dtype == dtype
-        error, pytorchs = (oracle.relative_error(t, reference, at_least=1e-3) for t in (result, theirs))
-        what = f"out {result.shape[1]}, rank {b.shape[2]} of {outs}, {ranks}, {tokens} tokens, {num_experts} experts"
-        # PyTorch's operations round the gates, too
-        assert error < oracle.limit(result) * (1.0 if num_experts * max(ranks) <= MOST_RANKS else 1.6), (
-            f"{what}: error {error:.2e}"
-        )
-        if result.numel() >= 4096:  # of a few numbers, either may be lucky
-            assert error <= 1.1 * pytorchs + 1e-6, f"{what}: error {error:.2e}, PyTorch's {pytorchs:.2e}"
+    width = num_experts * sum(ranks)
+    takes = num_experts * max(ranks) <= MOST_RANKS
+    *parts, _ = randn(tokens, sum(outs) + width + 8, dtype=dtype).split([*outs, width, 8], dim=1)
+    for bases, hidden in (((), parts[-1].contiguous()), (parts[:-1], parts[-1])):
+        poison_allocator()
+        results = expand(hidden, experts, gates, biases, lora_b, scalings, bases)
+        assert (results is not None) == takes
+        if SANITIZING and results is None:
+            return
+        summands = bases or [hidden.new_zeros(tokens, o) for o in outs]
+        arguments = (hidden, experts, gates, summands, biases, lora_b, scalings)
+        pytorch = results if SANITIZING else ops.pytorch.expand_pytorch(*arguments)
+        poison_allocator()
+        results = ops.expand(*arguments) if results is None else results
+        hiddens = hidden.split([num_experts * r for r in ranks], dim=1)
+        lists = (hiddens, summands, biases, lora_b, scalings)
+        for result, theirs, h, base, bias_, b, s in zip(results, pytorch, *lists, strict=True):
+            reference = base.double() + oracle.expand(h, experts, gates, bias_, b, s)
+            assert result.shape == reference.shape and result.dtype == dtype
+            error, pytorchs = (oracle.relative_error(t, reference, at_least=1e-3) for t in (result, theirs))
+            what = (
+                f"out {result.shape[1]}, rank {b.shape[2]} of {outs}, {ranks}, {tokens} tokens, {num_experts} experts"
+            )
+            # PyTorch's operations round the gates, too
+            assert error < oracle.limit(result) * (1.0 if takes else 1.6), f"{what}: error {error:.2e}"
+            if result.numel() >= 4096:  # of a few numbers, either may be lucky
+                assert error <= 1.1 * pytorchs + 1e-6, f"{what}: error {error:.2e}, PyTorch's {pytorchs:.2e}"
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -146,8 +153,9 @@ def test_expand_does_not_take_everything():
         assert expand(hidden, experts, gates, [None], [b], [1.0]) is None
         if SANITIZING:
             continue
-        (result,) = ops.expand(hidden, experts, gates, [None], [b], [1.0])
-        reference = oracle.expand(hidden, experts, gates, None, b, 1.0)
+        base = randn(40, out, dtype=dtype)
+        (result,) = ops.expand(hidden, experts, gates, [base], [None], [b], [1.0])
+        reference = base.double() + oracle.expand(hidden, experts, gates, None, b, 1.0)
         assert oracle.relative_error(result, reference) < 1.6 * oracle.limit(result)
     b, hidden = randn(4 * 16 * 8 + 1, dtype=dtype)[1:].view(4, 16, 8), randn(40, 32, dtype=dtype)
     assert expand(hidden, experts, gates, [None], [b], [1.0]) is None and widen([b]) is None

@@ -181,6 +181,21 @@ def test_launches_without_a_gpu_return_an_error_and_do_not_crash(library):
     assert lib.ls_expand(bytes(args), None) == 100002  # no hidden
     args.hidden = args.experts = args.gates = args.items[0].out = 4096
     assert 0 < lib.ls_expand(bytes(args), None) < 1000 and 0 < lib.ls_widen(bytes(args), None) < 1000
+    for field, value in (("hidden_stride", -8), ("hidden_stride", 68)):
+        other = kernels.abi.ExpandArgs.from_buffer_copy(args)
+        setattr(other, field, value)
+        assert lib.ls_expand(bytes(other), None) == 100001
+    for base, stride, code in (
+        (4096, 136, None),
+        (4096, 200, None),
+        (4096, 128, 100001),
+        (4096, 140, 100001),
+        (4104, 136, 100001),
+    ):
+        other = kernels.abi.ExpandArgs.from_buffer_copy(args)
+        other.items[0].base, other.items[0].base_stride = base, stride
+        refused = lib.ls_expand(bytes(other), None)
+        assert 0 < refused < 1000 if code is None else refused == code
     for field, value, widens in (
         ("rank", 24, 1), ("rank", 12, 0), ("rank", 264, 0), ("out_features", 20, 1), ("bias", 4098, 1), ("lora_b", 4104, 0)
     ):  # fmt: skip

@@ -55,7 +55,8 @@ def deltas_arguments(g):
 def expand_arguments(g):
     x, experts, gates = (g[k].reshape(-1, g[k].shape[-1]) for k in ("x", "experts", "gates"))
     hidden = ops.all_hidden(x, g["lora_a"])
-    return hidden, experts, gates, g["biases"], g["lora_b"], g["scalings"]
+    bases = [torch.randn(len(x), b.shape[1], device=x.device).to(x.dtype) for b in g["lora_b"]]
+    return hidden, experts, gates, bases, g["biases"], g["lora_b"], g["scalings"]
 
 
 def merge_arguments(g, in_place=False):
@@ -106,17 +107,21 @@ def test_deltas_against_the_oracle(device, dtype, tokens, views):
 @pytest.mark.parametrize(
     "ranks", [(8, 3), (8, 16), (8, 64), (64, 64)]
 )  # one kernel takes (8, 16), another those with 64
-def test_expand_against_the_oracle(device, dtype, tokens, ranks):
+@pytest.mark.parametrize("gap", [None, 0, 8, 3])  # parts of one matrix so much wider, its rows so aligned or not
+def test_expand_against_the_oracle(device, dtype, tokens, ranks, gap):
     g = group(device, dtype, (tokens,), outs=(16, 136), ranks=ranks)
     g["biases"][1] = None
     g["experts"][0] = torch.tensor([4, 4])
     g["experts"][-1] = torch.tensor([-1, 5])
-    arguments = expand_arguments(g)
-    hidden, experts, gates, *lists = arguments
+    hidden, experts, gates, bases, *lists = expand_arguments(g)
+    if gap is not None:
+        matrix = torch.cat([*bases, hidden, hidden.new_full((tokens, gap), float("nan"))], dim=1)
+        *bases, hidden, _ = matrix.split([16, 136, hidden.shape[1], gap], dim=1)
     parts = hidden.split([5 * r for r in ranks], dim=1)
-    for h, result, bias, b, s in zip(parts, ops.expand(*arguments), *lists, strict=True):
-        expected = oracle.expand(h, experts, gates, bias, b, s)
-        assert result.shape == (tokens, b.shape[1]) and result.dtype == dtype
+    results = ops.expand(hidden, experts, gates, bases, *lists)
+    for h, result, base, bias, b, s in zip(parts, results, bases, *lists, strict=True):
+        expected = base.double() + oracle.expand(h, experts, gates, bias, b, s)
+        assert result.shape == (tokens, b.shape[1]) and result.dtype == dtype and result.is_contiguous()
         # against the size of what was added up: a token without experts has its bias only
         assert oracle.relative_error(result, expected, at_least=1e-3) < 2 * oracle.limit(result) + 1e-6
 
@@ -124,8 +129,10 @@ def test_expand_against_the_oracle(device, dtype, tokens, ranks):
 @devices
 def test_shrink_and_expand_are_what_linear_does(device):
     g = group(device, tokens=(40,))
-    for result, expected, w in zip(ops.expand(*expand_arguments(g)), ops.linear(**g), g["weights"], strict=True):
-        assert torch.allclose(result + g["x"] @ w.T, expected, atol=1e-4)
+    arguments = list(expand_arguments(g))
+    arguments[3] = [g["x"] @ w.T for w in g["weights"]]
+    for result, expected in zip(ops.expand(*arguments), ops.linear(**g), strict=True):
+        assert torch.allclose(result, expected, atol=1e-4)
 
 
 @devices
@@ -351,12 +358,15 @@ def refused(op, arguments, place, value, message):
         (1, torch.zeros(3, 2, dtype=torch.int32), "experts must be int64"),
         (2, torch.ones(3, 2, dtype=torch.float16), "gates float32"),
         (2, torch.ones(3, 1), r"not \[\[3, 55\], \[3, 2\], \[3, 1\]\]"),
-        (3, [None], "differ in length"),
-        (3, [torch.randn(15), None], r"bias must be \[out\]"),
-        (4, [torch.randn(5, 16, 8), torch.randn(4, 10, 3)], "same number of experts"),
-        (4, [torch.randn(5, 16, 257), torch.randn(5, 10, 3)], "rank 257"),
-        (4, [torch.randn(257, 16, 8), torch.randn(257, 10, 3)], "257 experts"),
-        (4, [], "1 to 8 linears"),
+        (3, [torch.randn(3, 16)], "differ in length"),
+        (3, [torch.randn(3, 16), torch.randn(3, 11)], r"a base must be \[3, 10\]"),
+        (3, [torch.randn(3, 16).double(), torch.randn(3, 10)], "in the dtype of hidden"),
+        (4, [None], "differ in length"),
+        (4, [torch.randn(15), None], r"bias must be \[out\]"),
+        (5, [torch.randn(5, 16, 8), torch.randn(4, 10, 3)], "same number of experts"),
+        (5, [torch.randn(5, 16, 257), torch.randn(5, 10, 3)], "rank 257"),
+        (5, [torch.randn(257, 16, 8), torch.randn(257, 10, 3)], "257 experts"),
+        (5, [], "1 to 8 linears"),
     ],
 )  # fmt: skip
 def test_expand_refuses(place, value, message):

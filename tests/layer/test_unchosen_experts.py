@@ -366,7 +366,8 @@ def test_expand(ranks, value, dtype):
     g["experts"][1] = torch.tensor([-1, 6])
     g["gates"] = kernel_oracle.poison_gates(g["experts"], g["gates"], 6)
     hidden = ops.all_hidden(g["x"], g["lora_a"])
-    arguments = (g["experts"], g["gates"], g["biases"], g["lora_b"], g["scalings"])
+    bases = [torch.randn(len(hidden), b.shape[1]).to(dtype) for b in g["lora_b"]]
+    arguments = (g["experts"], g["gates"], bases, g["biases"], g["lora_b"], g["scalings"])
     expected = ops.expand(hidden, *arguments)
     chosen = is_chosen(g["experts"], 6)
     mask = torch.cat([chosen.repeat_interleave(rank, dim=1) for rank in ranks], dim=1)

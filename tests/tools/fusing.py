@@ -12,6 +12,8 @@ from torch import nn
 
 from helpers import tiny_gpt2, tiny_llama, tiny_opt
 from peft_loraswitch import LoRASwitchConfig
+from peft_loraswitch.inference import joined_weights
+from peft_loraswitch.inference.capabilities import facts_of
 from peft_loraswitch.inference.fuse import adapted_layers
 
 GPU = pytest.param(
@@ -115,3 +117,13 @@ def fused(model: nn.Module) -> nn.Module:
 
 def groups(model: nn.Module) -> list[Any]:
     return [layer.fused_groups["default"] for layer in adapted_layers(model)]
+
+
+def join_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may be joined on every device and in every dtype, though only the kernels on a GPU gain by it."""
+
+    def why(members, adapter, lora_b):
+        facts = facts_of(members[0])
+        return None if facts.plain and not facts.transposed else "it is for plain nn.Linear"
+
+    monkeypatch.setattr(joined_weights, "_why_it_gains_nothing", why)

@@ -114,7 +114,11 @@ class StandIn:
         items, experts, tokens, k = args.items[: args.n_items], args.num_experts, args.tokens, args.top_k
         self.expanded.append((args.n_items, tokens))
         dtype = dtype_of(args)
-        hidden = view(args.hidden, tokens, experts * sum(item.rank for item in items), dtype=dtype)
+        width = experts * sum(item.rank for item in items)
+        assert args.hidden_stride == width and not any(
+            item.base for item in items
+        )  # what is called with others is compiled
+        hidden = view(args.hidden, tokens, width, dtype=dtype)
         chosen, gates = view(args.experts, tokens, k, dtype=torch.int64), view(args.gates, tokens, k)
         for item, part in zip(items, hidden.split([experts * item.rank for item in items], 1), strict=True):
             out = item.out_features

@@ -88,7 +88,7 @@ def adapt(model: Any, job: Job, device: str) -> tuple[Any, float]:
         return model, 0.0
     synchronize(device)
     start = time.perf_counter()
-    model.fuse_for_inference(strategy="merge" if job.method == "merge" else "fused")
+    model.fuse_for_inference("merge" if job.method == "merge" else "fused", join_weights=job.method == "joined")
     synchronize(device)
     return model, time.perf_counter() - start
 

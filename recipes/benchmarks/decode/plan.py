@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 NUM_EXPERTS, TOP_K = 8, 2
-FUSED = ("fused", "imported")  # methods that go through fuse_for_inference(), and read chosen experts only
+FUSED = ("fused", "joined", "imported")  # methods that go through fuse_for_inference(), and read chosen experts only
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT, CACHE, PREFILL = 16, 512, 2048
 LARGE_BATCH, SHORT_CACHE = (
@@ -54,7 +54,7 @@ def usual_adapter(method: str) -> Adapter:
     """Of a method where a plan says nothing else."""
     if method == "imported":
         return Adapter(top_k=1)
-    return Adapter() if method in ("fused", "merge", "torch") else Adapter(0, 0)
+    return Adapter() if method in ("fused", "joined", "merge", "torch") else Adapter(0, 0)
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ METHODS = {
     "merge": "merge (the paper's method)",
     "kernels": "our kernels, no adapter",
     "fused": "fused",
+    "joined": "fused, join_weights=True",
     "imported": "fused, experts of LoRAs, router with context",
 }
 MODES = ("compiled", "static", "eager", "prefill", "graph")
@@ -157,6 +158,7 @@ FIRST = "llama-2-7b"
 # What `--only` chooses from, each with the backbone that it is compared with.
 MANY, MORE, RECOMMENDED = Adapter(32, 4), Adapter(64, 2), Adapter(7, 7, shared=1, deep_router=True)
 FEWER = Adapter(mean_experts=1.3)
+SERVING_ROWS = (("backbone", 0), ("fused", 8), ("joined", 8))
 SERVING_MODES = ("compiled:64", "compiled:128", "compiled:256")
 FEW_MODES = ("compiled:1", "compiled:8", "compiled:32")
 
@@ -176,7 +178,7 @@ SETS: dict[str, tuple[Entry, ...]] = {
     ),
     # Each by itself: a process compiles one after the other, and as many wait for it as there are modes.
     "high-rank": entries(*((*row, (mode,)) for mode in FEW_MODES[:2] for row in (("backbone", 0), ("fused", 128)))),
-    "serving": entries(*((*row, (mode,)) for mode in SERVING_MODES for row in (("backbone", 0), ("fused", 8)))),
+    "serving": entries(*((*row, (mode,)) for mode in SERVING_MODES for row in SERVING_ROWS)),
     "prompts": entries(("backbone", 0, ("prefill:128", "prefill:512")), ("fused", 8, ("prefill:128", "prefill:512"))),
     # "graph" too: whether a library's own kernels can be compiled is up to it
     "nf4": quantized("nf4", ("graph", "graph:8", "compiled:1", "compiled:8")),
@@ -205,6 +207,7 @@ COMPILE_SECONDS = {
     "tuned": 4.0,  # trying tiles for each shape of a product takes longer than all else
     "kernels": 1.4,
     "fused": 1.4,
+    "joined": 1.4,
     "imported": 1.4,
     "merge": 0.0,
     "lora": 1.6,
@@ -250,7 +253,8 @@ class Job:
         if self.method == "ceilings":
             return CONTEXT_GIB + 8.0  # two buffers of 2 GiB, eight layers with experts
         size = 0 if shared_weights else self.shape.elements()
-        size += self.shape.linear_elements() if self.method == "merge" else 0
+        # A second copy; that of joined weights is the only one, but of weights that other processes share.
+        size += self.shape.linear_elements() if self.method in ("merge", "joined") else 0
         size += self.shape.expert_elements(self.rank, self.adapter.stacked or 1)
         for mode in self.modes:
             prefill, tokens = kind_of(mode) == "prefill", tokens_of(mode)
