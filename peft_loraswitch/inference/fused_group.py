@@ -18,9 +18,11 @@ from ..routing.router import router_logits
 from .capabilities import BaseFacts, within_limits
 from .eager_launch import DirectDeltas, DirectFewTokens
 from .four_bit import HALVES, FourBitFormat
-from .joined_weights import lies_in
+from .joined_weights import lies_in, why_not_joined
 from .live_linear import LiveLinear, fingerprint_of
 
+# Up to so many tokens the stream-K GEMM is faster than a library's product with weights in one matrix (docs/kernel_log.md).
+JOINED_TOKENS = 64
 FourBitParts = tuple[
     list[Tensor], list[Tensor], Tensor | None, list[Tensor | None], list[Tensor], list[Tensor], list[float]
 ]  # weights, scales, code, biases, lora_a, lora_b, scalings
@@ -85,7 +87,7 @@ class FusedGroup(nn.Module):
         return lies_in(matrix, weights, lora_a)
 
     def _compiled_tokens(self, active: int) -> int:
-        if self.matrix is not None or not (self.plain and self.kernels and self.within):
+        if not (self.plain and self.kernels and self.within):
             return self.few_tokens
         weights, biases, lora_a, lora_b, scalings = self.parts()
         if not all(t.is_contiguous() for t in (*weights, *biases, *lora_a, *lora_b) if t is not None):
@@ -94,11 +96,9 @@ class FusedGroup(nn.Module):
             packed = kernels.PackedGroup(weights, biases, lora_a, lora_b, scalings, self.transposed)
         except RuntimeError:  # tensors without memory: a tracer's
             return self.few_tokens
-        return (
-            kernels.SPLIT_K_TOKENS
-            if packed.path_of(kernels.SPLIT_K_TOKENS, active) == kernels.SM90_PATH
-            else self.few_tokens
-        )
+        if packed.path_of(kernels.SPLIT_K_TOKENS, active) != kernels.SM90_PATH:
+            return self.few_tokens
+        return kernels.SPLIT_K_TOKENS if self.matrix is None else JOINED_TOKENS
 
     def _register(self, number: int | None) -> None:
         self.number = next(_numbers) if number is None else number
@@ -261,3 +261,14 @@ def has_hooks_between(number: int) -> bool:
     """Whether hooks run between the group's linears, which may write to what these receive. Under a compiler as `has_hooks`."""
     layers = [one.layer for one in _groups[number].live]
     return bool(_any_global_hook()) or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def say_what_is_faster(number: int) -> None:
+    """One line of log, when a compiler traces many tokens of a group that could be joined and is not."""
+    live = _groups[number].live
+    if why_not_joined([one.layer for one in live], _groups[number].adapter, [one.b["weight"] for one in live]) is None:
+        kernels.log_once(
+            "LoRA-Switch: compiled batches as large as this one go faster with fuse_for_inference(join_weights=True), which "
+            "moves the backbone's weights in memory: see docs/inference.md."
+        )

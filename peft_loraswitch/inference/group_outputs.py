@@ -14,7 +14,7 @@ from ..layer import LoRASwitchLinear
 from ..routing.decision import Routing
 from ..tensor_parallel import is_split
 from .eager_launch import DirectDeltas, DirectFewTokens, DirectGroup, launchable
-from .fused_group import FusedGroup, has_hooks
+from .fused_group import FusedGroup, has_hooks, say_what_is_faster
 from .joined_weights import expandable
 
 
@@ -96,6 +96,7 @@ def _expanded(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     if matrix is not None:
         *bases, hidden = F.linear(rows, matrix).split([*outs, matrix.shape[0] - sum(outs)], dim=1)
     else:
+        say_what_is_faster(group.number)
         hidden = ops.all_hidden(rows, lora_a)
         bases = [F.linear(rows, weight.T if group.transposed else weight) for weight in weights]
     results = ops.expand(hidden, experts, gates, bases, biases, lora_b, scalings)

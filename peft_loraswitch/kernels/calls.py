@@ -233,6 +233,11 @@ def expansion(
     return _expansion(tuple(linears), lora_b[0].dtype, top_k, lora_b[0].get_device())
 
 
+def _stride(rows: torch.Tensor) -> int:
+    """From one row to the next; where there is none, PyTorch has any number, and calls it contiguous."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
 def expand(
     group: Expansion, hidden: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, bases: Sequence[torch.Tensor] = ()
 ) -> list[torch.Tensor]:  # fmt: skip
@@ -241,11 +246,11 @@ def expand(
     tokens, buffer = hidden.shape[0], bytearray(group.template)
     results = [_empty(hidden, tokens, out) for out in group.outs]
     _CALL.pack_into(
-        buffer, ExpandArgs.hidden.offset, hidden.data_ptr(), experts.data_ptr(), gates.data_ptr(), hidden.stride(0),
+        buffer, ExpandArgs.hidden.offset, hidden.data_ptr(), experts.data_ptr(), gates.data_ptr(), _stride(hidden),
         len(results), tokens,
     )  # fmt: skip
     for i, (result, item) in enumerate(zip(results, _ITEMS, strict=False)):
-        base, stride = (bases[i].data_ptr(), bases[i].stride(0)) if bases else (0, 0)
+        base, stride = (bases[i].data_ptr(), _stride(bases[i])) if bases else (0, 0)
         _BASE_OUTPUT.pack_into(buffer, item + ExpandItem.base.offset, base, result.data_ptr(), stride)
     check(library().ls_expand(bytes(buffer), stream_of(hidden.get_device())), "ls_expand")
     return results

@@ -14,9 +14,10 @@ from torch import nn
 
 from fusing import GPU, adapted, close, devices, ids, join_anywhere, layer_of, logits
 from helpers import tiny_gpt2, tiny_llama
-from peft_loraswitch import LoRASwitchConfig
+from peft_loraswitch import LoRASwitchConfig, kernels
 from peft_loraswitch.inference import group_outputs, joined_weights
 from peft_loraswitch.inference.fuse import adapted_layers
+from peft_loraswitch.inference.fused_group import JOINED_TOKENS
 from peft_loraswitch.inference.fused_layer import FusedLinear
 
 
@@ -66,6 +67,31 @@ def test_compiled_batches_multiply_once_for_a_group(device, experts, monkeypatch
     products = products[:-1]  # without lm_head
     assert [shape for shape in products if any(shape == m.shape for m in found)] == [m.shape for m in found]
     assert (got - want).norm() < 0.03 * want.norm()
+
+
+def test_who_compiles_large_batches_is_told(monkeypatch):
+    said = []
+    monkeypatch.setattr("peft_loraswitch.kernels.log_once", said.append)
+    for join in (True, False):
+        model = adapted(tiny_llama(), "cpu", torch.bfloat16)
+        model.fuse_for_inference("fused", join_weights=join)
+        compiled(model, 150, "cpu")
+        assert bool(said) != join
+    assert all("join_weights=True" in text for text in said)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_fewer_tokens_go_by_the_fused_op():
+    model = joined(tiny_llama(), "cuda")
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    most = {
+        g.compiled_tokens
+        for layer in adapted_layers(model)
+        for g in layer.fused_groups.values()
+        if g.matrix is not None
+    }
+    assert most == ({JOINED_TOKENS} if hopper else {kernels.FAST_TOKENS})
 
 
 @devices
