@@ -2,6 +2,7 @@
 
     python -m recipes.benchmarks.linears [--shape llama-2-7b] [--layers 8] [--tokens 1 8 32] [--ranks 0 8] [--kernels 0 1 2]
     python -m recipes.benchmarks.linears --by-group --tokens 64 --ranks 0 8    # microseconds of q, k, v; o; gate, up; down
+    python -m recipes.benchmarks.linears --by-group --joined --tokens 64 128 256 --ranks 8    # and of weights in one matrix
 
 Compares pure reading of the same bytes, cuBLAS without an adapter, and the kernels with and without one (rank 0). Eight
 layers are 3.2 GB: fifty times an L2 cache.
@@ -182,10 +183,14 @@ def measure(
 
 
 def by_group(
-    shape: str, layers: int, token_counts: list[int], ranks: list[int], torch, tunings, adapter: Adapter
-) -> None:
+    shape: str, layers: int, token_counts: list[int], ranks: list[int], torch, tunings, adapter: Adapter, joined: bool = False
+) -> None:  # fmt: skip
     """Prints microseconds of each group of linears: by cuBLAS without an adapter, and by the kernels. Before each stands a small
-    launch of somebody else's, as in a model; its time is in all of them."""
+    launch of somebody else's, as in a model; its time is in all of them.
+
+    Args:
+        joined: also by cuBLAS with the weights of a group in one matrix.
+    """
     import torch.nn.functional as F
 
     from peft_loraswitch import kernels
@@ -212,20 +217,63 @@ def by_group(
         for tokens in token_counts:
             ids = torch.rand(tokens, adapter.experts, device="cuda").topk(adapter.top_k).indices
             gates = torch.rand(tokens, adapter.top_k, device="cuda")
+            sums: dict[str, float] = {}
             for first in range(groups):
                 width = model.weights[first][0].shape[1]
                 x = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda")
-                times = {"cuBLAS": micros(lambda i: [F.linear(x, w) for w in model.weights[i]], first)}  # noqa: B023
+                of_group = [i for i in range(len(model.weights)) if i % groups == first]
+                calls = {"cuBLAS": lambda i: [F.linear(x, w) for w in model.weights[i]]}  # noqa: B023
                 for tuning in tunings:
                     packed = {
                         i: kernels.PackedGroup(w, [None] * len(w), *experts[i], [1.0] * len(w), tuning=tuning)
-                        for i, w in enumerate(model.weights)
-                        if i % groups == first
+                        for i, w in ((i, model.weights[i]) for i in of_group)
                     }
-                    times[f"kernel {tuning}"] = micros(lambda i: packed[i](x, ids, gates), first)  # noqa: B023
+                    calls[f"kernel {tuning}"] = lambda i, packed=packed: packed[i](x, ids, gates)  # noqa: B023
+                if joined:
+                    calls |= joined_calls(model, of_group, experts if rank else None, x, ids, gates)
+                times = {name: micros(call, first) for name, call in calls.items()}
+                del calls
                 shapes = " ".join(f"{w.shape[0]} x {w.shape[1]}" for w in model.weights[first])
-                line = "  ".join(f"{name} {time:.2f}" for name, time in times.items())
-                print(f"tokens {tokens}  rank {rank}  {shapes}: {line} us", flush=True)
+                print(f"tokens {tokens}  rank {rank}  {shapes}: {_line(times)} us", flush=True)
+                sums = {name: sums.get(name, 0.0) + time for name, time in times.items()}
+            print(f"tokens {tokens}  rank {rank}  a layer: {_line(sums)} us", flush=True)
+
+
+def _line(times: dict[str, float]) -> str:
+    return "  ".join(f"{name} {time:.2f}" for name, time in times.items())
+
+
+def joined_calls(model, of_group: list[int], experts, x, ids, gates) -> dict:
+    """A group's products by cuBLAS with its weights in one matrix, as with `join_weights=True`, by the number of the group: the
+    weights alone; with `experts` (lora_a, lora_b of each group; None: none) also those with lora_a below, the same and `expand`,
+    and `expand` beside a product for each linear."""
+    import torch
+    import torch.nn.functional as F
+
+    from peft_loraswitch import ops
+
+    outs = [w.shape[0] for w in model.weights[of_group[0]]]
+    wide = {i: torch.cat(list(model.weights[i])) for i in of_group}
+    if experts is None:
+        return {"joined": lambda i: F.linear(x, wide[i])}
+    matrices = {i: torch.cat([wide[i], *(a.flatten(0, 1) for a in experts[i][0])]) for i in of_group}
+    wide = {i: matrix[: sum(outs)] for i, matrix in matrices.items()}
+
+    def expanded(i: int, bases, hidden):
+        return ops.expand(hidden, ids, gates, bases, [None] * len(outs), experts[i][1], [1.0] * len(outs))
+
+    def whole(i: int):
+        *bases, hidden = F.linear(x, matrices[i]).split([*outs, len(matrices[i]) - sum(outs)], dim=1)
+        return expanded(i, bases, hidden)
+
+    return {
+        "joined": lambda i: F.linear(x, wide[i]),
+        "with lora_a": lambda i: F.linear(x, matrices[i]),
+        "with expand": whole,
+        "apart with expand": lambda i: expanded(
+            i, [F.linear(x, w) for w in model.weights[i]], ops.all_hidden(x, experts[i][0])
+        ),
+    }
 
 
 def main() -> None:
@@ -240,7 +288,10 @@ def main() -> None:
         "--kernels", type=int, nargs="+", default=[0], help="LS_TUNING_* of csrc/loraswitch.h; 0: choose"
     )
     parser.add_argument("--by-group", action="store_true", help="each group of linears by itself")
+    parser.add_argument("--joined", action="store_true", help="with --by-group: also weights in one matrix")
     args = parser.parse_args()
+    if args.joined and not args.by_group:
+        parser.error("--joined belongs to --by-group")
     import torch
 
     from peft_loraswitch import kernels
@@ -248,8 +299,11 @@ def main() -> None:
     if not torch.cuda.is_available() or not kernels.available():
         parser.error(f"needs a CUDA GPU and the kernels: {kernels.why_not()}")
     adapter = Adapter(args.experts, args.top_k)
-    how = by_group if args.by_group else measure
-    how(args.shape, args.layers, args.tokens, args.ranks, torch, args.kernels, adapter)
+    arguments = (args.shape, args.layers, args.tokens, args.ranks, torch, args.kernels, adapter)
+    if args.by_group:
+        by_group(*arguments, args.joined)
+    else:
+        measure(*arguments)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ def test_the_code_in_the_documents_runs(tmp_path, monkeypatch):
     for code in configurations:
         run(code)
 
-    fused, mixed = blocks("docs/inference.md")
+    fused, joined, mixed = blocks("docs/inference.md")
     run(fused)
+    run(joined + "\nmodel.unfuse()\n")
     shutil.copytree("adapter", "another-adapter")
     save_and_push, load, several = blocks("docs/adapter_files.md")
     saved, pushed = save_and_push.splitlines()

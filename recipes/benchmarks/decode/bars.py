@@ -45,6 +45,7 @@ BARS = (
     Bar("compiled, batch 1, r = 128", "fused", 128, COMPILED, 1, 1.06),
     Bar("compiled, batch 8, r = 128", "fused", 128, COMPILED, 8, 1.32),
     *(Bar(f"compiled, batch {batch}, r = 8", "fused", 8, COMPILED, batch, 1.06) for batch in (64, 128, 256)),
+    *(Bar(f"compiled, batch {n}, r = 8, joined weights", "joined", 8, COMPILED, n, 1.06) for n in (64, 128, 256)),
     *(Bar(f"prefill of {n} tokens, r = 8", "fused", 8, ("prefill",), 1, 1.10, tokens=n) for n in (128, 512)),
     Bar("NF4, batch 1, r = 8, best mode of each", "fused", 8, BEST, 1, 1.05, backbone="nf4"),
     Bar("NF4, batch 8, r = 8, best mode of each", "fused", 8, BEST, 8, 1.05, backbone="nf4"),

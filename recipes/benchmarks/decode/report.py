@@ -30,6 +30,7 @@ PARTS = (
     "recipes/results/decode_h200_parts_2db9912.json",
     "recipes/results/decode_h200_parts_2eca9d4.json",
     "recipes/results/decode_h200_parts_63c9e2a.json",
+    "recipes/results/decode_h200_parts_f2bbd4c.json",
 )
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
@@ -330,6 +331,7 @@ def described(row: Row) -> str:
     mode = f"{row['mode']}, batch {row['batch']}" if row["mode"] != "prefill" else f"prefill of {row['tokens']} tokens"
     adapter = adapter_of(row)
     kind = "" if adapter == usual_adapter(row["method"]) else f",{adapter}"
+    kind += ", `join_weights=True`" if row["method"] == "joined" else ""
     return f"{row.get('backbone', 'bf16')} | {mode}, r = {row['rank']}{kind}"
 
 
@@ -347,7 +349,8 @@ def parts_table(parts: dict[str, Result], whole: Result | None = None) -> tuple[
     lines, files = {}, {}
     for path, part in parts.items():
         for row in part["rows"]:
-            if row["model"] == FIRST and row["method"] == "fused" and row["ratio"] and described(row) not in shown:
+            counts = row["model"] == FIRST and row["method"] in ("fused", "joined") and row["ratio"]
+            if counts and described(row) not in shown:
                 value, bar = row.get("over_faster", row["ratio"]), asked.get(id(row), "")
                 cells = f"{row['backbone_ms']:.2f} ms | **{value:.3f}** | {bar} | {part['header']['commit']}"
                 lines[described(row)], files[described(row)] = f"| {described(row)} | {cells} |", path
