@@ -3,6 +3,7 @@ which a command writes, have tests of their own)."""
 
 from __future__ import annotations
 
+import csv
 import json
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_training_on_a_gpu() -> None:
     assert said in document("docs/training.md") and f"(PEFT's LoRA of rank 16: {lora:.0f};" in document(
         "docs/training.md"
     )
+
+
+def test_losses_of_the_fused_path() -> None:
+    page = document("recipes/benchmarks/README.md")
+    for file, said in (
+        ("train_losses_h200.csv", "fused path are {} nats away on average, those of the plain form in float32 {}"),
+        ("train_losses_cpu.csv", "--device cpu`) {} and {}"),
+    ):
+        with (ROOT / "recipes" / "results" / file).open(newline="") as lines:
+            rows = [{run: float(loss) for run, loss in row.items()} for row in csv.DictReader(lines)]
+        assert len(rows) == 300
+        apart = (sum(abs(row[run] - row["plain"]) for row in rows) / 300 for run in ("fused", "float32"))
+        assert said.format(*(f"{mean:.4f}" for mean in apart)) in page, file
 
 
 def test_serving_batches() -> None:
