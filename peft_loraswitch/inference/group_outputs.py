@@ -75,7 +75,7 @@ def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     """The outputs of a group for many tokens: one shrink for the whole group, and a product more for each linear."""
     weights, biases, lora_a, lora_b, scalings = group.parts()
     rows = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling() and group.kernels and rows.shape[0] <= _EXPANDED_TOKENS and expandable(lora_b):
+    if torch.compiler.is_compiling() and rows.shape[0] <= _EXPANDED_TOKENS and _by_expand(group, lora_b):
         return _expanded(group, x, routing)
     results = []
     hidden = _hidden(rows, routing, lora_a, scalings)
@@ -85,22 +85,34 @@ def _dense(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     return results
 
 
+def _by_expand(group: FusedGroup, lora_b: list[Tensor]) -> bool:
+    return bool(group.kernels and group.within) and expandable(lora_b)
+
+
 def _expanded(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     """The same with gates, B, bias and sum in one launch; one product makes the rest if the weights lie in one matrix."""
-    weights, biases, lora_a, lora_b, scalings = group.parts()
+    weights, biases, lora_a, lora_b, _ = group.parts()
     rows = x.reshape(-1, x.shape[-1])
-    experts, gates = (each.reshape(-1, each.shape[-1]) for each in (routing.experts, routing.gates))
-    outs = [b.shape[1] for b in lora_b]
     bases: list[Tensor]
     matrix: Tensor | None = group.matrix
     if matrix is not None:
+        outs = [b.shape[1] for b in lora_b]
         *bases, hidden = F.linear(rows, matrix).split([*outs, matrix.shape[0] - sum(outs)], dim=1)
     else:
         say_what_is_faster(group.number)
         hidden = ops.all_hidden(rows, lora_a)
         bases = [F.linear(rows, weight.T if group.transposed else weight) for weight in weights]
+    return _add_experts(group, bases, hidden, biases, x, routing)
+
+
+def _add_experts(
+    group: FusedGroup, bases: list[Tensor], hidden: Tensor, biases: Sequence[Tensor | None], x: Tensor, routing: Routing
+) -> list[Tensor]:  # fmt: skip
+    """bases [T, out] each plus biases and what the experts make of their hidden [T, sum of E * r], in one launch."""
+    _, lora_b, scalings = group.experts()
+    experts, gates = (each.reshape(-1, each.shape[-1]) for each in (routing.experts, routing.gates))
     results = ops.expand(hidden, experts, gates, bases, biases, lora_b, scalings)
-    return [result.view(*x.shape[:-1], out) for result, out in zip(results, outs, strict=True)]
+    return [result.view(*x.shape[:-1], b.shape[1]) for result, b in zip(results, lora_b, strict=True)]
 
 
 def _hidden(rows: Tensor, routing: Routing, lora_a: list[Tensor], scalings: list[float]) -> list[Tensor]:
@@ -126,8 +138,13 @@ def _beside_base(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing:
         if results is None:
             results = ops.deltas(bases, x, routing.experts, routing.gates, lora_a, lora_b, scalings)
         return group.leave(x, results)
-    hidden = _hidden(x.reshape(-1, x.shape[-1]), routing, lora_a, scalings)
-    return group.leave(x, [_added(base, h, b) for base, h, b in zip(bases, hidden, lora_b, strict=True)])
+    rows = x.reshape(-1, x.shape[-1])
+    if fit and _by_expand(group, lora_b):
+        flat = [base.reshape(-1, base.shape[-1]) for base in bases]  # a quantised base layer may return a view
+        hidden = ops.all_hidden(rows, lora_a)
+        return group.leave(x, _add_experts(group, flat, hidden, [None] * len(flat), x, routing))
+    hiddens = _hidden(rows, routing, lora_a, scalings)
+    return group.leave(x, [_added(base, h, b) for base, h, b in zip(bases, hiddens, lora_b, strict=True)])
 
 
 def _deltas_of(group: FusedGroup, x: Tensor, routing: Routing) -> DirectDeltas | None:
@@ -143,5 +160,5 @@ def _added(base: Tensor, hidden: Tensor, lora_b: Tensor) -> Tensor:
     """base [..., out] plus what the experts make of `hidden` [T, E * r], in the dtype of the base."""
     if base.dtype != hidden.dtype:
         return base + (hidden @ ops.wide(lora_b).T).to(base.dtype).view(base.shape)
-    # Out of place: a quantised base layer may return a view. One rounding, which `ops.expand` and a sum would make two.
+    # Out of place: a quantised base layer may return a view.
     return torch.addmm(base.reshape(-1, base.shape[-1]), hidden, ops.wide(lora_b).T).view(base.shape)

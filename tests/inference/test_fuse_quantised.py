@@ -91,6 +91,21 @@ def test_many_tokens_take_one_shrink_a_group(monkeypatch):
     assert shrinks == [3, 1, 2, 1] * LAYERS and not of
 
 
+@devices
+def test_many_tokens_in_16_bits_take_one_launch_of_expand_a_group(device, monkeypatch):
+    model = made(device, torch.bfloat16)
+    tokens = ids(3, 20, device)
+    expected = logits(model, tokens)
+    model.fuse_for_inference("fused")
+    for layer in adapted_layers(model):
+        for group in layer.fused_groups.values():
+            group.kernels = True
+    groups, original = [], ops.expand
+    monkeypatch.setattr(ops, "expand", lambda *a: (groups.append(len(a[3])), original(*a))[1])
+    assert close(logits(model, tokens).float(), expected.float(), 0.02)
+    assert groups == [3, 1, 2, 1] * LAYERS
+
+
 @pytest.mark.parametrize("others", [("q_proj",), ("k_proj",), ("q_proj", "v_proj"), ("up_proj",)])
 def test_a_quantised_linear_shares_no_launch_with_a_plain_one(others):
     model = made(names=others)

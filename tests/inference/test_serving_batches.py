@@ -65,6 +65,20 @@ def test_ranks_that_expand_does_not_take(expanded: list[int]):
     assert (got - want).norm() < 0.03 * want.norm()
 
 
+@devices
+@pytest.mark.parametrize("batch", [1, 40, 200])
+def test_more_experts_for_a_token_than_the_ops_take(batch: int, device: str, expanded: list[int]):
+    model = adapted(tiny_llama(), device, torch.bfloat16, num_experts=12, top_k=9)
+    tokens = ids(batch, 1, device)
+    want = logits(model, tokens).double()
+    model.fuse_for_inference()
+    as_on_a_gpu(model, 32)
+    torch._dynamo.reset()
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).logits.double()
+    assert not expanded
+    assert (got - want).norm() < 0.03 * want.norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_hopper_gives_so_many_tokens_of_compiled_code_to_the_fused_op():
