@@ -58,7 +58,7 @@ def test_one_op_a_group_for_few_tokens_and_the_library_for_many(op_alone):
     for tokens in (ids(1, 33, "cpu"), MANY):
         with launches() as of:
             logits(model, tokens)
-        assert not [op for op, _ in of if op not in ("route",)] and not op_alone.calls
+        assert [one for one in of if one[0] != "route"] == [("expand", n) for n in SIZES] and not op_alone.calls
 
 
 def test_one_c_call_a_group_without_a_compiler(library):
