@@ -45,7 +45,10 @@ def create_lorarite_optimizer(model: nn.Module, lr: float, weight_decay: float =
                 )
             pairs.append((a, b))
     if not pairs:
-        raise ValueError("create_lorarite_optimizer: the model has no adapter that trains. Set one active first.")
+        raise ValueError(
+            "create_lorarite_optimizer: the model has no adapter that trains A and B of its experts. Set one active that does; "
+            'with trainable="router" there are none to train, and any other optimizer trains the router.'
+        )
     paired = {id(each) for pair in pairs for each in pair}
     rest = [each for each in model.parameters() if each.requires_grad and id(each) not in paired]
     return ExpertsRite(pairs, rest, lr=lr, weight_decay=weight_decay, **options)

@@ -236,11 +236,15 @@ def check_shape(
     where: Any, key: str, shape: tuple[int, ...], wanted: tuple[int, ...], config: LoRASwitchConfig
 ) -> None:
     """Raise a ValueError unless the two are the same."""
-    if shape != wanted:
-        raise ValueError(
-            f"{where}: wrong shape: '{key}' is {list(shape)}, this model needs {list(wanted)}. The adapter was made for "
-            f"another backbone ({config.base_model_name_or_path or 'its name was not saved'})."
-        )
+    if shape == wanted:
+        return
+    features = -2 if "loraswitch_B" in key else -1  # [E, out, r]; [E, r, in], [E, in]
+    if "loraswitch" in key and len(shape) == len(wanted) and shape[features] == wanted[features]:
+        why = "The adapter has other experts than this configuration asks for: compare num_experts, num_shared_experts and r"
+    else:
+        name = config.base_model_name_or_path or "its name was not saved"
+        why = f"The adapter was made for another backbone ({name})"
+    raise ValueError(f"{where}: wrong shape: '{key}' is {list(shape)}, this model needs {list(wanted)}. {why}.")
 
 
 def check_vocabulary(where: Any, info: TensorInfo, wanted: tuple[int, ...]) -> None:

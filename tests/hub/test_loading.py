@@ -11,7 +11,14 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from transformers import AutoModelForCausalLM
 
 from helpers import adapted, randomize_adapter, switch_config, switch_layers, tiny_llama, tiny_llama_classifier, tokens
@@ -282,6 +289,18 @@ def test_tensors_given_directly():
     bad = {n.replace(".default", ""): torch.ones(3, 3) for n in good}
     with pytest.raises((ValueError, RuntimeError), match=r"layers.0.*loraswitch_A.default.weight"):
         set_peft_model_state_dict(model, bad)
+
+
+@pytest.mark.parametrize(
+    ("changed", "blamed"),
+    [({"num_experts": 5}, "compare num_experts"), ({"r": 2}, "compare num_experts.* and r"), ({}, "another backbone")],
+    ids=str,
+)
+def test_tensors_of_another_adapter_given_directly(changed, blamed):
+    model = get_peft_model(tiny_llama(), switch_config())
+    other = get_peft_model(tiny_llama(**({} if changed else {"hidden_size": 64})), switch_config(**changed))
+    with unchanged(model), pytest.raises(ValueError, match=f"wrong shape.*{blamed}"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
 
 
 def test_a_given_configuration_is_compared_with_the_file(saved):
