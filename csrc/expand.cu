@@ -274,7 +274,10 @@ LS_EXPORT int ls_expand(const ls_expand_args *args, void *stream) {
   if (error) return error;
   if (args->tokens == 0) return 0;
   if (!args->hidden || !args->experts || !args->gates) return LS_ERROR_POINTER;
-  if (!ls::aligned16(args->hidden) || args->hidden_stride < 0 || args->hidden_stride % ls::kUnit) return LS_ERROR_ARGUMENT;
+  int64_t width = 0;
+  for (int i = 0; i < args->n_items; ++i) width += args->num_experts * args->items[i].rank;
+  const bool apart = args->hidden_stride == 0 || args->hidden_stride >= width;
+  if (!ls::aligned16(args->hidden) || !apart || args->hidden_stride % ls::kUnit) return LS_ERROR_ARGUMENT;
   for (int i = 0; i < args->n_items; ++i) {
     const ls_expand_item &item = args->items[i];
     if (!item.out) return LS_ERROR_POINTER;

@@ -297,10 +297,11 @@ class LoRASwitchModel(BaseTuner):
                 makes the decoding of one sequence faster; elsewhere it gains nothing, and the model stays as it is.
             in_place: with "merge": merge into the backbone's own weights (a copy on the host is kept for `unfuse()`). Each
                 token adds a rounding error: docs/kernel_log.md has the measured drift.
-            join_weights: with "fused" on a CUDA GPU, for compiled decoding of large batches (33 to 256 tokens): move the weights
-                of linears that receive the same tensor (q, k, v; gate, up) into one matrix, so that a library multiplies once
-                for all of them. Parameters keep their values and names, and have memory of their own again after `unfuse()`.
-                CUDA graphs captured before, and tensors taken by `.data` or `state_dict()` before, do not follow.
+            join_weights: with "fused" on a CUDA GPU, for compiled decoding of large batches (65 to 256 tokens; from 33 on GPUs
+                other than an H100 or H200): move the weights of linears that receive the same tensor (q, k, v; gate, up) into
+                one matrix, so that a library multiplies once for all of them. Parameters keep their values and names, and have
+                memory of their own again after `unfuse()`. CUDA graphs captured before, and tensors taken by `.data` or
+                `state_dict()` before, do not follow.
 
         Returns:
             Fusion: has `strategy`, `reason` (why kernels are not used, or None), `groups` (names of linears that share a

@@ -18,7 +18,7 @@ from .counted_writes import count_writes, is_counted
 @dataclass
 class Casts:
     """lora_a and lora_b of one adapter as they are served, each in a dictionary like a module's `_parameters`, and of what they
-    were made. `b` is the experts' own if `joined` and in their dtype.
+    were made. `b` is the experts' own if `joined` and lora_b has the dtype that the ops take.
 
     Attributes:
         joined: lora_a lies in one matrix with the group's weights, and is a copy whatever the dtype.
@@ -72,6 +72,10 @@ def current_casts(
         found = casts[adapter] = Casts({}, {}, fingerprint)
     changed = fingerprint.taken != found.fingerprint.taken
     with torch.inference_mode(False), torch.no_grad():  # casts that forwards of every mode can use and write
+        if found.joined and b.dtype == dtype:
+            found.b = experts_b._parameters
+        elif isinstance(found.b.get("weight"), torch.nn.Parameter):
+            found.b = {}
         for cast, weight in ((found.a, a), (found.b, b)):  # the dictionaries that groups know
             if cast is experts_b._parameters:
                 continue

@@ -33,7 +33,7 @@ from .fused_layer import (
     resolve,
     take_off,
 )
-from .joined_weights import join, part, why_not_joined
+from .joined_weights import join, part, shared_memory, why_not_joined
 from .merged_weights import MergedWeights
 from .shared_inputs import Watch
 
@@ -71,7 +71,8 @@ class Fusion:
         unfuse(self.model)
 
     def __repr__(self) -> str:
-        return f"Fusion(strategy={self.strategy!r}, groups={len(self.groups)}, reason={self.reason!r})"
+        joined = f", joined={len(self.joined)}" if self.joined else ""
+        return f"Fusion(strategy={self.strategy!r}, groups={len(self.groups)}{joined}, reason={self.reason!r})"
 
 
 def fuse(model: nn.Module, strategy: Strategy = "auto", in_place: bool = False, join_weights: bool = False) -> Fusion:
@@ -137,7 +138,7 @@ def _fuse(model: nn.Module, strategy: Strategy, in_place: bool, join_weights: bo
         groups = watch.groups()
         _put_on_all(layers, groups, merging, watch.dtypes())
         layers[0].routing_state.fused = True
-        joined = _join_all(layers) if join_weights else []
+        joined = _join_all(model, layers) if join_weights else []
         names = [[layer.name for layer in group] for group in groups]
         return Fusion(model, "merge" if merging else "fused", reason, names, joined)
     except BaseException:  # a KeyboardInterrupt, too
@@ -165,26 +166,31 @@ def _put_on_all(
         resolve(layer)  # type: ignore[arg-type]
 
 
-def _join_all(layers: list[Any]) -> list[list[str]]:
+def _join_all(model: nn.Module, layers: list[Any]) -> list[list[str]]:
     """Join the weights of every group of the active adapter that can be; one line of log says why others are not."""
-    joined, reasons = [], set()
+    joined, reasons, shared = [], set(), shared_memory(model)
+    old: list[torch.Tensor] = []
     for layer in layers:
         adapters = layer.active_adapters
-        group = layer.fused_groups.get(adapters[0]) if len(adapters) == 1 else None
-        if layer.fusing.leader is not layer or group is None:
+        if layer.fusing.leader is not layer:
             continue
-        members = [one.layer for one in group.live]
-        reason = why_not_joined(members, group.adapter, [one.b["weight"] for one in group.live])
-        if reason is None:
-            try:
-                join(members, group.adapter)
-            except torch.OutOfMemoryError:
-                reasons.add("there is too little memory for one group's weights a second time")
-                break
-            resolve(layer)
-            joined.append([member.name for member in members])
-        else:
+        if len(adapters) != 1 or adapters[0] not in layer.fused_groups:
+            reasons.add("it is for linears with one active adapter")
+            continue
+        live = layer.fused_groups[adapters[0]].live
+        members = [one.layer for one in live]
+        reason = why_not_joined(members, adapters[0], [one.b["weight"] for one in live], shared)
+        if reason is not None:
             reasons.add(reason)
+            continue
+        try:
+            old = join(members, adapters[0])  # kept until the next group's are
+        except torch.OutOfMemoryError:
+            reasons.add("there is too little memory for one group's weights a second time")
+            break
+        resolve(layer)
+        joined.append([member.name for member in members])
+    del old
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the weights have left is in pieces of other sizes than the matrices need
     if reasons:
@@ -208,10 +214,8 @@ def _take_off_all(model: nn.Module) -> None:
     begun = [vars(layer)["fusing"] for layer in layers if "fusing" in vars(layer)]
     if begun and begun[0].merging is not None:
         begun[0].merging.restore()
+    part(layers)
     for layer in layers:
-        fusing: Any = vars(layer).get("fusing")
-        for adapter in () if fusing is None else list(fusing.joined):
-            part(layer, adapter)
         layer.routing_state.fused = False
         current.frames.pop(layer.routing_state.key, None)  # nobody looks for it there any more
         take_off(layer)
@@ -244,10 +248,10 @@ def refresh_fused(model: nn.Module) -> None:
       parameters, scalings and base layers;
     - at the next forward that is not compiled (`generate` begins with one): writes to experts that PyTorch counts, with those
       through `parameter.data` and by optimisers, fused ones too;
-    - not at all where layers work from copies (experts of another dtype than the backbone's, strategy "merge", scales of 4-bit
-      weights that are quantised themselves): writes of which PyTorch knows nothing, through NumPy, DLPack, one's own kernels, a
-      flat buffer that parameters are parts of, or `parameter.data` taken before fusing; of such scales any `.data`. Call this
-      after those, and where nothing but compiled code runs.
+    - not at all where layers work from copies (experts of another dtype than the backbone's or with `join_weights`, strategy
+      "merge", scales of 4-bit weights that are quantised themselves): writes of which PyTorch knows nothing, through NumPy,
+      DLPack, one's own kernels, a flat buffer that parameters are parts of, or `parameter.data` taken before fusing; of such
+      scales any `.data`. Call this after those, and where nothing but compiled code runs.
 
     Args:
         model: a model with LoRA-Switch layers. Nothing happens if it is not fused.

@@ -43,10 +43,12 @@ class FusedGroup(nn.Module):
         four_bit: the base layers' weights have 4 bits, and the ops read them for few tokens: packed0, ..., scales0, ...,
             code0 (see `FourBitWeight`).
         plain, transposed, kernels, few_tokens: see `BaseFacts`.
-        matrix: weights and lora_a, one after the other, if they lie so in memory (`joined_weights.py`); else None.
+        matrix: weights and lora_a, one after the other, if they lie so in memory (`joined_weights.py`); else None. moved0, ...:
+            the parameters whose memory is in it.
         compiled_tokens: up to how many tokens compiled code goes by `ops.linear`: where a GPU has a kernel for it, more.
         routed: they follow the decision; False: they have shared experts only.
         within: the ops take an adapter of this size.
+        offloaded: the experts' weights are somewhere else until their modules are called (accelerate's offloading).
         live: each linear; fingerprint: of all that is read of them. No forward that is compiled without gradients looks at these.
         direct: the group as the kernels take it when no compiler is at work, once it has been called so; deltas: the same of one
             that is not plain.
@@ -76,7 +78,10 @@ class FusedGroup(nn.Module):
             self.__dict__.update({f"{name}{i}": value for name, value in values.items()})  # not among its parameters
         self.four_bit = facts.four_bit is not None and self._reads_four_bits(facts.four_bit, active)
         self.matrix = matrix if matrix is not None and self._lies_in(matrix) else None
+        if self.matrix is not None:
+            self.__dict__.update({f"moved{i}": one.base["weight"] for i, one in enumerate(live)})
         self.compiled_tokens = self._compiled_tokens(active)
+        self.offloaded = any(tensor.is_meta for one in live for tensor in (one.a["weight"], one.b["weight"]))
         self.direct: DirectFewTokens | None = None
         self.deltas: DirectDeltas | None = None
 
@@ -85,6 +90,15 @@ class FusedGroup(nn.Module):
             return False
         weights, _, lora_a, _, _ = self.parts()
         return lies_in(matrix, weights, lora_a)
+
+    def joined_matrix(self) -> Tensor | None:
+        """`matrix`, unless another parameter has been assigned: compiled code checks which it is."""
+        if self.matrix is None:
+            return None
+        for i in range(self.size):
+            if getattr(self, f"base{i}")["weight"] is not getattr(self, f"moved{i}"):
+                return None
+        return self.matrix
 
     def _compiled_tokens(self, active: int) -> int:
         if not (self.plain and self.kernels and self.within):
@@ -157,7 +171,13 @@ class FusedGroup(nn.Module):
     def routing(self, layer: LoRASwitchLinear, x: Tensor, frame: RoutingFrame) -> Routing | None:
         """What the tokens of x follow, if the ops can serve this call; None if it must take the unfused forward."""
         a: Tensor = self.a0  # type: ignore[assignment]
-        if frame.adapter_names is not None or x.dtype != a.dtype or x.get_device() != a.get_device() or x.numel() == 0:
+        if (
+            self.offloaded
+            or frame.adapter_names is not None
+            or x.dtype != a.dtype
+            or x.get_device() != a.get_device()
+            or x.numel() == 0
+        ):
             return None
         gradients = torch.is_grad_enabled()
         if gradients and (x.requires_grad or self.trains()):
@@ -188,7 +208,7 @@ class FusedGroup(nn.Module):
         if options.top_k > kernels.MAX_TOP_K or options.num_choices > kernels.MAX_EXPERTS:
             return layer.routing_for(adapter, frame, x)
         weight: Any = router_layer.loraswitch_router[adapter].weight
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if weight.dtype not in ops.FLOATS or (torch.is_grad_enabled() and weight.requires_grad):
             return layer.routing_for(adapter, frame, x)
         if options.decay:
             context = frame.context(adapter, options, x.shape[:-1], x.device)

@@ -35,7 +35,7 @@ from .expert_casts import Casts, current_casts, served_dtype
 from .four_bit import FourBitWeight, current_four_bit
 from .fused_group import FusedGroup
 from .group_outputs import compute
-from .joined_weights import part
+from .joined_weights import leave
 from .live_linear import LiveLinear, live_linear
 from .merged_weights import MergedWeights
 
@@ -69,6 +69,10 @@ class Fusing:
         self.joined: dict[str, Tensor] = {}
         self.four_bit: FourBitWeight | None = None
         self.handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles: their weights do not lie in a matrix
+        apart = {adapter: casts for adapter, casts in self.casts.items() if not casts.joined}
+        return {**self.__dict__, "joined": {}, "casts": apart}
 
     def watch(self, layer: LoRASwitchLinear) -> None:
         """Hear of it when weights are loaded, and before those that may be merged in place are read or loaded."""
@@ -150,6 +154,7 @@ class FusedLinear(LoRASwitchLinear):
     def restored(self) -> None:
         """What `rollback.Snapshot` calls when it has put the layer's attributes and weights back."""
         invalidate(self)
+        resolve(self)  # others have had its groups' numbers meanwhile
 
 
 def _put_back(layer: Any, *_: Any) -> None:
@@ -306,7 +311,7 @@ def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
     for member in members:
         member.fusing.four_bit = current_four_bit(member, facts_of(member).four_bit, member.fusing.four_bit)
     for adapter in [name for name in layer.fusing.joined if name not in layer.loraswitch_A]:
-        part(layer, adapter)
+        leave(layer, layer.fusing.members, adapter)
     groups = {}
     for adapter in layer.loraswitch_A:
         together = [m for m in members if m is layer or _same_launch(m, layer, adapter, facts)]
@@ -314,7 +319,7 @@ def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
         number, matrix = None if before is None else before.number, layer.fusing.joined.get(adapter)
         groups[adapter] = FusedGroup(_live(together, adapter), adapter, facts, number, matrix)
         if matrix is not None and groups[adapter].matrix is None:  # one of the weights has left it
-            part(layer, adapter)
+            leave(layer, layer.fusing.members, adapter)
             groups[adapter] = FusedGroup(_live(together, adapter), adapter, facts, number)
         for experts in (layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]):
             experts.replaced = layer.resolve_experts

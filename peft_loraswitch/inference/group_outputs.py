@@ -22,6 +22,8 @@ def compute(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing: Rout
     """The output of `layer` with the group's adapter, unmerged; the outputs of the group's other linears are left for them.
     A compiler apart, the group is up to date."""
     reads_weights = group.plain or group.four_bit
+    if group.offloaded:
+        return LoRASwitchLinear.forward(layer, x)
     if torch.compiler.is_compiling() and reads_weights and has_hooks(group.number):
         return LoRASwitchLinear.forward(layer, x)
     most = group.compiled_tokens if torch.compiler.is_compiling() else group.few_tokens
@@ -94,7 +96,7 @@ def _expanded(group: FusedGroup, x: Tensor, routing: Routing) -> list[Tensor]:
     weights, biases, lora_a, lora_b, _ = group.parts()
     rows = x.reshape(-1, x.shape[-1])
     bases: list[Tensor]
-    matrix: Tensor | None = group.matrix
+    matrix = group.joined_matrix()
     if matrix is not None:
         outs = [b.shape[1] for b in lora_b]
         *bases, hidden = F.linear(rows, matrix).split([*outs, matrix.shape[0] - sum(outs)], dim=1)

@@ -8,11 +8,13 @@ weights lie in it (`lies_in`), and multiplies by each of them if not, say after 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import kernels
 from ..fingerprint import Fingerprint
@@ -42,10 +44,16 @@ def lies_in(matrix: Tensor, weights: Sequence[Tensor], lora_a: Sequence[Tensor])
     return rows == matrix.shape[0]
 
 
-def why_not_joined(members: Sequence[LoRASwitchLinear], adapter: str, lora_b: Sequence[Tensor]) -> str | None:
-    """Why the linears of a group stay as they are; None if they can be joined."""
+def why_not_joined(
+    members: Sequence[LoRASwitchLinear], adapter: str, lora_b: Sequence[Tensor], shared: Container[int] = ()
+) -> str | None:  # fmt: skip
+    """Why the linears of a group stay as they are; None if they can be joined.
+
+    Args:
+        shared: of the model, see `shared_memory`.
+    """
     return _why_it_gains_nothing(members, adapter, lora_b) or _why_weights_stay(
-        [base_of(member).weight for member in members]
+        [base_of(member).weight for member in members], shared
     )
 
 
@@ -58,22 +66,42 @@ def _why_it_gains_nothing(members: Sequence[LoRASwitchLinear], adapter: str, lor
     return None
 
 
-def _why_weights_stay(weights: Sequence[Tensor]) -> str | None:
+def _why_weights_stay(weights: Sequence[Tensor], shared: Container[int]) -> str | None:
     for weight in weights:
+        if weight in _moved or len({id(each) for each in weights}) != len(weights):
+            return "linears share a weight"
         if weight.is_inference() or not weight.is_contiguous():
             return "a weight was made within inference_mode, or is not contiguous"
+        if weight.untyped_storage().data_ptr() in shared:
+            return "a weight shares its memory with another tensor of the model"
         if weight.untyped_storage().nbytes() != weight.nbytes:
             return "a weight is part of a larger tensor"
-    if len({weight.data_ptr() for weight in weights}) != len(weights):
-        return "linears share a weight"
     return None
 
 
-def join(members: Sequence[Any], adapter: str) -> None:
+def shared_memory(model: nn.Module) -> set[int]:
+    """Where memory begins that several parameters and buffers of `model` have, by intention: it must not be split."""
+    first: dict[int, int] = {}
+    shared = set()
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
+            address = tensor.untyped_storage().data_ptr()
+            if first.setdefault(address, id(tensor)) != id(tensor):
+                shared.add(address)
+    return shared
+
+
+_moved = WeakIdKeyDictionary()  # parameters that `join` has moved, and where the memory begins that they were moved to
+
+
+def join(members: Sequence[Any], adapter: str) -> list[Tensor]:
     """Move the base weights of `members` (fused layers, one group, its leader first) into a new matrix, with a copy of their
     lora_a of `adapter`: [sum of out + sum of E * r, in], kept at the leader's `fusing.joined`.
 
     Each weight is moved by itself, with its values: what cuts this short leaves a model that is right.
+
+    Returns:
+        The weights' old memory, for a caller who keeps it a little longer: another thread may just have read an address.
 
     Raises:
         torch.OutOfMemoryError: there is no room for one group's weights a second time. Nothing has been changed.
@@ -88,51 +116,77 @@ def join(members: Sequence[Any], adapter: str) -> None:
             part.copy_(weight)
         for tensor in (matrix, *parts):
             torch._dynamo.mark_static_address(tensor, guard=False)  # CUDA graphs read it in place, like a parameter
-        members[0].fusing.joined[adapter] = matrix
-        for part, member in zip(parts[len(weights) :], members, strict=True):
-            _keep_copy(member, adapter, part)
-        if matrix.is_cuda:
-            torch.cuda.synchronize(matrix.device)  # other streams have read the old memory before it goes
-        for part, weight in zip(parts, weights, strict=False):
-            weight.data = part
+        try:
+            for part, member in zip(parts[len(weights) :], members, strict=True):
+                _keep_copy(member, adapter, part)
+            members[0].fusing.joined[adapter] = matrix
+        except BaseException:
+            leave(members[0], members, adapter)
+            raise
+        return [_move(weight, part) for part, weight in zip(parts, weights, strict=False)]
 
 
 def _keep_copy(member: Any, adapter: str, part: Tensor) -> None:
     """Serve lora_a of `adapter` from a copy in `part` of a matrix."""
     fusing, a = member.fusing, member.loraswitch_A[adapter].weight
     before = fusing.casts.get(adapter)
-    b = member.loraswitch_B[adapter]._parameters if before is None else before.b
     of_nothing = Fingerprint()
     of_nothing.invalidate()
+    b = {} if before is None else before.b
     fusing.casts[adapter] = Casts({"weight": part.view(a.shape)}, b, of_nothing, joined=True)
     torch._dynamo.mark_static_address(fusing.casts[adapter].a["weight"], guard=False)
     current_casts(member, fusing.casts, adapter, fusing.seen)
 
 
-def part(leader: Any, adapter: str) -> None:
-    """Take `join(leader.fusing.members, adapter)` back: weights have memory of their own again, except where there is none."""
-    matrix = leader.fusing.joined.get(adapter)
-    for member in leader.fusing.members if matrix is not None else ():
-        weight: Any = getattr(base_of(member), "weight", None)
-        if _is_within(weight, matrix):
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    weight.data = weight.detach().clone()
-            except torch.OutOfMemoryError:
-                kernels.log_once(
-                    "LoRA-Switch: too little memory to give joined weights memory of their own again: they stay where they are, "
-                    "with the values that they have."
-                )
-                break
-    for member in leader.fusing.members:
-        casts = member.fusing.casts.get(adapter)
+def _move(parameter: nn.Parameter, to: Tensor) -> Tensor:
+    """Give a parameter the memory of `to`, which has its values. Returns the old."""
+    _synchronize(to)  # other streams may read the new memory at once
+    old = parameter.detach()
+    _moved[parameter] = to.untyped_storage().data_ptr()
+    parameter.data = to
+    _synchronize(old)  # and have read the old
+    return old
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def leave(leader: Any, members: Sequence[Any], adapter: str) -> None:
+    """The matrix of a group is used no more, since a weight has left it, or there is none for it yet. Weights that are in it stay
+    there until `part`."""
+    for member in members:
+        fusing = vars(member).get("fusing")
+        casts = None if fusing is None else fusing.casts.get(adapter)
         if casts is not None and casts.joined:
-            del member.fusing.casts[adapter]
-    leader.fusing.joined.pop(adapter, None)  # last: what is cut short is done again
+            del fusing.casts[adapter]
+    leader.fusing.joined.pop(adapter, None)
 
 
-def _is_within(weight: Any, matrix: Tensor) -> bool:
-    if type(weight) not in (nn.Parameter, Tensor) or weight.device != matrix.device:
-        return False
-    same: bool = weight.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()
-    return same
+def part(layers: Sequence[Any]) -> None:
+    """Give all weights of `layers` that `join` has moved memory of their own again; those for which there is none stay."""
+    for layer in layers:
+        fusing = vars(layer).get("fusing")
+        for adapter in () if fusing is None else list(fusing.joined):
+            leave(layer, fusing.members, adapter)
+        # Also those that are weights under another name now, or were somewhere else when somebody looked last.
+        for parameter in layer.get_base_layer().parameters():
+            if parameter in _moved and not _part(parameter):
+                return
+
+
+def _part(parameter: nn.Parameter) -> bool:
+    """False: there is no memory for it."""
+    if type(parameter) is nn.Parameter and parameter.untyped_storage().data_ptr() == _moved[parameter]:
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                _move(parameter, parameter.detach().clone())
+        except torch.OutOfMemoryError:
+            kernels.log_once(
+                "LoRA-Switch: too little memory to give joined weights memory of their own again: they stay where they are, "
+                "with the values that they have."
+            )
+            return False
+    del _moved[parameter]
+    return True

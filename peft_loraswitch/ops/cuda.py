@@ -98,7 +98,8 @@ def _linear_4bit_cuda(
 
 def _rows_in_place(tensor: Tensor) -> Tensor:
     """[T, n] as `kernels.expand` reads it: rows may be parts of longer rows."""
-    fits = tensor.stride(1) == 1 and tensor.stride(0) % 8 == 0
+    apart = tensor.stride(0)  # of any size where there is one row
+    fits = tensor.stride(1) == 1 and (len(tensor) < 2 or (apart >= tensor.shape[1] and apart % 8 == 0))
     return tensor if fits else tensor.contiguous()
 
 

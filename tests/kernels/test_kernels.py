@@ -181,7 +181,7 @@ def test_launches_without_a_gpu_return_an_error_and_do_not_crash(library):
     assert lib.ls_expand(bytes(args), None) == 100002  # no hidden
     args.hidden = args.experts = args.gates = args.items[0].out = 4096
     assert 0 < lib.ls_expand(bytes(args), None) < 1000 and 0 < lib.ls_widen(bytes(args), None) < 1000
-    for field, value in (("hidden_stride", -8), ("hidden_stride", 68)):
+    for field, value in (("hidden_stride", -8), ("hidden_stride", 68), ("hidden_stride", 56)):
         other = kernels.abi.ExpandArgs.from_buffer_copy(args)
         setattr(other, field, value)
         assert lib.ls_expand(bytes(other), None) == 100001
