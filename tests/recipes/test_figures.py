@@ -9,7 +9,7 @@ from typing import Any
 
 from recipes.checkout import ROOT
 
-NEWEST_SERVING = "decode_h200_parts_f2bbd4c.json"
+NEWEST_SERVING = "decode_h200_parts_57c5685.json"
 
 
 def result(name: str) -> dict[str, Any]:
