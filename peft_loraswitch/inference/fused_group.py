@@ -171,13 +171,7 @@ class FusedGroup(nn.Module):
     def routing(self, layer: LoRASwitchLinear, x: Tensor, frame: RoutingFrame) -> Routing | None:
         """What the tokens of x follow, if the ops can serve this call; None if it must take the unfused forward."""
         a: Tensor = self.a0  # type: ignore[assignment]
-        if (
-            self.offloaded
-            or frame.adapter_names is not None
-            or x.dtype != a.dtype
-            or x.get_device() != a.get_device()
-            or x.numel() == 0
-        ):
+        if frame.adapter_names is not None or x.dtype != a.dtype or x.get_device() != a.get_device() or x.numel() == 0:
             return None
         gradients = torch.is_grad_enabled()
         if gradients and (x.requires_grad or self.trains()):

@@ -36,11 +36,11 @@ def expandable(lora_b: Sequence[Tensor]) -> bool:
 def lies_in(matrix: Tensor, weights: Sequence[Tensor], lora_a: Sequence[Tensor]) -> bool:
     """Whether `matrix` is these, one after the other: weights [out, in] each, then lora_a [E, r, in] each."""
     at, rows = matrix.data_ptr(), 0
-    for part in (*weights, *lora_a):
-        here = part.dtype == matrix.dtype and part.device == matrix.device and part.is_contiguous()
-        if not here or part.shape[-1] != matrix.shape[1] or part.data_ptr() != at + rows * matrix[:1].nbytes:
+    for each in (*weights, *lora_a):
+        here = each.dtype == matrix.dtype and each.device == matrix.device and each.is_contiguous()
+        if not here or each.shape[-1] != matrix.shape[1] or each.data_ptr() != at + rows * matrix[:1].nbytes:
             return False
-        rows += part.shape[:-1].numel()
+        rows += each.shape[:-1].numel()
     return rows == matrix.shape[0]
 
 
@@ -112,28 +112,28 @@ def join(members: Sequence[Any], adapter: str) -> list[Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         matrix = weights[0].new_empty(sum(heights), weights[0].shape[1])
         parts = matrix.split(heights)
-        for part, weight in zip(parts, weights, strict=False):
-            part.copy_(weight)
+        for rows, weight in zip(parts, weights, strict=False):
+            rows.copy_(weight)
         for tensor in (matrix, *parts):
             torch._dynamo.mark_static_address(tensor, guard=False)  # CUDA graphs read it in place, like a parameter
         try:
-            for part, member in zip(parts[len(weights) :], members, strict=True):
-                _keep_copy(member, adapter, part)
+            for rows, member in zip(parts[len(weights) :], members, strict=True):
+                _keep_copy(member, adapter, rows)
             members[0].fusing.joined[adapter] = matrix
         except BaseException:
             leave(members[0], members, adapter)
             raise
-        return [_move(weight, part) for part, weight in zip(parts, weights, strict=False)]
+        return [_move(weight, rows) for rows, weight in zip(parts, weights, strict=False)]
 
 
-def _keep_copy(member: Any, adapter: str, part: Tensor) -> None:
-    """Serve lora_a of `adapter` from a copy in `part` of a matrix."""
+def _keep_copy(member: Any, adapter: str, rows: Tensor) -> None:
+    """Serve lora_a of `adapter` from a copy in some rows of a matrix."""
     fusing, a = member.fusing, member.loraswitch_A[adapter].weight
     before = fusing.casts.get(adapter)
     of_nothing = Fingerprint()
     of_nothing.invalidate()
     b = {} if before is None else before.b
-    fusing.casts[adapter] = Casts({"weight": part.view(a.shape)}, b, of_nothing, joined=True)
+    fusing.casts[adapter] = Casts({"weight": rows.view(a.shape)}, b, of_nothing, joined=True)
     torch._dynamo.mark_static_address(fusing.casts[adapter].a["weight"], guard=False)
     current_casts(member, fusing.casts, adapter, fusing.seen)
 

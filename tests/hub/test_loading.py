@@ -297,6 +297,7 @@ def test_tensors_given_directly():
     ids=str,
 )
 def test_tensors_of_another_adapter_given_directly(changed, blamed):
+    pytest.importorskip("peft", "0.21")  # from there on it calls what checks them
     model = get_peft_model(tiny_llama(), switch_config())
     other = get_peft_model(tiny_llama(**({} if changed else {"hidden_size": 64})), switch_config(**changed))
     with unchanged(model), pytest.raises(ValueError, match=f"wrong shape.*{blamed}"):
