@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-
 import accelerate
 import pytest
 import torch
 
-from fusing import adapted, close, ids, logits
+from fusing import adapted, close, ids, load_that_fails, logits
 from helpers import tiny_llama
 from peft_loraswitch.inference.fuse import adapted_layers
 
@@ -43,18 +41,9 @@ def test_a_router_in_a_dtype_that_the_ops_do_not_take(monkeypatch):
 
 
 def test_a_load_that_fails_leaves_a_model_that_compiles(tmp_path, monkeypatch):
-    adapted(tiny_llama()).save_pretrained(tmp_path)
     model = adapted(tiny_llama(), target_modules=["q_proj", "v_proj"])
     model.fuse_for_inference("fused")
-
-    def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("no")
-
-    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-        patched.setattr("peft.peft_model.set_peft_model_state_dict", fails)
-        model.load_adapter(tmp_path, "second")
-    model.eval()
-    gc.collect()
+    load_that_fails(model, tmp_path, monkeypatch)
     want = logits(model, ids(2, 5, "cpu"))
     torch._dynamo.reset()
     with torch.no_grad():

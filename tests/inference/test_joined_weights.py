@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.utils import prune
 
-from fusing import GPU, MAKERS, adapted, close, devices, ids, join_anywhere, layer_of, logits
+from fusing import GPU, MAKERS, adapted, close, devices, ids, join_anywhere, layer_of, load_that_fails, logits
 from helpers import tiny_gpt2, tiny_llama
 from peft_loraswitch import LoRASwitchConfig, kernels
 from peft_loraswitch.inference import group_outputs, joined_weights
@@ -248,20 +248,11 @@ def test_compiled_code_sees_a_weight_that_is_assigned(device):
 
 
 def test_a_load_that_fails_late(tmp_path, monkeypatch):
-    adapted(tiny_llama(), "cpu", torch.bfloat16).save_pretrained(tmp_path)
     model = adapted(tiny_llama(), "cpu", torch.bfloat16, target_modules=["q_proj", "v_proj"])
     want = logits(model, ids(2, 5, "cpu"))
     model.fuse_for_inference("fused", join_weights=True)
-
-    def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("no")
-
-    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-        patched.setattr("peft.peft_model.set_peft_model_state_dict", fails)
-        model.load_adapter(tmp_path, "second")
-    model.eval()
+    load_that_fails(model, tmp_path, monkeypatch)
     assert close(logits(model, ids(2, 5, "cpu")).float(), want.float(), 0.02)
-    gc.collect()
     assert close(compiled(model, 2, "cpu")[:, -1].float(), logits(model, ids(2, 1, "cpu"))[:, -1].float(), 0.02)
     model.unfuse()
     assert apart(model) and torch.equal(logits(model, ids(2, 5, "cpu")), want)

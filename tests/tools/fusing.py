@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,3 +129,17 @@ def join_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if facts.plain and not facts.transposed else "it is for plain nn.Linear"
 
     monkeypatch.setattr(joined_weights, "_why_it_gains_nothing", why)
+
+
+def load_that_fails(model: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load_adapter` of an adapter on more linears than `model` has adapted, which fails when all layers are there."""
+    adapted(tiny_llama(), "cpu", next(model.parameters()).dtype).save_pretrained(folder)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr("peft.peft_model.set_peft_model_state_dict", fails)
+        model.load_adapter(folder, "second")
+    model.eval()
+    gc.collect()
