@@ -22,8 +22,6 @@ def compute(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing: Rout
     """The output of `layer` with the group's adapter, unmerged; the outputs of the group's other linears are left for them.
     A compiler apart, the group is up to date."""
     reads_weights = group.plain or group.four_bit
-    if group.offloaded:
-        return LoRASwitchLinear.forward(layer, x)
     if torch.compiler.is_compiling() and reads_weights and has_hooks(group.number):
         return LoRASwitchLinear.forward(layer, x)
     most = group.compiled_tokens if torch.compiler.is_compiling() else group.few_tokens
@@ -127,8 +125,9 @@ def _hidden(rows: Tensor, routing: Routing, lora_a: list[Tensor], scalings: list
 def _beside_base(layer: LoRASwitchLinear, group: FusedGroup, x: Tensor, routing: Routing) -> Tensor:
     """The base layers' own forwards (quantised, hooked), one after the other, and what all their experts add."""
     base_layers, (lora_a, lora_b, scalings) = group.base_layers(), group.experts()
-    # Casts of another dtype than before, since the base layer is not plain any more; or several processes share one.
-    if lora_a[0].dtype != x.dtype or any(is_split(base) for base in base_layers):
+    # Casts of another dtype than before, since the base layer is not plain any more; or several processes share one; or
+    # accelerate has the experts somewhere else.
+    if group.offloaded or lora_a[0].dtype != x.dtype or any(is_split(base) for base in base_layers):
         return LoRASwitchLinear.forward(layer, x)
     bases = [base_layer(x) for base_layer in base_layers]
     fit = all(base.dtype == x.dtype and base.device == x.device for base in bases) and x.dtype in ops.FLOATS
