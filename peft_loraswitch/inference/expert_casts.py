@@ -58,8 +58,7 @@ def current_casts(
     dtype = served_dtype(layer, adapter, seen)
     found = casts.get(adapter)
     if found is not None and found.joined and not _fits(found.a["weight"], a, dtype):
-        del casts[adapter]  # moved, resized or of another dtype: it leaves the matrix
-        found = None
+        found = None  # moved, resized or of another dtype: it leaves the matrix
     if a.dtype == dtype and (found is None or not found.joined):
         casts.pop(adapter, None)
         return None

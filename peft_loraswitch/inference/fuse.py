@@ -191,7 +191,7 @@ def _join_all(model: nn.Module, layers: list[Any]) -> list[list[str]]:
         resolve(layer)
         joined.append([member.name for member in members])
     del old
-    if torch.cuda.is_available():
+    if joined:
         torch.cuda.empty_cache()  # what the weights have left is in pieces of other sizes than the matrices need
     if reasons:
         logger.warning(f"LoRA-Switch: join_weights left linears as they are: {'; '.join(sorted(reasons))}.")

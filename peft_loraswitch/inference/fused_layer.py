@@ -311,7 +311,7 @@ def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
     for member in members:
         member.fusing.four_bit = current_four_bit(member, facts_of(member).four_bit, member.fusing.four_bit)
     for adapter in [name for name in layer.fusing.joined if name not in layer.loraswitch_A]:
-        leave(layer, layer.fusing.members, adapter)
+        leave(layer, adapter)
     groups = {}
     for adapter in layer.loraswitch_A:
         together = [m for m in members if m is layer or _same_launch(m, layer, adapter, facts)]
@@ -319,7 +319,7 @@ def _resolve(layer: FusedLinear, members: list[FusedLinear]) -> None:
         number, matrix = None if before is None else before.number, layer.fusing.joined.get(adapter)
         groups[adapter] = FusedGroup(_live(together, adapter), adapter, facts, number, matrix)
         if matrix is not None and groups[adapter].matrix is None:  # one of the weights has left it
-            leave(layer, layer.fusing.members, adapter)
+            leave(layer, adapter)
             groups[adapter] = FusedGroup(_live(together, adapter), adapter, facts, number)
         for experts in (layer.loraswitch_A[adapter], layer.loraswitch_B[adapter]):
             experts.replaced = layer.resolve_experts

@@ -121,7 +121,7 @@ def join(members: Sequence[Any], adapter: str) -> list[Tensor]:
                 _keep_copy(member, adapter, rows)
             members[0].fusing.joined[adapter] = matrix
         except BaseException:
-            leave(members[0], members, adapter)
+            leave(members[0], adapter)
             raise
         return [_move(weight, rows) for rows, weight in zip(parts, weights, strict=False)]
 
@@ -153,10 +153,10 @@ def _synchronize(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def leave(leader: Any, members: Sequence[Any], adapter: str) -> None:
+def leave(leader: Any, adapter: str) -> None:
     """The matrix of a group is used no more, since a weight has left it, or there is none for it yet. Weights that are in it stay
     there until `part`."""
-    for member in members:
+    for member in leader.fusing.members:
         fusing = vars(member).get("fusing")
         casts = None if fusing is None else fusing.casts.get(adapter)
         if casts is not None and casts.joined:
@@ -169,7 +169,7 @@ def part(layers: Sequence[Any]) -> None:
     for layer in layers:
         fusing = vars(layer).get("fusing")
         for adapter in () if fusing is None else list(fusing.joined):
-            leave(layer, fusing.members, adapter)
+            leave(layer, adapter)
         # Also those that are weights under another name now, or were somewhere else when somebody looked last.
         for parameter in layer.get_base_layer().parameters():
             if parameter in _moved and not _part(parameter):

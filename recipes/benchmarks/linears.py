@@ -212,6 +212,10 @@ def by_group(
 
         return graph_ms(run) / layers * 1e3
 
+    def pack(i: int, pair, tuning: int):
+        weights = model.weights[i]
+        return kernels.PackedGroup(weights, [None] * len(weights), *pair, [1.0] * len(weights), tuning=tuning)
+
     for rank in ranks:
         experts = model.experts(rank, adapter.experts)
         for tokens in token_counts:
@@ -221,13 +225,10 @@ def by_group(
             for first in range(groups):
                 width = model.weights[first][0].shape[1]
                 x = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda")
-                of_group = [i for i in range(len(model.weights)) if i % groups == first]
+                of_group = range(first, len(model.weights), groups)
                 calls = {"cuBLAS": lambda i: [F.linear(x, w) for w in model.weights[i]]}  # noqa: B023
                 for tuning in tunings:
-                    packed = {
-                        i: kernels.PackedGroup(w, [None] * len(w), *experts[i], [1.0] * len(w), tuning=tuning)
-                        for i, w in ((i, model.weights[i]) for i in of_group)
-                    }
+                    packed = {i: pack(i, experts[i], tuning) for i in of_group}
                     calls[f"kernel {tuning}"] = lambda i, packed=packed: packed[i](x, ids, gates)  # noqa: B023
                 if joined:
                     calls |= joined_calls(model, of_group, experts if rank else None, x, ids, gates)
@@ -243,7 +244,7 @@ def _line(times: dict[str, float]) -> str:
     return "  ".join(f"{name} {time:.2f}" for name, time in times.items())
 
 
-def joined_calls(model, of_group: list[int], experts, x, ids, gates) -> dict:
+def joined_calls(model, of_group: range, experts, x, ids, gates) -> dict:
     """A group's products by cuBLAS with its weights in one matrix, as with `join_weights=True`, by the number of the group: the
     weights alone; with `experts` (lora_a, lora_b of each group; None: none) also those with lora_a below, the same and `expand`,
     and `expand` beside a product for each linear."""

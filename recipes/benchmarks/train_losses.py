@@ -1,6 +1,6 @@
 r"""Whether the fused training path takes the course of the plain form: the losses of both, step by step, from one seed.
 
-    python -m recipes.benchmarks.train_losses          # on a GPU: Llama-3.2-1B's shape, 300 steps; some minutes, 40 GiB
+    python -m recipes.benchmarks.train_losses          # on a GPU: Llama-3.2-1B's shape, 300 steps; some minutes
     python -m recipes.benchmarks.train_losses --hidden 64 --intermediate 128 --head-dim 16 --layers 2 --length 32 --steps 20
 
 Writes `train_losses.csv` (step, fused, plain, float32) and a picture beside it. Random weights, bf16 autocast, a float32 adapter

@@ -6,9 +6,8 @@ import accelerate
 import pytest
 import torch
 
-from fusing import adapted, close, ids, load_that_fails, logits
+from fusing import adapted, as_on_a_gpu, close, ids, load_that_fails, logits
 from helpers import tiny_llama
-from peft_loraswitch.inference.fuse import adapted_layers
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -35,8 +34,7 @@ def test_a_router_in_a_dtype_that_the_ops_do_not_take(monkeypatch):
     tokens = ids(40, 1, "cpu")
     want = logits(model, tokens)
     model.fuse_for_inference("fused")
-    for layer in adapted_layers(model):
-        layer.fused_groups["default"].kernels = True
+    as_on_a_gpu(model)
     assert close(logits(model, tokens).float(), want.float(), 0.02)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import layer_checks
 import oracle
 from compiling import compiled_whole
-from fusing import adapted, check_as_unfused, close, devices, gradients, ids, layer_of, logits, trainable
+from fusing import adapted, as_on_a_gpu, check_as_unfused, close, devices, gradients, ids, layer_of, logits, trainable
 from helpers import LAYERS, switch_layers, tiny_llama
 from int8_linear import ALL, Int8Linear, launches, quantised
 from peft_loraswitch import ops
@@ -97,9 +97,7 @@ def test_many_tokens_in_16_bits_take_one_launch_of_expand_a_group(device, monkey
     tokens = ids(3, 20, device)
     expected = logits(model, tokens)
     model.fuse_for_inference("fused")
-    for layer in adapted_layers(model):
-        for group in layer.fused_groups.values():
-            group.kernels = True
+    as_on_a_gpu(model)
     groups, original = [], ops.expand
     monkeypatch.setattr(ops, "expand", lambda *a: (groups.append(len(a[3])), original(*a))[1])
     assert close(logits(model, tokens).float(), expected.float(), 0.02)

@@ -13,7 +13,19 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.utils import prune
 
-from fusing import GPU, MAKERS, adapted, close, devices, ids, join_anywhere, layer_of, load_that_fails, logits
+from fusing import (
+    GPU,
+    MAKERS,
+    adapted,
+    as_on_a_gpu,
+    close,
+    devices,
+    ids,
+    join_anywhere,
+    layer_of,
+    load_that_fails,
+    logits,
+)
 from helpers import tiny_gpt2, tiny_llama
 from peft_loraswitch import LoRASwitchConfig, kernels
 from peft_loraswitch.inference import group_outputs, joined_weights
@@ -43,9 +55,7 @@ def joined(base: nn.Module, device: str = "cpu", dtype=torch.bfloat16, **setting
 
 
 def compiled(model: nn.Module, batch: int, device: str) -> torch.Tensor:
-    for layer in adapted_layers(model):
-        for group in layer.fused_groups.values():
-            group.kernels = True  # compiled code for a GPU
+    as_on_a_gpu(model)
     torch._dynamo.reset()
     with torch.no_grad():
         return torch.compile(model, backend="aot_eager", fullgraph=True)(ids(batch, 1, device)).logits
@@ -231,9 +241,7 @@ def test_experts_that_are_cast_while_joined():
 @devices
 def test_compiled_code_sees_a_weight_that_is_assigned(device):
     model = joined(tiny_llama(), device)
-    for layer in adapted_layers(model):
-        for group in layer.fused_groups.values():
-            group.kernels = True
+    as_on_a_gpu(model)
     torch._dynamo.reset()
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():

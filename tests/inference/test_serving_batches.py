@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusing import MAKERS, adapted, devices, ids, logits
+from fusing import MAKERS, adapted, as_on_a_gpu, devices, ids, logits
 from helpers import tiny_llama
 from peft_loraswitch import kernels, ops
 from peft_loraswitch.inference import group_outputs
@@ -25,14 +25,6 @@ def expanded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(group_outputs.ops, "expand", spy)
     return calls
-
-
-def as_on_a_gpu(model: torch.nn.Module, most: int) -> None:
-    """`most`: tokens that compiled code gives to the fused op."""
-    for layer in model.modules():
-        if isinstance(layer, FusedLinear):
-            for group in layer.fused_groups.values():
-                group.kernels, group.compiled_tokens = True, most
 
 
 @devices

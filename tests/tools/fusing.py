@@ -121,6 +121,19 @@ def groups(model: nn.Module) -> list[Any]:
     return [layer.fused_groups["default"] for layer in adapted_layers(model)]
 
 
+def as_on_a_gpu(model: nn.Module, most: int | None = None) -> None:
+    """A fused model's groups take the ways that they take where the kernels run.
+
+    Args:
+        most: tokens that compiled code gives to the fused op; None: as many as it does.
+    """
+    for layer in adapted_layers(model):
+        for group in layer.fused_groups.values():
+            group.kernels = True
+            if most is not None:
+                group.compiled_tokens = most
+
+
 def join_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights may be joined on every device and in every dtype, though only the kernels on a GPU gain by it."""
 
