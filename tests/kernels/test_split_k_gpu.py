@@ -7,7 +7,7 @@ import torch
 
 import kernel_oracle as oracle
 from kernel_groups import check_group, make_group
-from kernel_oracle import HALVES, randn
+from kernel_oracle import HALVES, SANITIZING, randn
 from peft_loraswitch import kernels
 
 pytestmark = [
@@ -122,7 +122,7 @@ def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             kept = run()
-    for _ in range(20):
+    for _ in oracle.rounds(20):
         source.copy_(randn(tokens, width, dtype=dtype))
         new_experts, new_gates = oracle.random_ids(tokens, 8, 2, "cuda")
         experts.copy_(new_experts), gates.copy_(new_gates)
@@ -131,8 +131,9 @@ def test_replays_of_a_graph_have_the_bits_of_a_call(rank, tokens):
         graph.replay()
         graph.replay()
         for replayed, called in zip(kept, run(), strict=True):
-            # Other bits, but near, are those of a block that has not waited for the hidden; far off is wrong.
-            assert torch.equal(replayed, called), f"{oracle.relative_error(replayed, called.double()):.1e} apart"
+            # Other bits, but near, are those of a block that has not waited for the hidden, as under a sanitizer; far off is wrong.
+            apart = oracle.relative_error(replayed, called.double())
+            assert apart < oracle.limit(replayed) if SANITIZING else torch.equal(replayed, called), f"{apart:.1e} apart"
 
 
 def test_ranks_that_a_step_holds_several_experts_of_and_not_all():
@@ -184,9 +185,9 @@ def test_two_streams_at_once(rank, tokens):
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                kept.append([group(x, experts, gates) for _ in range(20)])
+                kept.append([group(x, experts, gates) for _ in oracle.rounds(20)])
             graphs.append(graph)
-    for _ in range(20):
+    for _ in oracle.rounds(20):
         for result in (each for results in kept for each in sum(results, [])):
             result.fill_(float("nan"))
         torch.cuda.synchronize()
