@@ -70,8 +70,8 @@ for tool in "${tools[@]}"; do
   grep -vxFf "$STATE/$tool.$LIBRARY.clean" "$scratch/all" >"$scratch/left"
   # Alone in their processes: layers of full size, which take long, and captured graphs, which need torch's own allocator.
   grep -E 'full_size|panels' "$scratch/left" | split -l 1 -a 3 - "$scratch/$tool.full_size."
-  grep -E 'graph' "$scratch/left" | split -l 1 -a 3 - "$scratch/$tool.graph."
-  grep -vE 'full_size|panels|graph' "$scratch/left" | split -l "$CHUNK" -a 3 - "$scratch/$tool.tests."
+  grep -E 'graph|replay' "$scratch/left" | split -l 1 -a 3 - "$scratch/$tool.graph."
+  grep -vE 'full_size|panels|graph|replay' "$scratch/left" | split -l "$CHUNK" -a 3 - "$scratch/$tool.tests."
 done
 # One queue for all tools, so that none waits for the last process of another; first what takes longest.
 printf '%s\n' "$scratch"/*.full_size.* "$scratch"/*.graph.* "$scratch"/*.tests.* |

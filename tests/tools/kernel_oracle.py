@@ -184,6 +184,17 @@ def limit(result: torch.Tensor) -> float:
     return torch.finfo(result.dtype).eps / 2 * (1.0 if result.numel() >= 64 else 3.0)
 
 
+def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit. Under compute-sanitizer near is enough: blocks that give up waiting add up in another order."""
+    apart = relative_error(got, expected.double())
+    assert apart < limit(got) if SANITIZING else torch.equal(got, expected), f"{apart:.1e} apart"
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T by cuBLAS, in the operands' dtype; under compute-sanitizer in float32 (see SANITIZING)."""
+    return (x.float() @ weight.float().T).to(x.dtype) if SANITIZING else x @ weight.T
+
+
 def random_ids(tokens: int, num_experts: int, top_k: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct experts for every token, random gates."""
     ids = torch.rand(tokens, num_experts, device=device).topk(top_k, dim=-1).indices
