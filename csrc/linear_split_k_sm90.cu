@@ -103,7 +103,7 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
   const Phase first_phase = block >= blocks - p.shrink_blocks ? kShrink : kLinear;
   pdl_trigger();
   if (threadIdx.x == kMultiplying) {
-    for (int i = 0; i < kStages; ++i) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, kMultiplying / 32);
+    for (int i = 0; i < kStages; ++i) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, kMultiplying);
     mbarrier_init(hidden_there, 1), mbarrier_init(published, 1), mbarrier_init(shrunk, 1);
     mbarrier_inits_done();
   } else if (warp == kThreads / 32 - 1) {  // descriptors: copies would wait for them
@@ -226,14 +226,14 @@ template <class E, int kTokens> __global__ void __launch_bounds__(kThreads, 1)
         }
         if (i > turn.from) {
           wgmma_wait<1>();
-          if (lane == 0) mbarrier_arrive(before);
+          mbarrier_arrive(before);  // each thread for itself: it may have read the stage through registers
         }
         before = empty + place.stage * 8;
         place.next();
       }
       wgmma_wait<0>();
       hold(sums);
-      if (lane == 0 && turn.from < turn.to) mbarrier_arrive(before);
+      if (turn.from < turn.to) mbarrier_arrive(before);
       if constexpr (S::kSpread) {
         if (phase == kLinear && turn.to < s.length()) {
 #pragma unroll
