@@ -32,6 +32,7 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 from transformers.integrations import peft as transformers_peft
 from transformers.models.auto import auto_factory
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils.hub import PushToHubMixin
 
 from . import patterns, switching
@@ -39,6 +40,7 @@ from .loading import load
 from .peft_names import NAME, extend_peft_type
 from .saving import model_card, safe_save
 from .targets import trained_in_full
+from .training_logs import log_after_all_is_added
 
 PEFT = "peft 0.20.0 to 0.21.2"
 TRANSFORMERS = "transformers 5.17.0 to 5.23.0"
@@ -109,6 +111,7 @@ PATCHES = (
     Patch(Mixin, "active_adapters", switching.active_in_transformers, "switching", TRANSFORMERS),
     Patch(Mixin, "disable_adapters", switching.disable_in_transformers, "switching", TRANSFORMERS),
     Patch(Mixin, "enable_adapters", switching.enable_in_transformers, "switching", TRANSFORMERS),
+    Patch(CallbackHandler, "on_log", log_after_all_is_added, "logs", TRANSFORMERS),
     Patch(TrainableTokensWrapper, "adapter_state_dict", trained_in_full.tensors_of_trained_tokens, "tokens", PEFT),
     Patch(
         TrainableTokensWrapper, "adapter_state_dict_load_map", trained_in_full.tensors_of_trained_tokens, "tokens", PEFT

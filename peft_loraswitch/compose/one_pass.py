@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import TrainerCallback
 
 from ..loading.layout import backbone_of
+from ..training_logs import AddsToLogs
 from .experts import adapted_linears, config_of
 from .given_experts import expert_indices
 
@@ -59,7 +59,7 @@ class ExpertCollator:
         return batch
 
 
-class ExpertLoss(TrainerCallback):
+class ExpertLoss(AddsToLogs):
     """The loss of a causal language model of which several experts train in one pass: the sum over experts of the mean over the
     expert's own tokens. Give it to a trainer as `compute_loss_func`; among its `callbacks` it also logs each expert's loss, as
     `expert_loss/<name or index>`, and clips.
@@ -129,17 +129,14 @@ class ExpertLoss(TrainerCallback):
             return labels / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
         return 1 / self.steps if self.layers[0].training else 1.0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Adds the experts' mean losses since the last log."""
-        if logs is None or "loss" not in logs or not self._logged:
-            return
+    def entries(self, model: nn.Module | None) -> dict[str, float]:
+        """The experts' mean losses."""
+        if not self._logged:
+            return {}
         means = torch.stack(self._logged).nanmean(0).tolist()
         self._logged.clear()
         names = self.config.expert_names or range(self.config.num_experts)
-        entry = {f"expert_loss/{name}": mean for name, mean in zip(names, means, strict=False) if mean == mean}
-        logs.update(entry)
-        if state.log_history:
-            state.log_history[-1].update(entry)
+        return {f"expert_loss/{name}": mean for name, mean in zip(names, means, strict=False) if mean == mean}
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clips."""

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers import TrainerCallback
 
 from helpers import adapted, padded, tiny_bert, tiny_llama, tiny_llama_classifier, tokens
 from peft_loraswitch import RouterStatsCallback
@@ -203,10 +205,23 @@ def test_callback_logs_next_to_the_loss(tmp_path):
     assert model.router_stats()["tokens"] == 0
 
 
-def test_callback_writes_what_other_loggers_see(tmp_path, capsys):
-    model = causal()
-    trained(tmp_path, model, callbacks=[RouterStatsCallback()])
-    assert "router/entropy" in capsys.readouterr().out  # the printer that runs without progress bars
+def test_reporters_see_what_the_callback_adds(tmp_path, capsys, monkeypatch):
+    """TensorBoard, W&B and the like, which a trainer calls before its user's callbacks; and the printer, after them."""
+    reported = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(dict(logs))
+
+    monkeypatch.setitem(transformers.integrations.INTEGRATION_TO_CALLBACK, "recorder", Reporter)
+    model = causal(base_expert=True)
+    made = trained(
+        tmp_path, model, callbacks=[RouterStatsCallback()], report_to=["recorder"], max_steps=2, logging_steps=1
+    )
+    expected = {"router/entropy", "router/mean_experts", "router/load_3", "router/base_share"}
+    assert len(reported) == 3 and all(expected < set(logs) for logs in reported[:2]) and not expected & set(reported[2])
+    assert all(expected < set(entry) for entry in made.state.log_history[:2])
+    assert "router/base_share" in capsys.readouterr().out
 
 
 def settings_of_a_long_run(**overrides: Any) -> dict[str, Any]:
