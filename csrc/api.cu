@@ -14,7 +14,7 @@
 namespace ls {
 namespace {
 
-constexpr int kGridHeight = 65535;  // tokens that the other kernels take
+constexpr int kGridHeight = 65535;  // of a grid, and so tokens that all kernels but linear_sm90.cu take
 
 // Whether linear_split_k_sm90.cu is the one for it. Measured on an H200 (docs/kernel_log.md): always for more tokens than the others take.
 // It reads A and B of all experts, so for fewer only where most are chosen anyway, and the hidden is too wide for linear_persistent.cu,

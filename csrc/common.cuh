@@ -67,7 +67,6 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-__host__ __device__ inline int dtype_bytes(int dtype) { return dtype == LS_FLOAT32 ? 4 : 2; }
 inline bool aligned16(const void *p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 // Makes `device` current for one launch and puts the caller's back.

@@ -32,7 +32,7 @@ extern "C" {
 #define LS_SPLIT_K_TOKENS 128 /* tokens that linear_split_k_sm90.cu takes */
 #define LS_INT4_ROWS 8 /* weights in int4 are padded to a multiple of so many rows */
 #define LS_INT4_FEATURES 1024 /* and of so many features */
-#define LS_FAST_TOKENS 32 /* tokens the tensor-core path of ls_linear takes */
+#define LS_FAST_TOKENS 32 /* tokens that LS_PATH_FAST of ls_linear takes */
 
 #define LS_ERROR_ARGUMENT 100001 /* a size, a count or a dtype outside what this header allows */
 #define LS_ERROR_POINTER 100002  /* a pointer that must not be NULL is */
@@ -199,8 +199,9 @@ int64_t ls_hidden_elements(const ls_group *group);
 int ls_linear_path(const ls_group *group);
 /* The group's linears with their experts. One launch on the fast path (see ls_set_workspace), else two: the experts' shrink,
  * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). For many tokens
- * (LS_PATH_SM90, from 33 on, and from 3 on where the linears' experts have many ranks, on GPUs of compute capability 9.0, for sizes and
- * pointers as on the fast path and out_features divisible by 8) one launch up to LS_SPLIT_K_TOKENS, then two, as fast as a library's,
+ * (LS_PATH_SM90: from 33 on; from 3 on where a linear's experts have 512 ranks or more together, from 17 on where the group's weights
+ * are large, see takes_split_k() in api.cu; on GPUs of compute capability 9.0, for sizes and pointers as on the fast path and
+ * out_features divisible by 8) one launch up to LS_SPLIT_K_TOKENS, then two, as fast as a library's,
  * `hidden` then being a row for each token, and what an expert that the token did not choose made of it zero; it is multiplied by
  * lora_b of all experts, so that NaN in that of an expert which nobody chose shows in the result. `group` is host memory. */
 int ls_linear(const ls_group *group, void *stream);

@@ -1,4 +1,5 @@
-"""What is changed in PEFT, Transformers and huggingface_hub: everything, in this one file.
+"""What is changed in PEFT, Transformers and huggingface_hub: everything, in this one file, but for our name in
+`PeftType` (peft_names.py).
 
 None of the three has a hook for these places. Each patch says what for, and which versions it was tested with; `docs/upstream.md`
 has, under the same key, the change in the other library that would make it unnecessary. Models and files of other methods get

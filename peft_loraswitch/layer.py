@@ -367,7 +367,8 @@ class LoRASwitchLinear(nn.Module, LoRASwitchLayer):
         base_layer: the linear of the backbone, unchanged.
         loraswitch_A: by adapter name; `.weight` [num_experts + num_shared_experts, r, in_features].
         loraswitch_B: by adapter name; `.weight` [num_experts + num_shared_experts, out_features, r].
-        loraswitch_router: by adapter name, on the one linear that routes; `.weight` [num_experts, in_features].
+        loraswitch_router: by adapter name, on the one linear that routes; `.weight` [num_choices, in_features]: the
+            experts, and the base expert if there is one.
         scaling: by adapter name, the factor s.
 
     Raises:

@@ -46,9 +46,9 @@ class LoRASwitchModel(BaseTuner):
 
     Args:
         model: the backbone, any `nn.Module`; adapted linears must all see the same tokens.
-        config: a `LoRASwitchConfig`.
+        peft_config: a `LoRASwitchConfig`.
         adapter_name: name of the adapter.
-        low_cpu_mem_usage: make the adapter's weights on the meta device (to be loaded afterwards).
+        low_cpu_mem_usage (keyword): make the adapter's weights on the meta device (to be loaded afterwards).
 
     Raises:
         ValueError: the adapter exists already, or the configuration selects modules that cannot be adapted or do not see the
@@ -221,8 +221,7 @@ class LoRASwitchModel(BaseTuner):
             reset: start counting anew afterwards.
 
         Returns:
-            dict: `tokens` (int), `load` (num_experts floats, sum 1), `entropy` (nats, mean over tokens), `dropped_experts` (list
-            of int), `balance_loss` and `z_loss` (floats, unweighted), as the function `router_stats` of the package says.
+            dict: `tokens`, `load`, `entropy` and more, as the function `router_stats` of the package says.
 
         Raises:
             ValueError: the name is unknown or ambiguous.

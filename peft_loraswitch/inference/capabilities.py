@@ -20,7 +20,7 @@ except ImportError:  # pragma: no cover
     class Conv1D: ...  # type: ignore[no-redef]
 
 
-# Up to so many tokens in flight the kernels beat library products (csrc/README.md, measured on an H200); float32 and
+# Up to so many tokens in flight the kernels beat library products (docs/kernel_log.md, measured on an H200); float32 and
 # other cases of the generic kernel read the weight once for every four tokens.
 FEW_TOKENS = kernels.FAST_TOKENS
 FEW_TOKENS_GENERIC = 4

@@ -7,9 +7,9 @@ torch.func, mixed batches, several active adapters, autocast) takes the unfused 
 Host time is what the forwards are written for. Eager: a group of linears must cost less than the calls it replaces. Under
 `torch.compile`: dynamo guards, at every call, each object that a forward read while it was traced. Constants in the dictionary
 of one object are nearly free, since the version of the dictionary stands for them; each tensor, object and dictionary on the
-way costs a visit (csrc/README.md). Where all of a decoder block is modules, dictionaries, tensors and constants, some versions
-of torch guard it as one; an object of another kind, a list, or one object reached by two ways rules that out. So a forward
-reads a few constants of its layer and one `FusedGroup`, which holds all else.
+way costs a visit (docs/kernel_log.md). Where all of a decoder block is modules, dictionaries, tensors and constants, some
+versions of torch guard it as one; an object of another kind, a list, or one object reached by two ways rules that out. So a
+forward reads a few constants of its layer and one `FusedGroup`, which holds all else.
 
 A forward that is not compiled looks at its group's fingerprint and has what is old made anew. Compiled code looks at nothing, so
 whatever tells a layer of a change (its methods below, and `Experts.replaced`) has that done at once.

@@ -116,7 +116,7 @@ class PackedGroup:
         if self.device.type == "cuda" and 0 <= library().ls_workspace_left(group.device) < WORKSPACE_BYTES // 64:
             log_once(
                 f"LoRA-Switch: so many CUDA graphs have been captured on device {group.device} in this process that more will "
-                "run two launches for each group of linears instead of one (about 2 % slower; 17 to 128 tokens more)."
+                "run two launches for each group of linears instead of one: about 2 % slower, by more with 17 to 128 tokens."
             )
 
     def __call__(

@@ -73,7 +73,9 @@ def why_not(device: int | None = None) -> str | None:
         return "torch finds no usable CUDA GPU"
     count = c_int()
     if code := loaded.ls_device_count(byref(count)):
-        hint = " (the kernels need driver 580 or newer)" if code == 35 else ""
+        hint = (
+            f" (the library is {build_info()}: an older driver does not run what that nvcc makes)" if code == 35 else ""
+        )
         return f"CUDA error {code}: {error_string(code)}{hint}"
     devices = range(torch.cuda.device_count()) if device is None else [device]
     codes = [loaded.ls_device_supported(index) for index in devices]

@@ -15,9 +15,9 @@ from ..ordinary import OrdinaryParameters
 
 
 class Router(OrdinaryParameters):
-    """Linear router without bias. `weight` is [num_experts, in_features], with a last row for the base expert if there is one;
-    logits are computed in float32, whatever the dtype of the weight, of the input or of autocast (a bf16 softmax changes
-    which experts win)."""
+    """Linear router without bias. `weight` is [num_choices, in_features]: a row for each expert, and a last one for the base
+    expert if there is one; logits are computed in float32, whatever the dtype of the weight, of the input or of autocast (a
+    bf16 softmax changes which experts win)."""
 
     def __init__(self, in_features: int, num_choices: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Router(OrdinaryParameters):
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., in_features], weight [num_experts, in_features], any float dtypes -> logits [..., num_experts], float32."""
+    """x [..., in_features], weight [num_choices, in_features], any float dtypes -> logits [..., num_choices], float32."""
     with full_precision(x.device):
         return F.linear(x.float(), weight.float())
 

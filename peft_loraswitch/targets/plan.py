@@ -47,6 +47,21 @@ def plan_injection(
     _check_adapter_name(model, adapter_name)
     check_trained_in_full(model, config, adapter_name)
     limit = TimeLimit()
+    names = _selected(model, config, state_dict, limit)
+    _check_linears(model, names)
+    router, before, names = _placed_router(config, names)
+    check_streams(model, names)  # those before the router follow no decision: they may see any tokens
+    if config.num_shared_experts == 0:
+        before = []
+    adapted = [*before, *names]
+    ranks, alphas = (_values_by_name(config, name, adapted, limit) for name in ("rank_pattern", "alpha_pattern"))
+    return InjectionPlan(adapted, router, before, ranks, alphas)
+
+
+def _selected(
+    model: nn.Module, config: LoRASwitchConfig, state_dict: dict[str, torch.Tensor] | None, limit: TimeLimit
+) -> list[str]:
+    """Names of the modules that the configuration, or the keys of `state_dict`, select; at least one."""
     every_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
     names = module_names(model)
@@ -75,6 +90,11 @@ def plan_injection(
             f"{shown(config.layers_to_transform)} leave no module to adapt. Print model.named_modules() to see the names; "
             "modules in modules_to_save are not adapted either."
         )
+    return names
+
+
+def _check_linears(model: nn.Module, names: list[str]) -> None:
+    """Whether each is a linear that can follow the routing decision."""
     for name in names:
         module = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -91,23 +111,21 @@ def plan_injection(
             f"target_modules: {_some_reasons(unfit)}; these cannot follow the routing decision. Add exclude_modules="
             f"{sorted(unfit) if len(unfit) <= LIST_AT_MOST else sorted({n.rpartition('.')[2] for n in unfit})}."
         )
-    router, before = names[0], []
-    if config.router_module is not None:
-        found = [n for n in names if n == config.router_module or n.endswith("." + config.router_module)]
-        if len(found) != 1:
-            raise ValueError(
-                f"router_module='{config.router_module}' must name exactly one adapted linear, but it names "
-                f"{len(found)}{': ' + ', '.join(found[:3]) if found else ''}. Adapted are for instance "
-                f"{', '.join(names[:3])}, ..., {names[-1]}."
-            )
-        router = found[0]
-        before, names = names[: names.index(router)], names[names.index(router) :]
-    check_streams(model, names)  # those before the router follow no decision: they may see any tokens
-    if config.num_shared_experts == 0:
-        before = []
-    adapted = [*before, *names]
-    ranks, alphas = (_values_by_name(config, name, adapted, limit) for name in ("rank_pattern", "alpha_pattern"))
-    return InjectionPlan(adapted, router, before, ranks, alphas)
+
+
+def _placed_router(config: LoRASwitchConfig, names: list[str]) -> tuple[str, list[str], list[str]]:
+    """The linear that holds the router, those before it, and it and those after it."""
+    if config.router_module is None:
+        return names[0], [], names
+    found = [n for n in names if n == config.router_module or n.endswith("." + config.router_module)]
+    if len(found) != 1:
+        raise ValueError(
+            f"router_module='{config.router_module}' must name exactly one adapted linear, but it names "
+            f"{len(found)}{': ' + ', '.join(found[:3]) if found else ''}. Adapted are for instance "
+            f"{', '.join(names[:3])}, ..., {names[-1]}."
+        )
+    at = names.index(found[0])
+    return found[0], names[:at], names[at:]
 
 
 def _values_by_name(config: LoRASwitchConfig, pattern: str, names: list[str], limit: TimeLimit) -> dict[str, Any]:

@@ -268,7 +268,7 @@ class _Group(torch.autograd.Function):
                 d_gates = d_gates.to(gates.dtype)
             if x_needed:
                 if order is not None:
-                    d_x = group_pairs.d_input(d_hidden, casts, a, spec, order, gates.shape[0])
+                    d_x = group_pairs.d_input(d_hidden, casts, a, order, gates.shape[0])
                 else:
                     d_x = _d_input(d_hidden, casts.wide_a(a), spec)
                 base = left.base if block is None or not spec.packed else block.packed.pop(left.place, left.base)
@@ -395,7 +395,7 @@ def _parts(each: Tensor, spec: Spec) -> Sequence[Tensor]:
 def _hidden(rows: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, order: PairOrder | None) -> Tensor:
     """[T, N], or by pairs [P, sum of r]."""
     if order is not None:
-        return group_pairs.hidden_of(rows, casts, a, spec, order)
+        return group_pairs.hidden_of(rows, casts, a, order)
     wide = casts.wide_a(a)
     if len(wide) == 1:
         return F.linear(rows, wide[0])

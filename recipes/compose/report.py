@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 from recipes.checkout import ROOT
 from recipes.compose import domains
+from recipes.documents import between_markers
 
 RESULTS = ROOT / "recipes" / "results"
 SUMMARY, FULL = "README.md", "recipes/compose/README.md"
-BEGIN, END = "<!-- compose table: python -m recipes.compose.report -->", "<!-- end of compose table -->"
+MARKERS = ("<!-- compose table: python -m recipes.compose.report -->", "<!-- end of compose table -->")
 NAMES = {
     "base": "no LoRA",
     "oracle": "the right LoRA for each item",
@@ -385,14 +386,6 @@ def draw(table: Table, path: Path) -> None:
     plt.close(figure)
 
 
-def between_markers(document: str, text: str, table: str) -> str:
-    """`text`, which is that of `document`, with `table` between its markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"{document} needs the lines {BEGIN!r} and {END!r}, once each, in this order.")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=RESULTS, help="folder of compose.csv and compose.json")
@@ -409,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
         FULL: section(table).replace("PATH", "../results"),
     }
     old = {document: (ROOT / document).read_text() for document in tables}
-    new = {document: between_markers(document, old[document], each) for document, each in tables.items()}
+    new = {document: between_markers(document, old[document], each, MARKERS) for document, each in tables.items()}
     if args.check:
         if stale := [document for document in tables if new[document] != old[document]]:
             raise SystemExit(f"{' and '.join(stale)}: not what compose.csv holds; run python -m recipes.compose.report")

@@ -80,7 +80,7 @@ class Ours:
     def go_on(self, rate: float, steps: list[list[Example]]) -> None:
         self.peft.train()
         train_parameters(
-            self.lab, [self.router.weight], rate, steps,
+            [self.router.weight], rate, steps,
             lambda model, chosen: loss_of(model, self.lab.tokenizer, chosen), self.backbone,
         )  # fmt: skip
         self.peft.eval()

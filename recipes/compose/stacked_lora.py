@@ -7,7 +7,6 @@ each alone. A model of 270 million parameters, fed one small batch, would leave 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -135,10 +134,6 @@ class StackedLora:
                 a.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
                 b.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
         return flat.to(self.device)
-
-
-def rank_in(folder: Path) -> int:
-    return int(json.loads((folder / "adapter_config.json").read_text())["r"])
 
 
 class StackedAdamW:

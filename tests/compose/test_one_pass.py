@@ -128,6 +128,39 @@ def test_in_a_loop_of_ones_own():
     torch.testing.assert_close(again, torch.full_like(again, 0.01), rtol=1e-3, atol=0)
 
 
+def test_micro_batches_of_ones_own_loop_count_equally():
+    wanted, found = (switch_of(loras()).train() for _ in range(2))
+    for model, count in ((wanted, 1), (found, 2)):
+        loss, collator = ExpertLoss(model, gradient_accumulation_steps=count), ExpertCollator(collate, model)
+        batch = collator(list(together())[: EACH * len(NAMES)])
+        for _ in range(count):
+            loss(model(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"]).backward()
+    for (name, parameter), other in zip(found.named_parameters(), wanted.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_one_adapter_of_two_and_a_column_of_another_name():
+    model = switch_of(loras())
+    with pytest.raises(ValueError, match="'second'"):
+        ExpertLoss(model, adapter_name="second")
+    other = LoRASwitchConfig(num_experts=3, top_k=1, expert_names=NAMES[::-1], **FIELDS)
+    model.add_adapter("second", other)
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match="adapter_name"):
+        ExpertLoss(model)
+    loss = ExpertLoss(model.train(), adapter_name="second")
+    collator = ExpertCollator(collate, model, column="domain", adapter_name="second")
+    batch = collator([{"input_ids": [3, 4, 5], "domain": name} for name in NAMES])
+    assert batch["experts"].tolist() == [2, 1, 0]
+    loss(model(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"]).backward()
+    assert not loss.losses.isnan().any()
+    trained = {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert trained and all(".second." in name for name in trained)
+
+
 def same_batches(count: int) -> Dataset:
     """The same two samples of each expert again and again: however many of these batches make a step, it is that of one."""
     batch = list(together())[: EACH * len(NAMES)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def check_same_experts(before: list, after: list) -> None:
         rank = min(a.shape[0], new_a.shape[0])
         assert torch.equal(a[:rank], new_a[:rank]) and torch.equal(b[:, :rank], new_b[:, :rank])
         assert not a[rank:].any() and not new_a[rank:].any() and not b[:, rank:].any() and not new_b[:, rank:].any()
+
+
+def test_a_lora_of_a_backbone_with_another_name(folders, tmp_path):
+    shutil.copytree(folders["b"], tmp_path / "b")
+    configure(base_model_name_or_path="you/two")(tmp_path / "b")
+    model = routed(folders, "a", "c")
+    model.get_base_model().name_or_path = "you/one"
+    with pytest.raises(ValueError, match="'you/two'.*'you/one'.*ignore_base_name=True"):
+        add_expert(model, tmp_path / "b")
+    assert model.peft_config["default"].num_experts == 2
+    assert add_expert(model, tmp_path / "b", ignore_base_name=True) == 2
 
 
 @pytest.mark.parametrize("new", ["c", "big"])

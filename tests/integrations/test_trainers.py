@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback
 
-from helpers import adapted, padded, tiny_bert, tiny_llama, tiny_llama_classifier, tokens
+from helpers import adapted, padded, switch_config, tiny_bert, tiny_llama, tiny_llama_classifier, tokens
 from peft_loraswitch import RouterStatsCallback
 from trainer_tools import (
     OrderedTrainer,
@@ -222,6 +222,15 @@ def test_reporters_see_what_the_callback_adds(tmp_path, capsys, monkeypatch):
     assert len(reported) == 3 and all(expected < set(logs) for logs in reported[:2]) and not expected & set(reported[2])
     assert all(expected < set(entry) for entry in made.state.log_history[:2])
     assert "router/base_share" in capsys.readouterr().out
+
+
+def test_the_callback_may_name_one_adapter_of_two(tmp_path):
+    model = causal()
+    model.add_adapter("other", switch_config())
+    made = trained(tmp_path, model, callbacks=[RouterStatsCallback("default")])
+    assert "router/entropy" in made.state.log_history[0]
+    with pytest.raises(ValueError, match="'nobody'"):
+        trained(tmp_path, model, callbacks=[RouterStatsCallback("nobody")])
 
 
 def settings_of_a_long_run(**overrides: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from recipes.checkout import ROOT
 from recipes.compose import domains, report
 from recipes.compose.lab import COLUMNS
+from recipes.documents import between_markers
 
 
 @pytest.fixture
@@ -49,7 +50,9 @@ def test_the_documents_show_the_committed_results() -> None:
     else:  # nothing is shown before it is measured
         for document in (report.SUMMARY, report.FULL):
             text = (ROOT / document).read_text()
-            assert report.between_markers(document, text, "").replace("\n\n", "\n") == text.replace("\n\n", "\n")
+            assert between_markers(document, text, "", report.MARKERS).replace("\n\n", "\n") == text.replace(
+                "\n\n", "\n"
+            )
 
 
 def test_the_summary_has_the_best_of_each_group_worst_first(table: report.Table) -> None:
@@ -79,4 +82,4 @@ def test_the_picture_is_drawn(table: report.Table, tmp_path: Path) -> None:
 
 def test_markers_are_needed() -> None:
     with pytest.raises(SystemExit, match="needs the lines"):
-        report.between_markers("a.md", "no markers", "table")
+        between_markers("a.md", "no markers", "table", report.MARKERS)

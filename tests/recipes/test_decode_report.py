@@ -10,6 +10,7 @@ import pytest
 
 from recipes.benchmarks.decode import report
 from recipes.checkout import ROOT
+from recipes.documents import between_markers
 
 SOURCE = "recipes/results/decode_h200.json"
 
@@ -32,7 +33,8 @@ def test_the_readme_keeps_its_commands_and_shows_cost_in_five_rows():
     for marker in ("<!-- quickstart command -->", "<!-- test command -->"):
         command = text.split(marker)
         assert len(command) == 2 and command[1].startswith("\n```bash\npython3 -m venv .venv && ")
-    table = text.split(report.BEGIN)[1].split(report.END)[0]
+    begin, end = report.MARKERS
+    table = text.split(begin)[1].split(end)[0]
     rows = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| |")]
     assert len(rows) == 5
 
@@ -138,9 +140,10 @@ def test_bars_say_what_is_met():
 
 
 def test_markers_that_are_missing_or_swapped_are_named():
-    for text in ("no markers", report.END + report.BEGIN, 2 * (report.BEGIN + report.END)):
+    begin, end = report.MARKERS
+    for text in ("no markers", end + begin, 2 * (begin + end)):
         with pytest.raises(SystemExit, match="^a.md needs the lines"):
-            report.between_markers("a.md", text, "table")
+            between_markers("a.md", text, "table", report.MARKERS)
 
 
 def test_parts_have_a_line_for_each_row_and_the_later_file_counts():

@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 import served_files  # noqa: E402
 import vllm_server  # noqa: E402
+from recipes.checkout import processor, versions  # noqa: E402
 
 ADAPTERS = 12  # besides the named ones
 SLOTS = 4
@@ -60,6 +61,8 @@ def run(clients: int, seconds: float, seed: int, folder: Path) -> dict[str, Any]
         version = json.loads(server.post("/version", None)[1])["version"]
         return {
             "command": f"python tests/serving/load.py --seconds {seconds:g} --clients {clients} --seed {seed}",
+            **versions("peft", "transformers"),
+            "processor": processor(),
             "vllm": version,
             "clients": clients,
             "adapters": len(files.answers) - 1,

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_store import LFS_SUFFIXES, LFS_THRESHOLD, File, HubError, HubStore, Repo, card_problems
 
@@ -327,6 +327,3 @@ class HubServer:
         """Path -> content of a revision, read without any client."""
         repo = self.store.repos[repo_id]
         return {p: self.store.blob(f).read_bytes() for p, f in repo.commits[repo.resolve(revision)].items()}
-
-    def url_of(self, repo_id: str, path: str, revision: str = "main") -> str:
-        return f"{self.url}/{repo_id}/resolve/{quote(revision, safe='')}/{path}"

@@ -17,6 +17,7 @@ from typing import Any
 from recipes.benchmarks.decode.bars import BARS, BYTES_SAVED, LINEAR_BARS, Bar
 from recipes.benchmarks.decode.plan import FIRST, FUSED, METHODS, PREFILL, SHAPES, Adapter, usual_adapter
 from recipes.checkout import ROOT
+from recipes.documents import between_markers
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -38,7 +39,7 @@ NAMES = {
     "llama-3.1-8b": "Llama-3.1-8B",
     "qwen3-0.6b": "Qwen3-0.6B",
 }
-BEGIN, END = "<!-- decode table: python -m recipes.benchmarks.decode.report -->", "<!-- end of decode table -->"
+MARKERS = ("<!-- decode table: python -m recipes.benchmarks.decode.report -->", "<!-- end of decode table -->")
 
 
 def line(row: Row) -> str:
@@ -435,18 +436,6 @@ def other_gpu(result: Result, source: str) -> str:
     )
 
 
-def between_markers(document: str, text: str, table: str) -> str:
-    """`text`, which is that of `document`, with `table` between its markers.
-
-    Raises:
-        SystemExit: the markers are not there once each, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"{document} needs the lines {BEGIN!r} and {END!r}, once each, in this order.")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=SOURCE, help="result file, relative to the repository")
@@ -457,7 +446,7 @@ def main(argv: list[str]) -> None:
     parts = {path: json.loads((ROOT / path).read_text()) for path in PARTS if (ROOT / path).exists()}
     tables = {SUMMARY: summary(result, args.source), FULL: section(result, args.source, others, parts)}
     old = {document: (ROOT / document).read_text() for document in tables}
-    new = {document: between_markers(document, old[document], table) for document, table in tables.items()}
+    new = {document: between_markers(document, old[document], table, MARKERS) for document, table in tables.items()}
     if args.check:
         if stale := [document for document in tables if new[document] != old[document]]:
             raise SystemExit(
