@@ -44,7 +44,7 @@ from .targets import trained_in_full
 from .training_logs import log_after_all_is_added
 
 PEFT = "peft 0.20.0 to 0.21.2"
-TRANSFORMERS = "transformers 5.17.0 to 5.23.0"
+TRANSFORMERS = "transformers 5.17.0 to 5.24.0"
 HUB = "huggingface_hub 1.33.0 to 2.4.0"
 
 

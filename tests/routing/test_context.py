@@ -331,4 +331,4 @@ def test_continuous_batching_is_refused():
         options = RoutingOptions(4, 2, False, decay=0.8)
         Context(inputs, "default", options, torch.Size([1, 4]), None, torch.device("cpu"))
     with pytest.raises(ValueError, match="PagedAttentionCache"):
-        logits(model, input_ids=tokens(1, 4), cache=PagedAttentionCache())
+        logits(model, input_ids=tokens(1, 4), position_ids=torch.arange(4)[None], cache=PagedAttentionCache())
