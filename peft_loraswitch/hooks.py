@@ -63,7 +63,7 @@ class Hooks:
             name for layer in layers for name, options in layer.routing_options.items() if options.decay
         }
         for depth, owner in enumerate(owners):
-            hook = _OwnerHooks(self, owner, depth)
+            hook = _OwnerHooks(self, owner, depth, routed)
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
         self._blocks = checkpointed_blocks(root, set(layers))
@@ -162,12 +162,13 @@ EXPERTS = "experts"  # the argument of a forward that says which expert each sam
 class _OwnerHooks:
     """The two hooks of one owner, at `depth` owners below the outermost (bound methods: `copy.deepcopy` rebinds them)."""
 
-    def __init__(self, hooks: Hooks, owner: nn.Module, depth: int) -> None:
+    def __init__(self, hooks: Hooks, owner: nn.Module, depth: int, routed: set[nn.Module]) -> None:
         self.hooks, self.state = hooks, hooks.state
         self.depth = depth
         parameters = inspect.signature(owner.forward).parameters
         names = list(parameters)
-        self.mask_position = names.index("attention_mask") if "attention_mask" in names else None
+        mask = _mask_argument(owner, names, routed)
+        self.mask_name, self.mask_position = mask or "", None if mask is None else names.index(mask)
         self.takes_experts = depth == 0 and EXPERTS not in names
         # a tower without a mask of its own, inside a model whose mask is that of another stream (CLIP's text)
         is_tower = depth > 0 and isinstance(owner, PreTrainedModel)
@@ -190,7 +191,7 @@ class _OwnerHooks:
         if not traced():
             frame.called_from(self.depth, sys._getframe(1))
         if self.mask_position is not None:
-            mask = kwargs.get("attention_mask", args[self.mask_position] if len(args) > self.mask_position else None)
+            mask = kwargs.get(self.mask_name, args[self.mask_position] if len(args) > self.mask_position else None)
             # The innermost knows best, also by passing none (a T5 decoder's mask is not the encoder's). But the attention's
             # own mask [batch, 1, queries, keys] does not say which queries are padding if an outer one [batch, keys] did.
             if mask is None or _marks_tokens(mask) or not _marks_tokens(frame.attention_mask):
@@ -268,6 +269,17 @@ class _OwnerHooks:
 # Names of what holds a batch of tokens, the decoder's first, and of what holds past ones.
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "hidden_states", "pixel_values")
 _PASTS = ("cache", "cache_params", "layer_past", "mems", "past_key_value", "past_key_values")
+
+
+def _mask_argument(owner: nn.Module, names: Sequence[str], routed: set[nn.Module]) -> str | None:
+    """Which of an owner's arguments says what tokens of the routed stream are padding. An encoder-decoder model has two: its
+    `attention_mask` is that of the encoder."""
+    own = "decoder_attention_mask"
+    if own in names and hasattr(owner, "get_decoder"):
+        decoder: nn.Module | None = owner.get_decoder()  # type: ignore[operator]
+        if decoder is not None and decoder is not owner and routed <= set(decoder.modules()):
+            return own
+    return "attention_mask" if "attention_mask" in names else None
 
 
 def _marks_tokens(mask: Any) -> bool:

@@ -46,6 +46,23 @@ class _Enough(Exception):
     """Breaks a forward off."""
 
 
+def tokenizer_of(backbone: Any) -> Any:
+    """The tokenizer that stands where the backbone was loaded from.
+
+    Raises:
+        ValueError: there is none, or the backbone does not say where that is.
+    """
+    from transformers import AutoTokenizer
+
+    name = getattr(backbone, "name_or_path", None)
+    if not name:
+        raise ValueError(f"tokenizer is missing: this {type(backbone).__name__} does not say where it was loaded from.")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"tokenizer is missing, and there is none at {shown(name)}: {error}") from error
+
+
 def tokenized(texts: Sequence[str], tokenizer: Any, max_length: int | None, whose: str = "texts") -> list[list[int]]:
     """The token ids of each text, at most `max_length`, with the tokenizer's special tokens.
 

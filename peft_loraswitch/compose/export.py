@@ -21,7 +21,7 @@ from ..loading.weights_file import read_config_file
 from ..peft_names import PREFIX
 from ..saving.safe_save import replace_both
 from ..targets.selection import module_names
-from .experts import adapted_linears, config_of, index_of
+from .experts import adapted_linears, check_in_memory, config_of, index_of
 from .stacks import rank_and_alpha, selection, used_rows
 
 
@@ -48,6 +48,7 @@ def export_expert(
 
     Raises:
         ValueError: the expert is unknown, zero everywhere, or holds NaN or Inf; the folder holds an adapter of another kind.
+        RuntimeError: the model is offloaded.
         OSError: the files cannot be written; those of before are then still there.
     """
     adapter, config = config_of(model, adapter_name)
@@ -58,6 +59,7 @@ def export_expert(
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     linears = adapted_linears(backbone, adapter)
+    check_in_memory(linears)
     for name, layer in linears.items():
         a, b = _matrices(layer, adapter, index)
         if a.shape[0]:

@@ -26,8 +26,9 @@ from ..router_inputs import (
     linears_of_one_input,
     read,
     tokenized,
+    tokenizer_of,
 )
-from .experts import adapted_linears, choice_name, config_of, index_of, means_base, router_layer
+from .experts import adapted_linears, check_in_memory, choice_name, config_of, index_of, means_base, router_layer
 from .linear_classifiers import Moments, discriminant_rows, logistic_rows, regression_rows
 
 METHODS = ("discriminant", "centroid", "logistic")
@@ -69,7 +70,8 @@ def router_from_texts(
 
     Args:
         model: a model with LoRA-Switch adapters; the adapter must be active.
-        tokenizer: of the backbone, with its special tokens; it needs no padding token.
+        tokenizer: of the backbone, with its special tokens; it needs no padding token. None: the one that stands where the
+            backbone was loaded from.
         texts: for each expert, by name or index, its texts: about ten or more. With `base_expert=True` also, under "base",
             texts that are no expert's; without those, the base expert's logit is 0, so that it is chosen where no expert's
             mean is nearer than the mean of all.
@@ -83,9 +85,9 @@ def router_from_texts(
         dict: the number of tokens that each expert's row was made of.
 
     Raises:
-        ValueError: an expert is unknown or has no texts, a text is empty, the adapter is not active, or all inputs are equal.
-            The router is then as it was.
-        RuntimeError: the model is fused or in a forward.
+        ValueError: an expert is unknown or has no texts, a text is empty, the adapter is not active, there is no tokenizer, or
+            all inputs, or those of all experts, are equal. The router is then as it was.
+        RuntimeError: the model is fused, offloaded or in a forward.
 
     Example:
         ```py
@@ -97,6 +99,7 @@ def router_from_texts(
     _check_choice("method", method, METHODS)
     _check_positive("temperature", temperature)
     _check_length(max_length)
+    tokenizer = tokenizer_of(backbone) if tokenizer is None else tokenizer
     sequences = _sequences(config, texts, tokenizer, max_length)
     decay = config.router_decay
     moments: dict[int, Moments] = {}
@@ -113,6 +116,10 @@ def router_from_texts(
     if float(within.trace()) <= 1e-12 * float(means.square().sum()):
         raise ValueError(
             "texts: all tokens of an expert look alike to the router, so that they tell nothing: give other texts."
+        )
+    if float((means - means.mean(0)).square().sum()) <= 1e-12 * float(means.square().sum()):
+        raise ValueError(
+            "texts: those of one expert look to the router like those of every other, so that they tell nothing: give others."
         )
     rows = discriminant_rows(means, within, RIDGE if method == "discriminant" else 1.0)
     if decay:  # averages vary less than tokens, so that the same logit says more
@@ -168,7 +175,7 @@ def router_from_weights(
     Raises:
         ValueError: an expert changes none of the linears that read what the router reads, two experts are the same there,
             or an argument does not fit. The router is then as it was.
-        RuntimeError: the model is fused or in a forward.
+        RuntimeError: the model is fused, offloaded or in a forward.
     """
     adapter, config, backbone, router = _target(model, adapter_name)
     _check_positive("temperature", temperature)
@@ -205,7 +212,9 @@ def router_from_weights(
 def _target(model: nn.Module, adapter_name: str | None) -> tuple[str, LoRASwitchConfig, nn.Module, Any]:
     adapter, config = config_of(model, adapter_name)
     backbone = backbone_of(model)
-    layer = router_layer(adapted_linears(backbone, adapter), adapter)
+    linears = adapted_linears(backbone, adapter)
+    check_in_memory(linears)
+    layer = router_layer(linears, adapter)
     state = layer.routing_state
     if state.fused:
         raise RuntimeError("This model is fused: call unfuse() before its router is set, and fuse it again.")
@@ -313,11 +322,9 @@ def _prototype(
 
 def _references(backbone: Any, texts: Any, tokenizer: Any, references: int) -> list[list[int]]:
     if texts is not None:
-        if tokenizer is None:
-            raise ValueError("tokenizer is missing: texts need one.")
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
             raise ValueError(f"texts={shown(texts)} must be a list of one or more texts.")
-        return tokenized(texts, tokenizer, MAX_TOKENS)
+        return tokenized(texts, tokenizer_of(backbone) if tokenizer is None else tokenizer, MAX_TOKENS)
     embeddings = backbone.get_input_embeddings() if hasattr(backbone, "get_input_embeddings") else None
     size = getattr(embeddings, "num_embeddings", None)
     if size is None:

@@ -43,7 +43,8 @@ class ExpertCollator:
         column: str = "expert",
         adapter_name: str | None = None,
     ) -> None:
-        _, self.config = config_of(model, adapter_name)
+        self.adapter, _ = config_of(model, adapter_name)
+        self.configs: Any = backbone_of(model).peft_config  # not the model: collators go to other processes
         self.collator, self.column = collator, column
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Any:
@@ -55,7 +56,7 @@ class ExpertCollator:
             )
         experts = [sample[self.column] for sample in samples]
         batch = self.collator([{k: v for k, v in sample.items() if k != self.column} for sample in samples])
-        batch["experts"] = expert_indices(self.config, experts)
+        batch["experts"] = expert_indices(self.configs[self.adapter], experts)
         return batch
 
 
@@ -93,8 +94,9 @@ class ExpertLoss(AddsToLogs):
         gradient_accumulation_steps: int = 1,
         adapter_name: str | None = None,
     ) -> None:
-        adapter, config = config_of(model, adapter_name)
-        self.adapter, self.config = adapter, config
+        adapter, _ = config_of(model, adapter_name)
+        self.adapter = adapter
+        self.configs: Any = backbone_of(model).peft_config
         self.layers = list(adapted_linears(backbone_of(model), adapter).values())
         self.max_grad_norm, self.steps = max_grad_norm, gradient_accumulation_steps
         self.losses: torch.Tensor | None = None
@@ -111,7 +113,7 @@ class ExpertLoss(AddsToLogs):
         if labels is None:
             raise ValueError("The batch has no 'labels': the collator must make them.")
         losses, counts = expert_losses(
-            outputs["logits"], labels, given.choices, self.config.routing_options().num_choices
+            outputs["logits"], labels, given.choices, self.configs[self.adapter].routing_options().num_choices
         )
         with torch.no_grad():
             self.losses = losses.detach().where(counts > 0, torch.nan)
@@ -135,7 +137,8 @@ class ExpertLoss(AddsToLogs):
             return {}
         means = torch.stack(self._logged).nanmean(0).tolist()
         self._logged.clear()
-        names = self.config.expert_names or range(self.config.num_experts)
+        config = self.configs[self.adapter]
+        names = config.expert_names or range(config.num_experts)
         return {f"expert_loss/{name}": mean for name, mean in zip(names, means, strict=False) if mean == mean}
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:

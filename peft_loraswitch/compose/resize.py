@@ -20,7 +20,7 @@ from ..loading.rollback import all_or_nothing
 from ..routing.options import RoutingOptions
 from ..routing.statistics import RoutingRecord
 from ..training.losses import PendingBatches
-from .experts import adapted_linears, config_of, index_of, router_layer
+from .experts import adapted_linears, check_in_memory, config_of, index_of, router_layer
 from .lora_files import PlainLora, check_base, folded_b
 from .stacks import padded, rank_and_alpha, used_rows
 
@@ -42,7 +42,8 @@ def add_expert(
     The other experts keep their weights and their rows of the router to the bit; where the new one has a larger rank, they get
     zeros beyond theirs. Tokens may choose the new one from now on: with a small random row of the router a few do.
 
-    The stacks of experts and the router become **new parameters**. An optimizer made before holds the old ones, and would train
+    The stacks of experts and the router become **new parameters**, and the configuration a new object,
+    `model.peft_config[adapter]`. An optimizer made before holds the old ones, and would train
     those to no effect: make a new one (there is a warning where something still holds old ones). The state of the old optimizer
     and a Trainer's checkpoint with another number of experts do not fit, and loading refuses the latter by name. Statistics
     (`router_stats`) begin anew.
@@ -63,7 +64,7 @@ def add_expert(
 
     Raises:
         ValueError: the LoRA cannot be an expert of this adapter, or a name, adapter or row does not fit. The model is as it was.
-        RuntimeError: the model is fused, in a forward or within `use_experts()` or `record_routing()`.
+        RuntimeError: the model is fused, offloaded, in a forward or within `use_experts()` or `record_routing()`.
     """
     adapter, config = config_of(model, adapter_name)
     backbone = backbone_of(model)
@@ -84,8 +85,8 @@ def add_expert(
     stacks = {name: _with(linears[name], adapter, expert) for name, expert in new.items()}
     rows, behind = _router(linears, adapter).weight.detach(), config.num_experts  # a base expert's row stays the last
     rows = torch.cat([rows[:behind], row[None], rows[behind:]])
-    _replace(model, config, changed, adapter, linears, stacks, rows)
-    return config.num_experts - 1
+    _replace(model, changed, adapter, linears, stacks, rows)
+    return changed.num_experts - 1
 
 
 def remove_expert(model: nn.Module, expert: str | int, adapter_name: str | None = None) -> None:
@@ -101,7 +102,7 @@ def remove_expert(model: nn.Module, expert: str | int, adapter_name: str | None 
 
     Raises:
         ValueError: the expert is unknown, or fewer than `top_k` would be left. The model is as it was.
-        RuntimeError: the model is fused, in a forward or within `use_experts()` or `record_routing()`.
+        RuntimeError: the model is fused, offloaded, in a forward or within `use_experts()` or `record_routing()`.
     """
     adapter, config = config_of(model, adapter_name)
     linears = adapted_linears(backbone_of(model), adapter)
@@ -125,13 +126,14 @@ def remove_expert(model: nn.Module, expert: str | int, adapter_name: str | None 
         if layer.routing_options[adapter].is_routed
     }
     router = _router(linears, adapter)
-    _replace(model, config, changed, adapter, linears, stacks, _all_but(router.weight.detach(), index))
+    _replace(model, changed, adapter, linears, stacks, _all_but(router.weight.detach(), index))
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_at_rest(linears: dict[str, LoRASwitchLinear]) -> None:
+    check_in_memory(linears)
     state = next(iter(linears.values())).routing_state
     if state.fused:
         raise RuntimeError("This model is fused: call unfuse() before experts come or go, and fuse it again.")
@@ -253,7 +255,6 @@ def _all_but(rows: torch.Tensor, index: int) -> torch.Tensor:
 
 def _replace(
     model: nn.Module,
-    config: LoRASwitchConfig,
     changed: LoRASwitchConfig,
     adapter: str,
     linears: dict[str, LoRASwitchLinear],
@@ -268,20 +269,28 @@ def _replace(
         vars(changed).update(rank_and_alpha(new_ranks, scales), use_rslora=False)
     changed.check()
     old: list[weakref.ref[Any]] = []
-    with all_or_nothing(model, config), torch.inference_mode(False):
-        vars(config).update(vars(changed))
+    with all_or_nothing(model), torch.inference_mode(False):
+        # In place of the old one, which may be that of other adapters and models, too: PEFT keeps what it was given.
+        for holder in (model, getattr(model, "base_model", None), backbone_of(model)):
+            configs: Any = getattr(holder, "peft_config", {})
+            if adapter in configs:
+                configs[adapter] = changed
         for name, layer in linears.items():
+            layer.adapter_config[adapter] = changed
             if name in stacks:
-                old += [_set_weight(layer.loraswitch_A[adapter], stacks[name][0])]
-                old += [_set_weight(layer.loraswitch_B[adapter], stacks[name][1])]
-                layer.routing_options[adapter] = _next_edition(layer, adapter, config)
+                for module, stack in zip((layer.loraswitch_A, layer.loraswitch_B), stacks[name], strict=True):
+                    old += map(weakref.ref, module[adapter].parameters())
+                    module[adapter].train_alone(None)  # until take_up_trainable: the indices are those of the new stack
+                    _set_weight(module[adapter], stack)
+                layer.routing_options[adapter] = _next_edition(layer, adapter, changed)
             if new_ranks != ranks:
-                layer.r[adapter], layer.lora_alpha[adapter] = new_ranks[name], config.alpha_of(name)
-                layer.scaling[adapter] = config.scale_of(name)
+                layer.r[adapter], layer.lora_alpha[adapter] = new_ranks[name], changed.alpha_of(name)
+                layer.scaling[adapter] = changed.scale_of(name)
             if adapter in layer.loraswitch_router:
-                old += [_set_weight(layer.loraswitch_router[adapter], router_weight)]
+                old += map(weakref.ref, layer.loraswitch_router[adapter].parameters())
+                _set_weight(layer.loraswitch_router[adapter], router_weight)
                 record = RoutingRecord(
-                    config.num_experts, router_weight.device, config.expert_names, config.base_expert
+                    changed.num_experts, router_weight.device, changed.expert_names, changed.base_expert
                 )
                 layer.loraswitch_record[adapter] = record
                 layer.loraswitch_pending[adapter] = PendingBatches()
@@ -295,11 +304,9 @@ def _next_edition(layer: LoRASwitchLinear, adapter: str, config: LoRASwitchConfi
     return replace(options, num_experts=config.num_experts, edition=options.edition + 1)
 
 
-def _set_weight(module: Any, value: torch.Tensor) -> weakref.ref[Any]:
-    """Returns the parameter that was there."""
-    old = module.weight
-    module.weight = nn.Parameter(value.clone() if value.is_inference() else value, requires_grad=old.requires_grad)
-    return weakref.ref(old)
+def _set_weight(module: Any, value: torch.Tensor) -> None:
+    asks = module.weight.requires_grad
+    module.weight = nn.Parameter(value.clone() if value.is_inference() else value, requires_grad=asks)
 
 
 def _warn_of_holders(old: list[weakref.ref[Any]]) -> None:

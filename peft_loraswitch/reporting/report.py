@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compose.experts import adapted_linears, choice_name, config_of, router_layer
+from ..compose.experts import adapted_linears, check_in_memory, choice_name, config_of, router_layer
 from ..loading.layout import backbone_of
 from ..patterns import shown
-from ..router_inputs import AT_A_TIME, Reading, averaged, read, tokenized
+from ..router_inputs import AT_A_TIME, Reading, averaged, read, tokenized, tokenizer_of
 from ..routing.options import RoutingOptions
 from ..routing.router import router_logits
 from . import terminal, web_page
@@ -101,6 +101,7 @@ def routing_report(
 
     Raises:
         ValueError: a text is empty, the adapter is unknown, ambiguous or not active, or there is no tokenizer.
+        RuntimeError: the model is offloaded.
 
     Example:
         ```py
@@ -114,11 +115,13 @@ def routing_report(
     several = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Sequence) else None
     if not several:
         raise ValueError(f"texts={shown(texts)} must be a text or a list of one or more texts.")
-    tokenizer = _tokenizer_of(backbone) if tokenizer is None else tokenizer
+    tokenizer = tokenizer_of(backbone) if tokenizer is None else tokenizer
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
         raise ValueError(f"max_length={shown(max_length)} must be a positive whole number or None.")
     sequences = tokenized(several, tokenizer, max_length)
-    layer = router_layer(adapted_linears(backbone, adapter), adapter)
+    linears = adapted_linears(backbone, adapter)
+    check_in_memory(linears)
+    layer = router_layer(linears, adapter)
     options, weight = layer.routing_options[adapter], layer.loraswitch_router[adapter].weight
     routed: list[RoutedText] = []
     for batch in read(backbone, adapter, sequences, batch_size, decide=True, progress="routing_report"):
@@ -152,18 +155,6 @@ def _decisions(
                 del chosen[taken:], weights[taken:]
     lengths = batch.real.sum(1).tolist()
     return [tuple([tuple(row) for row in column[i][:n]] for column in columns) for i, n in enumerate(lengths)]  # type: ignore[misc]
-
-
-def _tokenizer_of(backbone: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    name = getattr(backbone, "name_or_path", None)
-    if not name:
-        raise ValueError(f"tokenizer is missing: this {type(backbone).__name__} does not say where it was loaded from.")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"tokenizer is missing, and there is none at {shown(name)}: {error}") from error
 
 
 def pieces(text: str, ids: Sequence[int], tokenizer: Any) -> list[str]:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from .cached_sums import DynamicSums, Setting, StaticSums, cache_in, keep_in, sums_in, sums_of
 from .decayed_sums import decayed_sums, mean_of, sequence_numbers, weighted
-from .masks import attended_keys
+from .masks import attended_keys, numbers_of_blocks, one_of
 from .options import RoutingOptions
 
 
@@ -111,6 +111,8 @@ class Context:
         self.decay, self.setting = options.decay, Setting(options.decay, options.num_choices + 1, options.edition)
         total = shape.numel() if served is None else served[0]
         batch = inputs.batch if len(shape) == 1 else shape[0]
+        if not total:
+            raise ValueError("router_decay: the batch holds no tokens.")
         if not batch or total % batch:
             raise ValueError(
                 f"router_decay: {total} flattened tokens reach the router of adapter '{adapter}', and the model's inputs do not "
@@ -178,9 +180,15 @@ class Context:
         return previous
 
     def _numbers(self, device: torch.device) -> torch.Tensor | None:
-        """Packing is told by positions alone, as in transformers: with a mask, or a cache, a row is one sequence."""
-        positions = self.inputs.position_ids
-        if positions is None or self.inputs.mask is not None or self.length == 1 or self.inputs.cache is not None:
+        """Packing is told by an attention's own mask, whose blocks do not see each other; or by positions alone, as in
+        transformers: with a mask [batch, tokens], or a cache, a row is one sequence."""
+        mask, positions = one_of(self.inputs.mask), self.inputs.position_ids
+        if self.length == 1 or self.inputs.cache is not None:
+            return None
+        if isinstance(mask, torch.Tensor) and mask.dim() > 2 and mask.shape[-2] == mask.shape[-1] == self.length:
+            numbers = numbers_of_blocks(mask).to(device).expand(self.batch, -1)
+            return numbers if self.rows is None else numbers[self.rows]
+        if positions is None or mask is not None:
             return None
         if positions.dim() == 3:  # several axes; the first of four is that of text
             if positions.shape[0] != 4:
@@ -231,9 +239,7 @@ def _unseen(adapter: str) -> str:
 
 def _real(mask: Any, batch: int, length: int, past: Any, device: torch.device) -> torch.Tensor | None:
     """bool [batch, length]: which of the forward's tokens are real, after `past` cached ones; None: all."""
-    if isinstance(mask, dict):  # one for each kind of attention
-        masks = [mask.get("full_attention"), *mask.values()]
-        mask = next((each for each in masks if each is not None), None)
+    mask = one_of(mask)
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 3, 4) or mask.shape[0] not in (1, batch):

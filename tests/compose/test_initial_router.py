@@ -281,12 +281,25 @@ def refused(model: nn.Module, error: type[Exception], match: str):
         ({**TEXTS, "law": [3]}, r"texts\['law'\]: entry 0 is 3"),
         (["w3"], "must be a dict"),
         (dict.fromkeys(NAMES, ["w3 w3"]), "all tokens of an expert look alike"),
+        (dict.fromkeys(NAMES, ["w3 w4 w5"]), "look to the router like those of every other"),
     ],
 )
 def test_texts_that_do_not_fit_are_refused(texts, match):
     model = made()
     with refused(model, ValueError, match):
         router_from_texts(model, TOKENIZER, texts)
+
+
+def test_the_tokenizer_may_stand_where_the_backbone_was_loaded_from(tmp_path):
+    expected, model = made(), made()
+    with refused(model, ValueError, "tokenizer is missing: this .* does not say where it was loaded from"):
+        router_from_texts(model, None, TEXTS)
+    TOKENIZER.save_pretrained(tmp_path)
+    model.get_base_model().name_or_path = str(tmp_path)
+    router_from_texts(expected, TOKENIZER, TEXTS)
+    router_from_texts(model, None, TEXTS)
+    assert torch.equal(router(model), router(expected))
+    router_from_weights(model, texts=TEXTS["law"])
 
 
 @pytest.mark.parametrize(

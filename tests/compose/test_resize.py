@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 from helpers import adapted, randomize_adapter, router_layer, switch_config, switch_layers, tiny_llama, tokens
 from loaders import configure
 from loras import CONFIG, LINEARS, alone, logits_of, lora_oracle, peft_logits, save_lora
 from oracle import Oracle
-from peft_loraswitch import add_expert, export_expert, from_loras, remove_expert, use_experts
-from trainer_tools import OrderedTrainer, arguments, collate, samples
+from peft_loraswitch import add_expert, export_expert, from_loras, remove_expert, router_from_texts, use_experts
+from trainer_tools import OrderedTrainer, arguments, collate, samples, tokenizer
 from unchanged import unchanged
 
 pytestmark = pytest.mark.compat
@@ -77,6 +77,72 @@ def test_a_lora_of_a_backbone_with_another_name(folders, tmp_path):
         add_expert(model, tmp_path / "b")
     assert model.peft_config["default"].num_experts == 2
     assert add_expert(model, tmp_path / "b", ignore_base_name=True) == 2
+
+
+def test_a_configuration_given_twice_is_two(folders, tmp_path):
+    """To two adapters of a model (TRL's DPOTrainer does so) and to two models: experts that come to one are no others'."""
+    config = switch_config()
+    model, twin = (randomize_adapter(get_peft_model(tiny_llama(), config)).eval() for _ in range(2))
+    model.add_adapter("ref", model.peft_config["default"])
+    randomize_adapter(model, "ref")
+    model.set_adapter("ref")
+    expected = logits_of(model, input_ids=tokens())
+    assert add_expert(model, name="law", adapter_name="default") == 4
+    assert [each.num_experts for each in (model.peft_config["ref"], twin.peft_config["default"], config)] == [4, 4, 4]
+    assert torch.equal(logits_of(model, input_ids=tokens()), expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "ref").eval()
+    torch.testing.assert_close(logits_of(loaded, input_ids=tokens()), expected, **ROUNDING)
+    model.peft_config["default"].trainable = ["law"]
+    model.set_adapter("default")
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"expert_4"}
+    with pytest.raises(ValueError, match="4 is unknown"), use_experts(twin, 4):
+        pass
+
+
+@pytest.mark.parametrize("gone", ["a", "b"])
+@pytest.mark.parametrize("trained", [["law"], ["b", "law"], ["c"]], ids=str)
+def test_what_trains_alone_goes_on(folders, gone, trained):
+    """Also the last of the stack, whose place is gone when another has left."""
+    model = routed(folders, "a", "b", "c")
+    add_expert(model, name="law")
+    model.peft_config["default"].trainable = trained
+    model.set_adapter("default")
+    stacks = len([p for p in model.parameters() if p.requires_grad]) // len(trained)
+    if trained == ["law"] and gone == "a":
+        held = [p for p in model.parameters() if p.requires_grad]  # as an optimizer would
+        with pytest.warns(UserWarning, match="make a new one"):
+            remove_expert(model, gone)
+        del held
+    else:
+        remove_expert(model, gone)
+    left = [name for name in trained if name != gone]
+    names = model.peft_config["default"].expert_names
+    wanted = {f"expert_{names.index(name)}" for name in left}
+    found = [name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad]
+    assert set(found) == wanted and len(found) == stacks * len(left)
+    with use_experts(model, left[-1]):
+        model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_weights_that_are_elsewhere(folders, tmp_path):
+    """accelerate's offloading leaves them on the meta device: refused by name, and the model goes on."""
+    accelerate = pytest.importorskip("accelerate")
+    model = routed(folders, "a", "b").eval()
+    expected = logits_of(model, input_ids=tokens())
+    accelerate.cpu_offload(model, execution_device="cpu")
+    for call in (
+        lambda: add_expert(model, name="law"),
+        lambda: remove_expert(model, "a"),
+        lambda: export_expert(model, "a", tmp_path / "a"),
+        lambda: router_from_texts(model, tokenizer(), {"a": ["one"], "b": ["two"]}),
+        lambda: model.routing_report("one", tokenizer()),
+    ):
+        with pytest.raises(RuntimeError, match="not in memory.*remove_hook_from_submodules"):
+            call()
+    torch.testing.assert_close(logits_of(model, input_ids=tokens()), expected)
+    assert model.peft_config["default"].num_experts == 2
 
 
 @pytest.mark.parametrize("new", ["c", "big"])
@@ -160,6 +226,7 @@ def test_remove(folders, tmp_path):
         logits_of(PeftModel.from_pretrained(tiny_llama(), tmp_path), tokens()), logits_of(model, tokens())
     )
     remove_expert(model, 0)
+    config = model.peft_config["default"]
     assert config.num_experts == 1 and config.expert_names == ["b"]
 
 

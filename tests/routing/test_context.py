@@ -19,7 +19,10 @@ from helpers import (
     tiny_t5,
     tokens,
 )
+from multistream import SEQ2SEQ
 from oracle import Oracle
+from peft_loraswitch import record_routing
+from peft_loraswitch.routing.masks import numbers_of_blocks
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -153,6 +156,42 @@ def test_packed_sequences_are_separate(router_module, starts):
         torch.testing.assert_close(packed, torch.cat(alone, 1), **CLOSE)
 
 
+@pytest.mark.parametrize("form", ["bool", "additive", "of_each_row"])
+def test_sequences_packed_by_a_mask_of_blocks_are_separate(form):
+    """With padding at the end, and within; and what a block that is not causal says is no border."""
+    model = adapted(tiny_llama(), router_decay=0.9)
+    ids, lengths = tokens(2, 12), [5, 1, 4]
+    allowed = torch.block_diag(*[torch.ones(n, n) for n in (*lengths, 2)]).bool().tril()
+    allowed[10:] = allowed[:, 10:] = False  # padding
+    allowed[2, :], allowed[:, 2] = False, False
+    mask = allowed[None, None].expand(2 if form == "of_each_row" else 1, 1, -1, -1)
+    if form == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    positions = torch.cat([torch.arange(n) for n in (*lengths, 2)])[None]
+    found = logits(model, input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    real = torch.tensor([[1, 1, 0, 1, 1]])
+    parts = [part.split(lengths, dim=1) for part in (ids[:, :10], positions[:, :10])]
+    alone = [
+        logits(
+            model,
+            input_ids=part,
+            position_ids=at,
+            attention_mask=(real if i == 0 else torch.ones_like(at)).expand(2, -1),
+        )
+        for i, (part, at) in enumerate(zip(*parts, strict=True))
+    ]
+    keep = allowed.diagonal()
+    torch.testing.assert_close(found[:, keep], torch.cat(alone, 1)[:, keep[:10]], **CLOSE)
+
+
+def test_a_mask_of_prefixes_has_no_borders():
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()
+    mask[:4, :4] = True
+    assert numbers_of_blocks(mask[None, None]).unique().numel() == 1
+    windowed = torch.ones(8, 8, dtype=torch.bool).tril().triu(-2)
+    assert numbers_of_blocks(windowed[None]).unique().numel() == 1
+
+
 def test_positions_that_are_no_packing():
     """transformers takes them for one sequence if there is a mask or a cache."""
     model = adapted(tiny_llama(), router_decay=0.9)
@@ -267,6 +306,35 @@ def test_an_encoder_decoder_model():
         )
         full = logits(model, input_ids=ids, decoder_input_ids=out.sequences)[:, :-1]
         torch.testing.assert_close(torch.stack(out.logits, 1), full, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["bart", "marian"])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_decoders_own_mask_is_not_the_encoders(name, decay):
+    """A static cache, and whoever passes one, give it a mask [batch, 1, queries, keys], while the encoder's batch is padded."""
+    build, _, _ = SEQ2SEQ[name]
+    targets = r".*decoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|fc1|fc2)"
+    model = adapted(build(), router_decay=decay, target_modules=targets)
+    batch = padded([7, 4])
+    batch.pop("labels")
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with record_routing(model) as recorded:
+        static = model.generate(**batch, **options, cache_implementation="static")
+    assert recorded.summary("default")["tokens"] == static.sequences[:, 1:].numel()
+    dynamic = model.generate(**batch, **options)
+    assert torch.equal(static.sequences, dynamic.sequences)
+    torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), **CLOSE)
+    ids = tokens(2, 5)
+    causal = torch.zeros(2, 1, 5, 5).masked_fill(
+        ~torch.ones(5, 5, dtype=torch.bool).tril(), torch.finfo(torch.float32).min
+    )
+    without = logits(model, **batch, decoder_input_ids=ids)
+    torch.testing.assert_close(
+        logits(model, **batch, decoder_input_ids=ids, decoder_attention_mask=causal), without, **CLOSE
+    )
+    real = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])  # the decoder's padding, on the right
+    found = logits(model, **batch, decoder_input_ids=ids, decoder_attention_mask=real)
+    torch.testing.assert_close(found[real.bool()], without[real.bool()], **CLOSE)
 
 
 def test_flattened_tokens_are_told_apart():
