@@ -23,6 +23,7 @@ from .mixed import check_given
 from .routing.cached_sums import own_cache
 from .routing.context import ForwardInputs
 from .routing.frame import SECOND_RUN, RoutingFrame, RoutingState, traced
+from .targets.streams import is_cross_key_or_value
 from .targets.unused_linears import UnusedLinears, keep_off_fast_paths
 from .training.end_of_forward import finish_forward
 from .training.gradient_checkpointing import checkpointed_blocks
@@ -62,8 +63,10 @@ class Hooks:
         self.see_context = {
             name for layer in layers for name, options in layer.routing_options.items() if options.decay
         }
+        # either all see the encoder's tokens or none: targets/streams.py
+        crosses = any(layer in routed and is_cross_key_or_value(root, name) for name, layer in root.named_modules())
         for depth, owner in enumerate(owners):
-            hook = _OwnerHooks(self, owner, depth, routed)
+            hook = _OwnerHooks(self, owner, depth, _mask_argument(owner, routed, crosses))
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
         self._blocks = checkpointed_blocks(root, set(layers))
@@ -162,12 +165,11 @@ EXPERTS = "experts"  # the argument of a forward that says which expert each sam
 class _OwnerHooks:
     """The two hooks of one owner, at `depth` owners below the outermost (bound methods: `copy.deepcopy` rebinds them)."""
 
-    def __init__(self, hooks: Hooks, owner: nn.Module, depth: int, routed: set[nn.Module]) -> None:
+    def __init__(self, hooks: Hooks, owner: nn.Module, depth: int, mask: str | None) -> None:
         self.hooks, self.state = hooks, hooks.state
         self.depth = depth
         parameters = inspect.signature(owner.forward).parameters
         names = list(parameters)
-        mask = _mask_argument(owner, names, routed)
         self.mask_name, self.mask_position = mask or "", None if mask is None else names.index(mask)
         self.takes_experts = depth == 0 and EXPERTS not in names
         # a tower without a mask of its own, inside a model whose mask is that of another stream (CLIP's text)
@@ -271,14 +273,16 @@ _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_em
 _PASTS = ("cache", "cache_params", "layer_past", "mems", "past_key_value", "past_key_values")
 
 
-def _mask_argument(owner: nn.Module, names: Sequence[str], routed: set[nn.Module]) -> str | None:
-    """Which of an owner's arguments says what tokens of the routed stream are padding. An encoder-decoder model has two: its
-    `attention_mask` is that of the encoder."""
-    own = "decoder_attention_mask"
-    if own in names and hasattr(owner, "get_decoder"):
+def _mask_argument(owner: nn.Module, routed: set[nn.Module], crosses: bool) -> str | None:
+    """Which of an owner's arguments says what tokens of the routed stream are padding. An encoder-decoder model takes that of the
+    encoder as `attention_mask`, its decoder as `encoder_attention_mask`. `crosses`: the layers see the encoder's tokens."""
+    names = inspect.signature(owner.forward).parameters
+    if crosses and "encoder_attention_mask" in names:
+        return "encoder_attention_mask"
+    if not crosses and "decoder_attention_mask" in names and hasattr(owner, "get_decoder"):
         decoder: nn.Module | None = owner.get_decoder()  # type: ignore[operator]
         if decoder is not None and decoder is not owner and routed <= set(decoder.modules()):
-            return own
+            return "decoder_attention_mask"
     return "attention_mask" if "attention_mask" in names else None
 
 

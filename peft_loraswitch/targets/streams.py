@@ -40,7 +40,7 @@ def check_streams(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         ValueError: names the streams and a `target_modules` that works.
     """
-    cross = [name for name in names if _is_cross_key_or_value(model, name)]
+    cross = [name for name in names if is_cross_key_or_value(model, name)]
     streams = _streams(model, [name for name in names if name not in set(cross)])
     if len(streams) > 1 or (streams and cross):
         raise ValueError(_refusal(model, streams, cross))
@@ -90,7 +90,8 @@ def _modality(path: str, name: str) -> str:
     return path
 
 
-def _is_cross_key_or_value(model: nn.Module, name: str) -> bool:
+def is_cross_key_or_value(model: nn.Module, name: str) -> bool:
+    """Whether a linear of `model` makes the keys or values of cross-attention: it sees the encoder's tokens."""
     if not KEY_OR_VALUE.search(name):
         return False
     parent = model.get_submodule(name.rpartition(".")[0])

@@ -337,6 +337,31 @@ def test_a_decoders_own_mask_is_not_the_encoders(name, decay):
     torch.testing.assert_close(found[real.bool()], without[real.bool()], **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_cross_attention_goes_by_the_encoders_mask(name, decay):
+    """Keys and values alone are adapted: their tokens are the encoder's, and so is their padding."""
+    model = adapted(
+        SEQ2SEQ[name][0](),
+        router_decay=decay,
+        target_modules=r".*(EncDecAttention\.(k|v)|encoder_attn\.(k_proj|v_proj))",
+    )
+    batch = padded([7, 4], side="left")
+    batch.pop("labels")
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = []
+    for cache in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
+        with record_routing(model) as recorded:
+            found.append(torch.stack(model.generate(**batch, **options, **cache).logits))
+        assert recorded.summary("default")["tokens"] == 11 * (6 if cache == {"use_cache": False} else 1)
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+    torch.testing.assert_close(found[2], found[0], **CLOSE)
+    if name == "t5":  # BART counts positions from the first column, padding or not
+        ids, own = tokens(2, 3), {key: value[1:, 3:] for key, value in batch.items()}
+        alone = logits(model, **own, decoder_input_ids=ids[1:])
+        torch.testing.assert_close(logits(model, **batch, decoder_input_ids=ids)[1:], alone, **CLOSE)
+
+
 def test_flattened_tokens_are_told_apart():
     model = adapted(tiny_opt(), router_decay=0.8, target_modules=["fc1"])  # OPT's MLP sees [batch * tokens]
     ids = tokens()
