@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -26,16 +27,18 @@ def router_layer(linears: dict[str, LoRASwitchLinear], adapter: str) -> LoRASwit
     return next(layer for layer in linears.values() if adapter in layer.loraswitch_router)
 
 
-def check_in_memory(linears: dict[str, LoRASwitchLinear]) -> None:
-    """Raises:
-    RuntimeError: weights of experts or router are on the meta device: accelerate has offloaded them, or they are not loaded yet.
+def check_in_memory(layers: Iterable[LoRASwitchLinear]) -> None:
+    """Whether weights of experts and router can be read here.
+
+    Raises:
+        RuntimeError: some are on the meta device: accelerate has offloaded them, or they are not loaded yet.
     """
-    for name, layer in linears.items():
+    for layer in layers:
         for kind in (layer.loraswitch_A, layer.loraswitch_B, layer.loraswitch_router):
             if any(weight.is_meta for weight in kind.parameters()):
                 raise RuntimeError(
-                    f"The adapter's weights at '{name}' are not in memory (meta device). If accelerate has offloaded them, load "
-                    "the model without offloading for this, or take its hooks off: "
+                    f"The adapter's weights at '{layer.name}' are not in memory (meta device). If accelerate has offloaded "
+                    "them, load the model without offloading for this, or take its hooks off: "
                     "accelerate.hooks.remove_hook_from_submodules(model)."
                 )
 

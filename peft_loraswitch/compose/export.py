@@ -59,7 +59,7 @@ def export_expert(
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     linears = adapted_linears(backbone, adapter)
-    check_in_memory(linears)
+    check_in_memory(linears.values())
     for name, layer in linears.items():
         a, b = _matrices(layer, adapter, index)
         if a.shape[0]:

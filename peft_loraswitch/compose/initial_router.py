@@ -212,9 +212,8 @@ def router_from_weights(
 def _target(model: nn.Module, adapter_name: str | None) -> tuple[str, LoRASwitchConfig, nn.Module, Any]:
     adapter, config = config_of(model, adapter_name)
     backbone = backbone_of(model)
-    linears = adapted_linears(backbone, adapter)
-    check_in_memory(linears)
-    layer = router_layer(linears, adapter)
+    layer = router_layer(adapted_linears(backbone, adapter), adapter)
+    check_in_memory([layer])
     state = layer.routing_state
     if state.fused:
         raise RuntimeError("This model is fused: call unfuse() before its router is set, and fuse it again.")

@@ -133,7 +133,7 @@ def remove_expert(model: nn.Module, expert: str | int, adapter_name: str | None 
 
 
 def _check_at_rest(linears: dict[str, LoRASwitchLinear]) -> None:
-    check_in_memory(linears)
+    check_in_memory(linears.values())
     state = next(iter(linears.values())).routing_state
     if state.fused:
         raise RuntimeError("This model is fused: call unfuse() before experts come or go, and fuse it again.")

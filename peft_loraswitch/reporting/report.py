@@ -119,9 +119,8 @@ def routing_report(
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
         raise ValueError(f"max_length={shown(max_length)} must be a positive whole number or None.")
     sequences = tokenized(several, tokenizer, max_length)
-    linears = adapted_linears(backbone, adapter)
-    check_in_memory(linears)
-    layer = router_layer(linears, adapter)
+    layer = router_layer(adapted_linears(backbone, adapter), adapter)
+    check_in_memory([layer])
     options, weight = layer.routing_options[adapter], layer.loraswitch_router[adapter].weight
     routed: list[RoutedText] = []
     for batch in read(backbone, adapter, sequences, batch_size, decide=True, progress="routing_report"):
