@@ -33,5 +33,6 @@ class AddsToLogs(TrainerCallback):
 
 def log_after_all_is_added(original: Callable[..., Any], handler: CallbackHandler, *args: Any, **kwargs: Any) -> Any:
     """Callbacks that add to the logs come first: a trainer puts a user's callbacks behind those that report."""
-    handler.callbacks.sort(key=lambda callback: not getattr(callback, "adds_to_logs", False))
+    # a new list: somebody may log while the old one is gone through
+    handler.callbacks = sorted(handler.callbacks, key=lambda callback: not getattr(callback, "adds_to_logs", False))
     return original(handler, *args, **kwargs)

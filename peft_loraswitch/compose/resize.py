@@ -43,10 +43,9 @@ def add_expert(
     zeros beyond theirs. Tokens may choose the new one from now on: with a small random row of the router a few do.
 
     The stacks of experts and the router become **new parameters**, and the configuration a new object,
-    `model.peft_config[adapter]`. An optimizer made before holds the old ones, and would train
-    those to no effect: make a new one (there is a warning where something still holds old ones). The state of the old optimizer
-    and a Trainer's checkpoint with another number of experts do not fit, and loading refuses the latter by name. Statistics
-    (`router_stats`) begin anew.
+    `model.peft_config[adapter]`. An optimizer made before holds the old parameters, and would train those to no effect: make a
+    new one (there is a warning where something still holds old ones). The state of the old optimizer and a Trainer's checkpoint
+    with another number of experts do not fit, and loading refuses the latter by name. Statistics (`router_stats`) begin anew.
 
     Args:
         model: a model with LoRA-Switch adapters.
