@@ -2,7 +2,8 @@
 
     python tests/serving/load.py [--seconds 120] [--out recipes/results/serving_load_cpu.json]
 
-Needs vLLM's environment (`.ci/vllm` makes it). Exits with 1 if a token is wrong, a request stuck, or the server ill.
+Run it with the development environment's Python; the server runs in vLLM's (`.ci/vllm` makes that). Exits with 1 if a token is
+wrong, a request stuck, or the server ill.
 """
 
 from __future__ import annotations
