@@ -200,11 +200,13 @@ class _OwnerHooks:
                 frame.attention_mask = mask
         elif self.has_no_mask:
             frame.attention_mask = None
-        if (
-            self.hooks.see_context and self.depth <= self.hooks.innermost_model
-        ):  # blocks within see what it made of these
+        if self.hooks.see_context and self.depth <= self.hooks.innermost_model:
             frame.inputs.mask = frame.attention_mask
             self._see_inputs(frame.inputs, args, kwargs)
+        elif self.hooks.see_context and _marks_tokens(frame.attention_mask):
+            # Blocks within see what the model made of its inputs, but this is a mask of tokens still: wav2vec 2's model is given
+            # one of samples, its encoder one of frames.
+            frame.inputs.mask = frame.attention_mask
         if frame.num_items_in_batch is None:
             frame.num_items_in_batch = kwargs.get("num_items_in_batch", None)
 
@@ -277,8 +279,8 @@ def _mask_argument(owner: nn.Module, routed: set[nn.Module], crosses: bool) -> s
     """Which of an owner's arguments says what tokens of the routed stream are padding. An encoder-decoder model takes that of the
     encoder as `attention_mask`, its decoder as `encoder_attention_mask`. `crosses`: the layers see the encoder's tokens."""
     names = inspect.signature(owner.forward).parameters
-    if crosses and "encoder_attention_mask" in names:
-        return "encoder_attention_mask"
+    if crosses and "encoder_hidden_states" in names:  # Whisper's decoder knows of no padding there
+        return "encoder_attention_mask" if "encoder_attention_mask" in names else None
     if not crosses and "decoder_attention_mask" in names and hasattr(owner, "get_decoder"):
         decoder: nn.Module | None = owner.get_decoder()  # type: ignore[operator]
         if decoder is not None and decoder is not owner and routed <= set(decoder.modules()):

@@ -56,7 +56,7 @@ class ExpertCollator:
             )
         experts = [sample[self.column] for sample in samples]
         batch = self.collator([{k: v for k, v in sample.items() if k != self.column} for sample in samples])
-        batch["experts"] = expert_indices(self.configs[self.adapter], experts)
+        batch["experts"] = expert_indices(_there(self.configs, self.adapter), experts)
         return batch
 
 
@@ -101,6 +101,7 @@ class ExpertLoss(AddsToLogs):
         self.max_grad_norm, self.steps = max_grad_norm, gradient_accumulation_steps
         self.losses: torch.Tensor | None = None
         self._logged: list[torch.Tensor] = []
+        self._logged_of: Any = None  # the configuration that they go by
 
     def __call__(
         self, outputs: Any, labels: torch.Tensor | None, num_items_in_batch: Any = None, **kwargs: Any
@@ -112,9 +113,11 @@ class ExpertLoss(AddsToLogs):
             raise ValueError("The batch has no 'experts': wrap the data collator in an ExpertCollator.")
         if labels is None:
             raise ValueError("The batch has no 'labels': the collator must make them.")
-        losses, counts = expert_losses(
-            outputs["logits"], labels, given.choices, self.configs[self.adapter].routing_options().num_choices
-        )
+        config = _there(self.configs, self.adapter)
+        if config is not self._logged_of:  # experts have come or gone
+            self._logged.clear()
+            self._logged_of = config
+        losses, counts = expert_losses(outputs["logits"], labels, given.choices, config.routing_options().num_choices)
         with torch.no_grad():
             self.losses = losses.detach().where(counts > 0, torch.nan)
             if self.layers[0].training:
@@ -137,8 +140,7 @@ class ExpertLoss(AddsToLogs):
             return {}
         means = torch.stack(self._logged).nanmean(0).tolist()
         self._logged.clear()
-        config = self.configs[self.adapter]
-        names = config.expert_names or range(config.num_experts)
+        names = self._logged_of.expert_names or range(self._logged_of.num_experts)
         return {f"expert_loss/{name}": mean for name, mean in zip(names, means, strict=False) if mean == mean}
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -165,6 +167,14 @@ class ExpertLoss(AddsToLogs):
             own = factors[first : first + len(gradient)].to(gradient.device, gradient.dtype)
             gradient.mul_(own.view(-1, *[1] * (gradient.dim() - 1)))
         return norms
+
+
+def _there(configs: Any, adapter: str) -> Any:
+    if adapter not in configs:
+        raise ValueError(
+            f"The adapter '{adapter}' is not in the model any more: make a new one of these for another adapter."
+        )
+    return configs[adapter]
 
 
 def expert_losses(

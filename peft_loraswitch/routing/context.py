@@ -123,6 +123,10 @@ class Context:
         self.layer = self._layer()
         past: Any = 0 if self.layer is None else self.layer.get_seq_length()
         self.previous = self._previous(device)
+        mask = one_of(inputs.mask)
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != self.length:
+            if inputs.cache is None and not inputs.previous:
+                raise ValueError(_other_length(mask.shape[1], self.length))
         real = _real(inputs.mask, self.batch, self.length, past, device)
         self.real = real if real is None or self.rows is None else real[self.rows]
         self.numbers = self._numbers(device)
@@ -237,6 +241,13 @@ def _unseen(adapter: str) -> str:
     )
 
 
+def _other_length(covered: int, tokens: int) -> str:
+    return (
+        f"router_decay: the attention mask covers {covered} tokens, and the forward has {tokens}: pass one of shape [batch, "
+        "tokens], past ones included, or none."
+    )
+
+
 def _real(mask: Any, batch: int, length: int, past: Any, device: torch.device) -> torch.Tensor | None:
     """bool [batch, length]: which of the forward's tokens are real, after `past` cached ones; None: all."""
     mask = one_of(mask)
@@ -260,10 +271,7 @@ def _real(mask: Any, batch: int, length: int, past: Any, device: torch.device) -
         else:
             first = min(past, first)
     if not isinstance(first, torch.Tensor) and first < 0:
-        raise ValueError(
-            f"router_decay: the attention mask covers {keys.shape[1]} tokens, and the forward has {length}: pass one of "
-            "shape [batch, tokens], past ones included."
-        )
+        raise ValueError(_other_length(keys.shape[1], length))
     if isinstance(first, torch.Tensor):
         columns = torch.arange(length, device=first.device) + first
         keys = keys.to(first.device).index_select(1, columns)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+FORBIDS = -5e3  # an additive mask forbids by less than this: -1e4 is in use, -1e9, the least number of a dtype, -inf
+
 
 def one_of(mask: Any) -> Any:
     """A model with several kinds of attention may have a dict of masks, one for each: that of all tokens, or else any."""
@@ -31,5 +33,5 @@ def numbers_of_blocks(mask: torch.Tensor) -> torch.Tensor:
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:
     """bool [batch, queries, keys]"""
-    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+    allowed = mask > FORBIDS if mask.is_floating_point() else mask != 0
     return allowed if mask.dim() == 3 else allowed[:, 0]

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from helpers import switch_layers, tiny_llama, tokens
-from peft_loraswitch import ExpertCollator, ExpertLoss, LoRASwitchConfig, use_experts
+from peft_loraswitch import ExpertCollator, ExpertLoss, LoRASwitchConfig, add_expert, remove_expert, use_experts
 from trainer_tools import InOrder, OrderedTrainer, adapter_weights, arguments, collate, tokenizer
 from two_processes import on_two
 
@@ -159,6 +159,32 @@ def test_one_adapter_of_two_and_a_column_of_another_name():
         name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
     }
     assert trained and all(".second." in name for name in trained)
+
+
+def test_experts_come_and_go_between_losses():
+    """What was kept of the experts before is not logged under the names of those after; an adapter that is gone is named."""
+    model = switch_of(loras()).train()
+    loss, collator = ExpertLoss(model), ExpertCollator(collate, model)
+
+    def forward(*names):
+        batch = collator([{"input_ids": [3, 4, 5], "expert": name} for name in names])
+        loss(model(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"])
+
+    forward(*NAMES)
+    remove_expert(model, "code")
+    forward("maths", "law")
+    assert set(loss.entries(model)) == {"expert_loss/maths", "expert_loss/law"}
+    forward("maths", "law")
+    remove_expert(model, "maths")
+    add_expert(model, name="new")
+    forward("law", "new")
+    assert set(loss.entries(model)) == {"expert_loss/law", "expert_loss/new"} and not loss.entries(model)
+    backbone = tiny_llama()
+    backbone.add_adapter(LoRASwitchConfig(num_experts=3, top_k=1, expert_names=NAMES, **FIELDS), "x")
+    collator = ExpertCollator(collate, backbone)
+    collator.configs.clear()
+    with pytest.raises(ValueError, match="'x' is not in the model any more"):
+        collator([{"input_ids": [3], "expert": "law"}])
 
 
 def same_batches(count: int) -> Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 from transformers.cache_utils import DynamicCache
 
 from helpers import (
@@ -22,7 +23,9 @@ from helpers import (
 from multistream import SEQ2SEQ
 from oracle import Oracle
 from peft_loraswitch import record_routing
+from peft_loraswitch.routing.context import Context, ForwardInputs
 from peft_loraswitch.routing.masks import numbers_of_blocks
+from peft_loraswitch.routing.options import RoutingOptions
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -156,7 +159,7 @@ def test_packed_sequences_are_separate(router_module, starts):
         torch.testing.assert_close(packed, torch.cat(alone, 1), **CLOSE)
 
 
-@pytest.mark.parametrize("form", ["bool", "additive", "of_each_row"])
+@pytest.mark.parametrize("form", ["bool", "of_each_row", torch.finfo(torch.float32).min, -1e9, -1e4], ids=str)
 def test_sequences_packed_by_a_mask_of_blocks_are_separate(form):
     """With padding at the end, and within; and what a block that is not causal says is no border."""
     model = adapted(tiny_llama(), router_decay=0.9)
@@ -165,8 +168,8 @@ def test_sequences_packed_by_a_mask_of_blocks_are_separate(form):
     allowed[10:] = allowed[:, 10:] = False  # padding
     allowed[2, :], allowed[:, 2] = False, False
     mask = allowed[None, None].expand(2 if form == "of_each_row" else 1, 1, -1, -1)
-    if form == "additive":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    if isinstance(form, float):
+        mask = torch.zeros(mask.shape).masked_fill(~mask, form)
     positions = torch.cat([torch.arange(n) for n in (*lengths, 2)])[None]
     found = logits(model, input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
     real = torch.tensor([[1, 1, 0, 1, 1]])
@@ -362,6 +365,45 @@ def test_cross_attention_goes_by_the_encoders_mask(name, decay):
         torch.testing.assert_close(logits(model, **batch, decoder_input_ids=ids)[1:], alone, **CLOSE)
 
 
+def test_a_decoder_that_knows_of_no_padding_in_what_it_crosses():
+    """Whisper's: its mask is that of its own tokens alone."""
+    build, inputs, _ = SEQ2SEQ["whisper"]
+    model = adapted(build(), router_decay=0.9, target_modules=r".*encoder_attn\.(k_proj|v_proj)")
+    batch = inputs()
+    without = logits(model, **batch)
+    real = torch.ones_like(batch["decoder_input_ids"])
+    real[0, -2:] = 0
+    found = logits(model, **batch, decoder_attention_mask=real)
+    torch.testing.assert_close(found[real.bool()], without[real.bool()], **CLOSE)
+
+
+def test_a_mask_of_samples_becomes_one_of_frames():
+    """wav2vec 2: a model is given sound, and its encoder frames of it, with a mask of their own."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 4)}
+    convolutions |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer"}
+    backbone = Wav2Vec2Model(Wav2Vec2Config(**shape, **convolutions, apply_spec_augment=False)).eval()
+    model = adapted(backbone, router_decay=0.9, target_modules=r"encoder\.layers\..*(q_proj|v_proj)")
+    sound, real = torch.randn(2, 160), torch.ones(2, 160, dtype=torch.long)
+    real[0, 80:] = 0
+    with torch.no_grad():
+        padded_batch = model(input_values=sound * real, attention_mask=real).last_hidden_state
+        full = model(input_values=sound[1:], attention_mask=real[1:]).last_hidden_state
+        frames = backbone._get_feat_extract_output_lengths(real.sum(1))
+        alone = model(input_values=sound[:1, :80], attention_mask=real[:1, :80]).last_hidden_state
+    torch.testing.assert_close(padded_batch[1:], full, **CLOSE)
+    at = int(frames[0])
+    torch.testing.assert_close(padded_batch[:1, :at], alone[:, :at], rtol=1e-3, atol=1e-3)
+
+
+def test_a_mask_of_another_length_is_refused():
+    inputs = ForwardInputs(mask=torch.ones(2, 9), batch=2)
+    options = RoutingOptions(4, 2, False, decay=0.9)
+    with pytest.raises(ValueError, match="covers 9 tokens, and the forward has 4"):
+        Context(inputs, "default", options, torch.Size([2, 4]), None, torch.device("cpu"))
+
+
 def test_flattened_tokens_are_told_apart():
     model = adapted(tiny_opt(), router_decay=0.8, target_modules=["fc1"])  # OPT's MLP sees [batch * tokens]
     ids = tokens()
@@ -412,8 +454,6 @@ def test_statistics_are_of_the_decision():
 def test_continuous_batching_is_refused():
     """Its paged cache holds no sums, and packs the tokens of many sequences."""
     model = adapted(tiny_llama(attn_implementation="sdpa"), router_decay=0.8)
-    from peft_loraswitch.routing.context import Context, ForwardInputs
-    from peft_loraswitch.routing.options import RoutingOptions
 
     class PagedAttentionCache:
         pass
