@@ -66,7 +66,7 @@ class Hooks:
         # either all see the encoder's tokens or none: targets/streams.py
         crosses = any(layer in routed and is_cross_key_or_value(root, name) for name, layer in root.named_modules())
         for depth, owner in enumerate(owners):
-            hook = _OwnerHooks(self, owner, depth, _mask_argument(owner, routed, crosses))
+            hook = _OwnerHooks(self, owner, depth, routed, crosses)
             self._handles.append(owner.register_forward_pre_hook(hook.before, with_kwargs=True))
             self._handles.append(owner.register_forward_hook(hook.after, always_call=True))
         self._blocks = checkpointed_blocks(root, set(layers))
@@ -165,11 +165,12 @@ EXPERTS = "experts"  # the argument of a forward that says which expert each sam
 class _OwnerHooks:
     """The two hooks of one owner, at `depth` owners below the outermost (bound methods: `copy.deepcopy` rebinds them)."""
 
-    def __init__(self, hooks: Hooks, owner: nn.Module, depth: int, mask: str | None) -> None:
+    def __init__(self, hooks: Hooks, owner: nn.Module, depth: int, routed: set[nn.Module], crosses: bool) -> None:
         self.hooks, self.state = hooks, hooks.state
         self.depth = depth
         parameters = inspect.signature(owner.forward).parameters
         names = list(parameters)
+        mask = _mask_argument(owner, names, routed, crosses)
         self.mask_name, self.mask_position = mask or "", None if mask is None else names.index(mask)
         self.takes_experts = depth == 0 and EXPERTS not in names
         # a tower without a mask of its own, inside a model whose mask is that of another stream (CLIP's text)
@@ -200,13 +201,13 @@ class _OwnerHooks:
                 frame.attention_mask = mask
         elif self.has_no_mask:
             frame.attention_mask = None
-        if self.hooks.see_context and self.depth <= self.hooks.innermost_model:
-            frame.inputs.mask = frame.attention_mask
-            self._see_inputs(frame.inputs, args, kwargs)
-        elif self.hooks.see_context and _marks_tokens(frame.attention_mask):
-            # Blocks within see what the model made of its inputs, but this is a mask of tokens still: wav2vec 2's model is given
-            # one of samples, its encoder one of frames.
-            frame.inputs.mask = frame.attention_mask
+        if self.hooks.see_context:
+            is_model = self.depth <= self.hooks.innermost_model  # blocks within see what it made of its inputs
+            # but a mask of tokens is one there, too: wav2vec 2's model is given one of samples, its encoder one of frames
+            if is_model or _marks_tokens(frame.attention_mask):
+                frame.inputs.mask = frame.attention_mask
+            if is_model:
+                self._see_inputs(frame.inputs, args, kwargs)
         if frame.num_items_in_batch is None:
             frame.num_items_in_batch = kwargs.get("num_items_in_batch", None)
 
@@ -275,10 +276,9 @@ _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_em
 _PASTS = ("cache", "cache_params", "layer_past", "mems", "past_key_value", "past_key_values")
 
 
-def _mask_argument(owner: nn.Module, routed: set[nn.Module], crosses: bool) -> str | None:
+def _mask_argument(owner: nn.Module, names: Sequence[str], routed: set[nn.Module], crosses: bool) -> str | None:
     """Which of an owner's arguments says what tokens of the routed stream are padding. An encoder-decoder model takes that of the
     encoder as `attention_mask`, its decoder as `encoder_attention_mask`. `crosses`: the layers see the encoder's tokens."""
-    names = inspect.signature(owner.forward).parameters
     if crosses and "encoder_hidden_states" in names:  # Whisper's decoder knows of no padding there
         return "encoder_attention_mask" if "encoder_attention_mask" in names else None
     if not crosses and "decoder_attention_mask" in names and hasattr(owner, "get_decoder"):

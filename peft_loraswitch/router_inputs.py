@@ -46,12 +46,14 @@ class _Enough(Exception):
     """Breaks a forward off."""
 
 
-def tokenizer_of(backbone: Any) -> Any:
-    """The tokenizer that stands where the backbone was loaded from.
+def tokenizer_of(backbone: Any, given: Any = None) -> Any:
+    """`given`, or the tokenizer that stands where the backbone was loaded from.
 
     Raises:
         ValueError: there is none, or the backbone does not say where that is.
     """
+    if given is not None:
+        return given
     from transformers import AutoTokenizer
 
     name = getattr(backbone, "name_or_path", None)

@@ -99,8 +99,7 @@ def router_from_texts(
     _check_choice("method", method, METHODS)
     _check_positive("temperature", temperature)
     _check_length(max_length)
-    tokenizer = tokenizer_of(backbone) if tokenizer is None else tokenizer
-    sequences = _sequences(config, texts, tokenizer, max_length)
+    sequences = _sequences(config, texts, tokenizer_of(backbone, tokenizer), max_length)
     decay = config.router_decay
     moments: dict[int, Moments] = {}
     averaged_within = []
@@ -323,7 +322,7 @@ def _references(backbone: Any, texts: Any, tokenizer: Any, references: int) -> l
     if texts is not None:
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
             raise ValueError(f"texts={shown(texts)} must be a list of one or more texts.")
-        return tokenized(texts, tokenizer_of(backbone) if tokenizer is None else tokenizer, MAX_TOKENS)
+        return tokenized(texts, tokenizer_of(backbone, tokenizer), MAX_TOKENS)
     embeddings = backbone.get_input_embeddings() if hasattr(backbone, "get_input_embeddings") else None
     size = getattr(embeddings, "num_embeddings", None)
     if size is None:

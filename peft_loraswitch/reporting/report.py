@@ -115,7 +115,7 @@ def routing_report(
     several = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Sequence) else None
     if not several:
         raise ValueError(f"texts={shown(texts)} must be a text or a list of one or more texts.")
-    tokenizer = tokenizer_of(backbone) if tokenizer is None else tokenizer
+    tokenizer = tokenizer_of(backbone, tokenizer)
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
         raise ValueError(f"max_length={shown(max_length)} must be a positive whole number or None.")
     sequences = tokenized(several, tokenizer, max_length)

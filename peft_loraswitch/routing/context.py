@@ -123,11 +123,9 @@ class Context:
         self.layer = self._layer()
         past: Any = 0 if self.layer is None else self.layer.get_seq_length()
         self.previous = self._previous(device)
-        mask = one_of(inputs.mask)
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != self.length:
-            if inputs.cache is None and not inputs.previous:
-                raise ValueError(_other_length(mask.shape[1], self.length))
-        real = _real(inputs.mask, self.batch, self.length, past, device)
+        self.mask = one_of(inputs.mask)
+        begins = inputs.cache is None and not inputs.previous
+        real = _real(self.mask, self.batch, self.length, past, begins, device)
         self.real = real if real is None or self.rows is None else real[self.rows]
         self.numbers = self._numbers(device)
 
@@ -186,7 +184,7 @@ class Context:
     def _numbers(self, device: torch.device) -> torch.Tensor | None:
         """Packing is told by an attention's own mask, whose blocks do not see each other; or by positions alone, as in
         transformers: with a mask [batch, tokens], or a cache, a row is one sequence."""
-        mask, positions = one_of(self.inputs.mask), self.inputs.position_ids
+        mask, positions = self.mask, self.inputs.position_ids
         if self.length == 1 or self.inputs.cache is not None:
             return None
         if isinstance(mask, torch.Tensor) and mask.dim() > 2 and mask.shape[-2] == mask.shape[-1] == self.length:
@@ -241,16 +239,11 @@ def _unseen(adapter: str) -> str:
     )
 
 
-def _other_length(covered: int, tokens: int) -> str:
-    return (
-        f"router_decay: the attention mask covers {covered} tokens, and the forward has {tokens}: pass one of shape [batch, "
-        "tokens], past ones included, or none."
-    )
-
-
-def _real(mask: Any, batch: int, length: int, past: Any, device: torch.device) -> torch.Tensor | None:
-    """bool [batch, length]: which of the forward's tokens are real, after `past` cached ones; None: all."""
-    mask = one_of(mask)
+def _real(
+    mask: Any, batch: int, length: int, past: Any, begins: bool, device: torch.device
+) -> torch.Tensor | None:  # fmt: skip
+    """bool [batch, length]: which of the forward's tokens are real, after `past` cached ones; None: all. `begins`: there are no
+    tokens before these."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 3, 4) or mask.shape[0] not in (1, batch):
@@ -270,8 +263,11 @@ def _real(mask: Any, batch: int, length: int, past: Any, device: torch.device) -
             first = past.clamp(max=first)
         else:
             first = min(past, first)
-    if not isinstance(first, torch.Tensor) and first < 0:
-        raise ValueError(_other_length(keys.shape[1], length))
+    if not isinstance(first, torch.Tensor) and (first < 0 or mask.dim() == 2 and begins and first > 0):
+        raise ValueError(
+            f"router_decay: the attention mask covers {keys.shape[1]} tokens, and the forward has {length}: pass one of "
+            "shape [batch, tokens], past ones included, or none."
+        )
     if isinstance(first, torch.Tensor):
         columns = torch.arange(length, device=first.device) + first
         keys = keys.to(first.device).index_select(1, columns)
