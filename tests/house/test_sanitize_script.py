@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -105,3 +106,24 @@ def test_wrong_names_and_empty_selections(script):
     unknown = script("racechek")
     assert unknown.returncode == 2 and "unknown tool racechek" in unknown.stderr
     assert subprocess.run(["bash", "-n", str(ROOT / "tests" / "kernels" / "sanitize_kernels.sh")]).returncode == 0
+
+
+def test_what_captures_a_graph_says_so_in_its_name():
+    """By the name the script knows that memcheck needs torch's allocator there: capturing is refused without it."""
+    kernels = ROOT / "tests" / "kernels"
+    files = [
+        ast.parse(path.read_text())
+        for path in (*kernels.glob("test_*_gpu.py"), ROOT / "tests" / "tools" / "kernel_groups.py")
+    ]
+    names: dict[str, set[str]] = {}
+    for function in (node for file in files for node in file.body if isinstance(node, ast.FunctionDef)):
+        used = names.setdefault(function.name, set())
+        for node in ast.walk(function):
+            if isinstance(node, (ast.Attribute, ast.Name)):
+                used.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    capturing = {"CUDAGraph"}
+    while more := {name for name, used in names.items() if used & capturing} - capturing:
+        capturing |= more
+    tests = {name for name in capturing if name.startswith("test_")}
+    assert len(tests) >= 6, "this test finds none"
+    assert not [name for name in tests if "graph" not in name and "replay" not in name]

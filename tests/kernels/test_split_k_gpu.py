@@ -169,7 +169,7 @@ def test_large_groups_of_17_to_32_tokens_take_it_by_themselves():
 
 
 @pytest.mark.parametrize(("rank", "tokens"), [(8, 64), (128, 8), (8, 120)])
-def test_two_streams_at_once(rank, tokens):
+def test_graphs_on_two_streams_at_once(rank, tokens):
     """Neither launch has all multiprocessors, so blocks of each may wait for some that cannot begin."""
     outs, dtype = [2048, 2048], torch.bfloat16
     operands = [make_group(outs, 4096, [rank] * 2, 8, dtype) for _ in range(2)]

@@ -32,6 +32,7 @@ PARTS = (
     "recipes/results/decode_h200_parts_2eca9d4.json",
     "recipes/results/decode_h200_parts_63c9e2a.json",
     "recipes/results/decode_h200_parts_57c5685.json",
+    "recipes/results/decode_h200_parts_ba0a8cd.json",
 )
 NAMES = {
     "llama-2-7b": "Llama-2-7B",
