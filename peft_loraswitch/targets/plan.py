@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..loading.layout import LIST_AT_MOST
 from ..patterns import TimeLimit, shown
 from ..peft_names import PREFIX
 from ..routing.frame import NO_ADAPTER
+from ..tensor_parallel import features_of
 from .linears import is_supported_linear, left_out, refused
 from .selection import module_names, selects
 from .streams import check_streams
@@ -49,7 +51,7 @@ def plan_injection(
     limit = TimeLimit()
     names = _selected(model, config, state_dict, limit)
     _check_linears(model, names)
-    router, before, names = _placed_router(config, names)
+    router, before, names = _placed_router(model, config, names)
     check_streams(model, names)  # those before the router follow no decision: they may see any tokens
     if config.num_shared_experts == 0:
         before = []
@@ -97,7 +99,7 @@ def _check_linears(model: nn.Module, names: list[str]) -> None:
     """Whether each is a linear that can follow the routing decision."""
     for name in names:
         module = model.get_submodule(name)
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base = _base(module)
         if isinstance(module, BaseTunerLayer) and not isinstance(module, LoRASwitchLayer):
             raise ValueError(f"target_modules: '{name}' already carries another PEFT method ({type(module).__name__}).")
         if not is_supported_linear(base):
@@ -113,10 +115,10 @@ def _check_linears(model: nn.Module, names: list[str]) -> None:
         )
 
 
-def _placed_router(config: LoRASwitchConfig, names: list[str]) -> tuple[str, list[str], list[str]]:
+def _placed_router(model: nn.Module, config: LoRASwitchConfig, names: list[str]) -> tuple[str, list[str], list[str]]:
     """The linear that holds the router, those before it, and it and those after it."""
     if config.router_module is None:
-        return names[0], [], names
+        return _first_to_run(model, names), [], names
     found = [n for n in names if n == config.router_module or n.endswith("." + config.router_module)]
     if len(found) != 1:
         raise ValueError(
@@ -126,6 +128,26 @@ def _placed_router(config: LoRASwitchConfig, names: list[str]) -> tuple[str, lis
         )
     at = names.index(found[0])
     return found[0], names[:at], names[at:]
+
+
+def _first_to_run(model: nn.Module, names: list[str]) -> str:
+    """The first in module order, but for a pair before all blocks that takes embeddings to another width and back: OPT of 350m
+    lists `project_out`, which runs behind the blocks, before `project_in`.
+    """
+    try:
+        width = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # no model of Transformers, or none of text
+        return names[0]
+    outside = takewhile(lambda name: not any(part.isdecimal() for part in name.split(".")), names)
+    features = {name: features_of(_base(model.get_submodule(name))) for name in outside}
+    back = features.get(names[0])
+    if back is not None and back[0] != width == back[1]:
+        return next((name for name, each in features.items() if each == back[::-1]), names[0])
+    return names[0]
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _values_by_name(config: LoRASwitchConfig, pattern: str, names: list[str], limit: TimeLimit) -> dict[str, Any]:

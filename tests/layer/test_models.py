@@ -64,6 +64,15 @@ def check(backbone: nn.Module, model: PeftModel, inputs: dict[str, torch.Tensor]
     assert all(layer.routing_state.frame is None for layer in switch_layers(model).values())
 
 
+def test_a_linear_behind_the_blocks_that_is_listed_first():
+    """OPT of 350m lists `project_out`, then `project_in`, which runs first, then the blocks."""
+    backbone = build("opt", tf.AutoModelForCausalLM, word_embed_proj_dim=16)
+    model = adapted(copy.deepcopy(backbone), target_modules="all-linear")
+    check(backbone, model, {"input_ids": tokens(2, 8)})
+    (router,) = (name for name, layer in switch_layers(model).items() if "default" in layer.loraswitch_router)
+    assert router.endswith("project_in")
+
+
 @pytest.mark.parametrize("targets", [None, "all-linear"], ids=["default", "all"])
 @pytest.mark.parametrize("model_type", [*CAUSAL, *ENCODERS])
 def test_computes_the_definition(model_type: str, targets: str | None):
