@@ -14,6 +14,7 @@
 namespace ls {
 namespace {
 
+constexpr int kTuningKernel = 3;  // the bits of ls_group.tuning that name one of three kernels
 constexpr int kGridHeight = 65535;  // of a grid, and so tokens that all kernels but linear_sm90.cu take
 
 // Whether linear_split_k_sm90.cu is the one for it. Measured on an H200 (docs/kernel_log.md): always for more tokens than the others take.
@@ -35,7 +36,7 @@ bool takes_split_k(const ls_group &g) {
   return g.tokens > kMany && weights >= kLarge && g.tokens * g.top_k >= 2 * g.num_experts && any_rank(g);
 }
 // Whether linear_sm90.cu is.
-bool takes_sm90(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & 3) == 0 && can_sm90(g); }
+bool takes_sm90(const ls_group &g) { return g.tokens > LS_FAST_TOKENS && (g.tuning & kTuningKernel) == 0 && can_sm90(g); }
 
 bool fast(const ls_group &g) {
   if (g.dtype == LS_FLOAT32 || g.transposed || g.tokens > LS_FAST_TOKENS || g.in_features % 8) return false;
@@ -113,7 +114,7 @@ Kernel choose(GroupParams &p, bool split_k = true) {
   if (takes_sm90(p.g)) return kSm90;
   if (!fast(p.g)) return kGeneric;
   if (has_four_bits(p.g)) return kRegisters;
-  const int wanted = p.g.tuning & 3;
+  const int wanted = p.g.tuning & kTuningKernel;
   const bool panel = (wanted == LS_TUNING_PERSISTENT || wanted == 0) && can_persistent(p);
   if (panel && (wanted == LS_TUNING_PERSISTENT || !any_rank(p.g) || can_shrink_inside(p, kPersistent))) return kPersistent;
   if ((wanted == LS_TUNING_STREAMING || (wanted == 0 && p.g.tokens <= kStreamingTokens)) && can_streaming(p)) return kStreaming;

@@ -45,12 +45,13 @@ __device__ __forceinline__ uint4 load_static(const void *p) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
-// Activations: coherent, kept in L1 because the warps of a block share them.
-__device__ __forceinline__ uint4 load_shared_input(const void *p) { return *reinterpret_cast<const uint4 *>(p); }
+// 16 bytes, coherent and kept in L1, because the warps of a block share them: activations; also from shared memory.
+__device__ __forceinline__ uint4 load_cached(const void *p) { return *reinterpret_cast<const uint4 *>(p); }
 
 // Programmatic dependent launch. `wait` returns when every earlier kernel of the stream has finished and its writes are
-// visible; before it only static memory may be read, and nothing written. `trigger` lets the next launch begin. Every
-// kernel here does both, and every thread waits: a chain of them is then as ordered as ordinary launches.
+// visible; before it only static memory may be read, and nothing written. `trigger` lets the next launch begin. In a kernel
+// that is launched with `overlap` (launch() below) every thread waits that reads or writes anything else; the others begin when
+// their predecessor has ended. So a chain of them is as ordered as ordinary launches.
 __device__ __forceinline__ void pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -117,7 +117,7 @@ template <class E, int kChunks> __global__ void __launch_bounds__(kThreads, bloc
     const int64_t token = min(warp_token + n * 8 + g, tokens - 1);
     const uint4 *from = static_cast<const uint4 *>(p.a.hidden) + token * p.width + p.first[i] + t;
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) hidden[c][n / 2][n % 2] = expert[c] >= 0 ? load_shared_input(from + c * 4) : zero;
+    for (int c = 0; c < kChunks; ++c) hidden[c][n / 2][n % 2] = expert[c] >= 0 ? load_cached(from + c * 4) : zero;
     ids[n] = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -190,7 +190,8 @@ template <class E, int kChunks> __global__ void __launch_bounds__(kThreads, bloc
     }
     // Fragment f multiplies outputs 2 f, 2 f + 1, 8 + 2 f, ...: of its results, a lane has two for each token, which in the order of
     // the fragments are eight neighbours.
-    const unsigned char *const at = tiles + stage * stage_bytes(kChunks) + t * unit_bytes(kChunks) + (step * kColumns + g / 2 * 8 + g % 2) * 16;
+    const unsigned char *const at =
+        tiles + stage * stage_bytes(kChunks) + t * unit_bytes(kChunks) + (step * kColumns + g / 2 * 8 + g % 2) * 16;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       uint4 b[4];

@@ -100,7 +100,7 @@ template <class E, int NT, int MT, int U> struct FourBits {
         for (int k = 0; k < 2; ++k) {
           const int token = n * 8 + g;
           x[n][k] = make_uint4(0, 0, 0, 0);
-          if (c < chunks && token < tokens) x[n][k] = load_shared_input(input + (int64_t(token) * in + c * kFeatures4) * 2 + k * 16);
+          if (c < chunks && token < tokens) x[n][k] = load_cached(input + (int64_t(token) * in + c * kFeatures4) * 2 + k * 16);
         }
 #pragma unroll
       for (int m = 0; m < MT; ++m) {

@@ -29,22 +29,23 @@ __device__ __forceinline__ int find_item(const GroupParams &p, int b) {
   return i;
 }
 
+template <class E> __device__ __forceinline__ void store_result(const ls_item &item, int token, int row, float sum) {
+  const int64_t at = int64_t(token) * item.out_features + row;
+  if (item.bias) sum += to_float(static_cast<const E *>(item.bias)[row]);
+  if (item.base) sum += to_float(static_cast<const E *>(item.base)[at]);
+  static_cast<E *>(item.out)[at] = from_float<E>(sum);
+}
+
 constexpr int kSplits = 4;  // parts of the features in linear_registers.cu: each writes partial sums in float32, their readers add them up
 
 // Announces that one task's part of the hidden is in memory: the writes of this thread, and those before the last barrier.
 __device__ __forceinline__ void shrink_done(Sync *sync) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&sync->done) : "memory");
-#endif
 }
 // For one thread of a block; a __syncthreads() after it makes the hidden visible to the others.
 __device__ __forceinline__ unsigned shrinks_done(const Sync *sync) {
   unsigned n;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(n) : "l"(&sync->done) : "memory");
-#else
-  n = 0;
-#endif
   return n;
 }
 // Called by one thread of each block when the block no longer needs `sync`. Returns whether it was the last block, which then resets it.

@@ -32,14 +32,6 @@ template <class E> __device__ __forceinline__ float expert_part(const GroupParam
   return sum;
 }
 
-template <class E> __device__ __forceinline__ void store(const GroupParams &p, int item_index, int token, int row, float sum) {
-  const ls_item &item = p.g.items[item_index];
-  const int64_t at = int64_t(token) * item.out_features + row;
-  if (item.bias) sum += to_float(static_cast<const E *>(item.bias)[row]);
-  if (item.base) sum += to_float(static_cast<const E *>(item.base)[at]);
-  static_cast<E *>(item.out)[at] = from_float<E>(sum);
-}
-
 // [out, in] weights: a warp a row. VEC = 4: float32 with 16-byte loads.
 template <class E, int VEC> __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ GroupParams p) {
   const int item_index = find_item(p, blockIdx.x);
@@ -76,7 +68,7 @@ template <class E, int VEC> __global__ void __launch_bounds__(kThreads) rows_ker
     for (int n = 0; n < kTokens; ++n) {
       if (n >= count) break;
       const float total = warp_sum(sum[n] + expert_part<E>(p, item_index, first + n, row, lane));
-      if (lane == 0) store<E>(p, item_index, first + n, row, total);
+      if (lane == 0) store_result<E>(p.g.items[item_index], first + n, row, total);
     }
   }
 }
@@ -115,7 +107,7 @@ template <class E> __global__ void __launch_bounds__(kThreads) columns_kernel(co
       if (column0 + c >= out) continue;
       float v = lane < kWarps ? partial[lane][n][c] : 0.f;
       v = warp_sum(v + expert_part<E>(p, item_index, first + n, column0 + c, lane));
-      if (lane == 0) store<E>(p, item_index, first + n, column0 + c, v);
+      if (lane == 0) store_result<E>(p.g.items[item_index], first + n, column0 + c, v);
     }
     __syncthreads();
   }

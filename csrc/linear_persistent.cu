@@ -302,14 +302,8 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
     return rows;
   };
   const int g = lane / 4, t = lane % 4;
-  // Fragments for one step, 16 features: of 16 rows of a weight (in_stage: where this lane's row is), or of 16 tokens.
+  // Fragments are read for one step, 16 features: of 16 rows of a weight (in_stage: where this lane's row is), or of 16 tokens.
   const uint32_t in_stage = swizzled(lane % 16, lane / 16);
-  auto fragments = [&](uint32_t at, int step, uint32_t (&v)[4]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(at ^ (step * 32))
-                 : "memory");
-  };
 
   uint32_t x[kSteps][kTiles][4];  // of 16 tokens: two for the first eight, two for the others
   auto read_x = [&] {
@@ -317,7 +311,7 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
 #pragma unroll
     for (int u = 0; u < kTiles; ++u)
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) fragments(rows + u * kTile * kRow, step, x[step][u]);
+      for (int step = 0; step < kSteps; ++step) read_fragments((rows + u * kTile * kRow) ^ (step * 32), x[step][u]);
   };
   // One stage times x: `steps` is less than all where only half of its features are within in_features, which is divisible by 32.
   auto multiply = [&](float (*sum)[NT][4], int steps) {
@@ -328,7 +322,7 @@ template <class E, int NT, int MT, int STAGES, class Experts> __global__ void __
       for (int step = 0; step < kSteps; ++step) {
         if (step >= steps) break;
         uint32_t w[4];
-        fragments(rows + u * kTile * kRow, step, w);
+        read_fragments((rows + u * kTile * kRow) ^ (step * 32), w);
 #pragma unroll
         for (int n = 0; n < NT; ++n) mma<E>(sum[u][n], w[0], w[1], w[2], w[3], x[step][n / 2][n % 2 * 2], x[step][n / 2][n % 2 * 2 + 1]);
       }

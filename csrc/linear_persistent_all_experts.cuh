@@ -49,7 +49,7 @@ template <class E, class Shape, int NT> struct Shrink {
       for (int h = 0; h < 2; ++h) w[c][h] = inside ? load_static(a + int64_t(min(at.row + h * 8 + g, last_row)) * in + c * kChunk) : zero;
 #pragma unroll
       for (int n = 0; n < NT; ++n)
-        x[c][n] = inside && n * 8 + g < p.g.tokens ? load_shared_input(input + int64_t(n * 8 + g) * in + c * kChunk) : zero;
+        x[c][n] = inside && n * 8 + g < p.g.tokens ? load_cached(input + int64_t(n * 8 + g) * in + c * kChunk) : zero;
     }
   }
 
@@ -189,7 +189,7 @@ template <class E, class Shape, int NT> struct Expand {
       for (int n = 0; n < NT; ++n) {
         const int entry = (n * 8 + threadIdx.x % 32 / 4) * experts.top_k + slot[n];
         h[n] = make_uint4(0, 0, 0, 0);
-        if (slot[n] >= 0) h[n] = load_shared_input(reinterpret_cast<const E *>(experts.hidden) + entry * experts.rank + unit.offset);
+        if (slot[n] >= 0) h[n] = load_cached(reinterpret_cast<const E *>(experts.hidden) + entry * experts.rank + unit.offset);
       }
     }
 #pragma unroll

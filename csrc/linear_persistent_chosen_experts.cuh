@@ -40,7 +40,6 @@ template <int TOKENS> struct Chosen {
 
   // The ids that this thread has read join the set. A barrier later, make_list().
   template <int N> __device__ __forceinline__ void add(const int (&id)[N], int num_experts) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     for (int word = 0; word * 32 < num_experts; ++word) {
       unsigned mine = 0;
 #pragma unroll
@@ -49,7 +48,6 @@ template <int TOKENS> struct Chosen {
       mine = __reduce_or_sync(0xffffffffu, mine);
       if (threadIdx.x % 32 == 0 && mine) atomicOr(&bits[word], mine);
     }
-#endif
   }
   __device__ __forceinline__ bool has(int expert) const { return bits[expert / 32] >> expert % 32 & 1; }
 
@@ -357,7 +355,7 @@ template <class E, class Shape, int NT> struct Expand {
     for (int n = 0; n < NT; ++n) {
       const int entry = (n * 8 + threadIdx.x % 32 / 4) * p.g.top_k + slot[n];
       uint4 h = make_uint4(0, 0, 0, 0);
-      if (slot[n] >= 0) h = load_shared_input(step.hidden + entry * step.units.each + step.units.unit);
+      if (slot[n] >= 0) h = load_cached(step.hidden + entry * step.units.each + step.units.unit);
       mma32<E>(sum[n], up, h);
     }
   }

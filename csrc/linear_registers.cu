@@ -103,7 +103,7 @@ template <class E, int NT, int MT, int U, class W> __global__ void __launch_boun
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         const int token = n * 8 + g;
-        v[u][n] = inside && token < tokens ? load_shared_input(input + int64_t(token) * in + (c0 + u) * kChunk) : zero;
+        v[u][n] = inside && token < tokens ? load_cached(input + int64_t(token) * in + (c0 + u) * kChunk) : zero;
       }
     }
   };

@@ -10,7 +10,9 @@
 //   shared memory: for each of the 8 warps a ring of STAGES stages (16 * MT rows of 64 features), filled by cp.async; partial sums;
 //   the hidden; with SINGLE, x
 //
-// A warp's ring runs on across the borders of tiles and linears. The only barrier is one for each tile, where partial sums meet.
+// A warp's ring runs on across the borders of tiles and linears. The only barrier of the loop is one for each tile, where partial sums
+// meet; before it x and the ids are waited for, and in the first tile the hidden. MT = NT = 1 and 3 stages are all that is compiled
+// (launch_as()): what else was tried stands in docs/kernel_log.md.
 //
 // The shrink: the ninth warps of all blocks draw elements of the hidden (a row of a chosen expert's lora_a each) from a counter until
 // all are drawn, publish them as words that hold a value and a flag, then collect all of them; the other warps need them in the epilogue
@@ -96,7 +98,7 @@ template <class E, class Ready> __device__ __forceinline__ float dot(const E *a,
     for (int n = 0; n < kLoads; ++n) {
       const int i = begin + n * 32 * kUnit;
       if (i >= in) continue;
-      const uint4 xv = load_shared_input(x + i);
+      const uint4 xv = load_cached(x + i);
       const uint32_t *pa = &v[n].x, *px = &xv.x;
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
@@ -190,7 +192,7 @@ template <class E, int NT, int MT, int STAGES, bool SINGLE> __global__ void __la
   pdl_wait();
   if (SINGLE) {
     for (int i = threadIdx.x; i < in / kUnit; i += kThreads)
-      reinterpret_cast<uint4 *>(single)[i] = load_shared_input(static_cast<const uint4 *>(p.g.x) + i);
+      reinterpret_cast<uint4 *>(single)[i] = load_cached(static_cast<const uint4 *>(p.g.x) + i);
     if (p.sync) arrive(kInput, kThreads + 32);
   }
   if (p.has_rank) read_ids(p, ids, threadIdx.x, kThreads);
@@ -223,8 +225,7 @@ template <class E, int NT, int MT, int STAGES, bool SINGLE> __global__ void __la
         for (int n = 0; n < NT; ++n) {
           const int token = n * 8 + g;
           x[c][n] = make_uint4(0, 0, 0, 0);
-          if (token < tokens && s * kSlice + c * kChunk < in)
-            x[c][n] = load_shared_input(input + int64_t(token) * in + s * kSlice + c * kChunk);
+          if (token < tokens && s * kSlice + c * kChunk < in) x[c][n] = load_cached(input + int64_t(token) * in + s * kSlice + c * kChunk);
         }
       copy_wait<STAGES - 2>();
       __syncwarp();

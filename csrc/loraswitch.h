@@ -1,8 +1,9 @@
 /* The whole C ABI of the LoRA-Switch kernels. No framework header, no C++: any language can load the library.
  *
- * Every function returns 0 or a positive error code: cudaError_t for what CUDA reported, LS_ERROR_* for arguments that
- * cannot be launched. Nothing here allocates, copies, clears memory or synchronises; every launch goes to the stream it
- * is given and can be captured in a CUDA graph. All pointers are device pointers unless a comment says otherwise.
+ * A function that launches or sets something returns 0 or a positive error code: cudaError_t for what CUDA reported, LS_ERROR_*
+ * for arguments that cannot be launched. Of the others a comment says what they return. Nothing here allocates, copies, clears
+ * memory or synchronises; every launch goes to the stream it is given and can be captured in a CUDA graph. All pointers are device
+ * pointers unless a comment says otherwise.
  *
  * One word for one thing: a token has `top_k` experts (ids) and gates; an expert is lora_a[e] (rank x in) and
  * lora_b[e] (out x rank); linears that receive the same tensor form a group.
@@ -158,10 +159,12 @@ int ls_abi_version(void);
 const char *ls_build_info(void);       /* compiler and architectures, a static string in host memory */
 const char *ls_error_string(int code); /* a static string in host memory */
 
-/* Devices CUDA can use. 35 (cudaErrorInsufficientDriver) or 100 (cudaErrorNoDevice) on a machine without a usable GPU. */
+/* Devices CUDA can use, into `count` (host memory). 35 (cudaErrorInsufficientDriver) or 100 (cudaErrorNoDevice) on a machine without
+ * a usable GPU. */
 int ls_device_count(int *count);
 /* 0 if this library has code that runs on the device, else the reason. */
 int ls_device_supported(int device);
+/* CUDA's version that the driver supports, 13000 for 13.0, into `version` (host memory). */
 int ls_driver_version(int *version);
 
 /* Softmax of float32 logits over experts, then the top_k of them, ids ascending among equals, gates summing to 1 if
@@ -179,8 +182,8 @@ int ls_router(const void *x, const void *router, int64_t *experts, float *gates,
  * and the logits are sums[:num_experts] / sums[num_experts], or z where that is 0. decay is in [0, 1]; `sums` is written
  * completely and may not be `previous`. */
 int ls_router_context(const void *x, const void *router, const float *previous, const uint8_t *real, int64_t *experts, float *gates,
-                      float *sums, float decay, int32_t tokens, int32_t in_features, int32_t num_experts, int32_t top_k,
-                      int32_t normalize, float top_p, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream);
+                      float *sums, float decay, int32_t tokens, int32_t in_features, int32_t num_experts, int32_t top_k, int32_t normalize,
+                      float top_p, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream);
 
 /* Hands `bytes` of zeroed device memory to the library, 16-byte aligned: counters and words by which the blocks of a launch
  * tell each other that the shrink is done. It must stay allocated for as long as anything is launched. Once per device: a
@@ -198,8 +201,8 @@ int64_t ls_hidden_elements(const ls_group *group);
 /* Which path ls_linear will take: enum ls_path, or -1 if the arguments are refused. */
 int ls_linear_path(const ls_group *group);
 /* The group's linears with their experts. One launch on the fast path (see ls_set_workspace), else two: the experts' shrink,
- * then everything else, the second starting early where the GPU has programmatic dependent launch (sm_90 and up). For many tokens
- * (LS_PATH_SM90: from 33 on; from 3 on where a linear's experts have 512 ranks or more together, from 17 on where the group's weights
+ * then everything else, the second starting early in a captured graph where the GPU has programmatic dependent launch (sm_90
+ * and up). For many tokens (LS_PATH_SM90: from 33 on; from 3 on where a linear's experts have 512 ranks or more together, from 17 on where the group's weights
  * are large, see takes_split_k() in api.cu; on GPUs of compute capability 9.0, for sizes and pointers as on the fast path and
  * out_features divisible by 8) one launch up to LS_SPLIT_K_TOKENS, then two, as fast as a library's,
  * `hidden` then being a row for each token, and what an expert that the token did not choose made of it zero; it is multiplied by
@@ -216,7 +219,7 @@ int ls_widen(const ls_expand_args *args, void *stream);
 
 int64_t ls_merge_tiles(int32_t rows, int32_t columns); /* of the weight as stored */
 int ls_merge_is_fast(const ls_merge_item *item, int32_t dtype); /* `item` is host memory */
-int ls_merge(const ls_merge_args *args, void *stream);          /* `args` is host memory */
+int ls_merge(const ls_merge_args *args, void *stream); /* `args` is host memory */
 
 #ifdef __cplusplus
 }

@@ -125,12 +125,12 @@ struct ExpertColumns {
       x[n] = make_uint4(0, 0, 0, 0);
       if (u.expert < 0 || token >= tokens) continue;
       if (by_pair) {
-        if (u.entry / top_k == token) x[n] = load_shared_input(h + int64_t(u.entry) * rank);
+        if (u.entry / top_k == token) x[n] = load_cached(h + int64_t(u.entry) * rank);
       } else {
         bool found = false;
         for (int j = 0; j < top_k; ++j) {
           if (ids[token * top_k + j] != u.expert) continue;
-          const uint4 v = load_shared_input(h + (int64_t(token) * top_k + j) * rank);
+          const uint4 v = load_cached(h + (int64_t(token) * top_k + j) * rank);
           x[n] = found ? add8<E>(x[n], v) : v;  // the same expert twice is unusual, and still right
           found = true;
         }
@@ -146,13 +146,6 @@ __device__ __forceinline__ short valid_id(const GroupParams &p, int entry) {
 }
 __device__ __forceinline__ void read_ids(const GroupParams &p, short *ids, int thread, int threads) {
   for (int i = thread; i < p.g.tokens * p.g.top_k; i += threads) ids[i] = valid_id(p, i);
-}
-
-template <class E> __device__ __forceinline__ void store_result(const ls_item &item, int token, int row, float sum) {
-  const int64_t at = int64_t(token) * item.out_features + row;
-  if (item.bias) sum += to_float(static_cast<const E *>(item.bias)[row]);
-  if (item.base) sum += to_float(static_cast<const E *>(item.base)[at]);
-  static_cast<E *>(item.out)[at] = from_float<E>(sum);
 }
 
 }  // namespace ls

@@ -1,6 +1,6 @@
 // Programmatic dependent launch (PDL): which launches may start before their predecessor has ended. Host code only.
 //
-// Those that a stream captures right behind another launch of this library. Between two of ours a programmatic edge saves 10 %
+// Those that a stream captures right behind another launch of this library. Between two of ours a programmatic edge saves 9 %
 // (the linears alone, docs/kernel_log.md). Behind a launch of somebody else, which never lets its successor start early, it saves
 // nothing, and a graph with such edges may take the host longer to launch. Outside of a capture nobody can say what came before, and
 // the host is slower than the GPU anyway.

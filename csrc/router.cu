@@ -41,7 +41,8 @@ template <class E> __device__ __forceinline__ float4 load4(const E *p) {
   }
 }
 
-template <class X, class R, int VEC, bool CONTEXT> __global__ void __launch_bounds__(kThreads) router_kernel(const __grid_constant__ RouterParams p) {
+template <class X, class R, int VEC, bool CONTEXT> __global__ void __launch_bounds__(kThreads)
+    router_kernel(const __grid_constant__ RouterParams p) {
   __shared__ float logits[LS_MAX_EXPERTS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t token = blockIdx.x;
@@ -146,8 +147,8 @@ template <class X> int dispatch_router(const RouterParams &p, int router_dtype, 
 }
 
 int route(const RouterParams &p, int32_t tokens, int32_t x_dtype, int32_t router_dtype, int32_t device, void *stream) {
-  if (tokens < 0 || p.in_features < 1 || p.num_experts < 1 || p.num_experts > LS_MAX_EXPERTS || p.top_k < 1 ||
-      p.top_k > LS_MAX_TOP_K || p.top_k > p.num_experts || !(p.top_p > 0.f && p.top_p <= 1.f))
+  if (tokens < 0 || p.in_features < 1 || p.num_experts < 1 || p.num_experts > LS_MAX_EXPERTS || p.top_k < 1 || p.top_k > LS_MAX_TOP_K ||
+      p.top_k > p.num_experts || !(p.top_p > 0.f && p.top_p <= 1.f))
     return LS_ERROR_ARGUMENT;
   if (tokens == 0) return 0;
   if (!p.x || !p.router || !p.experts || !p.gates) return LS_ERROR_POINTER;

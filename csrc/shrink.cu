@@ -21,7 +21,7 @@ template <class E, int ROWS> __device__ __forceinline__ void add(float (&sum)[RO
   const float2 x0 = unpack2<E>(xv.x), x1 = unpack2<E>(xv.y), x2 = unpack2<E>(xv.z), x3 = unpack2<E>(xv.w);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    const uint4 av = load_shared_input(a + int64_t(r) * in + i);
+    const uint4 av = load_cached(a + int64_t(r) * in + i);
     const float2 a0 = unpack2<E>(av.x), a1 = unpack2<E>(av.y), a2 = unpack2<E>(av.z), a3 = unpack2<E>(av.w);
     sum[r] += a0.x * x0.x + a0.y * x0.y + a1.x * x1.x + a1.y * x1.y;
     sum[r] += a2.x * x2.x + a2.y * x2.y + a3.x * x3.x + a3.y * x3.y;
@@ -45,7 +45,7 @@ template <class E, int VEC, int ROWS> __global__ void __launch_bounds__(kThreads
   if constexpr (VEC == 8) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n)
-      if (const int i = (n * kThreads + threadIdx.x) * 8; i < in) ahead[n] = load_shared_input(x + i);
+      if (const int i = (n * kThreads + threadIdx.x) * 8; i < in) ahead[n] = load_cached(x + i);
   }
   const float gate = p.g.gates[slot] * item.scaling;
   const bool valid = e >= 0 && e < p.g.num_experts;
@@ -59,7 +59,7 @@ template <class E, int VEC, int ROWS> __global__ void __launch_bounds__(kThreads
       for (int n = 0; n < kAhead; ++n)
         if (const int i = (n * kThreads + threadIdx.x) * 8; i < in) add<E, ROWS>(sum, ahead[n], a, in, i);
 #pragma unroll 4
-      for (int i = (kAhead * kThreads + threadIdx.x) * 8; i < in; i += kThreads * 8) add<E, ROWS>(sum, load_shared_input(x + i), a, in, i);
+      for (int i = (kAhead * kThreads + threadIdx.x) * 8; i < in; i += kThreads * 8) add<E, ROWS>(sum, load_cached(x + i), a, in, i);
     } else {
 #pragma unroll 4
       for (int i = threadIdx.x; i < in; i += kThreads) {

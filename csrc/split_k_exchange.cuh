@@ -108,7 +108,7 @@ template <class E> __device__ __noinline__ void shrink_alone(const SplitKParams 
           const E *const a = static_cast<const E *>(p.lora_a[i]) + int64_t(c) * in;
           float sum = 0.f;
           for (int k = lane * kUnit; k < in; k += 32 * kUnit) {
-            const uint4 of_a = load_static(a + k), of_x = load_shared_input(x + k);
+            const uint4 of_a = load_static(a + k), of_x = load_cached(x + k);
             const uint32_t *const pairs_a = &of_a.x, *const pairs_x = &of_x.x;
 #pragma unroll
             for (int pair = 0; pair < kUnit / 2; ++pair) {

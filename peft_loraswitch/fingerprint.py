@@ -1,9 +1,10 @@
 """Whether what was made of weights is still right: the one way in which anything here finds out that it is old.
 
-Three things are made of a model's weights and kept: a struct of their addresses, as the kernels take it (`eager_launch.py`),
-experts in another dtype (`expert_casts.py`), and weights with experts merged into them (`merged_weights.py`). Meanwhile others
-move, replace and write to the weights (`model.to(...)`, `load_state_dict`, optimizers, plain assignment), mostly without a word
-to us. So each of the three has a fingerprint of what it was made of, and looks before it is used whether that is still the same.
+What `inference/` makes of a model's weights and keeps: a struct of their addresses, as the kernels take it (`eager_launch.py`),
+experts in another dtype (`expert_casts.py`), weights with experts merged into them (`merged_weights.py`), scales of weights in 4
+bits (`four_bit.py`), copies of lora_a beside joined weights (`joined_weights.py`). Meanwhile others move, replace and write to
+the weights (`model.to(...)`, `load_state_dict`, optimizers, plain assignment), mostly without a word to us. So each of these has
+a fingerprint of what it was made of, and looks before it is used whether that is still the same.
 
 Training keeps how it computes a group of linears, and no tensors (`training/fast_linears.py`): what that depends on has one, too.
 """

@@ -8,17 +8,11 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .. import kernels, ops
 from ..layer import LoRASwitchLinear
 from .four_bit import FourBitFormat, format_of
-
-try:
-    from transformers.pytorch_utils import Conv1D
-except ImportError:  # pragma: no cover
-
-    class Conv1D: ...  # type: ignore[no-redef]
-
 
 # Up to so many tokens in flight the kernels beat library products (docs/kernel_log.md, measured on an H200); float32 and
 # other cases of the generic kernel read the weight once for every four tokens.

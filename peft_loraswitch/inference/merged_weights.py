@@ -185,13 +185,13 @@ class MergedWeights:
             adapter not in layer.routing_options or not layer.routing_options[adapter].is_routed
         ):  # it runs before there is a decision
             return None
-        if getattr(frame, "merged", None) is None:
-            frame.merged = self._merge_for(adapter, x, routing, frame)  # type: ignore[attr-defined]
-        if frame.merged and adapter != self.adapter:  # type: ignore[attr-defined]  # layers that do not agree
-            frame.merged = None  # type: ignore[attr-defined]
+        if frame.merged is None:
+            frame.merged = self._merge_for(adapter, x, routing, frame)
+        if frame.merged and adapter != self.adapter:  # layers that do not agree
+            frame.merged = None
             self.leave_out(frame)
         i = self.index.get(id(layer))
-        if not frame.merged or i is None:  # type: ignore[attr-defined]
+        if not frame.merged or i is None:
             return None
         weight = self.weights[i]
         return F.linear(x, weight.T if self.transposed[i] else weight, self.bases[i].bias)
@@ -215,7 +215,7 @@ class MergedWeights:
 
     def leave_out(self, frame: RoutingFrame | None) -> None:
         """Before a layer of this forward runs unmerged: weights that are merged in place go without experts."""
-        if not self.in_place or getattr(frame, "merged", None) is False:
+        if not self.in_place or (frame is not None and frame.merged is False):
             return
         if not torch.compiler.is_compiling() and under_transform():
             with outside_of_transforms():  # which refuse to have weights written to
@@ -227,7 +227,7 @@ class MergedWeights:
         else:  # those that were merged are not there any more to be taken out, or are going to be trained
             self.put_back()
         if frame is not None:
-            frame.merged = False  # type: ignore[attr-defined]
+            frame.merged = False
 
     def _warn(self, text: str) -> None:
         if not torch.compiler.is_compiling() and text not in self.warned:

@@ -72,7 +72,7 @@ class PackedGroup:
         biases: [out] or None, each.
         lora_a, lora_b: [E, r, in] and [E, out, r], each, in the dtype of x; r = 0: no adapter on that linear.
         scalings: one float each.
-        tuning: 0, or a kernel shape to try in a benchmark.
+        tuning: 0, or a sum of `TUNING_*`, to test or measure a kernel that would not be chosen.
         scales: for weights of 4 bits, one for each `block` of features: with `code` float32 [out, in / block] each, without it
             bfloat16 [in / block, out, 2], a scale and a zero, in and out padded as the tiles are. For up to `FAST_TOKENS` tokens
             in 16 bits, tiles in bfloat16.

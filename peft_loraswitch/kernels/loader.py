@@ -100,7 +100,10 @@ def error_string(code: int) -> str:
 
 def check(code: int, what: str) -> None:
     if code:
-        raise RuntimeError(f"LoRA-Switch kernel {what} failed with error {code}: {error_string(code)}.")
+        raise RuntimeError(
+            f"LoRA-Switch kernel {what} failed with error {code}: {error_string(code)}. With {SWITCH}=0 in the environment "
+            "plain PyTorch computes the same."
+        )
 
 
 def stream_of(device: int) -> int:

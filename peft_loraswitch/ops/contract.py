@@ -60,6 +60,14 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_alike(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """A kernel takes addresses: it would read whatever lies there on its own device."""
+    _require(
+        tensor.dtype == other.dtype and tensor.device == other.device,
+        f"{op}: {name} is {tensor.dtype} on {tensor.device}, {other_name} {other.dtype} on {other.device}",
+    )
+
+
 def check_route(x: Tensor, router: Tensor, top_k: int, top_p: float) -> None:
     _require(x.dim() >= 1 and router.dim() == 2, f"route: x must be [..., in], router [E, in], not {router.dim()}-d")
     _require(x.shape[-1] == router.shape[1], f"route: x has {x.shape[-1]} features, router {router.shape[1]}")
@@ -70,6 +78,7 @@ def check_route(x: Tensor, router: Tensor, top_k: int, top_p: float) -> None:
     _require(
         x.dtype in FLOATS and router.dtype in FLOATS, f"route: {x.dtype} and {router.dtype} must be float32 or 16-bit"
     )
+    _require(x.device == router.device, f"route: x is on {x.device}, router on {router.device}")
 
 
 def check_route_context(
@@ -134,16 +143,14 @@ def check_linear(
     for weight, bias, b in zip(weights, biases, lora_b, strict=True):
         shape = (x.shape[-1], b.shape[1]) if transposed else (b.shape[1], x.shape[-1])
         _require(weight.shape == shape, f"linear: a weight is {list(weight.shape)}, the experts ask for {list(shape)}")
-        _require(
-            weight.dtype == x.dtype and weight.device == x.device,
-            "linear: a weight is of another dtype or device than x",
-        )
+        _check_alike("linear", "a weight", weight, "x", x)
         _check_bias("linear", x, bias, b)
 
 
 def _check_bias(op: str, x: Tensor, bias: Tensor | None, lora_b: Tensor) -> None:
-    fits = bias is None or (bias.shape == (lora_b.shape[1],) and bias.dtype == x.dtype)
-    _require(fits, f"{op}: a bias must be [out], in the dtype of x")
+    if bias is not None:
+        _require(bias.shape == (lora_b.shape[1],), f"{op}: a bias is {list(bias.shape)}, must be [{lora_b.shape[1]}]")
+        _check_alike(op, "a bias", bias, "x", x)
 
 
 def check_linear_4bit(
@@ -245,13 +252,8 @@ def check_expand(
             num_experts <= kernels.MAX_EXPERTS and rank <= kernels.MAX_RANK,
             f"expand: {num_experts} experts of rank {rank}, at most {kernels.MAX_EXPERTS} and {kernels.MAX_RANK}",
         )
-        _require(
-            b.dtype == hidden.dtype and b.device == hidden.device,
-            "expand: a lora_b is of another dtype or device than hidden",
-        )
-        if bias is not None:
-            fits = bias.dtype == hidden.dtype and bias.shape == (out,) and bias.device == hidden.device
-            _require(fits, "expand: a bias must be [out], in the dtype of hidden")
+        _check_alike("expand", "a lora_b", b, "hidden", hidden)
+        _check_bias("expand", hidden, bias, b)
         fits = base.dtype == hidden.dtype and base.shape == (len(hidden), out) and base.device == hidden.device
         _require(fits, f"expand: a base must be [{len(hidden)}, {out}], in the dtype of hidden, not {list(base.shape)}")
         width += num_experts * rank
@@ -268,9 +270,7 @@ def check_deltas(
         _require(
             base.shape == (*x.shape[:-1], b.shape[1]), f"deltas: a base {list(base.shape)} does not fit x and lora_b"
         )
-        _require(
-            base.dtype == x.dtype and base.device == x.device, "deltas: a base is of another dtype or device than x"
-        )
+        _check_alike("deltas", "a base", base, "x", x)
 
 
 def check_merge(
@@ -282,11 +282,17 @@ def check_merge(
     _require(len(lengths) == 1, "merge: the lists differ in length")
     _require(experts.dim() == 1 and experts.shape == gates.shape, "merge: experts and gates must be [k], of one token")
     _require((old_experts is None) == (old_gates is None), "merge: old_experts and old_gates go together")
+    if old_experts is not None and old_gates is not None:
+        same = old_experts.shape == experts.shape and old_gates.shape == gates.shape
+        _require(same, f"merge: old_experts and old_gates must be {list(experts.shape)}, as the new ones")
+        _check_alike("merge", "old_experts", old_experts, "experts", experts)
+        _check_alike("merge", "old_gates", old_gates, "gates", gates)
     for weight, source, a, b, swapped in zip(weights, sources, lora_a, lora_b, transposed, strict=True):
         _check_experts("merge", a.new_empty(1, a.shape[2]), experts, gates, a, b)
         shape = (a.shape[2], b.shape[1]) if swapped else (b.shape[1], a.shape[2])
         _require(weight.shape == source.shape == shape, f"merge: a weight is {list(weight.shape)}, not {list(shape)}")
-        _require(weight.dtype == source.dtype == a.dtype, f"merge: a weight is {weight.dtype}, its experts {a.dtype}")
+        for name, each in (("a weight", weight), ("a source", source)):
+            _check_alike("merge", name, each, "its experts", a)
 
 
 # ------------------------------------------------------------------------------------------------------------ fakes

@@ -70,6 +70,7 @@ class RoutingFrame:
         used: adapters that a layer asked for; `trained`: those of them whose experts or router train.
         relays: by adapter name; see `Relay`.
         shared_inputs: which linears are trained together, see `training/fast_linears.py`.
+        merged: of strategy "merge": whether this forward reads merged weights; None: not settled yet.
         paused: modules whose gradient checkpointing is off until the frame is closed.
         at_close: called when it is closed, with whether the forward has come to its end.
         previous: the frame of the forward within which this one runs (a hook that calls the model again), or None.
@@ -94,6 +95,7 @@ class RoutingFrame:
         self.at_close: list[Callable[[bool], None]] = []
         self.relays: dict[str, Relay] = {}
         self.shared_inputs: Any = None
+        self.merged: bool | None = None
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
 
     def called_from(self, depth: int, caller: FrameType) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..fingerprint import Fingerprint
 from ..routing.frame import RoutingFrame, RoutingState
@@ -33,13 +34,6 @@ from .group_function import autocast_dtype, run
 from .group_layout import KeptByBlock, Spec
 from .pair_order import PairOrder, order_of
 from .pair_products import pays
-
-try:
-    from transformers.pytorch_utils import Conv1D
-except ImportError:  # pragma: no cover
-
-    class Conv1D: ...  # type: ignore[no-redef]
-
 
 logger = logging.getLogger(__name__)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

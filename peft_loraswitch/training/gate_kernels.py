@@ -48,6 +48,8 @@ def _compile(device: torch.device) -> bool:
                 probe, probe, probe, probe, 1, 1, 1, 1, 1.0, LINEARS=1, RANK=1, WIDTH=1, TILE=TOKENS, MASKED=False
             )
         return True
+    except torch.OutOfMemoryError:  # says nothing of Triton: the next call looks again
+        raise
     except Exception as error:
         logger.warning(f"LoRA-Switch: gates are applied by PyTorch operations, because Triton fails: {error}")
         return False

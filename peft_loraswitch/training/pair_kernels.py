@@ -52,6 +52,8 @@ def _compile(device: torch.device) -> bool:
         order = order_of(torch.zeros(1, 1, dtype=torch.int64, device=device), 1)
         to_rank(one, one.view(1, 1, 1, 16), order, torch.empty(1, 1, device=device))
         return True
+    except torch.OutOfMemoryError:  # says nothing of Triton: the next call looks again
+        raise
     except Exception as error:
         logger.warning(f"LoRA-Switch: all experts are multiplied at once, because Triton fails: {error}")
         return False

@@ -26,9 +26,10 @@ from torch import Tensor
 from . import pair_kernels
 from .pair_order import PairOrder
 
-# From how many columns of all experts together, E * r, pairs take less time, by the number of experts of a token: measured on an
-# H200 (docs/training_log.md, recipes/results/train_crossover_h200.json, train_h200_pairs.json), with one expert by the kernels
-# alone, for three between two and four. With fewer experts there is too little that pairs leave out.
+# From how many columns of all experts together, E * r, pairs take less of the GPU's time, by the number of experts of a token:
+# read off the times of kernels and the fastest steps on an H200 (docs/training_log.md,
+# recipes/results/train_crossover_h200.json, whose medians hold waits for the host), for three experts between two and four. With
+# fewer experts there is too little that pairs leave out.
 CROSSOVER = {1: 512, 2: 512, 3: 1152, 4: 1536}
 LEAST_EXPERTS = 12  # for each that a token has
 MOST_RANK = 32  # of one expert: for 8 x 64, a step took 1.58 of the floor's by pairs, and 1.30 without

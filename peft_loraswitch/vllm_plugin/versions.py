@@ -6,7 +6,7 @@ import os
 
 from packaging.version import InvalidVersion, Version
 
-OLDEST, NEWEST = "0.27.0", "0.33.0"  # both ends are tested
+OLDEST, NEWEST = "0.27", "0.33"  # both ends were run, of each its .0; patch releases are taken as well
 SWITCH = "LORASWITCH_UNTESTED_VLLM"  # 1 in the environment: try others as well; what can be checked still is
 
 
@@ -33,8 +33,8 @@ def check_version() -> None:
     if os.environ.get(SWITCH) == "1":
         return
     try:
-        release = Version(Version(installed()).base_version)
+        release = Version(installed()).release
     except InvalidVersion as error:
         raise unsupported("its version cannot be read") from error
-    if not Version(OLDEST) <= release <= Version(NEWEST):
+    if not Version(OLDEST).release <= (*release, 0)[:2] <= Version(NEWEST).release:
         raise unsupported("it is older or newer than what was tested")

@@ -367,7 +367,7 @@ def main() -> None:
     import torch
     import transformers
 
-    from recipes.checkout import versions
+    from recipes.checkout import processor, versions
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cpu":
@@ -375,7 +375,7 @@ def main() -> None:
     elif "unlaunched" in args.modes:
         parser.error("--modes unlaunched is for --device cpu: on a GPU kernels are launched")
     transformers.logging.set_verbosity_error()
-    header = versions("torch", "transformers", "peft")
+    header = {**versions("torch", "transformers", "peft"), "cpu": processor()}
     header |= {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     header |= {"shape": args.shape, "layers": str(args.layers), "rank": str(args.rank)}
     print(json.dumps(header), flush=True)

@@ -8,8 +8,8 @@ number of experts that a token of the domains chose, and milliseconds of a step 
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,10 +53,12 @@ def lines(path: Path) -> list[str]:
     return [first, "", *tables.table(HEADER, rows), *tables.at_the_edge(summary)]
 
 
-def main(argv: Sequence[str]) -> None:
-    for path in map(Path, argv):
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="files of results, .csv")
+    for path in parser.parse_args(argv).results:
         print("\n".join(lines(path)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

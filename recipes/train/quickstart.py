@@ -35,7 +35,7 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from peft_loraswitch import LoRASwitchConfig, RouterStatsCallback  # noqa: E402
 from recipes import corpora, tiny_llama  # noqa: E402
-from recipes.checkout import module_command, module_environment, versions  # noqa: E402
+from recipes.checkout import module_command, module_environment, processor, versions  # noqa: E402
 
 LENGTH = 128  # tokens per block
 
@@ -292,7 +292,8 @@ def main(folder: Path, size: Size) -> int:
     print()
     for text, holds in checks.items():
         print(f"  {'ok  ' if holds else 'FAIL'}  {text}")
-    result = {"header": versions("torch", "transformers", "peft", "trl"), "size": "smoke" if size is SMOKE else "full"}
+    header = {**versions("torch", "transformers", "peft", "trl"), "cpu": processor()}
+    result = {"header": header, "size": "smoke" if size is SMOKE else "full"}
     result |= {"mean_loss": dict(zip(("base", "lora", "lora_switch"), mean, strict=True)), "trainable": parameters}
     result |= {"base": base_loss, "lora": lora_loss, "lora_switch": routed_loss, "expert_use": use}
     result |= {"tokens": here, "checks": checks, "seconds": round(time.perf_counter() - STARTED)}

@@ -24,8 +24,8 @@ def test_from_loras_to_generated_text(tmp_path, monkeypatch, capsys):
         save_lora(tmp_path / name, copy.deepcopy(base), seed, r=2 + seed)
     names: dict = {}
     exec(code, names)
-    model = names["model"]
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    model = names["routed"]
+    assert (tmp_path / "routed" / "adapter_model.safetensors").exists()
     assert capsys.readouterr().out.strip()
     # what the page says of later
     add_expert(model, "law-lora")

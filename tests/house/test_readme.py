@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from loras import save_lora
 from recipes.checkout import ROOT
 from recipes.tiny_llama import new_model, save, train_tokenizer
 
@@ -30,7 +31,9 @@ def test_the_code_in_the_documents_runs(tmp_path, monkeypatch):
 
     train, *others = blocks("README.md")
     assert train.count('"Qwen/Qwen3-0.6B"') == 1 and len(others) == 6
-    others = [code for code in others if "from_loras" not in code]  # run by tests/compose/test_compose_example.py
+    save(base := new_model(tokenizer), tokenizer, Path("base-model"))
+    for seed, name in enumerate(("maths-lora", "code-lora")):
+        save_lora(tmp_path / name, base, seed)
     run(train.replace("Qwen/Qwen3-0.6B", "base"))
     for code in others:
         run(code)

@@ -169,7 +169,7 @@ def test_compiles_with_fullgraph(device):
         ({"scales": [torch.ones(16, 0), torch.ones(10, 0)]}, "a multiple of 64"),
         ({"code": torch.ones(15)}, r"code must be float32 \[16\]"),
         ({"code": torch.ones(16).double()}, "not torch.float64"),
-        ({"biases": [torch.randn(15), None]}, r"linear_4bit: a bias must be \[out\]"),
+        ({"biases": [torch.randn(15), None]}, r"linear_4bit: a bias is"),
         ({"scalings": [1.0]}, "differ in length"),
     ],
 )
@@ -195,7 +195,7 @@ def test_refuses(changes, message):
             r"torchao's tiles, not torch.int32 \[2, 1, 32, 4\]",
         ),
         ({"code": torch.ones(16)}, "a weight must be uint8"),
-        ({"biases": [torch.randn(15), None]}, r"linear_4bit: a bias must be \[out\]"),
+        ({"biases": [torch.randn(15), None]}, r"linear_4bit: a bias is"),
     ],
 )
 def test_refuses_of_int4(changes, message):

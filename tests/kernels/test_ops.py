@@ -327,7 +327,10 @@ def change(g, **changes):
         ({"x": torch.randn(3, 24).double()}, "must be one of"),
         ({"weights": [torch.randn(16, 24)]}, "differ in length"),
         ({"weights": [torch.randn(16, 24), torch.randn(11, 24)]}, "the experts ask for"),
-        ({"biases": [torch.randn(15), None]}, r"bias must be \[out\]"),
+        ({"biases": [torch.randn(15), None]}, r"bias is \[15\], must be \[16\]"),
+        ({"biases": [torch.randn(16).bfloat16(), None]}, "bias is torch.bfloat16 on cpu, x torch.float32 on cpu"),
+        ({"biases": [torch.randn(16, device="meta"), None]}, "bias is torch.float32 on meta, x torch.float32 on cpu"),
+        ({"weights": [torch.randn(16, 24, device="meta"), torch.randn(10, 24)]}, "weight is torch.float32 on meta"),
         ({"lora_a": [torch.randn(5, 8, 24), torch.randn(4, 3, 24)]}, "do not fit"),
         (
             {
@@ -356,7 +359,7 @@ def refused(op, arguments, place, value, message):
     [
         (0, torch.randn(3, 54), "54 columns, the experts have 55"),
         (0, torch.randn(3, 55).double(), "must be one of"),
-        (0, torch.randn(3, 55).bfloat16(), "another dtype"),
+        (0, torch.randn(3, 55).bfloat16(), "lora_b is torch.float32 on cpu, hidden torch.bfloat16"),
         (1, torch.zeros(3, 2, dtype=torch.int32), "experts must be int64"),
         (2, torch.ones(3, 2, dtype=torch.float16), "gates float32"),
         (2, torch.ones(3, 1), r"not \[\[3, 55\], \[3, 2\], \[3, 1\]\]"),
@@ -364,7 +367,8 @@ def refused(op, arguments, place, value, message):
         (3, [torch.randn(3, 16), torch.randn(3, 11)], r"a base must be \[3, 10\]"),
         (3, [torch.randn(3, 16).double(), torch.randn(3, 10)], "in the dtype of hidden"),
         (4, [None], "differ in length"),
-        (4, [torch.randn(15), None], r"bias must be \[out\]"),
+        (4, [torch.randn(15), None], r"bias is \[15\]"),
+        (4, [torch.randn(16, device="meta"), None], "bias is torch.float32 on meta"),
         (5, [torch.randn(5, 16, 8), torch.randn(4, 10, 3)], "same number of experts"),
         (5, [torch.randn(5, 16, 257), torch.randn(5, 10, 3)], "rank 257"),
         (5, [torch.randn(257, 16, 8), torch.randn(257, 10, 3)], "257 experts"),
@@ -387,8 +391,8 @@ def test_expand_refuses_too_many_experts_for_a_token():
     [
         (0, [torch.randn(3, 16)], "differ in length"),
         (0, [torch.randn(3, 16), torch.randn(3, 9)], r"a base \[3, 9\] does not fit"),
-        (0, [torch.randn(3, 16), torch.randn(3, 10).bfloat16()], "another dtype"),
-        (0, [torch.randn(3, 16), torch.randn(3, 10, device="meta")], "another dtype or device"),
+        (0, [torch.randn(3, 16), torch.randn(3, 10).bfloat16()], "base is torch.bfloat16"),
+        (0, [torch.randn(3, 16), torch.randn(3, 10, device="meta")], "base is torch.float32 on meta, x torch.float32"),
         (1, torch.randn(3, 23), "do not fit"),
         (4, [torch.randn(5, 8, 24), torch.randn(4, 3, 24)], "do not fit"),
         (4, [], "1 to 8 linears"),
@@ -417,10 +421,25 @@ def test_the_others_refuse():
         ((x, router[:, :20], 2, True), "24 features"),
         ((x.double(), router, 2, True), "float32 or 16-bit"),
         ((x, torch.randn(300, 24), 2, True), "300 experts"),
+        ((x, router.to("meta"), 2, True), "x is on cpu, router on meta"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.route(*arguments)
-    arguments = list(merge_arguments(group()))
-    arguments[7] = torch.ones(3)
-    with pytest.raises(ValueError, match="of one token"):
-        ops.merge(*arguments)
+    weight = [torch.randn(16, 24, device="meta"), torch.randn(10, 24)]
+    arguments = merge_arguments(group())
+    for place, value, message in (
+        (7, torch.ones(3), "of one token"),
+        (0, weight, "a weight is torch.float32 on meta"),
+        (1, weight, "a source is torch.float32 on meta"),
+    ):
+        refused(ops.merge, arguments, place, value, message)
+    ids, gates = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    for old, message in (
+        ((ids, None), "go together"),
+        ((torch.zeros(7, dtype=torch.int64), gates), r"must be \[2\]"),
+        ((ids, torch.ones(3)), r"must be \[2\]"),
+        ((ids.float(), gates), "old_experts is torch.float32"),
+        ((ids, gates.to("meta")), "old_gates is torch.float32 on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.merge(*arguments, *old)

@@ -59,8 +59,10 @@ def test_training_on_a_gpu() -> None:
             assert f"{rows[row]['ratio']:.3f}" in page, row
         if "e01d55b" in name:
             assert f"takes {rows['fused 8 8']['ratio']:.2f} of the step with nothing adapted" in readme
-    lora = next(row["ratio"] for row in result("train_h200_f37d06f.json")["rows"] if row["method"] == "lora")
-    assert f"PEFT's LoRA of rank 16 takes {lora:.2f}" in readme
+    floor, lora, fused, *_ = result("train_h200_f37d06f.json")["rows"]
+    fastest = " and ".join(f"{row['ms_fastest'] / floor['ms_fastest']:.2f}" for row in (fused, lora))
+    said = f"PEFT's LoRA of rank 16 takes {lora['ratio']:.2f} in another run, in which ours took {fused['ratio']:.2f} "
+    assert f"{said}(fastest steps, which the host slows down least: {fastest};" in readme
     floor, lora, fused = (row["step"] for row in result("train_phases_h200_63c9e2a.json")["rows"])
     assert f"| **{fused / floor:.3f}** |" in page and f"quiet processor | {lora / floor:.3f} |" in page
     said = f"took {fused:.0f} ms, {fused / floor:.2f} of the step with nothing adapted"
@@ -85,7 +87,7 @@ def test_losses_of_the_fused_path() -> None:
 def test_serving_batches() -> None:
     rows = [row for row in result("decode_h200_parts_63c9e2a.json")["rows"] if row["method"] == "fused"]
     many, most = (
-        f"{next(row['ratio'] for row in rows if row['batch'] == batch and row['experts'] == experts):.2f}"
+        f"{next(row['ratio'] for row in rows if row['batch'] == batch and row['experts'] == experts):.3f}"
         for batch, experts in ((8, 32), (32, 64))
     )
     rows = result(NEWEST_SERVING)["rows"]
@@ -128,7 +130,7 @@ def test_host_time_of_a_step() -> None:
     ms = {method: (row["us"] / 1000, row["unguarded_us"] / 1000) for method, row in rows.items()}
     assert (
         f"{ms['fused'][0]:.2f} → {ms['fused'][1]:.2f} ms fused, {ms['backbone'][0]:.2f} → {ms['backbone'][1]:.2f} for the "
-        f"backbone, {ms['lora'][0]:.2f} with PEFT's LoRA"
+        f"backbone, {ms['lora'][0]:.2f} → {ms['lora'][1]:.2f} with PEFT's LoRA"
     ) in document("docs/inference.md")
 
 
