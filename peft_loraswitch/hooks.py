@@ -94,12 +94,14 @@ class Hooks:
         """A frame for a forward that begins, of the owner at depth `opened_at`, within that of `previous`."""
         frame = RoutingFrame(training, self.state.adapter_names)
         frame.opened_at, frame.previous, frame.given = opened_at, previous, self.state.given
-        if training:
-            # at each forward, because gradient_checkpointing_enable() may come at any time
+        # At each forward, because gradient_checkpointing_enable() may come at any time. Compiled, a block in training mode is
+        # checkpointed without gradients as well, and dynamo would give up on its code for good.
+        if torch.compiler.is_compiling():
             for block in self._blocks:
-                if torch.compiler.is_compiling():
-                    block.pause(frame)
-                else:
+                block.pause(frame)
+        if training:
+            if not torch.compiler.is_compiling():
+                for block in self._blocks:
                     block.wrap(self.state)
             if self._unused is not None and not torch.compiler.is_compiling():
                 self._look_for_unused(frame)

@@ -50,7 +50,7 @@ class CheckpointedBlock:
 
     def pause(self, frame: RoutingFrame) -> None:
         """Run without checkpointing until the frame is closed."""
-        if self.routes and self.module.gradient_checkpointing:
+        if self.routes and self.module.training and self.module.gradient_checkpointing:
             self.module.gradient_checkpointing = False  # type: ignore[assignment]
             frame.paused.append(self.module)
 

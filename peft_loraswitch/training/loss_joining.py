@@ -19,8 +19,9 @@ do not know of each other either.)
 
 **At the outputs.** A decision that was taken without a graph (the first run of a reentrant checkpoint) or in a graph of its
 own (a block that is compiled by itself) cannot carry the losses: there the differentiable tensors of the output do
-(`_AtOutputs`, `_Passage`). **In a compiled model** backward is one graph for all outputs, and those that nobody uses receive
-zeros: there the losses scale with what `output.loss` receives if that is not zero, and come with weight 1 if it is.
+(`_AtOutputs`, `_Passage`). **In a compiled model** all outputs pass through the graph in which
+the forward ends. Backward is one graph for all of them, and those that nobody uses receive zeros: there the losses scale with
+what `output.loss` receives if that is not zero, and come with weight 1 if it is.
 
 **Under a transform of `torch.func`** (grad, vjp, jvp, ...) what is differentiated is a function's value. So there the losses
 are a term of `output.loss` like any other, and come with nothing else.
@@ -161,16 +162,18 @@ class _AtOutputs(torch.autograd.Function):
 
 
 class _AtOutputsCompiled(torch.autograd.Function):
-    """One scalar zero, for `_Passage` or `output.loss`; the gradient is there, and a value decides who takes part."""
+    """Two scalar zeros, as `_AtOutputs`; the gradient is there, and a value decides who takes part: all outputs share a backward,
+    and what nobody differentiates receives zeros."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(gradient)
         ctx.dtype = weight.dtype
-        return torch.zeros((), dtype=torch.float32, device=weight.device)
+        zero = torch.zeros((), dtype=torch.float32, device=weight.device)
+        return zero, zero.clone()
 
     @staticmethod
-    def backward(ctx: Any, loss_scale: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, passed: torch.Tensor, loss_scale: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         factor = torch.where(loss_scale != 0, loss_scale, torch.ones_like(loss_scale))
         return (factor * gradient).to(ctx.dtype), None
@@ -196,17 +199,17 @@ class _Passage(torch.autograd.Function):
 def join_at_outputs(output: Any, weight: torch.Tensor, gradient: RouterGradient) -> tuple[Any, torch.Tensor]:
     """(output, scalar zero to be added to its loss): `gradient` goes to `weight` when `output` is differentiated."""
     assert gradient.value is not None
-    if torch.compiler.is_compiling():
-        zero = _AtOutputsCompiled.apply(weight, gradient.value)  # type: ignore[no-untyped-call]
-        if _loss_of(output) is None:  # one for all: they share a backward
-            output = _Passages(zero, only_first=True)(output)
-        return output, zero
-    passed, loss_scale = _AtOutputs.apply(weight, gradient)  # type: ignore[no-untyped-call]
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        passed, loss_scale = _AtOutputsCompiled.apply(weight, gradient.value)  # type: ignore[no-untyped-call]
+    else:
+        passed, loss_scale = _AtOutputs.apply(weight, gradient)  # type: ignore[no-untyped-call]
+    # Behind a graph break an output may come from an earlier graph: what passes here is one of the graph that has the losses.
     passages, loss = _Passages(passed), _loss_of(output)
     if loss is not None:
         passages.leave_alone(loss[1])
     output = passages(output)
-    if loss is None and not passages.made:
+    if loss is None and not passages.made and not compiling:
         warnings.warn(
             "LoRA-Switch found no differentiable tensor in the output of the model to join the router's losses to "
             f"({type(output).__name__}): the load-balance and z-loss do not train. Return a tensor, a tuple or a dict; or, "
@@ -220,8 +223,8 @@ class _Passages:
     """Replaces every differentiable tensor of an output (in nested tuples, lists, dicts and caches; if it is an object of a
     class of its own, in its attributes), the same one by the same one."""
 
-    def __init__(self, zero: torch.Tensor, only_first: bool = False) -> None:
-        self.zero, self.only_first = zero, only_first
+    def __init__(self, zero: torch.Tensor) -> None:
+        self.zero = zero
         self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: (the tensor itself, its replacement)
         self._left: list[int] = []
 
@@ -235,8 +238,6 @@ class _Passages:
         return replaced
 
     def _within(self, value: Any) -> Any:
-        if self.only_first and self.made:
-            return value
         if isinstance(value, torch.Tensor):
             return self._replaced(value)
         if isinstance(value, dict):

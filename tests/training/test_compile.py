@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -156,6 +157,43 @@ def test_training_with_a_graph_break_equals_eager(where, settings):
     break_in(model.get_base_model().get_submodule(where))
     batches = [padded([7, 5], seed=seed) for seed in range(2)]
     same_training(plain, torch.compile(model, backend="aot_eager"), model, batches)
+
+
+@pytest.mark.parametrize("objective", ["logits", "loss", "loss and logits", "hidden states"])
+def test_the_losses_join_behind_a_graph_break(objective):
+    """Also where a `loss` is made that nobody uses, as TRL's trainers do, whose fused heads break the graph."""
+    objectives: dict[str, Callable[[Any], torch.Tensor]] = {
+        "logits": lambda output: output.logits.square().mean(),
+        "loss": lambda output: 3 * output.loss,
+        "loss and logits": lambda output: 3 * output.loss + output.logits.square().mean(),
+        "hidden states": lambda output: output.hidden_states[1].square().mean(),
+    }
+    plain = switch(tiny_llama(), router_aux_loss_coef=0.5, router_z_loss_coef=0.1).train()
+    model = copy.deepcopy(plain)
+    break_in(model.get_base_model().lm_head)
+    step, batch = torch.compile(model, backend="aot_eager"), padded([7, 5]) | {"output_hidden_states": True}
+    for each in (plain, step):
+        objectives[objective](each(**batch)).backward()
+    (router,) = (name for name in adapter_gradients(plain) if "router" in name)
+    expected, found = adapter_gradients(plain)[router], adapter_gradients(model)[router]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    without = switch(tiny_llama(), router_aux_loss_coef=0.0, router_z_loss_coef=0.0).train()
+    objectives[objective](without(**batch)).backward()
+    assert (adapter_gradients(without)[router] - expected).norm() > 1e-3, "the losses are too small to be seen here"
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_checkpointed_training_behind_a_compiled_forward_without_gradients(disabled):
+    """A reference model's pass, or KTO's batch of other answers."""
+    plain, model = (switch(tiny_llama()).train() for _ in range(2))  # a deep copy would not show it
+    for each in (plain, model):
+        each.gradient_checkpointing_enable({"use_reentrant": False})
+        each.enable_input_require_grads()
+    step, other = torch.compile(model, backend="aot_eager"), {**padded([6, 6], seed=3), "use_cache": False}
+    for _ in range(2):
+        with torch.no_grad(), model.disable_adapter() if disabled else nullcontext():
+            step(**other)
+        same_training(plain, step, model, [{**padded([7, 5]), "use_cache": False}])
 
 
 @pytest.mark.slow
