@@ -94,7 +94,9 @@ class Experts(OrdinaryParameters):
                 if parameter.data_ptr() != self.weight[index].data_ptr():
                     raise RuntimeError(
                         f"Expert {index} trains alone, and its memory is no longer a part of the stack's: something gave its "
-                        "parameters other memory (FSDP, DeepSpeed ZeRO-3). Train with trainable='all' there."
+                        "parameters other memory. After a cast of single parameters (param.data = param.data.to(...), "
+                        "cast_mixed_precision_params) call model.to(dtype), which puts it back; under FSDP or DeepSpeed ZeRO-3 "
+                        "train with trainable='all'."
                     )
         each = list(self.weight.detach().unbind(0))
         for index, parameter in own:

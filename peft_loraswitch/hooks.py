@@ -94,6 +94,7 @@ class Hooks:
         """A frame for a forward that begins, of the owner at depth `opened_at`, within that of `previous`."""
         frame = RoutingFrame(training, self.state.adapter_names)
         frame.opened_at, frame.previous, frame.given = opened_at, previous, self.state.given
+        frame.time_first = self.state.time_first
         # At each forward, because gradient_checkpointing_enable() may come at any time. Compiled, a block in training mode is
         # checkpointed without gradients as well, and dynamo would give up on its code for good.
         if torch.compiler.is_compiling():

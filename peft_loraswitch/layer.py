@@ -28,7 +28,7 @@ from .config import LoRASwitchConfig
 from .experts import ExpertsA, ExpertsB
 from .routing.context import Context
 from .routing.decision import Routing, route, shared_routing
-from .routing.frame import NO_ADAPTER, OUTSIDE, Relay, RoutingFrame, RoutingState
+from .routing.frame import NO_ADAPTER, OUTSIDE, TIME_FIRST, Relay, RoutingFrame, RoutingState
 from .routing.given import GivenExperts, given_routing
 from .routing.options import RoutingOptions
 from .routing.router import Router, full_precision, jitter
@@ -321,6 +321,8 @@ class LoRASwitchLayer(BaseTunerLayer):
         """
         if frame.adapter_names is not None and given.choices.dim():
             raise ValueError("experts are given per sample, and so are adapters (adapter_names): use one of the two.")
+        if frame.time_first and given.choices.dim():
+            raise ValueError(f"use_experts: {TIME_FIRST}. Give one expert for the whole batch.")
         options = self.routing_options[adapter]
         if given.num_choices not in (None, options.num_choices):
             raise ValueError(

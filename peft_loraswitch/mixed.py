@@ -16,7 +16,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .routing.frame import NO_ADAPTER, RoutingState
+from .routing.frame import NO_ADAPTER, TIME_FIRST, RoutingState
 from .routing.given import GivenExperts
 
 
@@ -41,6 +41,8 @@ def mixed_batch(
     """
     if isinstance(adapter_names, str):
         raise ValueError(f"adapter_names={adapter_names!r} must be a list with one name per sample.")
+    if state.time_first:
+        raise ValueError(f"adapter_names: {TIME_FIRST}. Run the samples of each adapter by themselves.")
     names = list(adapter_names)
     known = {*loaded, NO_ADAPTER}
     unknown = sorted(set(names) - known)

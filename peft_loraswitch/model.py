@@ -34,6 +34,7 @@ from .switching import (
     remove_adapter,
     tell_wrappers,
 )
+from .targets.linears import is_time_first
 from .targets.plan import InjectionPlan, plan_injection
 from .targets.selection import selects
 from .targets.tied_embeddings import tied_names
@@ -163,7 +164,9 @@ class LoRASwitchModel(BaseTuner):
         if isinstance(target, LoRASwitchLinear):
             target.update_layer(adapter_name, **settings)
             return
-        state = routing_state(self.model) or RoutingState()  # the first layer brings it, the others find it there
+        state = routing_state(self.model) or RoutingState(
+            is_time_first(self.model)
+        )  # the first layer brings it, the others find it there
         settings |= {"training": self._mode, **_quantization_kwargs(self)}
         layer = LoRASwitchLinear(target, adapter_name, current_key, state, **settings)
         if adapter_name not in self.active_adapters:

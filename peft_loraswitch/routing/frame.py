@@ -26,6 +26,8 @@ from .options import RoutingOptions
 from .statistics import RoutingRecorder
 
 NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for "no adapter on this sample"
+# Why what needs to know the samples of a batch is refused there.
+TIME_FIRST = "this backbone runs its tokens as (sequence, batch), where the samples of a batch cannot be told apart"
 # What `RoutingFrame.opened_at` holds instead of an owner's depth:
 SECOND_RUN = -1  # in a checkpointed block's second run
 OUTSIDE = -2  # outside of any forward, where nothing may be decided
@@ -72,6 +74,7 @@ class RoutingFrame:
         shared_inputs: which linears are trained together, see `training/fast_linears.py`.
         merged: of strategy "merge": whether this forward reads merged weights; None: not settled yet.
         paused: modules whose gradient checkpointing is off until the frame is closed.
+        time_first: the tokens are (sequence, batch).
         at_close: called when it is closed, with whether the forward has come to its end.
         previous: the frame of the forward within which this one runs (a hook that calls the model again), or None.
     """
@@ -96,6 +99,7 @@ class RoutingFrame:
         self.relays: dict[str, Relay] = {}
         self.shared_inputs: Any = None
         self.merged: bool | None = None
+        self.time_first = False
         self._rows: dict[tuple[str, int], torch.Tensor] = {}
 
     def called_from(self, depth: int, caller: FrameType) -> None:
@@ -169,7 +173,7 @@ class RoutingFrame:
                 per_sample = total // mask.shape[0]
                 mask = mask[:, mask.shape[1] - per_sample :]  # cached decoding: the mask covers the past too
                 if mask.shape.numel() == total:
-                    real = mask.reshape(-1, 1).to(device=device, dtype=torch.float32)
+                    real = (mask.T if self.time_first else mask).reshape(-1, 1).to(device=device, dtype=torch.float32)
                     return real if rows is None else real[rows[1]]
         return torch.ones((tokens, 1), dtype=torch.float32, device=device)
 
@@ -245,9 +249,10 @@ class RoutingState:
         recorders: of the `record_routing()` blocks in progress.
         hooks: what `hooks.connect` has put on the backbone, or None.
         training_groups: linears that receive the same tensor, once a forward that trained has shown them.
+        time_first: the backbone runs its tokens as (sequence, batch).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, time_first: bool = False) -> None:
         self._local = _ThreadState()
         self.key = next(_keys)  # a copy of the model has it too: their forwards do not run within each other
         self.fused = False
@@ -255,6 +260,7 @@ class RoutingState:
         self.recorders: list[RoutingRecorder] = []
         self.hooks: Any = None
         self.training_groups: Any = None
+        self.time_first = time_first
 
     def __getstate__(self) -> dict[str, Any]:  # copy.deepcopy and pickle: everything but the frames in flight
         return {**self.__dict__, "_local": None, "recorders": [], "training_groups": None}

@@ -28,6 +28,8 @@ POSITION_LINEARS = {
 TIME_FIRST_LINEARS = dict.fromkeys(
     ("longformer", "led"), ("query", "key", "value", "query_global", "key_global", "value_global")
 )
+# Models that run all their tokens as (sequence, batch). An attention mask is turned for them; what asks for more is refused.
+TIME_FIRST_MODELS = ("fsmt", "xlnet")
 # Multi-head latent attention (DeepSeek) caches what goes into this one: in decoding it sees the past tokens again.
 CACHED_INPUT = ("kv_b_proj",)
 # A state-space mixer hands these weights to a fused kernel, or multiplies with them by itself; it does not call the linear.
@@ -45,6 +47,11 @@ READS_WEIGHTS_OF = {
 }
 # Subclasses of nn.Linear in transformers that compute something else (expert routers, grouped weights); this one does not.
 PLAIN_SUBCLASSES = ("FalconLinear",)
+
+
+def is_time_first(model: nn.Module) -> bool:
+    """Whether the backbone's linears see their tokens as (sequence, batch)."""
+    return getattr(getattr(model, "config", None), "model_type", None) in TIME_FIRST_MODELS
 
 
 def is_supported_linear(base: nn.Module) -> bool:

@@ -16,9 +16,9 @@ from ..layer import LoRASwitchLayer
 from ..loading.layout import LIST_AT_MOST
 from ..patterns import TimeLimit, shown
 from ..peft_names import PREFIX
-from ..routing.frame import NO_ADAPTER
+from ..routing.frame import NO_ADAPTER, TIME_FIRST
 from ..tensor_parallel import features_of
-from .linears import is_supported_linear, left_out, refused
+from .linears import is_supported_linear, is_time_first, left_out, refused
 from .selection import module_names, selects
 from .streams import check_streams
 from .trained_in_full import check_trained_in_full, within_trained_in_full
@@ -48,6 +48,8 @@ def plan_injection(
     """
     _check_adapter_name(model, adapter_name)
     check_trained_in_full(model, config, adapter_name)
+    if config.router_decay and is_time_first(model):
+        raise ValueError(f"router_decay={config.router_decay}: {TIME_FIRST}. Set it to 0.")
     limit = TimeLimit()
     names = _selected(model, config, state_dict, limit)
     _check_linears(model, names)
