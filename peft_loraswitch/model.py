@@ -264,6 +264,17 @@ class LoRASwitchModel(BaseTuner):
         """
         return routing_report(self.model, texts, tokenizer, adapter_name, max_length, batch_size)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a sum of adapters that pick experts for every token is no such adapter.
+
+        Raises:
+            ValueError: always, and says what to do.
+        """
+        raise ValueError(
+            "A LoRA-Switch adapter picks experts for every token, so a weighted sum of such adapters is none. export_expert() "
+            "makes plain LoRAs of the experts: from_loras() puts those side by side, and PEFT's add_weighted_adapter() sums them."
+        )
+
     # ------------------------------------------------------------------------------------- mixed batches
 
     @contextmanager
@@ -389,6 +400,20 @@ def _require_state(model: nn.Module) -> RoutingState:
     return state
 
 
+def _only_state(model: nn.Module) -> RoutingState:
+    """As `_require_state`; refuses a module that holds several adapted models, each with a routing of its own."""
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRASwitchLinear):
+            found.setdefault(id(module.routing_state), name)
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} models with LoRA-Switch adapters, of which each routes for itself (their "
+            f"first linears are {', '.join(found.values())}): give one of them."
+        )
+    return _require_state(model)
+
+
 def router_stats(model: nn.Module, adapter_name: str | None = None, reset: bool = False) -> dict[str, Any]:
     """Routing statistics of the training forwards since the last reset, over real tokens.
 
@@ -406,9 +431,9 @@ def router_stats(model: nn.Module, adapter_name: str | None = None, reset: bool 
         and has its share of the picks in `base_share`, so that this and `load` have the sum 1.
 
     Raises:
-        ValueError: the model has no LoRA-Switch adapter, or the name is unknown or ambiguous.
+        ValueError: the model has no LoRA-Switch adapter, or holds several adapted models; the name is unknown or ambiguous.
     """
-    state = _require_state(model)
+    state = _only_state(model)
     records: dict[str, Any] = {name: layer.loraswitch_record[name] for name, layer in state.router_layers.items()}
     stats = summary_of(records, adapter_name)
     if reset:
@@ -429,7 +454,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
         name may be left out if only one adapter was used.
 
     Raises:
-        ValueError: the model has no LoRA-Switch adapter.
+        ValueError: the model has no LoRA-Switch adapter, or holds several adapted models.
 
     Example:
         ```py
@@ -438,7 +463,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
         print(recorded.summary()["load"])
         ```
     """
-    state = _require_state(model)
+    state = _only_state(model)
     recorder = RoutingRecorder(
         {adapter: layer.loraswitch_record[adapter].emptied() for adapter, layer in state.router_layers.items()}
     )

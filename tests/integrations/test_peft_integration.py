@@ -333,6 +333,13 @@ def test_merging_is_refused_and_says_what_to_do(how: str):
     assert torch.equal(logits(model), wanted)
 
 
+def test_a_weighted_sum_is_refused_and_says_what_to_do():
+    model = adapted(tiny_llama())
+    with pytest.raises(ValueError, match=r"weighted sum .*export_expert\(\).*from_loras\(\)"):
+        model.add_weighted_adapter(["default"], [0.5], "both", "linear")
+    assert list(model.peft_config) == ["default"]
+
+
 def test_unload_and_a_second_adapter_on_the_same_backbone():
     backbone = tiny_llama()
     model = adapted(backbone)

@@ -142,3 +142,14 @@ def test_padding_is_not_counted_whatever_the_cache(cache):
     with record_routing(model) as recorded, torch.no_grad():
         model.generate(input_ids=ids, attention_mask=mask, **options)
     assert recorded.summary()["tokens"] == 4 + 7 + 2 * 4
+
+
+def test_a_module_that_holds_two_adapted_models_is_refused():
+    """The first one's statistics would be taken for those of both."""
+    pair = torch.nn.ModuleDict({"text": trained(), "other": trained()})
+    with pytest.raises(ValueError, match="ModuleDict holds 2 models with LoRA-Switch adapters.*give one of them"):
+        router_stats(pair)
+    with pytest.raises(ValueError, match="give one of them"), record_routing(pair):
+        pass
+    run(pair["other"], **padded([4, 3]))
+    assert router_stats(pair["text"])["tokens"] == 0 < router_stats(pair["other"])["tokens"]
