@@ -6,7 +6,7 @@ bits (`four_bit.py`), copies of lora_a beside joined weights (`joined_weights.py
 the weights (`model.to(...)`, `load_state_dict`, optimizers, plain assignment), mostly without a word to us. So each of these has
 a fingerprint of what it was made of, and looks before it is used whether that is still the same.
 
-Training keeps how it computes a group of linears, and no tensors (`training/fast_linears.py`): what that depends on has one, too.
+Training keeps how it computes a group of linears, and no tensors (`training/group_plans.py`): what that depends on has one, too.
 """
 
 from __future__ import annotations

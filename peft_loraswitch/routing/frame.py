@@ -71,7 +71,7 @@ class RoutingFrame:
         shared: what linears follow that have shared experts only, by adapter name.
         used: adapters that a layer asked for; `trained`: those of them whose experts or router train.
         relays: by adapter name; see `Relay`.
-        shared_inputs: which linears are trained together, see `training/fast_linears.py`.
+        shared_inputs: which linears are trained together, see `training/learned_groups.py`.
         merged: of strategy "merge": whether this forward reads merged weights; None: not settled yet.
         paused: modules whose gradient checkpointing is off until the frame is closed.
         time_first: the tokens are (sequence, batch).

@@ -27,8 +27,8 @@ from torch import nn
 
 from ..routing.decision import Routing
 from ..routing.frame import SECOND_RUN, RoutingFrame, RoutingState
-from .fast_linears import shared_inputs_of
 from .group_layout import KeptByBlock
+from .learned_groups import shared_inputs_of
 
 
 class CheckpointedBlock:

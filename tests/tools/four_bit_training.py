@@ -17,7 +17,7 @@ from four_bit_linear import exact_weight, in_4_bits
 from helpers import tiny_llama
 from oracle import Oracle
 from peft_loraswitch.inference.fuse import adapted_layers
-from peft_loraswitch.training import fast_linears
+from peft_loraswitch.training import fast_linears, group_plans
 from peft_loraswitch.training.group_layout import Spec
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": True}  # blocks have at least 64 features
@@ -46,7 +46,7 @@ def noted_specs(monkeypatch: pytest.MonkeyPatch) -> list[Spec]:
 def given() -> Iterator[None]:
     """Within it the library computes the base layers' products."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_linears, "four_bit_form", lambda base: None)
+        patch.setattr(group_plans, "four_bit_form", lambda base: None)
         yield
 
 

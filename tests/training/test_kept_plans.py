@@ -1,4 +1,4 @@
-"""What the fused training path keeps about a group of linears (`fast_linears.Plan`): after a change of anything that it depends
+"""What the fused training path keeps about a group of linears (`group_plans.Plan`): after a change of anything that it depends
 on, the next step is the plain form's, and what can still be fused is. Each case changes a model that has trained two steps."""
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def counted(monkeypatch) -> Iterator[list[int]]:
 def planned(monkeypatch) -> Iterator[list[str]]:
     """Names of the linears whose plans were made."""
     names: list[str] = []
-    make = fast_linears._make_plan
+    make = fast_linears.make_plan
     monkeypatch.setattr(
-        fast_linears, "_make_plan", lambda layer, *args: (names.append(layer.name), make(layer, *args))[1]
+        fast_linears, "make_plan", lambda layer, *args: (names.append(layer.name), make(layer, *args))[1]
     )
     yield names
 

@@ -17,7 +17,14 @@ from fast_linear_checks import NO_LOSSES, on_both_devices, relative, step
 from helpers import adapter_gradients, padded, randomize_adapter, switch_config, tiny_gpt2, tiny_llama
 from oracle import Oracle
 from peft_loraswitch import use_experts
-from peft_loraswitch.training import fast_linears, group_function, group_pairs, pair_kernels, pair_products
+from peft_loraswitch.training import (
+    fast_linears,
+    group_function,
+    group_pairs,
+    learned_groups,
+    pair_kernels,
+    pair_products,
+)
 from peft_loraswitch.training.gate_hidden import Columns
 from peft_loraswitch.training.group_layout import Casts, Spec
 from peft_loraswitch.training.pair_order import order_of
@@ -339,7 +346,7 @@ def test_two_adapters_at_once(slots_seen):
 def test_pairs_are_sorted_once_a_forward(monkeypatch):
     """Also with checkpointing, whose second runs follow the same decision; but for the block that decides again."""
     calls: list[int] = []
-    monkeypatch.setattr(fast_linears, "order_of", lambda *args: (calls.append(1), order_of(*args))[1])
+    monkeypatch.setattr(learned_groups, "order_of", lambda *args: (calls.append(1), order_of(*args))[1])
     model = adapted(tiny_llama(num_hidden_layers=3))
     with pair_products.forced(True):
         step(model, padded([7, 4]))

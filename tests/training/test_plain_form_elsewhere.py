@@ -13,7 +13,7 @@ import torch
 from fast_linear_checks import NO_LOSSES, adapted, counted_calls, relative, step
 from helpers import adapter_gradients, padded, tiny_llama
 from peft_loraswitch import LoRASwitchLinear
-from peft_loraswitch.training import fast_linears
+from peft_loraswitch.training import fast_linears, group_plans
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -25,7 +25,7 @@ def counted(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def said(monkeypatch, caplog) -> Callable[[], list[str]]:
-    monkeypatch.setattr(fast_linears, "_said", set())
+    monkeypatch.setattr(group_plans, "_said", set())
     caplog.set_level(logging.WARNING, logger="peft_loraswitch")
     return lambda: [r.getMessage() for r in caplog.records if "plain form" in r.getMessage()]
 
