@@ -164,9 +164,8 @@ class LoRASwitchModel(BaseTuner):
         if isinstance(target, LoRASwitchLinear):
             target.update_layer(adapter_name, **settings)
             return
-        state = routing_state(self.model) or RoutingState(
-            is_time_first(self.model)
-        )  # the first layer brings it, the others find it there
+        # the first layer brings it, the others find it there
+        state = routing_state(self.model) or RoutingState(is_time_first(self.model))
         settings |= {"training": self._mode, **_quantization_kwargs(self)}
         layer = LoRASwitchLinear(target, adapter_name, current_key, state, **settings)
         if adapter_name not in self.active_adapters:
