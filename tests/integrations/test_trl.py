@@ -338,6 +338,21 @@ def grpo(tmp_path: Any, model: nn.Module, **overrides: Any) -> tuple[dict[str, t
     return gradients, trainer
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_grpo_compiled(tmp_path):
+    found = []
+    for config in (OFF, COEFFICIENTS):
+        for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+            torch.manual_seed(0)
+            gradients, _ = grpo(tmp_path, model_of(**config), **settings)
+            found.append(next(gradient.clone() for name, gradient in gradients.items() if "router" in name))
+    plain, plain_compiled, joined, joined_compiled = found
+    assert (joined - plain).norm() > 0.05
+    torch.testing.assert_close(plain_compiled, plain, rtol=1e-3, atol=3e-6)
+    torch.testing.assert_close(joined_compiled, joined, rtol=1e-3, atol=3e-6)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_grpo(tmp_path, beta):
     """The losses are in the router's gradient and nowhere else; with a KL term the reference runs before backward."""
