@@ -88,9 +88,11 @@ class Routing:
         if self.experts.shape[-1] == stacked and not self.has_null_index:
             return None
         if self._chosen is None:
-            columns = stacked + self.has_null_index  # which is cut off
+            columns = stacked + int(
+                self.has_null_index
+            )  # which is cut off; no bool: torch.jit.trace knows none as a number
             chosen = self.dense_gates.new_zeros((*self.token_shape, columns), dtype=torch.bool)
-            self._chosen = chosen.scatter(-1, self.experts, True)[..., :stacked]
+            self._chosen = chosen.scatter(-1, self.experts, 1)[..., :stacked]
         return self._chosen
 
     def chosen_for(self, x: torch.Tensor, layer_name: str) -> torch.Tensor | None:
