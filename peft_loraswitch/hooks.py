@@ -100,13 +100,12 @@ class Hooks:
         if torch.compiler.is_compiling():
             for block in self._blocks:
                 block.pause(frame)
-        if training:
-            if not torch.compiler.is_compiling():
-                for block in self._blocks:
-                    block.wrap(self.state)
-            if self._unused is not None and not torch.compiler.is_compiling():
+        elif training:
+            for block in self._blocks:
+                block.wrap(self.state)
+            if self._unused is not None:
                 self._look_for_unused(frame)
-            if not (self._looked_at_experts or torch.compiler.is_compiling()):
+            if not self._looked_at_experts:
                 self._looked_at_experts = True
                 self._look_for_empty_experts()
         self.state.enter(frame)

@@ -88,9 +88,8 @@ class Routing:
         if self.experts.shape[-1] == stacked and not self.has_null_index:
             return None
         if self._chosen is None:
-            columns = stacked + int(
-                self.has_null_index
-            )  # which is cut off; no bool: torch.jit.trace knows none as a number
+            # a column for the null index, which is cut off; numbers, because torch.jit.trace takes no bool for one
+            columns = stacked + int(self.has_null_index)
             chosen = self.dense_gates.new_zeros((*self.token_shape, columns), dtype=torch.bool)
             self._chosen = chosen.scatter(-1, self.experts, 1)[..., :stacked]
         return self._chosen

@@ -51,7 +51,11 @@ PLAIN_SUBCLASSES = ("FalconLinear",)
 
 def is_time_first(model: nn.Module) -> bool:
     """Whether the backbone's linears see their tokens as (sequence, batch)."""
-    return getattr(getattr(model, "config", None), "model_type", None) in TIME_FIRST_MODELS
+    return _model_type(model) in TIME_FIRST_MODELS
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", None))
 
 
 def is_supported_linear(base: nn.Module) -> bool:
@@ -80,7 +84,7 @@ def left_out(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
 def refused(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """Those of `names` that cannot follow the routing, each with the reason."""
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    model_type = _model_type(model)
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     output_embeddings = get_output_embeddings() if get_output_embeddings is not None else None
     reasons = {}

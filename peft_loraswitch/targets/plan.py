@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import LoRASwitchConfig
 from ..layer import LoRASwitchLayer
-from ..loading.layout import LIST_AT_MOST
+from ..loading.layout import LIST_AT_MOST, embeddings_of
 from ..patterns import TimeLimit, shown
 from ..peft_names import PREFIX
 from ..routing.frame import NO_ADAPTER, TIME_FIRST
@@ -136,10 +136,7 @@ def _first_to_run(model: nn.Module, names: list[str]) -> str:
     """The first in module order, but for a pair before all blocks that takes embeddings to another width and back: OPT of 350m
     lists `project_out`, which runs behind the blocks, before `project_in`.
     """
-    try:
-        width = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # no model of Transformers, or none of text
-        return names[0]
+    width = getattr(embeddings_of(model, "input"), "embedding_dim", None)
     outside = takewhile(lambda name: not any(part.isdecimal() for part in name.split(".")), names)
     features = {name: features_of(_base(model.get_submodule(name))) for name in outside}
     back = features.get(names[0])

@@ -19,9 +19,9 @@ do not know of each other either.)
 
 **At the outputs.** A decision that was taken without a graph (the first run of a reentrant checkpoint) or in a graph of its
 own (a block that is compiled by itself) cannot carry the losses: there the differentiable tensors of the output do
-(`_AtOutputs`, `_Passage`). **In a compiled model** all outputs pass through the graph in which
-the forward ends. Backward is one graph for all of them, and those that nobody uses receive zeros: there the losses scale with
-what `output.loss` receives if that is not zero, and come with weight 1 if it is.
+(`_AtOutputs`, `_Passage`). **In a compiled model** all outputs pass through the graph in which the forward ends. Backward is one
+graph for all of them, and those that nobody uses receive zeros: there the losses scale with what `output.loss` receives if that
+is not zero, and come with weight 1 if it is.
 
 **Under a transform of `torch.func`** (grad, vjp, jvp, ...) what is differentiated is a function's value. So there the losses
 are a term of `output.loss` like any other, and come with nothing else.

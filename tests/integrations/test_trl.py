@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -278,6 +279,18 @@ def kto(tmp_path: Any, model: nn.Module, **overrides: Any) -> Any:
     return trainer
 
 
+def check_compiled(of_router: Callable[..., torch.Tensor]) -> None:
+    """What the router gets is the same compiled, with the losses and without; `of_router(config, **settings)` trains a step."""
+    plain, plain_compiled, joined, joined_compiled = (
+        of_router(config, **settings)
+        for config in (OFF, COEFFICIENTS)
+        for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"})
+    )
+    assert (joined - plain).norm() > 0.05
+    torch.testing.assert_close(plain_compiled, plain, rtol=1e-3, atol=3e-6)
+    torch.testing.assert_close(joined_compiled, joined, rtol=1e-3, atol=3e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -285,18 +298,15 @@ def kto(tmp_path: Any, model: nn.Module, **overrides: Any) -> Any:
 def test_compiled(tmp_path, kind, checkpointing):
     """TRL's fused heads break the graph, and their loss is not `output.loss`, which they ask for all the same."""
     train = {"sft": sft, "dpo": dpo, "kto": kto}[kind]
-    updates = []
-    for config in (OFF, COEFFICIENTS):
-        for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
-            model = model_of(**config)
-            before = routers(model)
-            train(tmp_path, model, gradient_checkpointing=checkpointing, **settings)
-            (name,) = before
-            updates.append(before[name] - routers(model)[name])
-    plain, plain_compiled, joined, joined_compiled = updates
-    assert (joined - plain).norm() > 0.05
-    torch.testing.assert_close(plain_compiled, plain, rtol=1e-3, atol=3e-6)
-    torch.testing.assert_close(joined_compiled, joined, rtol=1e-3, atol=3e-6)
+
+    def update(config: dict[str, float], **settings: Any) -> torch.Tensor:
+        model = model_of(**config)
+        before = routers(model)
+        train(tmp_path, model, gradient_checkpointing=checkpointing, **settings)
+        (name,) = before
+        return before[name] - routers(model)[name]
+
+    check_compiled(update)
 
 
 # --------------------------------------------------------------------------------------------------------------- GRPO
@@ -341,16 +351,12 @@ def grpo(tmp_path: Any, model: nn.Module, **overrides: Any) -> tuple[dict[str, t
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_grpo_compiled(tmp_path):
-    found = []
-    for config in (OFF, COEFFICIENTS):
-        for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
-            torch.manual_seed(0)
-            gradients, _ = grpo(tmp_path, model_of(**config), **settings)
-            found.append(next(gradient.clone() for name, gradient in gradients.items() if "router" in name))
-    plain, plain_compiled, joined, joined_compiled = found
-    assert (joined - plain).norm() > 0.05
-    torch.testing.assert_close(plain_compiled, plain, rtol=1e-3, atol=3e-6)
-    torch.testing.assert_close(joined_compiled, joined, rtol=1e-3, atol=3e-6)
+    def gradient(config: dict[str, float], **settings: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        gradients, _ = grpo(tmp_path, model_of(**config), **settings)
+        return next(each.clone() for name, each in gradients.items() if "router" in name)
+
+    check_compiled(gradient)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
